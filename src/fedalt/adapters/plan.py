@@ -1,0 +1,94 @@
+"""Which low-rank slots every adapted site has, and how their outputs combine."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from fedalt.tree import Name
+
+MIXER = "mixer"
+HEAD = "head"
+
+
+class Shape(NamedTuple):
+    """Sizes of one adapted linear layer."""
+
+    d_in: int
+    d_out: int
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One low-rank pair on every site; its output is scaled by alpha / rank."""
+
+    name: str
+    rank: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank={self.rank} of slot {self.name!r}, but a rank is at least 1")
+        if self.name in (MIXER, HEAD):
+            raise ValueError(f"a slot cannot be called {self.name!r}")
+
+    @property
+    def scaling(self) -> float:
+        """What the output of B A is multiplied with."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Sum:
+    """Add the slots' outputs, each times a fixed weight."""
+
+    weights: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Mixer:
+    """Weigh the slots' outputs by a softmax over slots, token by token, from the site's input."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The slots of a site in the order of the mixer's rows, how they combine, and their dropout.
+
+    `dropout` is the probability in [0, 1) of zeroing an input element while training; all slots
+    share one mask, the mixer sees the undropped input.
+    """
+
+    slots: tuple[Slot, ...]
+    combine: Sum | Mixer
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.slots:
+            raise ValueError("a plan has at least one slot")
+        names = [slot.name for slot in self.slots]
+        if len(set(names)) < len(names):
+            raise ValueError(f"slots of a plan need different names, got {names}")
+        if isinstance(self.combine, Sum) and len(self.combine.weights) != len(self.slots):
+            raise ValueError(f"{len(self.combine.weights)} weights for {len(self.slots)} slots")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout={self.dropout}, but it is at least 0 and below 1")
+
+    def shapes(self, sites: Mapping[str, Shape]) -> dict[Name, tuple[int, ...]]:
+        """Name and shape of every tensor this plan needs on the given sites, heads excluded."""
+        needed: dict[Name, tuple[int, ...]] = {}
+        for site, (d_in, d_out) in sites.items():
+            for slot in self.slots:
+                needed[Name(site, slot.name, "A")] = (slot.rank, d_in)
+                needed[Name(site, slot.name, "B")] = (d_out, slot.rank)
+            if isinstance(self.combine, Mixer):
+                needed[Name(site, MIXER, "G")] = (len(self.slots), d_in)
+        return needed
+
+
+def single(slot: Slot, dropout: float = 0.0) -> Plan:
+    """Plain LoRA: one slot with weight 1."""
+    return Plan((slot,), Sum((1.0,)), dropout)
+
+
+def names_of(tree: Iterable[Name], *slots: str) -> frozenset[Name]:
+    """The names that lie in the given slots."""
+    return frozenset(name for name in tree if name.slot in slots)

@@ -1,0 +1,61 @@
+"""The tensors every client starts from, drawn from the run's seed and from nothing else."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedalt.adapters.plan import HEAD, MIXER, Shape, Slot
+from fedalt.seeds import generator
+from fedalt.tree import Name, Tree
+
+MixerInit = Literal["kaiming", "zeros"]
+
+
+@dataclass(frozen=True)
+class Start:
+    """Draws initial adapters for the sites of a base model.
+
+    Each tensor has a stream of its own, named by the run's seed and the site: all clients draw the
+    same values, all methods start from the same A, and one more site changes no other.
+    `heads` holds name and shape of the tensors of a trained head (none for causal models).
+    """
+
+    sites: Mapping[str, Shape]
+    heads: Mapping[Name, tuple[int, ...]]
+    seed: int
+
+    def adapter(self, slot: Slot, *, only_for: str = "") -> Tree:
+        """A: uniform in +-1/sqrt(d_in) (Kaiming with a = sqrt(5)); B: zeros.
+
+        `only_for` names a client that shall draw an A of its own instead of the common one.
+        """
+        tree: Tree = {}
+        for site, (d_in, d_out) in self.sites.items():
+            stream = generator(self.seed, "A", site, only_for)
+            a = torch.empty(slot.rank, d_in).uniform_(-1, 1, generator=stream) / d_in**0.5
+            tree[Name(site, slot.name, "A")] = a
+            tree[Name(site, slot.name, "B")] = torch.zeros(d_out, slot.rank)
+        return tree
+
+    def mixer(self, slots: int, init: MixerInit = "kaiming") -> Tree:
+        """G: (slots, d_in) per site, drawn like A, or zeros for equal weights at the start."""
+        tree: Tree = {}
+        for site, (d_in, _) in self.sites.items():
+            g = torch.zeros(slots, d_in)
+            if init == "kaiming":
+                g.uniform_(-1, 1, generator=generator(self.seed, "G", site)).div_(d_in**0.5)
+            tree[Name(site, MIXER, "G")] = g
+        return tree
+
+    def head(self) -> Tree:
+        """Weights: normal with deviation 0.02; biases: zeros. Empty for a causal model."""
+        tree: Tree = {}
+        for name, shape in self.heads.items():
+            assert name.slot == HEAD
+            tensor = torch.zeros(shape)
+            if name.factor == "weight":
+                tensor.normal_(0, 0.02, generator=generator(self.seed, HEAD, name.site))
+            tree[name] = tensor
+        return tree

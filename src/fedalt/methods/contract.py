@@ -1,0 +1,122 @@
+"""What a method is: pure functions over states, which describe training and never perform it."""
+
+from collections.abc import Generator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from fedalt.adapters.plan import Plan
+from fedalt.adapters.start import Start
+from fedalt.tree import Name, Tree
+
+Fact = bool | int | float | str
+Facts = Mapping[str, Fact]
+
+
+@dataclass(frozen=True)
+class Message:
+    """What crosses the wire, either way: a tree and a few named numbers."""
+
+    tree: Tree
+    facts: Facts = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """An order to the engine: train the names in `train` of this tree under this plan.
+
+    The tree holds every tensor the plan needs and the head's, if the base model has one; the other
+    names stay frozen but gradient flows through them. `epochs` is None for the run's own number of
+    local epochs.
+    """
+
+    plan: Plan
+    tree: Tree
+    train: frozenset[Name]
+    epochs: int | None = None
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The answer to a `Fit`: the whole tree after training, and on how many examples."""
+
+    tree: Tree
+    examples: int
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What a client would use if the federation stopped now; all that scoring and export need."""
+
+    plan: Plan
+    tree: Tree
+
+
+class Ledger(Mapping[str, Message], Protocol):
+    """The latest upload of every client ever seen; a store backs it with files."""
+
+    def put(self, client_id: str, message: Message) -> "Ledger":
+        """A ledger in which the client's entry is this message."""
+        ...
+
+
+class MemoryLedger(dict[str, Message]):
+    """A ledger for tests and small federations."""
+
+    def put(self, client_id: str, message: Message) -> "MemoryLedger":
+        """A copy in which the client's entry is this message."""
+        return MemoryLedger({**self, client_id: message})
+
+
+S = TypeVar("S")
+C = TypeVar("C")
+Local = Generator[Fit, Fitted, tuple[C, Message]]
+Deploy = Generator[Fit, Fitted, Serving]
+
+
+class Method(Protocol[S, C]):
+    """A federated algorithm: the server's half and the client's half.
+
+    S and C are the method's own frozen dataclasses of trees and numbers. What is not in a returned
+    state does not exist: that makes resuming, the wire and the tests one and the same thing.
+    """
+
+    @property
+    def server_state(self) -> type[S]:
+        """The class of the server's state, which the codec restores it to."""
+        ...
+
+    @property
+    def client_state(self) -> type[C]:
+        """The class of a client's state."""
+        ...
+
+    def init_server(self, start: Start) -> S:
+        """The server's state before round 0."""
+        ...
+
+    def init_client(self, start: Start, client_id: str) -> C:
+        """A client's state before its first round."""
+        ...
+
+    def broadcast(self, server: S, client_id: str) -> Message:
+        """What the server sends one client."""
+        ...
+
+    def local(self, client: C, message: Message) -> Local[C]:
+        """One client's round: yields orders to train, returns its new state and its upload."""
+        ...
+
+    def aggregate(self, server: S, replies: Iterable[tuple[str, Message]]) -> S:
+        """The server's state after a round; replies come sorted by client and only once."""
+        ...
+
+    def deploy(self, client: C, message: Message) -> Deploy:
+        """What the client would serve now; leaves its state alone."""
+        ...
+
+    def shared(self, client: C, message: Message) -> Serving | None:
+        """The shared part alone, without what the client keeps; None where nothing is shared."""
+        ...
+
+
+AnyMethod = Method[Any, Any]

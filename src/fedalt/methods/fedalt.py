@@ -1,0 +1,180 @@
+"""FedALT: an individual adapter, a frozen rest-of-world adapter, and a private mixer of the two.
+
+Bian, Wang, Zhang, Xu: "FedALT: Federated Fine-Tuning through Adaptive Local Training with
+Rest-of-World LoRA", arXiv 2503.11880. With K clients, for client k on every site:
+
+    rest of world   A_R = 1/(K-1) sum_{m != k} A_m,  B_R likewise                      (eq. 3)
+    forward         (a, 1-a) = softmax(G_k x)
+                    y = W0 x + s a B_k A_k x + s (1-a) B_R A_R x                       (eq. 4)
+    local step      descend on A_k, B_k, G_k; A_R, B_R stay frozen, gradient flows through them
+
+The server sends every client the same: the *total* of all latest individual adapters and its
+weight. A client subtracts what it last uploaded, which is its individual adapter, and divides.
+Totals are float64: with float32 one client of large norm would ruin everybody's difference.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Slot, Sum, names_of, single
+from fedalt.adapters.start import MixerInit, Start
+from fedalt.methods.contract import (
+    Deploy,
+    Fit,
+    Ledger,
+    Local,
+    MemoryLedger,
+    Message,
+    Serving,
+)
+from fedalt.methods.lora import Lora, Weighting, weight_of
+from fedalt.tree import Tree, add, cast, merge, move, scale, select, subtract
+
+INDIVIDUAL = "individual"
+REST_OF_WORLD = "rest_of_world"
+
+
+@dataclass(frozen=True)
+class Server:
+    """Sum of all latest uploads (float64), the sum of their weights, and the uploads themselves."""
+
+    total: Tree = field(default_factory=dict)
+    weight: float = 0.0
+    latest: Ledger = field(default_factory=MemoryLedger)
+
+
+@dataclass(frozen=True)
+class Client:
+    """`weight` is this client's part of the total's weight: 0 before its first upload."""
+
+    individual: Tree
+    mixer: Tree
+    head: Tree
+    weight: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedALT:
+    """The method and its ablations (the paper's section on ablations).
+
+    `row`: the frozen adapter is the mean of the others, or of everybody ("global_mean").
+    `train_row`: train both adapters; the trained rest of world is forgotten after the round.
+    `gate`: the mixer, or fixed weights: one half, or 1/K for the individual adapter.
+    `share_mixer`: average the mixers over the clients instead of keeping them private.
+    `shared_start`: all clients draw the same first A; the authors' code draws one for each.
+    """
+
+    lora: Lora = Lora()
+    weighting: Weighting = "uniform"
+    row: Literal["rest_of_world", "global_mean"] = "rest_of_world"
+    train_row: bool = False
+    gate: Literal["mixer", "half", "one_over_clients"] = "mixer"
+    share_mixer: bool = False
+    mixer_init: MixerInit = "kaiming"
+    shared_start: bool = True
+
+    server_state = Server
+    client_state = Client
+
+    def init_server(self, start: Start) -> Server:  # noqa: ARG002 - the contract's signature
+        """Before anyone has uploaded, the total is empty."""
+        return Server()
+
+    def init_client(self, start: Start, client_id: str) -> Client:
+        """A drawn, B zero: the individual adapter starts as no change at all."""
+        return Client(
+            individual=start.adapter(
+                self.lora.slot(INDIVIDUAL), only_for="" if self.shared_start else client_id
+            ),
+            mixer=start.mixer(2, self.mixer_init) if self.gate == "mixer" else {},
+            head=start.head(),
+        )
+
+    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+        """The same for every client, so that it can be encoded once."""
+        return Message(server.total, {"weight": server.weight, "clients": len(server.latest)})
+
+    def local(self, client: Client, message: Message) -> Local[Client]:
+        """Train individual adapter and mixer against the frozen rest of world; upload the former."""
+        row = self.rest_of_world(client, message)
+        mixer = self._mixer(client, message)
+        tree = merge(client.individual, row, mixer, client.head)
+        trained = (INDIVIDUAL, MIXER, HEAD, *((REST_OF_WORLD,) if self.train_row else ()))
+        fitted = yield Fit(self._plan(message), tree, names_of(tree, *trained))
+        individual = select(fitted.tree, INDIVIDUAL)
+        mixer = select(fitted.tree, MIXER)
+        weight = weight_of(fitted, self.weighting)
+        upload = merge(individual, mixer) if self.share_mixer else individual
+        after = Client(individual, mixer, select(fitted.tree, HEAD), weight)
+        return after, Message(upload, {"weight": weight})
+
+    def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
+        """Put each client's new upload in the place of its last one, in the total too."""
+        total, weight, latest = server.total, server.weight, server.latest
+        for client_id, upload in replies:
+            if client_id in latest:
+                last = latest[client_id]
+                total = subtract(total, _weighed(last))
+                weight -= float(last.facts["weight"])
+            total = add(total, _weighed(upload)) if total else _weighed(upload)
+            weight += float(upload.facts["weight"])
+            latest = latest.put(client_id, upload)
+        return Server(total, weight, latest)
+
+    def deploy(self, client: Client, message: Message) -> Deploy:
+        """The newest rest of world with the mixer trained against the one before, as published."""
+        row = self.rest_of_world(client, message)
+        tree = merge(client.individual, row, self._mixer(client, message), client.head)
+        return Serving(self._plan(message), tree)
+        yield  # deploy is a generator for methods that train before they serve
+
+    def shared(self, client: Client, message: Message) -> Serving | None:
+        """The rest-of-world adapter alone."""
+        tree = merge(self.rest_of_world(client, message), client.head)
+        return Serving(single(self.lora.slot(REST_OF_WORLD), self.lora.dropout), tree)
+
+    def rest_of_world(self, client: Client, message: Message) -> Tree:
+        """(total - own) / (weight - own weight), or, where there are no others, a zero adapter.
+
+        "No others" is round 0, or a federation of one. A is kept at its start then, so that
+        `train_row` has something to train.
+        """
+        total = select(message.tree, INDIVIDUAL)
+        weight = float(message.facts["weight"])
+        if self.row == "rest_of_world" and client.weight:
+            total = subtract(total, _weighed(Message(client.individual, {"weight": client.weight})))
+            weight -= client.weight
+        if not total or weight <= 0:
+            absent = {
+                name: tensor if name.factor == "A" else torch.zeros_like(tensor)
+                for name, tensor in client.individual.items()
+            }
+            return move(absent, INDIVIDUAL, REST_OF_WORLD)
+        return move(cast(scale(total, 1 / weight), torch.float32), INDIVIDUAL, REST_OF_WORLD)
+
+    def _mixer(self, client: Client, message: Message) -> Tree:
+        mixers = select(message.tree, MIXER)
+        if not (self.share_mixer and mixers):
+            return client.mixer
+        return cast(scale(mixers, 1 / float(message.facts["weight"])), torch.float32)
+
+    def _plan(self, message: Message) -> Plan:
+        slots = (self.lora.slot(INDIVIDUAL), self.lora.slot(REST_OF_WORLD))
+        clients = max(2, int(message.facts["clients"]))
+        combine: Mixer | Sum
+        match self.gate:
+            case "mixer":
+                combine = Mixer()
+            case "half":
+                combine = Sum((0.5, 0.5))
+            case "one_over_clients":
+                combine = Sum((1 / clients, 1 - 1 / clients))
+        return Plan(slots, combine, self.lora.dropout)
+
+
+def _weighed(upload: Message) -> Tree:
+    weight = float(upload.facts["weight"])
+    return scale(cast(upload.tree, torch.float64), weight)

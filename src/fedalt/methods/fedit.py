@@ -1,0 +1,92 @@
+"""FedIT: federated averaging of one LoRA, factor by factor.
+
+Zhang et al.: "Towards Building the Federated GPT: Federated Instruction Tuning", arXiv 2305.05644.
+Every round all clients start from the same adapter, train it, and the server averages:
+
+    A <- sum_k p_k A_k,    B <- sum_k p_k B_k,    p_k = 1/K or n_k / sum n
+
+Averaging factors is not averaging products: mean(B_k A_k) - mean(B) mean(A) is the covariance of
+the factors over the clients.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from fedalt.adapters.plan import HEAD, Plan, names_of, single
+from fedalt.adapters.start import Start
+from fedalt.methods.contract import Deploy, Fit, Local, Message, Serving
+from fedalt.methods.lora import Lora, Weighting, weight_of
+from fedalt.tree import Tree, add, cast, merge, scale, select
+
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class Server:
+    """The averaged adapter."""
+
+    adapter: Tree
+
+
+@dataclass(frozen=True)
+class Client:
+    """Only a classifier's head is the client's own; a causal model has none."""
+
+    head: Tree
+
+
+@dataclass(frozen=True, kw_only=True)
+class FedIT:
+    """The method; clients that sit out a round do not count in its mean."""
+
+    lora: Lora = Lora()
+    weighting: Weighting = "uniform"
+
+    server_state = Server
+    client_state = Client
+
+    def init_server(self, start: Start) -> Server:
+        """A drawn, B zero."""
+        return Server(start.adapter(self.lora.slot(SHARED)))
+
+    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+        """A client keeps nothing but its head."""
+        return Client(start.head())
+
+    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+        """The averaged adapter, the same for every client."""
+        return Message(server.adapter)
+
+    def local(self, client: Client, message: Message) -> Local[Client]:
+        """Train the averaged adapter on the client's data and send it back."""
+        tree = merge(message.tree, client.head)
+        fitted = yield Fit(self._plan(), tree, names_of(tree, SHARED, HEAD))
+        upload = Message(
+            select(fitted.tree, SHARED), {"weight": weight_of(fitted, self.weighting)}
+        )
+        return Client(select(fitted.tree, HEAD)), upload
+
+    def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
+        """The weighted mean, summed in float64 so that the number of clients costs no precision."""
+        total: Tree = {}
+        weights = 0.0
+        for _, upload in replies:
+            weight = float(upload.facts["weight"])
+            weighed = scale(cast(upload.tree, torch.float64), weight)
+            total = add(total, weighed) if total else weighed
+            weights += weight
+        return Server(cast(scale(total, 1 / weights), torch.float32)) if total else server
+
+    def deploy(self, client: Client, message: Message) -> Deploy:
+        """The averaged adapter is what everyone serves."""
+        return self.shared(client, message)
+        yield  # deploy is a generator for methods that train before they serve
+
+    def shared(self, client: Client, message: Message) -> Serving:
+        """All of it is shared, but for the head."""
+        return Serving(self._plan(), merge(message.tree, client.head))
+
+    def _plan(self) -> Plan:
+        return single(self.lora.slot(SHARED), self.lora.dropout)

@@ -51,8 +51,20 @@ class Serving:
     tree: Tree
 
 
-class Ledger(Mapping[str, Message], Protocol):
+class Ledger(Protocol):
     """The latest upload of every client ever seen; a store backs it with files."""
+
+    def __contains__(self, client_id: object) -> bool:
+        """Whether this client has ever uploaded."""
+        ...
+
+    def __getitem__(self, client_id: str) -> Message:
+        """The client's latest upload."""
+        ...
+
+    def __len__(self) -> int:
+        """How many clients have ever uploaded."""
+        ...
 
     def put(self, client_id: str, message: Message) -> "Ledger":
         """A ledger in which the client's entry is this message."""

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Slot, Sum, names_of, single
+from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Sum, names_of, single
 from fedalt.adapters.start import MixerInit, Start
 from fedalt.methods.contract import (
     Deploy,
@@ -98,7 +98,7 @@ class FedALT:
         return Message(server.total, {"weight": server.weight, "clients": len(server.latest)})
 
     def local(self, client: Client, message: Message) -> Local[Client]:
-        """Train individual adapter and mixer against the frozen rest of world; upload the former."""
+        """Train adapter and mixer against the frozen rest of world; upload the adapter."""
         row = self.rest_of_world(client, message)
         mixer = self._mixer(client, message)
         tree = merge(client.individual, row, mixer, client.head)

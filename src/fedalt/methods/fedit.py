@@ -63,9 +63,7 @@ class FedIT:
         """Train the averaged adapter on the client's data and send it back."""
         tree = merge(message.tree, client.head)
         fitted = yield Fit(self._plan(), tree, names_of(tree, SHARED, HEAD))
-        upload = Message(
-            select(fitted.tree, SHARED), {"weight": weight_of(fitted, self.weighting)}
-        )
+        upload = Message(select(fitted.tree, SHARED), {"weight": weight_of(fitted, self.weighting)})
         return Client(select(fitted.tree, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:

@@ -1,0 +1,275 @@
+"""Adapters are bound, not owned: wrapped layers of a base model are pointed at a tree's tensors."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedalt.adapters.lowrank import Combination, add_low_rank
+from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Shape
+from fedalt.seeds import generator
+from fedalt.tree import Name, Tree, require_same_names
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Dropout while training: one seed per client, so that grouping clients changes no mask."""
+
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A tree under a plan. Every tensor carries the client axis; `clients` is its length."""
+
+    plan: Plan
+    tree: Tree
+    clients: int
+    noise: Noise | None
+
+    def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        """The base layer's output y (batch, ..., d_out) plus what the slots make of x."""
+        rows = x.reshape(self.clients, -1, x.shape[-1])
+        combine = self.plan.combine
+        combination = Combination(
+            ranks=tuple(slot.rank for slot in self.plan.slots),
+            scalings=tuple(slot.scaling for slot in self.plan.slots),
+            weights=None if isinstance(combine, Mixer) else combine.weights,
+        )
+        factors = (
+            [self.tree[Name(site, slot.name, "A")] for slot in self.plan.slots],
+            [self.tree[Name(site, slot.name, "B")] for slot in self.plan.slots],
+            self.tree[Name(site, MIXER, "G")] if isinstance(combine, Mixer) else None,
+        )
+        out = add_low_rank(
+            y.reshape(self.clients, -1, y.shape[-1]),
+            rows,
+            self._keep(site, rows, y.dtype),
+            combination,
+            factors,
+        )
+        return out.reshape(y.shape)
+
+    def _keep(self, site: str, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
+        p = self.plan.dropout
+        if self.noise is None or p == 0:
+            return None
+        # Seeded by what it is for and not by who drew before: a layer that gradient checkpointing
+        # runs twice sees the same mask twice.
+        masks = [
+            torch.rand(
+                rows.shape[1:],
+                device=rows.device,
+                generator=generator(seed, "dropout", site, device=rows.device),
+            )
+            >= p
+            for seed in self.noise.seeds
+        ]
+        return torch.stack(masks).to(dtype).div_(1 - p)
+
+    def project(self, site: str, x: Tensor) -> Tensor:
+        """A trained head: x (batch, ..., d_in) times the bound weight, plus the bound bias."""
+        rows = x.reshape(self.clients, -1, x.shape[-1])
+        weight = self.tree[Name(site, HEAD, "weight")].to(x.dtype)
+        out = rows @ weight.mT
+        if (bias := self.tree.get(Name(site, HEAD, "bias"))) is not None:
+            out = out + bias.to(x.dtype)[:, None]
+        return out.reshape(*x.shape[:-1], -1)
+
+
+class _Binding:
+    """The one mutable cell that all wrapped layers of a model look at."""
+
+    current: _Bound | None = None
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer and, while a tree is bound, that tree's slots beside it."""
+
+    def __init__(self, base_layer: nn.Module, site: str, binding: _Binding) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.site = site
+        self._binding = binding
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models look at its dtype."""
+        return cast(Tensor, self.base_layer.weight)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The frozen bias."""
+        return cast(Tensor | None, self.base_layer.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, ..., d_in) -> (batch, ..., d_out); the batch is grouped client by client."""
+        y: Tensor = self.base_layer(x)
+        bound = self._binding.current
+        return y if bound is None else bound.adapt(self.site, x, y)
+
+
+class BoundHead(nn.Module):
+    """A linear layer of a classifier's head: fully trained, by each client for itself."""
+
+    def __init__(self, base_layer: nn.Linear, site: str, binding: _Binding) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.site = site
+        self._binding = binding
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, ..., d_in) -> (batch, ..., d_out)."""
+        bound = self._binding.current
+        if bound is None:
+            return cast(Tensor, self.base_layer(x))
+        return bound.project(self.site, x)
+
+
+class AdaptedModel:
+    """A frozen transformers model whose linear layers can be bound to a tree.
+
+    `sites` maps the path of every adapted layer to its sizes, `heads` name to shape of the tensors
+    of a classification head. Both are in the order of the model's layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, targets: str | Sequence[str] | None = None) -> None:
+        """Wrap the layers in place.
+
+        `targets`: None for PEFT's default of this architecture, "all-linear", or names that end
+        the paths of the wanted layers. A name that ends none raises ValueError.
+        """
+        self.model = model.requires_grad_(False).eval()
+        self._binding = _Binding()
+        linear = _linear_layers(model)
+        self.sites: dict[str, Shape] = {}
+        for site in _choose(model, linear, targets):
+            self.sites[site] = _shape(linear[site])
+            _put(model, site, AdaptedLinear(linear[site], site, self._binding))
+        self.heads: dict[Name, tuple[int, ...]] = {}
+        for site, layer in _head_layers(model).items():
+            self.heads[Name(site, HEAD, "weight")] = tuple(layer.weight.shape)
+            if layer.bias is not None:
+                self.heads[Name(site, HEAD, "bias")] = tuple(layer.bias.shape)
+            _put(model, site, BoundHead(layer, site, self._binding))
+
+    @contextmanager
+    def bound(
+        self, plan: Plan, tree: Mapping[Name, Tensor], noise: Noise | None = None
+    ) -> Iterator[PreTrainedModel]:
+        """Within this context the model computes with the tree's tensors.
+
+        The tensors have the plan's shapes, or all of them one more axis in front, of one length
+        C; then a batch consists of C equal blocks of rows, client by client. The names must be
+        exactly those that the plan and the head need. Nests; the tree may not change meanwhile.
+        """
+        needed = {**plan.shapes(self.sites), **self.heads}
+        require_same_names(tree, needed, "the tree to bind")
+        clients = {
+            tensor.shape[0] if tensor.dim() > len(needed[name]) else 1
+            for name, tensor in tree.items()
+        }
+        if len(clients) > 1:
+            raise ValueError(f"the tensors of a bound tree disagree on clients: {sorted(clients)}")
+        (axis,) = clients or {1}
+        with_axis: Tree = {}
+        for name, tensor in tree.items():
+            full = tensor if tensor.dim() > len(needed[name]) else tensor[None]
+            if tuple(full.shape) != (axis, *needed[name]):
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, the plan needs {needed[name]}")
+            with_axis[name] = full
+        if noise is not None and len(noise.seeds) != axis:
+            raise ValueError(f"{len(noise.seeds)} dropout seeds for {axis} clients")
+        before = self._binding.current
+        self._binding.current = _Bound(plan, with_axis, axis, noise)
+        try:
+            yield self.model
+        finally:
+            self._binding.current = before
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model lies."""
+        device: torch.device = self.model.device
+        return device
+
+
+def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Linear layers by path, without the output embedding and a classification head."""
+    excluded = {id(model.get_output_embeddings())} | {
+        id(layer) for layer in _head_layers(model).values()
+    }
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and id(layer) not in excluded
+    }
+
+
+def _head_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers of a sequence classifier's head, by path; none for other models.
+
+    As in PEFT, the head is what the model calls `classifier` or `score`; a pooler before it
+    belongs to the base.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return {}
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and path.split(".")[0] in ("classifier", "score")
+    }
+
+
+def _choose(
+    model: PreTrainedModel, linear: Mapping[str, nn.Module], targets: str | Sequence[str] | None
+) -> list[str]:
+    """Paths of the layers to adapt, in the model's order."""
+    if targets == ALL_LINEAR:
+        return list(linear)
+    kind = model.config.model_type
+    if targets is None:
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        if targets is None:
+            raise ValueError(
+                f"no default sites are known for the architecture {kind!r}; name them, or use "
+                f"{ALL_LINEAR!r}; its linear layers end in {_endings(linear)}"
+            )
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    for target in wanted:
+        if not any(_ends(path, target) for path in linear):
+            close = difflib.get_close_matches(target, _endings(linear), n=3, cutoff=0.3)
+            raise ValueError(
+                f"no linear layer of this {kind} model is called {target!r}; "
+                f"close names: {', '.join(close or _endings(linear))}"
+            )
+    return [path for path in linear if any(_ends(path, target) for target in wanted)]
+
+
+def _ends(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target)
+
+
+def _endings(linear: Mapping[str, nn.Module]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in linear})
+
+
+def _shape(layer: nn.Module) -> Shape:
+    if isinstance(layer, Conv1D):  # GPT-2 stores (d_in, d_out)
+        return Shape(*layer.weight.shape)
+    assert isinstance(layer, nn.Linear)
+    return Shape(layer.in_features, layer.out_features)
+
+
+def _put(model: nn.Module, path: str, layer: nn.Module) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)

@@ -1,0 +1,170 @@
+"""The arithmetic of an adapted site: one fused down-projection, one fused up-projection.
+
+With C clients, N tokens each, slots i of rank r_i (R = sum r_i) and inputs x:
+
+    h_i = drop(x) A_i^T        w = softmax(x G^T), or fixed        out = y + sum_i s_i w_i h_i B_i^T
+
+All A and the mixer's G lie in one matrix, all B in another. The backward pass is written out
+because autograd, given the joined matrices, would also multiply out weight gradients of frozen
+slots. It recomputes h and w from the inputs instead of keeping them: that costs a matmul of width
+R, keeps nothing per token, and makes it differentiable once more (bilevel methods need that).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How slots combine: `scalings` s_i and, unless a mixer decides, fixed `weights` w_i."""
+
+    ranks: tuple[int, ...]
+    scalings: tuple[float, ...]
+    weights: tuple[float, ...] | None
+
+    def amounts(self, logits: Tensor | None, like: Tensor) -> Tensor:
+        """s_i w_i: (C, N, slots) from the mixer's logits, (1, 1, slots) where fixed."""
+        scalings = like.new_tensor(self.scalings)
+        if logits is None:
+            assert self.weights is not None
+            return (scalings * like.new_tensor(self.weights))[None, None]
+        # float: the weights of a bf16 row would not sum to 1
+        accurate = logits if logits.dtype == torch.float64 else logits.float()
+        return accurate.softmax(-1).to(like.dtype) * scalings
+
+    def to_rows(self, per_slot: Tensor) -> Tensor:
+        """(..., slots) -> (..., R): each slot's number for each of its rank rows."""
+        parts = [
+            part.expand(*part.shape[:-1], rank)
+            for part, rank in zip(per_slot.split(1, -1), self.ranks, strict=True)
+        ]
+        return torch.cat(parts, -1)
+
+    def to_slots(self, per_row: Tensor) -> Tensor:
+        """(..., R) -> (..., slots): the sum over each slot's rank rows."""
+        return torch.stack([part.sum(-1) for part in per_row.split(self.ranks, -1)], -1)
+
+    def softmax_gradient(self, logits: Tensor, grad_z: Tensor, h: Tensor) -> Tensor:
+        """What the mixer's logits (C, N, slots) get from the gradient of z = s w h (C, N, R)."""
+        amounts = self.amounts(logits, h)
+        pull = self.to_slots(grad_z * h) * amounts
+        return pull - amounts / h.new_tensor(self.scalings) * pull.sum(-1, keepdim=True)
+
+
+def add_low_rank(
+    y: Tensor,
+    x: Tensor,
+    keep: Tensor | None,
+    combination: Combination,
+    factors: tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None],
+) -> Tensor:
+    """Add the slots' mixed output to the base layer's output.
+
+    Shapes: y (C, N, d_out), x (C, N, d_in), keep (C, N, d_in) holding 0 or 1/(1-p); factors are
+    the A of each slot (C, r_i, d_in), the B of each (C, d_out, r_i) and G (C, slots, d_in).
+    Returns (C, N, d_out) in y's dtype. Factors of a higher precision than y are cast for the
+    matmuls; their gradients come back in their own.
+    """
+    a, b, g = factors
+    out: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]  # torch declares it so
+        y, x, keep, combination, *a, *b, *(() if g is None else (g,))
+    )
+    return out
+
+
+class _Joined:
+    """The factors side by side: a (C, R, d_in), b (C, d_out, R), g (C, slots, d_in) or None."""
+
+    def __init__(self, factors: Sequence[Tensor], slots: int, dtype: torch.dtype) -> None:
+        cast = [factor.to(dtype) for factor in factors]
+        self.a = torch.cat(cast[:slots], 1) if slots > 1 else cast[0]
+        self.b = torch.cat(cast[slots : 2 * slots], 2) if slots > 1 else cast[1]
+        self.g = cast[2 * slots] if len(cast) > 2 * slots else None
+
+    def down(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The dropped input, h (C, N, R) and the mixer's logits (C, N, slots)."""
+        if self.g is None:
+            dropped = x if keep is None else x * keep
+            return dropped, dropped @ self.a.mT, None
+        if keep is not None:
+            dropped = x * keep
+            return dropped, dropped @ self.a.mT, x @ self.g.mT
+        joined = x @ torch.cat([self.a, self.g], 1).mT
+        h, logits = joined.split([self.a.shape[1], self.g.shape[1]], -1)
+        return x, h, logits
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        keep: Tensor | None,
+        combination: Combination,
+        *factors: Tensor,
+    ) -> Tensor:
+        joined = _Joined(factors, len(combination.ranks), y.dtype)
+        _, h, logits = joined.down(x.to(y.dtype), keep)
+        z = h * combination.to_rows(combination.amounts(logits, h))
+        ctx.save_for_backward(x, keep, *factors)
+        ctx.combination, ctx.dtype = combination, y.dtype
+        return torch.baddbmm(y, z, joined.b.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        saved_x, keep, *factors = ctx.saved_tensors
+        combination: Combination = ctx.combination
+        slots = len(combination.ranks)
+        _, needs_x, _, _, *needs = ctx.needs_input_grad
+        joined = _Joined(factors, slots, ctx.dtype)
+        x = saved_x.to(ctx.dtype)
+        dropped, h, logits = joined.down(x, keep)
+        rows = combination.to_rows(combination.amounts(logits, h))
+
+        grad_z = grad @ joined.b
+        grad_h = grad_z * rows
+        grad_logits = None
+        if logits is not None:
+            grad_logits = combination.softmax_gradient(logits, grad_z, h)
+
+        grad_x = None
+        if needs_x:
+            grad_x = grad_h @ joined.a if keep is None else (grad_h @ joined.a) * keep
+            if grad_logits is not None and joined.g is not None:
+                grad_x = grad_x + grad_logits @ joined.g
+            grad_x = grad_x.to(saved_x.dtype)
+
+        grad_a = _per_trained_slot(grad_h, dropped, combination.ranks, needs[:slots])
+        grad_b = _per_trained_slot(h * rows, grad, combination.ranks, needs[slots : 2 * slots])
+        grad_b = [None if part is None else part.mT for part in grad_b]
+        grad_g = []
+        if grad_logits is not None:
+            grad_g = [grad_logits.mT @ x if needs[-1] else None]
+        return (
+            grad,
+            grad_x,
+            None,
+            None,
+            *(
+                None if part is None else part.to(factor.dtype)
+                for part, factor in zip([*grad_a, *grad_b, *grad_g], factors, strict=True)
+            ),
+        )
+
+
+def _per_trained_slot(
+    rows: Tensor, other: Tensor, ranks: tuple[int, ...], needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """rows^T other for the slots that train, in one matmul: (C, r_i, d) each; frozen slots None."""
+    if not any(needs):
+        return [None] * len(ranks)
+    parts = [part for part, wanted in zip(rows.split(ranks, -1), needs, strict=True) if wanted]
+    product = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mT @ other
+    trained = iter(product.split([r for r, need in zip(ranks, needs, strict=True) if need], 1))
+    return [next(trained) if wanted else None for wanted in needs]

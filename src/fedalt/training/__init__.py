@@ -1,0 +1,1 @@
+"""Local training: batches, the loss on answers only, and the one training loop."""

@@ -1,0 +1,164 @@
+"""What a serving is worth on a client's examples: answer loss, accuracy, generated text."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import GenerationConfig
+
+from fedalt import tree as trees
+from fedalt.data.examples import Example
+from fedalt.data.prompts import encode_answer
+from fedalt.methods.contract import Serving
+from fedalt.metrics import text_metrics
+from fedalt.models import Base
+from fedalt.training.batches import by_length, collate
+from fedalt.training.loop import TrainingError, out_of_memory
+from fedalt.training.loss import token_losses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scoring:
+    """How test and validation examples are scored.
+
+    `generate`: also write answers, for exact match and ROUGE, with `beams` beams (1 is greedy) and
+    at most `max_new_tokens` tokens each.
+    """
+
+    batch_size: int = 32
+    generate: bool = True
+    beams: int = 1
+    max_new_tokens: int = 80
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "beams", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics by name, and the generated texts in the order of the examples.
+
+    `loss`: mean over all answer tokens, nats. `accuracy` in [0, 1]: share of examples whose right
+    option is the likeliest of its options, counted over those that list their answer.
+    """
+
+    metrics: dict[str, float]
+    predictions: tuple[str, ...] = ()
+
+
+@torch.no_grad()
+def score(base: Base, serving: Serving, examples: Sequence[Example], scoring: Scoring) -> Scores:
+    """Score one client's serving."""
+    if not examples:
+        return Scores({})
+    metrics = _likelihoods(base, serving, examples, scoring.batch_size)
+    if not scoring.generate or examples[0].label is not None:
+        return Scores(metrics)
+    predictions = generate(base, serving, [example.prompt_ids for example in examples], scoring)
+    metrics |= text_metrics(predictions, [example.answer for example in examples])
+    return Scores(metrics, tuple(predictions))
+
+
+@torch.no_grad()
+def generate(
+    base: Base, serving: Serving, prompts: Sequence[Sequence[int]], scoring: Scoring
+) -> list[str]:
+    """Write an answer to every prompt: greedy or beam search, never sampled."""
+    pad = base.pad_id
+    config = GenerationConfig(
+        max_new_tokens=scoring.max_new_tokens,
+        num_beams=scoring.beams,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=base.tokenizer.eos_token_id,
+    )
+    device = base.adapted.device
+    tree = trees.on(serving.tree, device)
+    texts = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    for first in range(0, len(order), scoring.batch_size):
+        rows = order[first : first + scoring.batch_size]
+        width = len(prompts[rows[0]])
+        # Padded on the left, so that every prompt ends where its answer begins.
+        ids = torch.full((len(rows), width), pad)
+        mask = torch.zeros_like(ids)
+        for row, index in enumerate(rows):
+            ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
+            mask[row, width - len(prompts[index]) :] = 1
+        with base.adapted.bound(serving.plan, tree) as model:
+            written = model.generate(
+                input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
+            )
+        decoded = base.tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+        for index, text in zip(rows, decoded, strict=True):
+            texts[index] = text.strip()
+    return texts
+
+
+def _likelihoods(
+    base: Base, serving: Serving, examples: Sequence[Example], batch_size: int
+) -> dict[str, float]:
+    """Answer loss, and accuracy over options; the right option is computed once for both."""
+    if examples[0].label is not None:
+        return _classification(base, serving, examples, batch_size)
+    candidates = list(examples)
+    options: dict[int, list[int]] = {}
+    for index, example in enumerate(examples):
+        if example.answer not in example.options:
+            continue
+        options[index] = [index]
+        for option in example.options:
+            if option != example.answer:
+                options[index].append(len(candidates))
+                ids = (*example.prompt_ids, *encode_answer(option, base.tokenizer))
+                candidates.append(replace(example, ids=ids, answer=option))
+    sums, counts = _sums(base, serving, candidates, batch_size)
+    answers = slice(0, len(examples))
+    metrics = {"loss": float(sums[answers].sum() / counts[answers].sum().clamp(min=1))}
+    if options:
+        right = [int(sums[rows].argmin()) == 0 for rows in options.values()]
+        metrics["accuracy"] = sum(right) / len(right)
+    return metrics
+
+
+def _sums(
+    base: Base, serving: Serving, candidates: Sequence[Example], batch_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of answer losses and number of answer tokens of every candidate, float64."""
+    sums = torch.zeros(len(candidates), dtype=torch.float64)
+    counts = torch.zeros_like(sums)
+    tree = trees.on(serving.tree, base.adapted.device)
+    for rows in by_length(candidates, batch_size):
+        # Each candidate is its own owner, so that the loss's bookkeeping adds up per candidate.
+        batch = collate([[candidates[row]] for row in rows], base.pad_id, base.adapted.device)
+        with base.adapted.bound(serving.plan, tree) as model:
+            try:
+                losses = token_losses(model, batch).double()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise TrainingError(
+                    f"out of memory while scoring {len(rows)} texts of up to {batch.ids.shape[1]} "
+                    "tokens at once; lower --eval-batch-size or --max-length"
+                ) from error
+        owners = batch.owners
+        zeros = losses.new_zeros(len(rows))
+        sums[rows] = zeros.index_add(0, owners, losses).cpu()
+        counts[rows] = zeros.index_add(0, owners, torch.ones_like(losses)).cpu()
+    return sums, counts
+
+
+def _classification(
+    base: Base, serving: Serving, examples: Sequence[Example], batch_size: int
+) -> dict[str, float]:
+    losses, right = 0.0, 0
+    tree = trees.on(serving.tree, base.adapted.device)
+    for rows in by_length(examples, batch_size):
+        batch = collate([[examples[row] for row in rows]], base.pad_id, base.adapted.device)
+        with base.adapted.bound(serving.plan, tree) as model:
+            logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits.float()
+        losses += float(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum"))
+        right += int((logits.argmax(-1) == batch.targets).sum())
+    return {"loss": losses / len(examples), "accuracy": right / len(examples)}

@@ -1,0 +1,149 @@
+"""The base model and its tokenizer, from a folder, a hub id, or the one that comes built in."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from fedalt.adapters.layer import AdaptedModel
+
+BUILT_IN = "tiny"
+Quantise = Literal["8bit", "4bit"]
+
+
+class ModelError(ValueError):
+    """A base model or tokenizer that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model ready to be bound, its tokenizer, and what identifies it."""
+
+    adapted: AdaptedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    fingerprint: str
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills up a batch; it carries no loss and no attention."""
+        token = self.tokenizer.pad_token_id
+        return int(token if token is not None else self.tokenizer.eos_token_id)
+
+
+def load_base(
+    name: str,
+    *,
+    labels: Sequence[str] = (),
+    targets: str | Sequence[str] | None = None,
+    quantise: Quantise | None = None,
+    device: str | None = None,
+) -> Base:
+    """Load a base model and wrap its layers.
+
+    `name` is a folder, a hub id, or "tiny". With `labels` the model becomes a sequence classifier
+    with a fresh head for them. On a CPU the weights are float32; on a GPU they keep their own
+    dtype. The model's own dropout is off: fedalt's adapters bring theirs, seeded.
+    Raises ModelError.
+    """
+    place = location(name)
+    tokenizer = _load_tokenizer(name, place)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        config = AutoConfig.from_pretrained(place)
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(config, key, 0.0)
+        if config.pad_token_id is None:  # a classifier looks for the last token that is not this
+            config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+        options: dict[str, Any] = {
+            "config": config,
+            "dtype": torch.float32 if device == "cpu" else "auto",
+        }
+        if quantise:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=quantise == "8bit", load_in_4bit=quantise == "4bit"
+            )
+        if labels:
+            config.num_labels = len(labels)
+            config.id2label = dict(enumerate(labels))
+            config.label2id = {label: i for i, label in enumerate(labels)}
+            # Only to keep the global generator as it was: fedalt draws the head's start itself.
+            with torch.random.fork_rng():
+                model = AutoModelForSequenceClassification.from_pretrained(place, **options)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(place, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
+    if not quantise:
+        model = model.to(device)
+    model.config.use_cache = False
+    if not labels:
+        # What a model's card sets for sampling would only draw warnings from greedy decoding.
+        model.generation_config.update(
+            do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True
+        )
+    fingerprint = fingerprint_of(model)
+    return Base(AdaptedModel(model, targets), tokenizer, name, fingerprint)
+
+
+def location(name: str) -> str:
+    """The folder of a model's name, or the name itself where it is a hub id. Raises ModelError."""
+    if name == BUILT_IN:
+        return str(Path(__file__).parent / "assets" / "tiny-base")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"the model folder {name!r} has no config.json")
+        return str(folder)
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ModelError(f"there is no model folder {name!r}")
+    return name
+
+
+def fingerprint_of(model: PreTrainedModel) -> str:
+    """A digest of all shapes and of the first numbers of each tensor.
+
+    Cheap, and tells models apart; it is not a proof against somebody who wants two models to look alike.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(str(tensor.flatten()[:16].float().tolist()).encode())
+    return digest.hexdigest()[:16]
+
+
+def _load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place)
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(
+            f"cannot load a tokenizer for the model {name!r}: {_first_line(error)}; expected "
+            "tokenizer.json and tokenizer_config.json beside the weights"
+        ) from error
+    if len(tokenizer) == 0 or not tokenizer("a b c", add_special_tokens=False)["input_ids"]:
+        raise ModelError(
+            f"the model {name!r} has no usable tokenizer; expected tokenizer.json and "
+            "tokenizer_config.json beside the weights"
+        )
+    if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
+        raise ModelError(f"the tokenizer of {name!r} has no end-of-text token")
+    return tokenizer
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

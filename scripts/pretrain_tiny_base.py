@@ -358,7 +358,7 @@ def build_cache(args: argparse.Namespace, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     partial = folder / "partial.npz"
-    np.savez(partial, **arrays)
+    np.savez(partial, **arrays)  # type: ignore[arg-type]  # the stub sees allow_pickle in them
     partial.replace(folder / "tokens.npz")
     LOG.info("tokenised in %.0f s", time.monotonic() - started)
 
@@ -436,7 +436,8 @@ def orthogonalise(update: Tensor, steps: int = 5) -> Tensor:
     tall = x.size(-2) > x.size(-1)
     if tall:
         x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    norm: Tensor = x.norm(dim=(-2, -1), keepdim=True)
+    x = x / (norm + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * (gram @ gram)) @ x
@@ -455,20 +456,21 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all matrices; equal shapes are handled in one batched product."""
         for group in self.param_groups:
-            shapes: dict[torch.Size, list[Tensor]] = {}
+            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for param in group["params"]:
                 if param.grad is not None:
-                    shapes.setdefault(param.shape, []).append(param)
-            for shape, params in shapes.items():
+                    shapes.setdefault(param.shape, []).append((param, param.grad))
+            for shape, pairs in shapes.items():
                 updates = []
-                for param in params:
+                for param, grad in pairs:
                     state = self.state[param]
                     if not state:
                         state["momentum"] = torch.zeros_like(param)
-                    state["momentum"].lerp_(param.grad, 1 - group["momentum"])
-                    updates.append(param.grad.lerp(state["momentum"], group["momentum"]))
+                    state["momentum"].lerp_(grad, 1 - group["momentum"])
+                    updates.append(grad.lerp(state["momentum"], group["momentum"]))
                 scale = math.sqrt(max(1.0, shape[0] / shape[1]))
-                for param, update in zip(params, orthogonalise(torch.stack(updates)), strict=True):
+                updates = list(orthogonalise(torch.stack(updates)))
+                for (param, _), update in zip(pairs, updates, strict=True):
                     param.mul_(1 - group["lr"] * group["decay"])
                     param.add_(update, alpha=-group["lr"] * scale)
 
@@ -651,9 +653,10 @@ and it has had no safety training. Do not use it for anything but trying out the
 | Parameters | {parameters:,} |
 | Hidden size, layers, heads, MLP | {hidden}, {layers}, {heads}, {intermediate} |
 | Vocabulary | {vocab:,}, byte-level BPE with single digits |
-| Special tokens | `{eos}` (bos and eos), `{pad}`; encoding adds none by itself |
 | Positions | trained at {length} tokens; the configuration allows 1,024, where it is worse |
 | Size on disk | {bytes_on_disk:,} bytes, tokenizer included |
+
+The special tokens are `{eos}` (both bos and eos) and `{pad}`; encoding adds none by itself.
 
 ## Training
 
@@ -734,6 +737,19 @@ JSON-lines file with the fields `instruction`, `context` and `output`.
 """
 
 
+def changed_options(args: argparse.Namespace) -> str:
+    """Return the options that shaped the model and differ from their defaults."""
+    plain = vars(parse_args(["--corpus", "x", "--instructions", "x", "--out", "x"]))
+    shown = {"corpus", "instructions", "out", "minutes", "seed"}
+    places = {"cache", "log", "eval_minutes", "save_minutes"}
+    parts: list[str] = []
+    for name, value in vars(args).items():
+        if name not in shown | places and value != plain[name]:
+            flag = "--" + name.replace("_", "-")
+            parts.append(flag if value is True else f"{flag} {value}")
+    return "".join(f" {part}" for part in parts)
+
+
 def write_card(
     folder: Path,
     report: Report,
@@ -756,7 +772,7 @@ def write_card(
     )
     command = (
         "python scripts/pretrain_tiny_base.py --corpus CORPUS_DIR --instructions INSTRUCTIONS \\\n"
-        f"    --out OUT_DIR --minutes {args.minutes:g} --seed {args.seed}"
+        f"    --out OUT_DIR --minutes {args.minutes:g} --seed {args.seed}{changed_options(args)}"
     )
     figures = {**asdict(report), "compiled": "on" if report.compiled else "off"}
     text = CARD.format(

@@ -1,23 +1,15 @@
-"""States and messages to bytes and back: one safetensors file, on disk and on the wire alike.
+"""States and messages to bytes and back: the same format on disk and on the wire.
 
-The header's `__metadata__` holds format, version, class, facts (every field that is no tensor, as
-JSON) and sha256 (of all the rest). A tensor's key is its field, slot, factor and site, joined by
-"/". Equal values give equal bytes, and nothing but those bytes decodes to them.
-
-The container is written here because the library's functions on bytes hide the metadata, order it
-by chance and copy every tensor twice; what is written here, the library reads.
+The bytes are a safetensors file. A tensor's key is its field, slot, factor and site, joined by
+"/"; all that is no tensor is JSON, whose types are those that the dataclass declares.
 """
 
-import contextlib
 import json
 import math
-import os
 import reprlib
-import secrets
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from hashlib import sha256
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,50 +17,12 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 import torch
 from torch import Tensor
 
+from fedalt.container import CodecError as CodecError
+from fedalt.container import dump, pack, unpack
+from fedalt.files import atomic_write as atomic_write
 from fedalt.tree import Name, Tree
 
-FORMAT = "fedalt"
-VERSION = "1"
-MAX_HEADER = 2**25  # bytes; a hundred thousand tensors need half of it
-MAX_DIMENSIONS = 32
-
-_METADATA = ("format", "version", "class", "facts", "sha256")
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_SCALARS = (bool, int, float, str, NoneType)
-
 T = TypeVar("T")
-
-
-class CodecError(ValueError):
-    """Bytes that are no state or message, or a value that the codec cannot hold."""
-
-
-class _Entry(NamedTuple):
-    """A tensor as the header describes it."""
-
-    code: str
-    shape: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        """Bytes of one element."""
-        return _DTYPES[self.code].itemsize
-
-    @property
-    def size(self) -> int:
-        """Bytes of all elements."""
-        return math.prod(self.shape) * self.width
 
 
 def encode(value: object, *, omit: Collection[str] = ()) -> bytes:
@@ -78,22 +32,10 @@ def encode(value: object, *, omit: Collection[str] = ()) -> bytes:
     equal bytes, whatever the order of their trees and mappings. An int in a field declared float
     is written as that float. Gradients, devices and shared memory are not kept.
     """
+    cls = type(value)
     tensors: dict[str, Tensor] = {}
-    facts = _pack_fields(type(value), value, (), tensors, omit)
-    entries = {key: _Entry(_CODES[each.dtype], tuple(each.shape)) for key, each in tensors.items()}
-    metadata = {
-        "format": FORMAT,
-        "version": VERSION,
-        "class": _class_name(type(value)),
-        "facts": _dump(facts),
-        "sha256": "",
-    }
-    parts = [_bytes_of(tensors[key]) for key in _in_order(entries)]
-    metadata["sha256"] = _digest(metadata, entries, parts)
-    header = _header(metadata, entries)
-    if len(header) > MAX_HEADER:
-        raise CodecError(f"a header of {len(header)} bytes, but at most {MAX_HEADER} can be read")
-    return b"".join([header, *parts])
+    facts = _flatten_fields(cls, value, (), tensors, omit)
+    return pack({"class": _label(cls), "facts": dump(facts)}, tensors)
 
 
 def decode(
@@ -104,20 +46,20 @@ def decode(
     `given` holds the fields that were omitted. With `finite`, NaN and infinity are errors, in
     tensors and in facts. Trees come back sorted by name, on the CPU, in memory of their own.
     """
-    given = given or {}
+    texts, tensors = unpack(data)
+    if texts.keys() != {"class", "facts"}:
+        raise CodecError(f"the metadata are {sorted(texts)} instead of class and facts")
+    if texts["class"] != _label(cls):
+        raise CodecError(f"these bytes hold a {texts['class']}, but a {_label(cls)} was expected")
+    if finite:
+        _require_finite(tensors.items())
+    source = _Source(tensors, sorted(tensors), finite)
     try:
-        metadata, tensors = _open(memoryview(data))
-        if metadata["class"] != (wanted := _class_name(cls)):
-            raise CodecError(f"these bytes hold a {metadata['class']}, but a {wanted} was expected")
-        facts = _parse(metadata["facts"])
-        if finite:
-            _require_finite(tensors.items())
-        source = _Source(tensors, sorted(tensors), finite)
-        value: T = _take_fields(cls, facts, (), source, given)
-        if tensors:
-            raise CodecError(f"{len(tensors)} unexpected tensors, first {min(tensors)}")
+        value: T = _build(cls, _parse(texts["facts"]), (), source, given or {})
     except RecursionError:
         raise CodecError("the facts are nested deeper than any state") from None
+    if tensors:
+        raise CodecError(f"{len(tensors)} unexpected tensors, first {min(tensors)}")
     return value
 
 
@@ -138,12 +80,11 @@ def check_tree(
     if extra := tree.keys() - shapes.keys():
         raise CodecError(f"{what} has {len(extra)} unexpected tensors, first {min(extra)}")
     for name in sorted(tree):
-        tensor = tree[name]
-        if tuple(tensor.shape) != (shape := tuple(shapes[name])):
-            got = tuple(tensor.shape)
-            raise CodecError(f"{what}: {name} has shape {got}, but {shape} was expected")
-        if dtype is not None and tensor.dtype != dtype:
-            raise CodecError(f"{what}: {name} is {tensor.dtype}, but {dtype} was expected")
+        got, wanted = tuple(tree[name].shape), tuple(shapes[name])
+        if got != wanted:
+            raise CodecError(f"{what}: {name} has shape {got}, but {wanted} was expected")
+        if dtype is not None and tree[name].dtype != dtype:
+            raise CodecError(f"{what}: {name} is {tree[name].dtype}, but {dtype} was expected")
     if finite:
         _require_finite((f"{what}: {name}", tree[name]) for name in sorted(tree))
 
@@ -172,32 +113,224 @@ def read(
         raise CodecError(f"{path}: {error}") from error
 
 
-def atomic_write(path: Path, data: bytes) -> None:
-    """Replace a file by one with this content, so that a crash leaves the old or the new one.
+def _require_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+    for where, tensor in named:
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CodecError(f"{where} holds NaN or infinity")
 
-    The new content waits beside it in a file `.XXXX.tmp`, which only a kill can leave behind.
-    """
-    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+
+# From here on: a value and its plain form, which is what JSON knows, as its declaration says.
+
+_SCALARS = (bool, int, float, str, NoneType)
+_ODD_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers
+_EXACT = 2**53  # floats hold every int up to here
+
+
+class _Source(NamedTuple):
+    """Tensors not yet taken, all keys sorted, and whether NaN is an error."""
+
+    tensors: dict[str, Tensor]
+    keys: list[str]
+    finite: bool
+
+
+def _label(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    if not is_dataclass(cls):
+        raise CodecError(f"{_label(cls)} is no dataclass")
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+def _tag(hint: Any, where: str) -> str:
+    """What marks the plain form of a type; "" for those that JSON tells apart by itself."""
+    origin, args = get_origin(hint), get_args(hint)
+    if hint in _SCALARS or origin in (tuple, Literal):
+        return ""
+    if origin in (dict, Mapping) and args == (Name, Tensor):
+        return "tree"
+    if origin in (dict, Mapping) and args[0] is str:
+        return "mapping"
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _label(hint)
+    raise CodecError(f"{where} is declared {hint}, which the codec cannot hold")
+
+
+def _options(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+
+
+def _items(hint: Any, count: int) -> tuple[Any, ...]:
+    """What the items of a tuple are declared as, if it has `count` of them."""
+    args = get_args(hint)
+    return args[:1] * count if args[1:] == (Ellipsis,) else args
+
+
+def _fits(hint: Any, value: object, sequence: type) -> bool:
+    """Whether the outermost part is of the declared type; `sequence` stands for tuple."""
+    if get_origin(hint) is Literal:
+        return any(type(each) is type(value) and each == value for each in get_args(hint))
+    if get_origin(hint) is tuple and isinstance(value, (tuple, list)):
+        return type(value) is sequence and len(_items(hint, len(value))) == len(value)
+    return type(value) is hint
+
+
+def _holds(hint: Any, value: Any, where: str) -> bool:
+    """Whether a value is of the declared type."""
+    if (tag := _tag(hint, where)) in ("tree", "mapping"):
+        key_type = Name if tag == "tree" else str
+        return isinstance(value, Mapping) and all(type(key) is key_type for key in value)
+    if hint is float and type(value) is int:
+        return abs(value) <= _EXACT
+    return _fits(hint, value, tuple)
+
+
+def _announces(hint: Any, plain: Any, where: str) -> bool:
+    """Whether a plain form is that of the declared type."""
+    tag = _tag(hint, where)
+    content = next(iter(plain.values())) if isinstance(plain, dict) and len(plain) == 1 else None
+    if hint is float and content is not None:
+        return plain == {"float": content} and str(content) in _ODD_FLOATS
+    if tag == "tree":
+        return plain == {tag: content} and type(content) is int
+    if tag:
+        return plain == {tag: content} and isinstance(content, dict)
+    return _fits(hint, plain, list)
+
+
+def _flatten_fields(
+    cls: type,
+    value: object,
+    path: tuple[str, ...],
+    tensors: dict[str, Tensor],
+    omit: Collection[str] = (),
+) -> dict[str, Any]:
+    hints = _hints(cls)
+    if unknown := set(omit) - hints.keys():
+        raise CodecError(f"{_label(cls)} has no field {min(unknown)!r} to omit")
+    return {
+        name: _flatten(hint, getattr(value, name), (*path, name), tensors)
+        for name, hint in hints.items()
+        if name not in omit
+    }
+
+
+def _flatten(hint: Any, value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """The plain form of a value; its tensors are put into `tensors`."""
+    where = "/".join(path)
+    options = [option for option in _options(hint) if _holds(option, value, where)]
+    if not options:
+        raise CodecError(f"{where} is {reprlib.repr(value)}, but {hint} is declared")
+    hint = type(value) if type(value) in options else options[0]
+    if hint is float:
+        return float(value) if math.isfinite(value) else {"float": str(value)}
+    if get_origin(hint) is tuple:
+        items = zip(_items(hint, len(value)), value, strict=True)
+        return [_flatten(*item, (*path, str(i)), tensors) for i, item in enumerate(items)]
+    match _tag(hint, where):
+        case "":
+            _require_json(value, where)
+            return value
+        case "tree":
+            for name, tensor in value.items():
+                key = _key((*path, name.slot, name.factor), name.site)
+                _require_json(key, where)
+                tensors[key] = tensor
+            return {"tree": len(value)}
+        case "mapping":
+            each = get_args(hint)[1]
+            for key in value:
+                _require_json(key, where)
+            return {"mapping": {k: _flatten(each, value[k], (*path, k), tensors) for k in value}}
+        case label:
+            return {label: _flatten_fields(hint, value, path, tensors)}
+
+
+def _key(path: tuple[str, ...], last: str) -> str:
+    """The parts of a path joined, after which only `last` may contain the sign that joins them."""
+    for part in path:
+        if "/" in part:
+            raise CodecError(f"{part!r} is part of a tensor's key and must not contain '/'")
+    return "/".join((*path, last))
+
+
+def _require_json(value: object, where: str) -> None:
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):  # a full disk's own error names no file
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        dump(value).encode()
+    except ValueError as error:  # half a surrogate pair, an int of thousands of digits
+        raise CodecError(f"{where} holds what JSON cannot: {error}") from error
 
 
-def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
+def _parse(text: str) -> Any:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        plain = json.loads(text)
+        if dump(plain) != text:  # such as a key twice
+            raise ValueError("they are not as they were written")
+    except ValueError as error:
+        raise CodecError(f"the facts cannot be read: {error}") from error
+    return plain
+
+
+def _restore(hint: Any, plain: Any, path: tuple[str, ...], source: _Source) -> Any:
+    """The value of a plain form; its tensors are taken out of the source."""
+    where = "/".join(path)
+    options = [option for option in _options(hint) if _announces(option, plain, where)]
+    if not options:
+        raise CodecError(f"{where} is {reprlib.repr(plain)}, but {hint} is declared")
+    hint = options[0]
+    if hint is float:
+        number = _ODD_FLOATS[plain["float"]] if isinstance(plain, dict) else plain
+        if source.finite and not math.isfinite(number):
+            raise CodecError(f"{where} is {number}, but a finite number was expected")
+        return number
+    if get_origin(hint) is tuple:
+        items = zip(_items(hint, len(plain)), plain, strict=True)
+        return tuple(_restore(*item, (*path, str(i)), source) for i, item in enumerate(items))
+    match _tag(hint, where):
+        case "":
+            return plain
+        case "tree":
+            return _take_tree(plain["tree"], path, source)
+        case "mapping":
+            each, content = get_args(hint)[1], plain["mapping"]
+            return {key: _restore(each, content[key], (*path, key), source) for key in content}
+        case label:
+            return _build(hint, plain[label], path, source, {})
+
+
+def _take_tree(count: int, path: tuple[str, ...], source: _Source) -> Tree:
+    """The `count` tensors whose keys begin with the path."""
+    prefix = _key(path, "")
+    begin = bisect_left(source.keys, prefix)
+    tree: Tree = {}
+    for key in source.keys[begin : begin + count]:
+        match key.removeprefix(prefix).split("/", 2):
+            case slot, factor, site if key.startswith(prefix):
+                tree[Name(site, slot, factor)] = source.tensors.pop(key)
+    if len(tree) != count:
+        raise CodecError(f"{prefix[:-1]} holds {len(tree)} tensors instead of {count}")
+    return {name: tree[name] for name in sorted(tree)}
+
+
+def _build(
+    cls: type[T],
+    facts: Any,
+    path: tuple[str, ...],
+    source: _Source,
+    given: Mapping[str, object],
+) -> T:
+    where, hints = "/".join((_label(cls), *path)), _hints(cls)
+    if not isinstance(facts, dict):
+        raise CodecError(f"{where} is {reprlib.repr(facts)} instead of fields")
+    if missing := hints.keys() - given.keys() - facts.keys():
+        raise CodecError(f"{where} lacks the field {min(missing)!r}")
+    if extra := facts.keys() - (hints.keys() - given.keys()):
+        raise CodecError(f"{where} has the unexpected field {min(extra)!r}")
+    values = {name: _restore(hints[name], facts[name], (*path, name), source) for name in facts}
+    try:
+        return cls(**values, **given)
+    except Exception as error:  # whatever the class itself checks
+        raise CodecError(f"{where}: {error}") from error

@@ -117,7 +117,7 @@ def location(name: str) -> str:
 def fingerprint_of(model: PreTrainedModel) -> str:
     """A digest of all shapes and of the first numbers of each tensor.
 
-    Cheap, and tells models apart; it is not a proof against somebody who wants two models to look alike.
+    Cheap, and tells models apart; not a proof against somebody who forges one.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):

@@ -26,15 +26,18 @@ class Combination:
     scalings: tuple[float, ...]
     weights: tuple[float, ...] | None
 
-    def amounts(self, logits: Tensor | None, like: Tensor) -> Tensor:
-        """s_i w_i: (C, N, slots) from the mixer's logits, (1, 1, slots) where fixed."""
-        scalings = like.new_tensor(self.scalings)
+    def shares(self, logits: Tensor | None, like: Tensor) -> Tensor:
+        """w_i: (C, N, slots) from the mixer's logits, (1, 1, slots) where fixed."""
         if logits is None:
             assert self.weights is not None
-            return (scalings * like.new_tensor(self.weights))[None, None]
+            return like.new_tensor(self.weights)[None, None]
         # float: the weights of a bf16 row would not sum to 1
         accurate = logits if logits.dtype == torch.float64 else logits.float()
-        return accurate.softmax(-1).to(like.dtype) * scalings
+        return accurate.softmax(-1).to(like.dtype)
+
+    def amounts(self, logits: Tensor | None, like: Tensor) -> Tensor:
+        """s_i w_i, in the shape of `shares`."""
+        return self.shares(logits, like) * like.new_tensor(self.scalings)
 
     def to_rows(self, per_slot: Tensor) -> Tensor:
         """(..., slots) -> (..., R): each slot's number for each of its rank rows."""
@@ -50,9 +53,9 @@ class Combination:
 
     def softmax_gradient(self, logits: Tensor, grad_z: Tensor, h: Tensor) -> Tensor:
         """What the mixer's logits (C, N, slots) get from the gradient of z = s w h (C, N, R)."""
-        amounts = self.amounts(logits, h)
-        pull = self.to_slots(grad_z * h) * amounts
-        return pull - amounts / h.new_tensor(self.scalings) * pull.sum(-1, keepdim=True)
+        shares = self.shares(logits, h)
+        pull = self.to_slots(grad_z * h) * shares * h.new_tensor(self.scalings)
+        return pull - shares * pull.sum(-1, keepdim=True)
 
 
 def add_low_rank(

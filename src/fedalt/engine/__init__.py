@@ -1,0 +1,1 @@
+"""Engines: what runs a method over clients, and the schedule of a run."""

@@ -62,10 +62,6 @@ class Ledger(Protocol):
         """The client's latest upload."""
         ...
 
-    def __len__(self) -> int:
-        """How many clients have ever uploaded."""
-        ...
-
     def put(self, client_id: str, message: Message) -> "Ledger":
         """A ledger in which the client's entry is this message."""
         ...

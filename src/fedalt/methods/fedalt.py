@@ -39,10 +39,11 @@ REST_OF_WORLD = "rest_of_world"
 
 @dataclass(frozen=True)
 class Server:
-    """Sum of all latest uploads (float64), the sum of their weights, and the uploads themselves."""
+    """Sum of all latest uploads (float64) and of their weights, how many, and the uploads."""
 
     total: Tree = field(default_factory=dict)
     weight: float = 0.0
+    clients: int = 0
     latest: Ledger = field(default_factory=MemoryLedger)
 
 
@@ -95,7 +96,7 @@ class FedALT:
 
     def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
         """The same for every client, so that it can be encoded once."""
-        return Message(server.total, {"weight": server.weight, "clients": len(server.latest)})
+        return Message(server.total, {"weight": server.weight, "clients": server.clients})
 
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train adapter and mixer against the frozen rest of world; upload the adapter."""
@@ -113,16 +114,19 @@ class FedALT:
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """Put each client's new upload in the place of its last one, in the total too."""
-        total, weight, latest = server.total, server.weight, server.latest
+        total, weight = server.total, server.weight
+        clients, latest = server.clients, server.latest
         for client_id, upload in replies:
             if client_id in latest:
                 last = latest[client_id]
                 total = subtract(total, _weighed(last))
                 weight -= float(last.facts["weight"])
+                clients -= 1
             total = add(total, _weighed(upload)) if total else _weighed(upload)
             weight += float(upload.facts["weight"])
+            clients += 1
             latest = latest.put(client_id, upload)
-        return Server(total, weight, latest)
+        return Server(total, weight, clients, latest)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The newest rest of world with the mixer trained against the one before, as published."""

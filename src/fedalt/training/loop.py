@@ -18,7 +18,6 @@ from fedalt.training.batches import collate, epoch_order, steps_per_epoch
 from fedalt.training.loss import client_means, token_losses
 from fedalt.tree import Name, Tree
 
-
 OnStep = Callable[[int, int, float], None]
 
 

@@ -1,0 +1,249 @@
+"""A folder of client data: opened and checked once, then read client by client."""
+
+import hashlib
+import json
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedalt.data.examples import Kind, Split
+from fedalt.data.jsonl import Item, read_at, read_items
+from fedalt.data.layout import (
+    SPLITS,
+    Layout,
+    Source,
+    find_layout,
+    require_distinct,
+    require_safe,
+    require_train,
+)
+from fedalt.data.records import DataError, Problems, Record, parse_record
+
+CLIENT_FIELDS = ("client", "client_id")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one client's records of one split lie; `starts` are their bytes in a shared file."""
+
+    file: Path
+    records: int
+    starts: "array[int] | None" = None
+
+
+@dataclass(frozen=True)
+class DataFolder:
+    """Client data on disk that has been checked.
+
+    `clients` are sorted; `labels` are those of the train files, sorted, whole numbers by value,
+    and empty unless `kind` is "classify"; `fingerprint` is 64 hex digits over clients, splits and
+    records; `ignored` are files that belong to no layout. No text is held in memory.
+    """
+
+    path: Path
+    clients: tuple[str, ...]
+    kind: Kind
+    labels: tuple[str, ...]
+    fingerprint: str
+    ignored: tuple[str, ...]
+    parts: Mapping[tuple[str, Split], Part] = field(repr=False)
+
+    def counts(self, client_id: str, split: Split) -> int:
+        """How many records a client has in a split; 0 if it has none."""
+        part = self._part(client_id, split)
+        return 0 if part is None else part.records
+
+    def records(self, client_id: str, split: Split) -> list[Record]:
+        """A client's records of a split, read from disk at each call; [] if it has none."""
+        part = self._part(client_id, split)
+        if part is None:
+            return []
+        problems = Problems(part.file)
+        try:
+            if part.starts is None:
+                values = (item.value for item in read_items(part.file, part.file.name, problems))
+                records = [parse_record(value) for value in values]
+            else:
+                records = [parse_record(value) for value in read_at(part.file, iter(part.starts))]
+        except (OSError, ValueError) as error:
+            raise DataError(f"{part.file}: changed since it was opened ({error})") from error
+        problems.raise_if_any()
+        if len(records) != part.records:
+            raise DataError(
+                f"{part.file}: changed since it was opened, {len(records)} records "
+                f"instead of {part.records}"
+            )
+        return records
+
+    def _part(self, client_id: str, split: Split) -> Part | None:
+        if (client_id, "train") not in self.parts:
+            raise DataError(f"{self.path}: no client {client_id!r}")
+        return self.parts.get((client_id, split))
+
+
+def open_data(path: Path, *, client_field: str | None = None) -> DataFolder:
+    """Check every line of every file once and remember where the records are.
+
+    `client_field` names the client column of a single file; `client` and `client_id` are found
+    without it. All that is wrong ends in one DataError.
+    """
+    layout = find_layout(path)
+    problems = Problems(path)
+    require_distinct(layout.sources, layout, problems)
+    require_train(layout.sources, layout, problems)
+    survey = _Survey(layout, problems)
+    for source in layout.sources:
+        survey.read(source, client_field)
+    survey.finish()
+    problems.raise_if_any()
+    assert survey.kind is not None
+    return DataFolder(
+        path=path,
+        clients=tuple(sorted({client_id for client_id, _ in survey.parts})),
+        kind=survey.kind[0],
+        labels=_sorted_labels(survey.labels),
+        fingerprint=survey.fingerprint(),
+        ignored=layout.ignored,
+        parts=survey.parts,
+    )
+
+
+def _assigned(
+    source: Source, layout: Layout, client_field: str | None, problems: Problems
+) -> Iterator[tuple[Item, str, Split]]:
+    """The values of a file, each with its client and split."""
+    place = layout.place(source.file)
+    column = client_field
+    for item in read_items(source.file, place, problems):
+        if source.client_id is not None:
+            yield item, source.client_id, source.split
+            continue
+        where = f"{place}:{item.line}"
+        if not isinstance(item.value, dict):
+            problems.add(where, "expected a JSON object")
+            continue
+        if column is None:
+            column = next((name for name in CLIENT_FIELDS if name in item.value), None)
+        if column is None:
+            # Without a column every further line would be wrong for the same reason.
+            names = ", ".join(list(item.value)[:8])
+            problems.add(where, f"no column {' or '.join(CLIENT_FIELDS)} among the fields {names}")
+            return
+        client = item.value.get(column)
+        if not isinstance(client, str | int) or isinstance(client, bool):
+            problems.add(where, f"field {column!r}: expected a client's name or number")
+            continue
+        split = item.value.get("split", source.split)
+        if split not in SPLITS:
+            problems.add(where, f"field 'split': {split!r} is none of {', '.join(SPLITS)}")
+            continue
+        yield item, str(client), split
+
+
+class _Survey:
+    """What one pass over all files finds out; holds counts, digests and offsets, never text."""
+
+    def __init__(self, layout: Layout, problems: Problems) -> None:
+        self.parts: dict[tuple[str, Split], Part] = {}
+        self.labels: set[str] = set()
+        self.kind: tuple[Kind, str] | None = None
+        self._layout, self._problems = layout, problems
+        self._digests: dict[tuple[str, Split], str] = {}
+        self._hashes: dict[tuple[str, Split], hashlib._Hash] = {}
+        self._starts: dict[tuple[str, Split], array[int]] = {}
+        self._files: dict[tuple[str, Split], Path] = {}
+        self._named = {source.client_id for source in layout.sources}
+        self._spelling: dict[str, str] = {}
+        self._unproven: dict[str, str] = {}
+        self._odd: set[tuple[str, Split]] = set()
+
+    def read(self, source: Source, client_field: str | None) -> None:
+        """Check every record of a file and count it."""
+        place, before, empty = self._layout.place(source.file), self._problems.found, True
+        for item, client_id, split in _assigned(source, self._layout, client_field, self._problems):
+            empty = False
+            if client_id not in self._named:
+                self._name(client_id, f"{place}:{item.line}")
+            self._add(source.file, item, (client_id, split))
+        if empty and self._problems.found == before:
+            self._problems.add(place, "holds no records")
+        if source.client_id is not None:
+            self._seal((source.client_id, source.split), shared=False)
+
+    def finish(self) -> None:
+        """What can only be said when all files are read."""
+        for key in sorted(self._hashes):
+            self._seal(key, shared=True)
+        for client_id in sorted(set(self._spelling.values())):
+            if (client_id, "train") not in self.parts:
+                self._problems.add(f"client {client_id!r}", "has no train records")
+        for label in sorted(self._unproven.keys() - self.labels):
+            self._problems.add(
+                self._unproven[label], f"field 'label': no train record has the label {label!r}"
+            )
+        if self.kind is not None and self.kind[0] == "classify" and len(self.labels) == 1:
+            self._problems.add(
+                self.kind[1], f"all train records have the label {min(self.labels)!r}"
+            )
+
+    def fingerprint(self) -> str:
+        """64 hex digits; the order of the records counts, the files' format does not."""
+        lines = [f"{client}/{split}/{digest}" for (client, split), digest in self._digests.items()]
+        return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+    def _add(self, file: Path, item: Item, key: tuple[str, Split]) -> None:
+        place = f"{self._layout.place(file)}:{item.line}"
+        try:
+            record = parse_record(item.value)
+        except DataError as error:
+            self._problems.add(place, str(error))
+            return
+        self._agree(record.kind, key, place)
+        client_id, split = key
+        if record.kind == "classify" and split == "train":
+            self.labels.add(record.answer)
+        elif record.kind == "classify":
+            self._unproven.setdefault(record.answer, place)
+        if self._files.setdefault(key, file) != file:
+            other = self._layout.place(self._files[key])
+            self._problems.add(place, f"client {client_id!r} already has {split} data in {other}")
+            return
+        self._starts.setdefault(key, array("Q")).append(item.start)
+        line = json.dumps(vars(record))  # the same for a record in any layout
+        self._hashes.setdefault(key, hashlib.sha256()).update(f"{line}\n".encode())
+
+    def _seal(self, key: tuple[str, Split], *, shared: bool) -> None:
+        """End a client's split; only in a file shared by clients its offsets are needed on."""
+        if key not in self._hashes:
+            return
+        self._digests[key] = self._hashes.pop(key).hexdigest()
+        starts = self._starts.pop(key)
+        self.parts[key] = Part(self._files[key], len(starts), starts if shared else None)
+
+    def _name(self, client_id: str, place: str) -> None:
+        """Check a client's name where a column first brings it."""
+        self._named.add(client_id)
+        require_safe(client_id, place, self._problems)
+        same = self._spelling.setdefault(client_id.casefold(), client_id)
+        if same != client_id:
+            self._problems.add(place, f"client {client_id!r} differs from {same!r} in case only")
+
+    def _agree(self, kind: Kind, key: tuple[str, Split], place: str) -> None:
+        if self.kind is None:
+            self.kind = (kind, place)
+        elif self.kind[0] != kind and key not in self._odd:
+            self._odd.add(key)  # once per file is enough
+            self._problems.add(
+                place,
+                f"a record to {kind}, but {self.kind[1]} is one to {self.kind[0]}: "
+                "all clients must have the same kind",
+            )
+
+
+def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
+    """By value if all are whole numbers, so that 10 comes after 2."""
+    if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels):
+        return tuple(sorted(labels, key=int))
+    return tuple(sorted(labels))

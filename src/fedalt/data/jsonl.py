@@ -1,0 +1,116 @@
+"""Reading files of JSON objects one by one, telling the line of everything that is broken."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from fedalt.data.records import Problems
+
+_BOM = b"\xef\xbb\xbf"
+
+
+class Item(NamedTuple):
+    """A decoded JSON value, its line (from 1), and the byte where that line starts."""
+
+    line: int
+    start: int
+    value: object
+
+
+def read_items(file: Path, place: str, problems: Problems) -> Iterator[Item]:
+    """Every value of a file of JSON lines, or of a file that holds one JSON list.
+
+    Blank lines, a byte order mark and Windows line ends are tolerated. What cannot be decoded is
+    noted as a problem of `place` and left out. JSON lines are streamed; a list is read as a whole.
+    """
+    try:
+        with file.open("rb") as stream:
+            if holds_list(stream.read(4096)):
+                yield from _list_items(file.read_bytes(), place, problems)
+                return
+            stream.seek(0)
+            start = 0
+            for line, raw in enumerate(stream, 1):
+                text = raw.removeprefix(_BOM) if line == 1 else raw
+                if not text.isspace() and text:
+                    try:
+                        yield Item(line, start, decode(text))
+                    except ValueError as error:
+                        problems.add(f"{place}:{line}", str(error))
+                start += len(raw)
+    except OSError as error:
+        problems.add(place, f"cannot be read ({error.strerror})")
+
+
+def read_at(file: Path, starts: Iterator[int]) -> Iterator[object]:
+    """The values of the lines that start at the given bytes."""
+    with file.open("rb") as stream:
+        for start in starts:
+            stream.seek(start)
+            yield decode(stream.readline().removeprefix(_BOM))
+
+
+def holds_list(begin: bytes) -> bool:
+    """Whether a file that begins like this holds one JSON list and not JSON lines."""
+    return begin.removeprefix(_BOM).lstrip()[:1] == b"["
+
+
+def decode(raw: bytes) -> object:
+    """The JSON value in UTF-8 bytes; a ValueError says what is wrong with them."""
+    try:
+        return json.loads(_utf8(raw))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from None
+    except RecursionError:
+        raise ValueError("not usable JSON: nested too deeply") from None
+
+
+def _utf8(raw: bytes) -> str:
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        hint = "; the file looks like UTF-16" if b"\0" in raw else ""
+        raise ValueError(f"byte {error.start + 1} of the line is not UTF-8{hint}") from None
+
+
+def _list_items(raw: bytes, place: str, problems: Problems) -> Iterator[Item]:
+    """The values of one JSON list, each with the line on which it starts."""
+    try:
+        text = raw.removeprefix(_BOM).decode()
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        problems.add(f"{place}:{line}", "not UTF-8")
+        return
+    decoder = json.JSONDecoder()
+    position, line, counted = text.index("[") + 1, 1, 0
+    while True:
+        position = _skip(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        if text[position : position + 1] == "]":
+            break
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            line += text.count("\n", counted, error.pos)
+            problems.add(f"{place}:{line}", f"not valid JSON: {error.msg}")
+            return
+        except (ValueError, RecursionError):
+            problems.add(f"{place}:{line}", "not usable JSON: a number or a nesting too large")
+            return
+        yield Item(line, 0, value)
+        position = _skip(text, position)
+        if text[position : position + 1] == ",":
+            position += 1
+        elif text[position : position + 1] != "]":
+            line += text.count("\n", counted, position)
+            problems.add(f"{place}:{line}", "not valid JSON: expected ',' or ']' behind a record")
+            return
+    if text[position + 1 :].strip():
+        problems.add(f"{place}:{line}", "not valid JSON: text behind the end of the list")
+
+
+def _skip(text: str, position: int) -> int:
+    while position < len(text) and text[position].isspace():
+        position += 1
+    return position

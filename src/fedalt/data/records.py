@@ -1,0 +1,307 @@
+"""The forms of one record of client data, and how a JSON object becomes one of them."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, NamedTuple
+
+from fedalt.data.examples import Kind
+
+SHOWN_PROBLEMS = 20
+ROLES = ("system", "user", "assistant", "tool")
+
+# Per form, the fields without which it is not this form; names in one group stand for each other.
+_FORMS = {
+    "instruction": (("instruction",), ("output", "response")),
+    "prompt": (("prompt",), ("completion",)),
+    "messages": (("messages",),),
+    "label": (("text", "sentence1"), ("label",)),
+}
+_WANTED = "instruction/output, prompt/completion, messages, text/label or sentence1/sentence2/label"
+
+
+class DataError(ValueError):
+    """Client data that cannot be used; the text names file, line and field."""
+
+
+class Problems:
+    """Collects what is wrong in one place, so that one error tells all of it.
+
+    Only the first few texts are kept: a broken file of a million lines costs no memory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found = 0
+        self._texts: list[str] = []
+
+    def add(self, place: str, text: str) -> None:
+        """Note a problem at a place, such as "a.train.jsonl:3"."""
+        self.found += 1
+        if len(self._texts) < SHOWN_PROBLEMS:
+            self._texts.append(f"{place}: {text}")
+
+    def raise_if_any(self) -> None:
+        """End with one error that lists the problems found so far."""
+        if not self.found:
+            return
+        more = self.found - len(self._texts)
+        lines = [*self._texts, f"and {more} more"] if more else self._texts
+        if len(lines) == 1:
+            raise DataError(f"{self.path}: {lines[0]}")
+        raise DataError(f"{self.found} problems in {self.path}:\n  " + "\n  ".join(lines))
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """An instruction, an input it is about (may be empty) and the answer; goes through a template.
+
+    `options` are the answers to choose from; empty for free text.
+    """
+
+    instruction: str
+    input: str
+    answer: str
+    options: tuple[str, ...] = ()
+    kind: ClassVar[Kind] = "generate"
+
+    @property
+    def question(self) -> str:
+        """All that comes before the answer."""
+        return f"{self.instruction}\n\n{self.input}" if self.input else self.instruction
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A finished prompt and what follows it; no template is applied."""
+
+    prompt: str
+    answer: str
+    options: tuple[str, ...] = ()
+    kind: ClassVar[Kind] = "generate"
+
+    @property
+    def question(self) -> str:
+        """All that comes before the answer."""
+        return self.prompt
+
+
+class Turn(NamedTuple):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A conversation up to the assistant's last message, which is the answer."""
+
+    turns: tuple[Turn, ...]
+    answer: str
+    options: tuple[str, ...] = ()
+    kind: ClassVar[Kind] = "generate"
+
+    @property
+    def question(self) -> str:
+        """All that comes before the answer."""
+        return "\n".join(f"{turn.role}: {turn.content}" for turn in self.turns)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """A text, or a pair of texts, and the name of its label."""
+
+    text: str
+    pair: str | None
+    answer: str
+    kind: ClassVar[Kind] = "classify"
+
+    @property
+    def question(self) -> str:
+        """All that comes before the answer."""
+        return self.text if self.pair is None else f"{self.text}\n\n{self.pair}"
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Always empty: the labels belong to the folder, not to the record."""
+        return ()
+
+
+Record = Instruction | Completion | Chat | Labelled
+
+
+def normalised(text: str) -> str:
+    """The text without differences in case and white space."""
+    return " ".join(text.casefold().split())
+
+
+def question_key(record: Record) -> int:
+    """64 bits that are equal for equal questions, apart from case and white space."""
+    return _digest(normalised(record.question))
+
+
+def record_key(record: Record) -> int:
+    """64 bits that are equal for equal question and answer, apart from case and white space."""
+    return _digest(f"{normalised(record.question)}\0{normalised(record.answer)}")
+
+
+def _digest(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def parse_record(value: object) -> Record:
+    """Make a record of a decoded JSON object; a DataError names the field and what was expected.
+
+    Fields that belong to no form are left aside.
+    """
+    if not isinstance(value, dict):
+        raise DataError(f"expected a JSON object with {_WANTED}, got {_shown(value)}")
+    fields: dict[str, object] = value
+    match _form(fields):
+        case "instruction":
+            instruction, context = _filled(fields, "instruction"), _input(fields)
+            answer = _text(fields, "output" if "output" in fields else "response")
+            options = _options(fields, context or instruction)
+            return Instruction(instruction, context, answer, options)
+        case "prompt":
+            prompt = _filled(fields, "prompt")
+            return Completion(prompt, _text(fields, "completion"), _options(fields, prompt))
+        case "messages":
+            *turns, last = _turns(fields["messages"])
+            return Chat(tuple(turns), last.content, _options(fields, turns[-1].content))
+        case _:
+            first = "text" if "text" in fields else "sentence1"
+            pair = None
+            if first == "sentence1" and fields.get("sentence2") is not None:
+                pair = _text(fields, "sentence2")
+            return Labelled(_filled(fields, first), pair, _label(fields))
+
+
+def _form(fields: Mapping[str, object]) -> str:
+    """Which of the forms has all its fields here; extra fields do no harm."""
+    complete = [
+        form
+        for form, groups in _FORMS.items()
+        if all(any(name in fields for name in group) for group in groups)
+    ]
+    if len(complete) > 1:
+        raise DataError(f"the fields are those of two record forms, {' and '.join(complete)}")
+    if complete:
+        for group in _FORMS[complete[0]]:
+            given = [name for name in group if name in fields]
+            if any(fields[name] != fields[given[0]] for name in given):
+                raise DataError(f"fields {' and '.join(map(repr, given))} differ: keep one")
+        return complete[0]
+    for first, *others in _FORMS.values():
+        present = [name for name in first if name in fields]
+        missing = [group[0] for group in others if not any(name in fields for name in group)]
+        if present and missing:
+            raise DataError(f"field {missing[0]!r} is missing beside {present[0]!r}")
+    names = ", ".join(sorted(fields)[:8]) or "none"
+    raise DataError(f"no known record form; expected the fields {_WANTED}, got {names}")
+
+
+def _text(fields: Mapping[str, object], name: str) -> str:
+    return _as_text(fields[name], f"field {name!r}")
+
+
+def _filled(fields: Mapping[str, object], name: str) -> str:
+    text = _text(fields, name)
+    if not text.strip():
+        raise DataError(f"field {name!r} is empty; expected text")
+    return text
+
+
+def _as_text(value: object, place: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{place}: expected text, got {_shown(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{place}: character {error.start} is half of a surrogate pair") from None
+    return value
+
+
+def _input(fields: Mapping[str, object]) -> str:
+    """The text the instruction is about; Dolly calls it context."""
+    texts = {_text(fields, name) for name in ("input", "context") if fields.get(name) is not None}
+    texts.discard("")
+    if len(texts) > 1:
+        raise DataError("fields 'input' and 'context' differ: keep one")
+    return texts.pop() if texts else ""
+
+
+def _label(fields: Mapping[str, object]) -> str:
+    label = fields["label"]
+    if isinstance(label, int) and not isinstance(label, bool):
+        return str(label)
+    if not isinstance(label, str) or not label.strip():
+        raise DataError(f"field 'label': expected a name or a whole number, got {_shown(label)}")
+    return _text(fields, "label").strip()
+
+
+def _turns(value: object) -> list[Turn]:
+    if not isinstance(value, list) or len(value) < 2:
+        raise DataError(
+            "field 'messages': expected a list of at least two messages, a question and its "
+            f"answer, got {_shown(value)}"
+        )
+    turns = []
+    for index, message in enumerate(value):
+        place = f"field 'messages[{index}]'"
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise DataError(f"{place}: expected an object with role and content")
+        if message["role"] not in ROLES:
+            wanted = ", ".join(ROLES)
+            raise DataError(f"{place}: role {_shown(message['role'])} is none of {wanted}")
+        turns.append(Turn(message["role"], _as_text(message["content"], f"{place}.content")))
+    if turns[-1].role != "assistant":
+        raise DataError(
+            f"field 'messages': the last role is {turns[-1].role!r}; expected 'assistant'"
+        )
+    return turns
+
+
+def _options(fields: Mapping[str, object], question: str) -> tuple[str, ...]:
+    """The field `options`, or else the OPTIONS list at the end of the question."""
+    value = fields.get("options")
+    if value is None or value == []:
+        return listed_options(question)
+    if not isinstance(value, list):
+        raise DataError(f"field 'options': expected a list of texts, got {_shown(value)}")
+    options = [
+        _as_text(option, f"field 'options[{index}]'").strip() for index, option in enumerate(value)
+    ]
+    if len(set(options)) != len(options) or len(options) < 2 or not all(options):
+        raise DataError("field 'options': expected at least two texts, all different, none empty")
+    return tuple(options)
+
+
+def listed_options(question: str) -> tuple[str, ...]:
+    """The texts of a list "OPTIONS:", "- a", "- b" that ends the question; () if there is none."""
+    head, found, tail = question.rpartition("OPTIONS:")
+    if not found or (head and not head.endswith("\n")) or tail.lstrip(" \t\r")[:1] != "\n":
+        return ()
+    lines = [line.strip() for line in tail.strip().split("\n")]
+    if not all(line.startswith("- ") for line in lines):
+        return ()
+    options = tuple(dict.fromkeys(line[2:].strip() for line in lines))
+    return options if len(options) > 1 else ()
+
+
+def _shown(value: object) -> str:
+    """What a wrong value is, short enough for an error."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list():
+            return f"a list of {len(value)}"
+        case dict():
+            return "an object"
+        case _:
+            shown = repr(value)
+            return shown if len(shown) <= 40 else f"{shown[:37]}..."

@@ -1,0 +1,117 @@
+"""One round of any method in one process: states in, states out, training where a method asks."""
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from fedalt.adapters.start import Start
+from fedalt.codec import encode
+from fedalt.methods.contract import AnyMethod, Fit, Fitted, Message, Serving
+
+T = TypeVar("T")
+Train = Callable[[str, int, Fit], Fitted]  # client, the how-manieth order of its round, the order
+
+
+class States(Protocol):
+    """Where the states of one arm lie: read as of the round before, written for this one."""
+
+    def get(self, key: str, cls: type[T]) -> T | None:
+        """The newest value under a key such as "server" or "clients/alice", if there is one."""
+        ...
+
+    def put(self, key: str, value: object) -> None:
+        """Keep a value; until the round is committed, the old one stays too."""
+        ...
+
+
+@dataclass(frozen=True)
+class ClientRound:
+    """What one client's round cost: bytes of both encoded messages, seconds of its own work."""
+
+    client_id: str
+    upload_bytes: int
+    download_bytes: int
+    seconds: float
+
+
+def run_round(
+    method: AnyMethod,
+    start: Start,
+    states: States,
+    cohort: Iterable[str],
+    train: Train,
+    report: Callable[[ClientRound], None],
+) -> None:
+    """Broadcast, local training, upload and aggregation for the clients of a cohort.
+
+    Replies are streamed in the order of client ids, so only one client's state is in memory.
+    """
+    server = server_of(method, start, states)
+    size_of = _Sizes()
+
+    def replies() -> Iterator[tuple[str, Message]]:
+        for client_id in sorted(cohort):
+            began = time.monotonic()
+            message = method.broadcast(server, client_id)
+            client = client_of(method, start, states, client_id)
+            after, upload = drive(method.local(client, message), train, client_id)
+            states.put(f"clients/{client_id}", after)
+            seconds = time.monotonic() - began
+            report(ClientRound(client_id, message_bytes(upload), size_of(message), seconds))
+            yield client_id, upload
+
+    states.put("server", method.aggregate(server, replies()))
+
+
+def servings(
+    method: AnyMethod, start: Start, states: States, client_id: str, train: Train
+) -> tuple[Serving, Serving | None]:
+    """What a client would serve now, and the shared part alone if there is one."""
+    message = method.broadcast(server_of(method, start, states), client_id)
+    client = client_of(method, start, states, client_id)
+    own = drive(method.deploy(client, message), train, client_id)
+    return own, method.shared(client, message)
+
+
+def server_of(method: AnyMethod, start: Start, states: States) -> Any:
+    """The server's newest state, or its first."""
+    kept = states.get("server", method.server_state)
+    return method.init_server(start) if kept is None else kept
+
+
+def client_of(method: AnyMethod, start: Start, states: States, client_id: str) -> Any:
+    """A client's newest state, or its first."""
+    kept = states.get(f"clients/{client_id}", method.client_state)
+    return method.init_client(start, client_id) if kept is None else kept
+
+
+def drive(steps: Generator[Fit, Fitted, T], train: Train, client_id: str) -> T:
+    """Carry out a method's orders until it returns."""
+    try:
+        order = next(steps)
+        for number in range(1_000_000):
+            order = steps.send(train(client_id, number, order))
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise RuntimeError("a method gave a million orders in one round")
+
+
+def message_bytes(message: Message) -> int:
+    """Size of the encoded message; one without tensors and facts is not sent at all."""
+    return len(encode(message)) if message.tree or message.facts else 0
+
+
+class _Sizes:
+    """Sizes of broadcasts; one that is the same for every client is encoded once."""
+
+    def __init__(self) -> None:
+        self._last: Message | None = None
+        self._bytes = 0
+
+    def __call__(self, message: Message) -> int:
+        last = self._last
+        if last is None or last.tree is not message.tree or last.facts != message.facts:
+            self._last, self._bytes = message, message_bytes(message)
+        return self._bytes

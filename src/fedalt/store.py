@@ -1,0 +1,232 @@
+"""A run's folder: settings, the record of rounds, and states that no crash leaves in pieces.
+
+    run.json                    format, versions, data and model fingerprints
+    settings.toml               the resolved settings
+    rounds.jsonl                one line per client, evaluation and round
+    progress.json               how far the run is; replacing this file commits a round
+    clients/ID/0007.safetensors a client's state after round 7, and server/ likewise
+    server/latest/ID/...        each client's last upload, for methods that keep a ledger
+    local/...                   the same for the local-only yardstick
+
+A state is read as the newest file up to a round and written as the file of the next one, so that
+what a crashed round has left behind is never read, only overwritten.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fedalt.codec import atomic_write, fields_of, read, write
+from fedalt.engine.schedule import Line, Progress
+from fedalt.methods.contract import Ledger, Message
+
+FORMAT = 1
+T = TypeVar("T")
+
+
+class StoreError(ValueError):
+    """A run's folder that cannot be used, and why."""
+
+
+@dataclass(frozen=True)
+class FileStates:
+    """An arm's states on disk: read as after round `round` - 1, written for `round`."""
+
+    folder: Path
+    round: int
+
+    def get(self, key: str, cls: type[T]) -> T | None:
+        """The newest value of a key that is older than this round."""
+        path = newest(self.folder / key, self.round - 1)
+        if path is None:
+            return None
+        ledgers = fields_of(cls, Ledger)
+        given = {name: self._ledger(key, name) for name in ledgers}
+        return read(cls, path, given=given)
+
+    def put(self, key: str, value: object) -> None:
+        """Write a value beside its older ones; a ledger's entries are in files already."""
+        path = self.folder / key / _file(self.round)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        ledgers = fields_of(type(value), Ledger)
+        write(path, value, omit=ledgers)
+        for name in ledgers:
+            self._adopt(self._ledger(key, name), getattr(value, name))
+
+    def _ledger(self, key: str, name: str) -> "FileLedger":
+        return FileLedger(self.folder / key / name, self.round)
+
+    @staticmethod
+    def _adopt(ours: "FileLedger", given: Ledger) -> None:
+        """Put the entries of a ledger in memory, as a method starts with, into files."""
+        if isinstance(given, dict):
+            for client_id, message in given.items():
+                ours.put(client_id, message)
+
+
+@dataclass(frozen=True)
+class FileLedger:
+    """The latest upload of every client, a folder of files each."""
+
+    folder: Path
+    round: int
+
+    def __contains__(self, client_id: object) -> bool:
+        """Whether this client uploaded before this round."""
+        return newest(self.folder / str(client_id), self.round - 1) is not None
+
+    def __getitem__(self, client_id: str) -> Message:
+        """The client's newest upload from before this round."""
+        path = newest(self.folder / client_id, self.round - 1)
+        if path is None:
+            raise KeyError(client_id)
+        return read(Message, path)
+
+    def put(self, client_id: str, message: Message) -> "FileLedger":
+        """Write this round's upload; it counts once the round is committed."""
+        path = self.folder / client_id / _file(self.round)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(path, message)
+        return self
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The journal of a run, on disk. Use it within `locked`."""
+
+    path: Path
+
+    def progress(self) -> Progress:
+        """How far the run is; the record is cut back to what was committed with that."""
+        raw = self._progress()
+        record = self.path / "rounds.jsonl"
+        if record.exists() and record.stat().st_size > raw["record_bytes"]:
+            os.truncate(record, raw["record_bytes"])
+        best = {column: (int(at), float(loss)) for column, (at, loss) in raw["best"].items()}
+        return Progress(raw["rounds_done"], best, raw["tested"])
+
+    def states(self, column: str, round_: int) -> FileStates:
+        """The yardstick has a folder of its own; the method asked for lies at the top."""
+        return FileStates(self.path / "local" if column == "local" else self.path, round_)
+
+    def record(self, line: Line) -> None:
+        """Append a line to rounds.jsonl."""
+        with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def commit(self, progress: Progress) -> None:
+        """Make the round count by replacing progress.json, then drop states no one needs."""
+        record = self.path / "rounds.jsonl"
+        with record.open("a") as file:
+            os.fsync(file.fileno())
+        raw = {
+            "rounds_done": progress.rounds_done,
+            "best": {column: list(best) for column, best in progress.best.items()},
+            "tested": progress.tested,
+            "record_bytes": record.stat().st_size,
+        }
+        atomic_write(self.path / "progress.json", json.dumps(raw).encode())
+        for folder in (self.path, self.path / "local"):
+            column = "local" if folder.name == "local" else "own"
+            keep = [progress.rounds_done - 1, progress.rounds_done - 2]
+            keep += [at for at, _ in [progress.best[column]]] if column in progress.best else []
+            _prune(folder, keep)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Everything committed to rounds.jsonl."""
+        record = self.path / "rounds.jsonl"
+        if not record.exists():
+            return []
+        whole = record.read_bytes()[: self._progress()["record_bytes"]]
+        return [json.loads(line) for line in whole.decode().splitlines()]
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds."""
+        facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        return facts
+
+    def _progress(self) -> dict[str, Any]:
+        path = self.path / "progress.json"
+        if not path.exists():
+            return {"rounds_done": 0, "best": {}, "tested": False, "record_bytes": 0}
+        raw: dict[str, Any] = json.loads(path.read_text())
+        return raw
+
+
+def create(path: Path, settings: str, facts: Mapping[str, object]) -> RunFolder:
+    """Make a run's folder; one that holds anything already is refused."""
+    if path.exists() and not (path.is_dir() and _is_empty(path)):
+        hint = f"; `fedalt resume {path}` continues it" if (path / "run.json").exists() else ""
+        raise StoreError(f"{path} exists already and is not empty{hint}")
+    path.mkdir(parents=True, exist_ok=True)
+    atomic_write(path / "settings.toml", settings.encode())
+    whole = json.dumps({"format": FORMAT, **facts}, indent=2) + "\n"
+    atomic_write(path / "run.json", whole.encode())
+    return RunFolder(path)
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run's folder, if it is one and of this format."""
+    file = path / "run.json"
+    if not file.is_file():
+        raise StoreError(f"{path} is not a run's folder: it has no run.json")
+    try:
+        found = json.loads(file.read_text()).get("format")
+    except (ValueError, AttributeError) as error:
+        raise StoreError(f"{file} is not a run's description: {error}") from error
+    if found != FORMAT:
+        raise StoreError(f"{path} has run format {found!r}, but this version reads {FORMAT}")
+    return RunFolder(path)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other process out of a run's folder; a dead process holds no lock."""
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"another process is using {path}") from None
+        yield
+
+
+def newest(folder: Path, round_: int) -> Path | None:
+    """The newest file of a state up to a round."""
+    found = [number for number in _rounds(folder) if number <= round_]
+    return folder / _file(max(found)) if found else None
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(entry.name == ".lock" for entry in folder.iterdir())
+
+
+def _file(round_: int) -> str:
+    return f"{round_:04d}.safetensors"
+
+
+def _rounds(folder: Path) -> list[int]:
+    if not folder.is_dir():
+        return []
+    return [int(path.stem) for path in folder.glob("[0-9]*.safetensors")]
+
+
+def _prune(folder: Path, keep: list[int]) -> None:
+    """Drop every state file that is not the newest one of any of these rounds."""
+    for area in ("clients", "server", "moments"):
+        for parent, _, files in os.walk(folder / area):
+            where = Path(parent)
+            for name in files:
+                if name.endswith(".tmp"):  # what a killed process was writing
+                    (where / name).unlink()
+            rounds = _rounds(where)
+            kept = {max((r for r in rounds if r <= limit), default=None) for limit in keep}
+            for number in rounds:
+                # A newer one than any kept round belongs to a round that never was committed.
+                if number not in kept:
+                    (where / _file(number)).unlink()

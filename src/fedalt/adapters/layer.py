@@ -1,6 +1,7 @@
 """Adapters are bound, not owned: wrapped layers of a base model are pointed at a tree's tensors."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,7 +39,7 @@ class _Bound:
 
     def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """The base layer's output y (batch, ..., d_out) plus what the slots make of x."""
-        rows = x.reshape(self.clients, -1, x.shape[-1])
+        rows = self._by_client(x)
         combine = self.plan.combine
         combination = Combination(
             ranks=tuple(slot.rank for slot in self.plan.slots),
@@ -76,9 +77,18 @@ class _Bound:
         ]
         return torch.stack(masks).to(dtype).div_(1 - p)
 
+    def _by_client(self, x: Tensor) -> Tensor:
+        """(batch, ..., d_in) -> (C, N, d_in)."""
+        if x.shape[0] % self.clients:
+            raise ValueError(
+                f"a batch of {x.shape[0]} rows does not split into equal blocks "
+                f"for {self.clients} clients"
+            )
+        return x.reshape(self.clients, -1, x.shape[-1])
+
     def project(self, site: str, x: Tensor) -> Tensor:
         """A trained head: x (batch, ..., d_in) times the bound weight, plus the bound bias."""
-        rows = x.reshape(self.clients, -1, x.shape[-1])
+        rows = self._by_client(x)
         weight = self.tree[Name(site, HEAD, "weight")].to(x.dtype)
         out = rows @ weight.mT
         if (bias := self.tree.get(Name(site, HEAD, "bias"))) is not None:
@@ -174,19 +184,20 @@ class AdaptedModel:
         """
         needed = {**plan.shapes(self.sites), **self.heads}
         require_same_names(tree, needed, "the tree to bind")
-        clients = {
-            tensor.shape[0] if tensor.dim() > len(needed[name]) else 1
-            for name, tensor in tree.items()
-        }
-        if len(clients) > 1:
-            raise ValueError(f"the tensors of a bound tree disagree on clients: {sorted(clients)}")
-        (axis,) = clients or {1}
         with_axis: Tree = {}
         for name, tensor in tree.items():
             full = tensor if tensor.dim() > len(needed[name]) else tensor[None]
-            if tuple(full.shape) != (axis, *needed[name]):
+            if tuple(full.shape[1:]) != needed[name]:
                 raise ValueError(f"{name} is {tuple(tensor.shape)}, the plan needs {needed[name]}")
             with_axis[name] = full
+        first = next(iter(with_axis), None)
+        axis = 1 if first is None else with_axis[first].shape[0]
+        for name, full in with_axis.items():
+            if full.shape[0] != axis:
+                raise ValueError(
+                    f"{name} holds {full.shape[0]} clients, but {first} holds {axis}: "
+                    "the tensors of a bound tree share one client axis"
+                )
         if noise is not None and len(noise.seeds) != axis:
             raise ValueError(f"{len(noise.seeds)} dropout seeds for {axis} clients")
         before = self._binding.current
@@ -244,7 +255,11 @@ def _choose(
                 f"no default sites are known for the architecture {kind!r}; name them, or use "
                 f"{ALL_LINEAR!r}; its linear layers end in {_endings(linear)}"
             )
+        if isinstance(targets, str):  # PEFT's pattern for whole paths, of multimodal models
+            return [path for path in linear if re.fullmatch(targets, path)]
     wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not wanted:
+        raise ValueError(f"an empty list of sites; the linear layers end in {_endings(linear)}")
     for target in wanted:
         if not any(_ends(path, target) for path in linear):
             close = difflib.get_close_matches(target, _endings(linear), n=3, cutoff=0.3)

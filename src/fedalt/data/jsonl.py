@@ -59,7 +59,7 @@ def holds_list(begin: bytes) -> bool:
 def decode(raw: bytes) -> object:
     """The JSON value in UTF-8 bytes; a ValueError says what is wrong with them."""
     try:
-        return json.loads(_utf8(raw))
+        return json.loads(_utf8(raw).rstrip())
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from None
     except RecursionError:

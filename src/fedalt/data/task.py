@@ -1,0 +1,138 @@
+"""What training and evaluation read: a folder of client data, tokenised, with its three splits."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+from fedalt.data.examples import Example, Kind, Split
+from fedalt.data.folder import DataFolder
+from fedalt.data.prompts import Encoded, Template, encode
+from fedalt.data.records import DataError, Record, record_key
+from fedalt.seeds import generator
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+KEPT_IN_MEMORY = 16  # (client, split) pairs
+FEWEST_TO_HOLD_OUT = 10  # train records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """Client data as examples of at most `max_length` tokens.
+
+    `validation` is the fraction of a client's train records that is held out (drawn by `seed`)
+    where the client has no validation file; 0 holds out nothing. An answer that does not fit is
+    an error, unless `cut_answers` allows to keep its beginning: `cut` then tells how many were.
+    """
+
+    folder: DataFolder
+    tokenizer: "Tokenizer" = field(repr=False)
+    template: Template = field(default_factory=Template)
+    max_length: int = 512
+    validation: float = 0.0
+    seed: int = 0
+    cut_answers: bool = False
+    _encoded: Callable[[str, Split], tuple[Encoded, ...]] = field(
+        init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.validation < 1:
+            raise ValueError(
+                f"validation={self.validation}, but a held-out fraction is at least 0 and below 1"
+            )
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length}, but an example has at least 2 tokens")
+        # Bounded, so that memory does not grow with the number of clients.
+        recent = lru_cache(maxsize=KEPT_IN_MEMORY)(self._encode)
+        object.__setattr__(self, "_encoded", recent)
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """All client ids, sorted."""
+        return self.folder.clients
+
+    @property
+    def kind(self) -> Kind:
+        """Whether text is generated or a label is given."""
+        return self.folder.kind
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The names of a classifier's labels; an example's label is an index into them."""
+        return self.folder.labels
+
+    def examples(self, client_id: str, split: Split) -> list[Example]:
+        """A client's examples in the order of its file; test files are read for "test" alone."""
+        return [encoded.example for encoded in self._encoded(client_id, split)]
+
+    def cut(self, client_id: str, split: Split) -> tuple[int, int]:
+        """How many of these examples have a cut prompt, and how many a cut answer."""
+        all_encoded = self._encoded(client_id, split)
+        return (
+            sum(encoded.prompt_cut > 0 for encoded in all_encoded),
+            sum(encoded.answer_cut > 0 for encoded in all_encoded),
+        )
+
+    def records(self, client_id: str, split: Split) -> list[Record]:
+        """A client's records of a split, with the held-out part of train moved to validation."""
+        if split == "test" or self.validation == 0 or self.folder.counts(client_id, "validation"):
+            return self.folder.records(client_id, split)
+        records = self.folder.records(client_id, "train")
+        wanted = max(1, round(self.validation * len(records)))
+        if len(records) < FEWEST_TO_HOLD_OUT:
+            wanted = 0
+        held = hold_out(
+            [record_key(record) for record in records],
+            wanted,
+            generator(self.seed, "validation", client_id),
+        )
+        return [
+            record
+            for index, record in enumerate(records)
+            if (index in held) == (split == "validation")
+        ]
+
+    def _encode(self, client_id: str, split: Split) -> tuple[Encoded, ...]:
+        return tuple(
+            self._encode_one(record, f"client {client_id!r}, {split} record {number}")
+            for number, record in enumerate(self.records(client_id, split), 1)
+        )
+
+    def _encode_one(self, record: Record, place: str) -> Encoded:
+        try:
+            encoded = encode(
+                record,
+                self.tokenizer,
+                self.template,
+                max_length=self.max_length,
+                labels=self.labels,
+            )
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        if encoded.answer_cut and not self.cut_answers:
+            raise DataError(
+                f"{place}: the answer is {encoded.answer_cut} tokens too long for "
+                f"max_length={self.max_length}; raise it, shorten the answer, or allow to cut it"
+            )
+        return encoded
+
+
+def hold_out(keys: Sequence[int], wanted: int, random: torch.Generator) -> set[int]:
+    """Indices of about `wanted` records, drawn so that equal keys stay together.
+
+    Never more than wanted, and fewer only where the remaining groups of equal keys are too large.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    in_order = list(groups.values())
+    held: set[int] = set()
+    for position in torch.randperm(len(in_order), generator=random).tolist():
+        if len(held) + len(in_order[position]) <= wanted:
+            held.update(in_order[position])
+    return held

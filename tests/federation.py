@@ -1,0 +1,94 @@
+"""A federation without a model: a pull towards each client's own target stands for training."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from fedalt import tree as trees
+from fedalt.adapters.plan import HEAD, Shape
+from fedalt.adapters.start import Start
+from fedalt.codec import decode, encode, fields_of
+from fedalt.engine.in_process import ClientRound, run_round, servings
+from fedalt.methods.contract import AnyMethod, Fit, Fitted, Ledger, Serving
+from fedalt.seeds import generator
+from fedalt.tree import Name, Tree
+
+T = TypeVar("T")
+SITES = {"block.0.q": Shape(5, 4), "block.1.q": Shape(5, 3)}
+HEADS = {Name("classifier", HEAD, "weight"): (2, 3), Name("classifier", HEAD, "bias"): (2,)}
+START = Start(SITES, HEADS, seed=7)
+EXAMPLES = {"a": 10, "b": 30, "c": 60}
+
+
+class MemoryStates(dict[str, Any]):
+    """States in a dictionary."""
+
+    def get(self, key: str, cls: type[T]) -> T | None:  # type: ignore[override]
+        return super().get(key)
+
+    def put(self, key: str, value: object) -> None:
+        self[key] = value
+
+
+class ByteStates(MemoryStates):
+    """States that go through the codec on every way in and out; a ledger stays beside its state."""
+
+    def get(self, key: str, cls: type[T]) -> T | None:  # type: ignore[override]
+        if key not in self:
+            return None
+        data, ledgers = self[key]
+        return decode(cls, data, given=ledgers)
+
+    def put(self, key: str, value: object) -> None:
+        names = fields_of(type(value), Ledger)
+        self[key] = (encode(value, omit=names), {name: getattr(value, name) for name in names})
+
+
+def pull(client_id: str, number: int, order: Fit) -> Fitted:
+    """Move every tensor that may train half way to a target that is the client's own."""
+    moved = {}
+    for name in order.train:
+        stream = generator(client_id, number, name.site, name.factor)
+        target = torch.randn(order.tree[name].shape, generator=stream)
+        moved[name] = (order.tree[name] + target) / 2
+    return Fitted(trees.replace(order.tree, moved), EXAMPLES.get(client_id, 20))
+
+
+def simulate(
+    method: AnyMethod,
+    cohorts: Sequence[Sequence[str]],
+    states: MemoryStates | None = None,
+    train: Any = pull,
+) -> tuple[MemoryStates, list[ClientRound]]:
+    """Run a round for every cohort; the states afterwards and what each client's round cost."""
+    states = MemoryStates() if states is None else states
+    costs: list[ClientRound] = []
+    for cohort in cohorts:
+        run_round(method, START, states, cohort, train, costs.append)
+    return states, costs
+
+
+def served(method: AnyMethod, states: MemoryStates, clients: Sequence[str]) -> dict[str, Serving]:
+    """What every client would serve."""
+    return {each: servings(method, START, states, each, pull)[0] for each in clients}
+
+
+def trees_of(value: object) -> Tree:
+    """All tensors of a state, whatever its fields are called."""
+    parts = [part for part in vars(value).values() if isinstance(part, dict)]
+    return trees.merge(*(part for part in parts if all(isinstance(key, Name) for key in part)))
+
+
+def assert_same_servings(
+    left: Mapping[str, Serving], right: Mapping[str, Serving], tolerance: float = 0.0
+) -> None:
+    """Equal plans and trees, bit for bit unless a tolerance is given."""
+    assert left.keys() == right.keys()
+    for client_id in left:
+        assert left[client_id].plan == right[client_id].plan
+        trees.require_same_names(left[client_id].tree, right[client_id].tree, client_id)
+        for name, tensor in left[client_id].tree.items():
+            torch.testing.assert_close(
+                tensor, right[client_id].tree[name], rtol=0, atol=tolerance, msg=str(name)
+            )

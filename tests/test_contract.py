@@ -1,0 +1,163 @@
+"""What every method must hold to. A new method adds rows here, not a copy of the tests."""
+
+import copy
+
+import pytest
+import torch
+from federation import (
+    START,
+    ByteStates,
+    assert_same_servings,
+    pull,
+    served,
+    simulate,
+    trees_of,
+)
+
+from fedalt import tree as trees
+from fedalt.adapters.plan import HEAD, MIXER
+from fedalt.engine.in_process import client_of, drive, server_of, servings
+from fedalt.methods import METHODS
+from fedalt.methods.contract import AnyMethod
+from fedalt.methods.fedalt import FedALT
+from fedalt.methods.fedit import FedIT
+from fedalt.methods.local import LocalOnly
+from fedalt.methods.lora import Lora
+
+SMALL = Lora(rank=2, alpha=4, dropout=0.0)
+ROWS: dict[str, AnyMethod] = {
+    "fedalt": FedALT(lora=SMALL),
+    "fedalt, by examples": FedALT(lora=SMALL, weighting="examples"),
+    "fedalt, row update": FedALT(lora=SMALL, train_row=True),
+    "fedalt, global mean": FedALT(lora=SMALL, row="global_mean"),
+    "fedalt, half": FedALT(lora=SMALL, gate="half"),
+    "fedalt, 1/K": FedALT(lora=SMALL, gate="one_over_clients"),
+    "fedalt, shared mixer": FedALT(lora=SMALL, share_mixer=True),
+    "fedalt, own starts": FedALT(lora=SMALL, shared_start=False, mixer_init="zeros"),
+    "fedit": FedIT(lora=SMALL),
+    "fedit, by examples": FedIT(lora=SMALL, weighting="examples"),
+    "local": LocalOnly(lora=SMALL),
+}
+ALL = ("a", "b", "c")
+COHORTS = [ALL, ("a", "c"), ("b",), ALL]
+
+each_method = pytest.mark.parametrize("method", ROWS.values(), ids=ROWS.keys())
+
+
+def test_every_method_has_a_row():
+    assert {type(method) for method in ROWS.values()} == set(METHODS.values())
+
+
+@each_method
+def test_a_run_is_the_same_over_bytes(method):
+    straight, _ = simulate(method, COHORTS)
+    over_bytes, _ = simulate(method, COHORTS, ByteStates())
+    assert_same_servings(served(method, straight, ALL), served(method, over_bytes, ALL))
+
+
+@each_method
+def test_a_resumed_run_equals_a_straight_one(method):
+    straight, _ = simulate(method, COHORTS)
+    first, _ = simulate(method, COHORTS[:2], ByteStates())
+    resumed, _ = simulate(method, COHORTS[2:], copy.deepcopy(first))
+    assert_same_servings(served(method, straight, ALL), served(method, resumed, ALL))
+
+
+@each_method
+def test_the_order_of_the_clients_changes_nothing(method):
+    names = {"a": "z", "b": "y", "c": "x"}
+    back = {new: old for old, new in names.items()}
+    straight, _ = simulate(method, COHORTS)
+    renamed, _ = simulate(
+        method,
+        [[names[client] for client in cohort] for cohort in COHORTS],
+        train=lambda client, number, order: pull(back[client], number, order),
+    )
+    found = served(method, renamed, list(back))
+    if getattr(method, "shared_start", True):  # else a client's name draws its start
+        expected = served(method, straight, ALL)
+        assert_same_servings(expected, {back[new]: found[new] for new in found}, 1e-5)
+
+
+@each_method
+def test_only_declared_tensors_are_ordered_to_train_and_plans_fit_their_trees(method):
+    orders = []
+
+    def watch(client_id, number, order):
+        orders.append(order)
+        return pull(client_id, number, order)
+
+    simulate(method, COHORTS, train=watch)
+    assert orders
+    for order in orders:
+        needed = {**order.plan.shapes(START.sites), **START.heads}
+        assert {name: tuple(tensor.shape) for name, tensor in order.tree.items()} == needed
+        assert order.train <= order.tree.keys()
+        assert all(tensor.dtype == torch.float32 for tensor in order.tree.values())
+        assert {name for name in order.tree if name.slot == HEAD} <= order.train
+
+
+@each_method
+def test_an_upload_holds_nothing_private(method):
+    states, _ = simulate(method, COHORTS)
+    message = method.broadcast(server_of(method, START, states), "a")
+    client = client_of(method, START, states, "a")
+    _, upload = drive(method.local(client, message), pull, "a")
+    slots = {name.slot for name in upload.tree}
+    assert HEAD not in slots
+    assert getattr(method, "share_mixer", False) or MIXER not in slots
+    assert "client" not in upload.facts
+
+
+@each_method
+def test_serving_leaves_the_states_alone(method):
+    states, _ = simulate(method, COHORTS)
+    before = copy.deepcopy(dict(states))
+    served(method, states, ALL)
+    assert states.keys() == before.keys()
+    for key, state in states.items():
+        assert trees.equal(trees_of(state), trees_of(before[key]))
+
+
+@each_method
+def test_local_training_leaves_its_inputs_alone(method):
+    states, _ = simulate(method, COHORTS)
+    before = copy.deepcopy(dict(states))
+    message = method.broadcast(server_of(method, START, states), "a")
+    client = client_of(method, START, states, "a")
+    drive(method.local(client, message), pull, "a")
+    assert trees.equal(trees_of(client), trees_of(before["clients/a"]))
+    assert trees.equal(trees_of(states["server"]), trees_of(before["server"]))
+
+
+@each_method
+@pytest.mark.parametrize("clients", [("a",), ("a", "b")], ids=["one client", "two clients"])
+def test_small_federations_run(method, clients):
+    states, _ = simulate(method, [clients] * 3)
+    for serving in served(method, states, clients).values():
+        assert all(tensor.isfinite().all() for tensor in serving.tree.values())
+
+
+@each_method
+def test_a_client_that_never_trained_can_be_served(method):
+    states, _ = simulate(method, [("a", "b")] * 2)
+    serving = served(method, states, ["newcomer"])["newcomer"]
+    needed = {**serving.plan.shapes(START.sites), **START.heads}
+    assert {name: tuple(tensor.shape) for name, tensor in serving.tree.items()} == needed
+
+
+@each_method
+def test_an_absent_client_keeps_its_state(method):
+    states, _ = simulate(method, [ALL])
+    before = trees_of(states["clients/b"])
+    simulate(method, [("a", "c")], states)
+    assert trees.equal(trees_of(states["clients/b"]), before)
+
+
+@each_method
+def test_the_shared_part_alone_fits_its_plan(method):
+    states, _ = simulate(method, COHORTS)
+    shared = servings(method, START, states, "a", pull)[1]
+    if shared is not None:
+        needed = {**shared.plan.shapes(START.sites), **START.heads}
+        assert {name: tuple(tensor.shape) for name, tensor in shared.tree.items()} == needed

@@ -93,6 +93,7 @@ class Report:
     compiled: bool = False
     precision: str = "fp32"
     finished: bool = False
+    continued: str = ""
     prompt: str = ""
     sample: str = ""
     bytes_on_disk: int = 0
@@ -165,6 +166,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     train.add_argument("--threads", type=int, default=2, help="CPU threads")
     train.add_argument("--seed", type=int, default=0, help="seed of weights and data order")
+    train.add_argument(
+        "--continue-from",
+        type=Path,
+        metavar="DIR",
+        help="model folder of an interrupted run whose weights to go on from",
+    )
     train.add_argument("--no-compile", action="store_true", help="do not try torch.compile")
     train.add_argument("--eval-minutes", type=float, default=5.0, help="minutes between scores")
     train.add_argument("--save-minutes", type=float, default=10.0, help="minutes between saves")
@@ -381,7 +388,8 @@ class Batches:
         self.instruction_share = args.instruction_share
         self.repeat_share = args.repeat_share
         self.counts = {"books": 0, "instructions": 0, "repeats": 0}
-        self.rng = random.Random(args.seed + 1)
+        # A continued run draws anew, or it would see what it has seen in the same order.
+        self.rng = random.Random(args.seed + (1000 if args.continue_from else 1))
         starts = range(0, len(corpus.books) - 2 * self.window, self.window)
         self.starts = forever(starts, self.rng)
         # Rows with a context that fits come twice, because they teach quoting from the prompt.
@@ -477,6 +485,8 @@ class Muon(torch.optim.Optimizer):
 
 def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
     """Return a freshly initialised model."""
+    if args.continue_from:
+        return LlamaForCausalLM.from_pretrained(args.continue_from, dtype=torch.float32)
     config = LlamaConfig(
         vocab_size=args.vocab,
         hidden_size=args.hidden,
@@ -495,6 +505,15 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
         bos_token_id=EOS_ID, eos_token_id=EOS_ID, pad_token_id=PAD_ID
     )
     return model
+
+
+def seen_before(folder: Path | None) -> str:
+    """A row of the card: what the interrupted run that this one goes on from had seen."""
+    if folder is None:
+        return ""
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in card.splitlines() if line.startswith("| Tokens seen |")]
+    return row.replace("Tokens seen", "before that, by an interrupted run of this script") + "\n"
 
 
 def build_optimizers(
@@ -663,7 +682,7 @@ The special tokens are `{eos}` (both bos and eos) and `{pad}`; encoding adds non
 | | |
 |---|---|
 | Tokens seen | {tokens_seen:,} in {steps:,} steps of {batch} sequences |
-| of which book text | {book_tokens:,} ({book_epochs:.2f} passes) |
+{continued}| of which book text | {book_tokens:,} ({book_epochs:.2f} passes) |
 | of which instructions | {instruction_tokens:,} |
 | of which repeated book excerpts | {repeat_tokens:,} |
 | Time | {minutes:.1f} minutes, everything included (budget {budget_minutes:g}) |
@@ -740,7 +759,7 @@ JSON-lines file with the fields `instruction`, `context` and `output`.
 def changed_options(args: argparse.Namespace) -> str:
     """Return the options that shaped the model and differ from their defaults."""
     plain = vars(parse_args(["--corpus", "x", "--instructions", "x", "--out", "x"]))
-    shown = {"corpus", "instructions", "out", "minutes", "seed"}
+    shown = {"continue_from", "corpus", "instructions", "out", "minutes", "seed"}
     places = {"cache", "log", "eval_minutes", "save_minutes"}
     parts: list[str] = []
     for name, value in vars(args).items():
@@ -915,6 +934,7 @@ def train(
         parameters=sum(param.numel() for param in model.parameters()),
         budget_minutes=args.minutes,
         threads=args.threads,
+        continued=seen_before(args.continue_from),
     )
     LOG.info("model: %d parameters", report.parameters)
     held = HeldOut(corpus, tokenizer, args.length, args.seed)

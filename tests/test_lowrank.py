@@ -88,7 +88,7 @@ def ours(site: Site, plan: Combination) -> Tensor:
 
 
 def formula(site: Site, plan: Combination) -> Tensor:
-    """y + sum_i s_i w_i B_i A_i drop(x), client by client and token by token."""
+    """Add s_i w_i B_i A_i drop(x) to y, client by client and token by token."""
     clients = []
     for client, rows in enumerate(site.x):
         tokens = []
@@ -171,7 +171,7 @@ def test_second_derivatives_equal_the_formula_with_frozen_slots(p: float) -> Non
 
     def second(out: Tensor) -> tuple[Tensor, ...]:
         first = torch.autograd.grad(some_loss(out), leaves, create_graph=True)
-        return torch.autograd.grad(sum((part**3).sum() for part in first), leaves)
+        return torch.autograd.grad(torch.cat([part.flatten() ** 3 for part in first]).sum(), leaves)
 
     assert_close(second(ours(site, TWO)), second(formula(site, TWO)))
 
@@ -226,13 +226,16 @@ def test_the_input_gradient_includes_the_path_through_frozen_slots() -> None:
 
 @pytest.mark.parametrize("plan", [PLANS["sum of three"], PLANS["mixer of three"]])
 @pytest.mark.parametrize("frozen", [(), (1,), (0, 2), (0, 1, 2)])
-def test_backward_multiplies_out_no_weight_gradient_of_a_frozen_slot(
-    plan: Combination, frozen: tuple[int, ...]
+@pytest.mark.parametrize("mixer_trains", [True, False])
+def test_backward_multiplies_out_no_weight_gradient_of_what_is_frozen(
+    plan: Combination, frozen: tuple[int, ...], mixer_trains: bool
 ) -> None:
     site = site_for(plan, clients=2, p=0.5)
     for slot in frozen:
         site.a[slot].requires_grad_(False)
         site.b[slot].requires_grad_(False)
+    if site.g is not None:
+        site.g.requires_grad_(mixer_trains)
     out = ours(site, plan)
     with FlopCounterMode(display=False) as counter:
         out.backward(torch.ones_like(out))
@@ -241,7 +244,7 @@ def test_backward_multiplies_out_no_weight_gradient_of_a_frozen_slot(
     trained = sum(rank for slot, rank in enumerate(plan.ranks) if slot not in frozen)
     per_token = width * D_IN + width * D_OUT + width * D_IN + trained * (D_IN + D_OUT)
     if site.g is not None:  # its logits again, their gradient's way to x, and G's own gradient
-        per_token += 3 * len(plan.ranks) * D_IN
+        per_token += (2 + mixer_trains) * len(plan.ranks) * D_IN
     assert counter.get_total_flops() == 2 * 2 * TOKENS * per_token
 
 
@@ -332,24 +335,3 @@ def test_a_slot_of_scaling_zero_keeps_the_mixer_gradient_finite() -> None:
         torch.autograd.grad(some_loss(ours(site, plan)), site.inputs),
         torch.autograd.grad(some_loss(formula(site, plan)), site.inputs),
     )
-
-
-def test_factors_keep_their_precision_beside_a_bf16_base() -> None:
-    exact = site_for(TWO, clients=2, p=0.5)
-    site = Site(
-        *(tensor.detach().bfloat16().requires_grad_() for tensor in (exact.y, exact.x)),
-        None if exact.keep is None else exact.keep.bfloat16(),
-        *(
-            tuple(tensor.detach().float().requires_grad_() for tensor in part)
-            for part in (exact.a, exact.b)
-        ),
-        exact.g if exact.g is None else exact.g.detach().float().requires_grad_(),
-    )
-    out = ours(site, TWO)
-    assert out.dtype == torch.bfloat16
-    gradients = torch.autograd.grad(out.float().sum(), site.inputs)
-    wanted = torch.autograd.grad(ours(exact, TWO).sum(), exact.inputs)
-    for gradient, tensor, close in zip(gradients, site.inputs, wanted, strict=True):
-        assert gradient.dtype == tensor.dtype
-        error = (gradient.double() - close).norm() / close.norm()
-        assert error < 0.03

@@ -41,7 +41,7 @@ LABELS = 3
 SPREAD = 0.2
 
 # Key and value heads are fewer than query heads: q_proj and v_proj then differ in shape.
-_LLAMA: Mapping[str, Any] = {
+_LLAMA: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 48,
@@ -55,7 +55,7 @@ _LLAMA: Mapping[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-_BERT: Mapping[str, Any] = {
+_BERT: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 48,

@@ -10,6 +10,7 @@ import reprlib
 from bisect import bisect_left
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from inspect import formatannotation
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -164,7 +165,7 @@ def _tag(hint: Any, where: str) -> str:
         return "mapping"
     if isinstance(hint, type) and is_dataclass(hint):
         return _label(hint)
-    raise CodecError(f"{where} is declared {hint}, which the codec cannot hold")
+    raise CodecError(f"{where} is declared {formatannotation(hint)}, which the codec cannot hold")
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
@@ -231,7 +232,9 @@ def _flatten(hint: Any, value: Any, path: tuple[str, ...], tensors: dict[str, Te
     where = "/".join(path)
     options = [option for option in _options(hint) if _holds(option, value, where)]
     if not options:
-        raise CodecError(f"{where} is {reprlib.repr(value)}, but {hint} is declared")
+        raise CodecError(
+            f"{where} is {reprlib.repr(value)}, but {formatannotation(hint)} is declared"
+        )
     hint = type(value) if type(value) in options else options[0]
     if hint is float:
         return float(value) if math.isfinite(value) else {"float": str(value)}
@@ -287,7 +290,9 @@ def _restore(hint: Any, plain: Any, path: tuple[str, ...], source: _Source) -> A
     where = "/".join(path)
     options = [option for option in _options(hint) if _announces(option, plain, where)]
     if not options:
-        raise CodecError(f"{where} is {reprlib.repr(plain)}, but {hint} is declared")
+        raise CodecError(
+            f"{where} is {reprlib.repr(plain)}, but {formatannotation(hint)} is declared"
+        )
     hint = options[0]
     if hint is float:
         number = _ODD_FLOATS[plain["float"]] if isinstance(plain, dict) else plain

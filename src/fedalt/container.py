@@ -3,8 +3,8 @@
 The header's `__metadata__` holds the texts and, besides, format, version and sha256 (of all the
 rest). The same content gives the same bytes, and nothing but those bytes is accepted for it.
 
-The file is laid out here because the library's functions on bytes hide the metadata, order it by
-chance and copy every tensor twice; what is written here, the library reads.
+The file is laid out here because the library's functions on bytes hide the metadata and order it
+by chance; what is written here, the library reads.
 """
 
 import json
@@ -170,6 +170,8 @@ def _entry(key: str, described: Any) -> _Entry:
 
 
 def _describe(key: str, tensor: Tensor) -> _Entry:
+    if not isinstance(tensor, Tensor):
+        raise CodecError(f"{key} is {reprlib.repr(tensor)} instead of a tensor")
     if tensor.dtype not in _CODES or tensor.layout != torch.strided or tensor.is_meta:
         known = ", ".join(sorted(_CODES.values()))
         raise CodecError(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -59,16 +60,18 @@ def load_base(
     Raises ModelError.
     """
     place = location(name)
-    tokenizer = _load_tokenizer(name, place)
+    tokenizer = load_tokenizer(name)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    _require_device(device)
     try:
         config = AutoConfig.from_pretrained(place)
         for key, value in config.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(config, key, 0.0)
         if config.pad_token_id is None:  # a classifier looks for the last token that is not this
-            config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+            pad = tokenizer.pad_token_id
+            config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
         options: dict[str, Any] = {
             "config": config,
             "dtype": torch.float32 if device == "cpu" else "auto",
@@ -86,7 +89,7 @@ def load_base(
                 model = AutoModelForSequenceClassification.from_pretrained(place, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(place, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
     if not quantise:
         model = model.to(device)
@@ -117,18 +120,20 @@ def location(name: str) -> str:
 def fingerprint_of(model: PreTrainedModel) -> str:
     """A digest of all shapes and of the first numbers of each tensor.
 
-    Cheap, and tells models apart; not a proof against somebody who forges one.
+    Cheap, and tells models apart; not a proof against somebody who forges one. The dtype is left
+    out: a GPU keeps half precision that a CPU widens without changing a number.
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
         digest.update(str(tensor.flatten()[:16].float().tolist()).encode())
     return digest.hexdigest()[:16]
 
 
-def _load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone, for looking at data without the weights. Raises ModelError."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
+        tokenizer = AutoTokenizer.from_pretrained(location(name))
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"cannot load a tokenizer for the model {name!r}: {_first_line(error)}; expected "
@@ -142,6 +147,13 @@ def _load_tokenizer(name: str, place: str) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None and tokenizer.sep_token_id is None:
         raise ModelError(f"the tokenizer of {name!r} has no end-of-text token")
     return tokenizer
+
+
+def _require_device(device: str) -> None:
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"cannot use the device {device!r}: {_first_line(error)}") from error
 
 
 def _first_line(error: BaseException) -> str:

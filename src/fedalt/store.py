@@ -131,11 +131,8 @@ class RunFolder:
             "record_bytes": record.stat().st_size,
         }
         atomic_write(self.path / "progress.json", json.dumps(raw).encode())
-        for folder in (self.path, self.path / "local"):
-            column = "local" if folder.name == "local" else "own"
-            keep = [progress.rounds_done - 1, progress.rounds_done - 2]
-            keep += [at for at, _ in [progress.best[column]]] if column in progress.best else []
-            _prune(folder, keep)
+        for column in ("own", "local"):
+            _prune(self.states(column, 0).folder, kept_rounds(progress, column))
 
     def lines(self) -> list[dict[str, Any]]:
         """Everything committed to rounds.jsonl."""
@@ -158,11 +155,23 @@ class RunFolder:
         return raw
 
 
-def create(path: Path, settings: str, facts: Mapping[str, object]) -> RunFolder:
-    """Make a run's folder; one that holds anything already is refused."""
+def kept_rounds(progress: Progress, column: str) -> list[int]:
+    """The rounds after which an arm's states are kept: the last two and the best one."""
+    best = [progress.best[column][0]] if column in progress.best else []
+    last = range(max(0, progress.rounds_done - 2), progress.rounds_done)
+    return sorted({*last, *best})
+
+
+def require_unused(path: Path) -> None:
+    """Refuse a folder for a new run that holds anything already."""
     if path.exists() and not (path.is_dir() and _is_empty(path)):
         hint = f"; `fedalt resume {path}` continues it" if (path / "run.json").exists() else ""
         raise StoreError(f"{path} exists already and is not empty{hint}")
+
+
+def create(path: Path, settings: str, facts: Mapping[str, object]) -> RunFolder:
+    """Make a run's folder; one that holds anything already is refused."""
+    require_unused(path)
     path.mkdir(parents=True, exist_ok=True)
     atomic_write(path / "settings.toml", settings.encode())
     whole = json.dumps({"format": FORMAT, **facts}, indent=2) + "\n"

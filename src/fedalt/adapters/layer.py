@@ -159,6 +159,7 @@ class AdaptedModel:
         the paths of the wanted layers. A name that ends none raises ValueError.
         """
         self.model = model.requires_grad_(False).eval()
+        _keep_differentiable(model)
         self._binding = _Binding()
         linear = _linear_layers(model)
         self.sites: dict[str, Shape] = {}
@@ -212,6 +213,17 @@ class AdaptedModel:
         """Where the base model lies."""
         device: torch.device = self.model.device
         return device
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights.
+
+    On a CPU with AVX512-BF16 it does so when a layer is first evaluated, for good, into a layout
+    that has no backward pass: all gradients through the layer would be zero from then on.
+    """
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:

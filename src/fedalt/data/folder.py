@@ -91,8 +91,8 @@ def open_data(path: Path, *, client_field: str | None = None) -> DataFolder:
     """
     layout = find_layout(path)
     problems = Problems(path)
-    require_distinct(layout.sources, layout, problems)
-    require_train(layout.sources, layout, problems)
+    require_distinct(layout, problems)
+    require_train(layout, problems)
     survey = _Survey(layout, problems)
     for source in layout.sources:
         survey.read(source, client_field)
@@ -157,7 +157,7 @@ class _Survey:
         self._named = {source.client_id for source in layout.sources}
         self._spelling: dict[str, str] = {}
         self._unproven: dict[str, str] = {}
-        self._odd: set[tuple[str, Split]] = set()
+        self._told: set[tuple[str, str, Split]] = set()
 
     def read(self, source: Source, client_field: str | None) -> None:
         """Check every record of a file and count it."""
@@ -208,7 +208,7 @@ class _Survey:
             self._unproven.setdefault(record.answer, place)
         if self._files.setdefault(key, file) != file:
             other = self._layout.place(self._files[key])
-            self._problems.add(place, f"client {client_id!r} already has {split} data in {other}")
+            self._once(place, f"client {client_id!r} already has {split} data in {other}", key)
             return
         self._starts.setdefault(key, array("Q")).append(item.start)
         line = json.dumps(vars(record))  # the same for a record in any layout
@@ -233,13 +233,15 @@ class _Survey:
     def _agree(self, kind: Kind, key: tuple[str, Split], place: str) -> None:
         if self.kind is None:
             self.kind = (kind, place)
-        elif self.kind[0] != kind and key not in self._odd:
-            self._odd.add(key)  # once per file is enough
-            self._problems.add(
-                place,
-                f"a record to {kind}, but {self.kind[1]} is one to {self.kind[0]}: "
-                "all clients must have the same kind",
-            )
+        elif self.kind[0] != kind:
+            wanted = f"{self.kind[1]} is one to {self.kind[0]}: all clients have the same kind"
+            self._once(place, f"a record to {kind}, but {wanted}", key)
+
+    def _once(self, place: str, text: str, key: tuple[str, Split]) -> None:
+        """Note a problem that every record of a split has at its first one only."""
+        if (text, *key) not in self._told:
+            self._told.add((text, *key))
+            self._problems.add(place, text)
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:

@@ -81,32 +81,24 @@ def require_safe(client_id: str, place: str, problems: Problems) -> None:
         )
 
 
-def require_distinct(sources: tuple[Source, ...], layout: Layout, problems: Problems) -> None:
-    """Note clients that two files claim, and names that only differ in case."""
-    first: dict[tuple[str, Split], Source] = {}
+def require_distinct(layout: Layout, problems: Problems) -> None:
+    """Note client names in file names that are not safe, or that differ only in case."""
     spelling: dict[str, Source] = {}
-    for source in sources:
+    for source in layout.sources:
         if source.client_id is None:
             continue
         place = layout.place(source.file)
         require_safe(source.client_id, place, problems)
-        folded = source.client_id.casefold()
-        same = spelling.setdefault(folded, source)
-        twin = first.setdefault((source.client_id, source.split), source)
+        same = spelling.setdefault(source.client_id.casefold(), source)
         if same.client_id != source.client_id:
             other = f"{same.client_id!r} of {layout.place(same.file)}"
             problems.add(place, f"client {source.client_id!r} differs from {other} in case only")
-        elif twin is not source:
-            other = layout.place(twin.file)
-            problems.add(
-                place, f"client {source.client_id!r} already has {source.split} data in {other}"
-            )
 
 
-def require_train(sources: tuple[Source, ...], layout: Layout, problems: Problems) -> None:
+def require_train(layout: Layout, problems: Problems) -> None:
     """Note clients with a file for validation or test but none to train on."""
-    trained = {source.client_id for source in sources if source.split == "train"}
-    for source in sources:
+    trained = {source.client_id for source in layout.sources if source.split == "train"}
+    for source in layout.sources:
         if source.client_id not in trained:
             problems.add(
                 layout.place(source.file),

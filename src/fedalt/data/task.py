@@ -83,7 +83,7 @@ class Task:
         if split == "test" or self.validation == 0 or self.folder.counts(client_id, "validation"):
             return self.folder.records(client_id, split)
         records = self.folder.records(client_id, "train")
-        wanted = max(1, round(self.validation * len(records)))
+        wanted = min(len(records) - 1, max(1, round(self.validation * len(records))))
         if len(records) < FEWEST_TO_HOLD_OUT:
             wanted = 0
         held = hold_out(

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from statistics import fmean
 from typing import Literal, Protocol
 
@@ -12,14 +13,14 @@ import torch
 
 from fedalt import tree as trees
 from fedalt.adapters.start import Start
-from fedalt.data.examples import Split
 from fedalt.engine.in_process import ClientRound, States, run_round, servings
 from fedalt.engine.learner import Learner
-from fedalt.methods.contract import AnyMethod, Fit, Fitted, Serving
+from fedalt.methods.contract import AnyMethod, Fit, Fitted
 from fedalt.seeds import generator
 from fedalt.training.loop import Trained
 
 Column = Literal["own", "shared", "local"]
+HeldOut = Literal["validation", "test"]
 Line = Mapping[str, object]
 
 
@@ -130,7 +131,8 @@ class Run:
             progress = self._round(progress, round_)
         if not progress.tested:
             for arm in self.arms:
-                self._score(arm, progress.chosen(arm.column, self.schedule.select), "test")
+                at = progress.chosen(arm.column, self.schedule.select)
+                self.score(arm, at, "test", whole=True)
             progress = replace(progress, tested=True)
             self.journal.commit(progress)
         return progress
@@ -143,7 +145,7 @@ class Run:
         for arm in self.arms:
             self._train(arm, round_, cohort)
             if last or (round_ + 1) % self.schedule.evaluate_every == 0:
-                loss = self._score(arm, round_, "validation")
+                loss = self.score(arm, round_, "validation", whole=False)
                 if loss is not None and loss < best.get(arm.column, (0, float("inf")))[1]:
                     best[arm.column] = (round_, loss)
         self.journal.record(
@@ -191,8 +193,12 @@ class Run:
 
         run_round(arm.method, self.start, states, cohort, train, report)
 
-    def _score(self, arm: Arm, round_: int, split: Literal["validation", "test"]) -> float | None:
-        """Score every client's servings; the mean loss of the arm's own column, if any has data."""
+    def score(self, arm: Arm, round_: int, split: HeldOut, *, whole: bool) -> float | None:
+        """Score what every client serves after a round; the mean loss of the arm's own column.
+
+        None where no client has data. `whole` also scores the shared part and generated texts,
+        which is what takes long.
+        """
         states = self.journal.states(arm.column, round_ + 1)
         losses = []
         what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
@@ -204,12 +210,11 @@ class Run:
                 return self.learner.fit(client_id, f"deploy {round_}", number, order)[0]
 
             own, shared = servings(arm.method, self.start, states, client_id, train)
-            metrics = {arm.column: self._metrics(client_id, split, own)}
-            if shared is not None and split == "test":
+            score = partial(self.learner.score, client_id, split, generate=whole)
+            metrics = {arm.column: score(own).metrics}
+            if shared is not None and whole:
                 same = shared.plan == own.plan and trees.equal(shared.tree, own.tree)
-                metrics["shared"] = (
-                    metrics[arm.column] if same else self._metrics(client_id, split, shared)
-                )
+                metrics["shared"] = metrics[arm.column] if same else score(shared).metrics
             losses.append(metrics[arm.column]["loss"])
             for column in metrics:
                 self.journal.record(
@@ -224,11 +229,6 @@ class Run:
                 )
             self.hear(Event(what, round_, arm.column, client_id, index + 1, len(self.clients)))
         return fmean(losses) if losses else None
-
-    def _metrics(self, client_id: str, split: Split, serving: Serving) -> Mapping[str, float]:
-        """Texts are generated for the test only: that is what takes long."""
-        scores = self.learner.score(client_id, split, serving, generate=split == "test")
-        return scores.metrics
 
 
 def peak_memory() -> int:

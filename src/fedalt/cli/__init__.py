@@ -1,0 +1,62 @@
+"""The command line: `fedalt --help` lists its commands."""
+
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from fedalt.cli import client, data, demo, methods, run
+from fedalt.cli.faults import report
+
+app = typer.Typer(
+    name="fedalt",
+    help="Personalised federated fine-tuning of language models: one better model per client.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo.demo)
+app.command()(run.run)
+app.command()(run.resume)
+app.command()(run.evaluate)
+app.command()(client.generate)
+app.command()(client.export)
+app.add_typer(data.app, name="data")
+app.command()(methods.methods)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0, 2 for a mistake of the user's, 1 for one of ours, 130 stopped.
+
+    `--debug`, anywhere, shows the traceback of an error.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    words = [word for word in given if word != "--debug"]
+    try:
+        app(args=words, prog_name="fedalt")
+    except Exception as error:
+        if len(words) < len(given):
+            raise
+        sys.exit(report(error))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedalt {version('fedalt')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _show: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+    _debug: Annotated[
+        bool, typer.Option("--debug", help="Show the whole traceback of an error.")
+    ] = False,
+) -> None:
+    """What can be given before any command."""

@@ -1,0 +1,69 @@
+"""What the commands print: results on stdout, everything else on stderr."""
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fedalt.report.table import Table
+
+WIDTH = 120  # where there is no terminal to ask
+
+
+def hush_libraries() -> None:
+    """Keep the libraries' own progress bars and hints out of our output; errors still come."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as theirs
+
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+
+
+def note(text: str, *, quiet: bool = False) -> None:
+    """A sentence for the reader, on stderr."""
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(sentences: Iterable[str], *, quiet: bool = False) -> None:
+    """What the user should know, one sentence per line."""
+    for sentence in sentences:
+        note(f"note: {sentence}", quiet=quiet)
+
+
+def console(*, stderr: bool = False) -> "Console":
+    """A console as wide as the terminal, or wide enough where there is none."""
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
+
+
+def show(*tables: tuple["Table", str]) -> None:
+    """Tables with their titles, on stdout."""
+    from fedalt.report.table import draw
+
+    out = console()
+    for table, title in tables:
+        out.print(draw(table, title))
+
+
+def show_json(value: Mapping[str, Any]) -> None:
+    """A result for machines, on stdout."""
+    typer.echo(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+def free_folder(wanted: Path) -> Path:
+    """The folder itself, or, where it exists, the first of name-2, name-3, ... that does not."""
+    number, folder = 1, wanted
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder

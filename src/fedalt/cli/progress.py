@@ -1,0 +1,153 @@
+"""Signs of life of a run: bars on a terminal, one plain line per round everywhere."""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from fedalt.cli.output import console, note
+from fedalt.engine.schedule import Event, Line
+from fedalt.prepare import Prepared
+from fedalt.runs import Nobody, Watcher
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several watchers as one."""
+
+    watchers: Sequence[Watcher]
+
+    def hear(self, event: Event) -> None:
+        """Pass it on to each."""
+        for watcher in self.watchers:
+            watcher.hear(event)
+
+    def wrote(self, line: Line) -> None:
+        """Pass it on to each."""
+        for watcher in self.watchers:
+            watcher.wrote(line)
+
+
+@dataclass(frozen=True)
+class RoundLines:
+    """One line per round: the mean losses of its columns, its seconds, the time left."""
+
+    rounds: int
+    say: Callable[[str], None]
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def hear(self, event: Event) -> None:
+        """Say that testing begins, which may take a while."""
+        if event.what == "test" and event.done == 1:
+            self.say(f"testing {event.column} after round {event.round}")
+
+    def wrote(self, line: Line) -> None:
+        """Collect a round's lines and say them in one."""
+        self.lines.append(dict(line))
+        if line["kind"] == "round":
+            self.say(self._round(self.lines[-1]))
+            self.lines.clear()
+
+    def _round(self, end: dict[str, Any]) -> str:
+        parts = [f"round {end['round']} of 0 to {self.rounds - 1}:"]
+        for kind, name in (("train", "loss"), ("score", "validation loss")):
+            means = [
+                f"{column} {fmean(losses):.3f}"
+                for column in ("own", "local")
+                if (losses := self._losses(kind, column))
+            ]
+            if means:
+                parts.append(f"{name} {', '.join(means)};")
+        left = end["seconds"] * (self.rounds - 1 - end["round"])
+        parts.append(f"{_time(end['seconds'])}, {_time(left)} left")
+        return " ".join(parts)
+
+    def _losses(self, kind: str, column: str) -> list[float]:
+        return [
+            line["metrics"]["loss"]
+            for line in self.lines
+            if line["kind"] == kind and line["column"] == column
+        ]
+
+
+@dataclass(frozen=True)
+class Bars:
+    """Two bars: the clients of all rounds with the time left, and what is going on right now."""
+
+    bars: Progress
+    total: TaskID
+    now: TaskID
+    rounds: int
+
+    def hear(self, event: Event) -> None:
+        """Move the bars on."""
+        doing = {"train": "training", "validate": "validating", "test": "testing"}[event.what]
+        client = f"{doing} {event.column}, {event.client_id}"
+        if event.loss is not None:
+            client += f", loss {event.loss:.3f}"
+        self.bars.update(self.now, description=client, completed=event.done, total=event.of)
+        self.bars.update(self.total, description=f"round {event.round} of 0 to {self.rounds - 1}")
+
+    def wrote(self, line: Line) -> None:
+        """A client's training is done."""
+        if line["kind"] == "train":
+            self.bars.advance(self.total)
+
+
+@contextmanager
+def watching(
+    prepared: Prepared, *, done: int = 0, quiet: bool = False, tensorboard: Path | None = None
+) -> Iterator[Watcher]:
+    """Whoever should watch this run of which `done` rounds are done already."""
+    with ExitStack() as open_:
+        watchers: list[Watcher] = []
+        rounds = prepared.parts.settings.rounds.rounds
+        if tensorboard is not None:
+            from fedalt.report.tensorboard import TensorBoard
+
+            watchers.append(open_.enter_context(TensorBoard.writing(tensorboard, done)))
+        if not quiet and sys.stderr.isatty():
+            bars = open_.enter_context(_bars())
+            total = _clients_to_train(prepared)
+            at = bars.add_task("", total=total, completed=done * total // rounds)
+            watchers.append(Bars(bars, at, bars.add_task("", total=None), rounds))
+            watchers.append(RoundLines(rounds, bars.console.print))
+        elif not quiet:
+            watchers.append(RoundLines(rounds, note))
+        yield Together(watchers) if watchers else Nobody()
+
+
+def _bars() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console(stderr=True),
+        transient=True,
+    )
+
+
+def _clients_to_train(prepared: Prepared) -> int:
+    """Trainings of a client in the whole run: cohorts times arms."""
+    settings, clients = prepared.parts.settings, prepared.task.clients
+    cohort = settings.rounds.cohort(clients, 0, settings.seed)
+    return settings.rounds.rounds * len(cohort) * len(prepared.parts.arms)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,227 @@
+"""The data doctor: measures a folder of client data as a model's tokenizer sees it."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedalt.data.examples import Split
+from fedalt.data.findings import (
+    FEWEST_TO_JUDGE,
+    BalanceOf,
+    ClientReport,
+    DataReport,
+    Lengths,
+    SplitReport,
+    client_warnings,
+    folder_warnings,
+)
+from fedalt.data.folder import DataFolder
+from fedalt.data.layout import SPLITS
+from fedalt.data.prompts import Encoded, Template, encode, masked_example
+from fedalt.data.records import DataError, Record, question_key, record_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+MOST_ANSWERS = 20  # more different ones are free text
+FEWEST_OF_EACH = 5  # records per different answer on average, fewer are free text
+
+SHORT_OF_RUNS = 0.5  # of the runs that a shuffled file would have
+
+Keys = NDArray[np.uint64]
+
+
+@dataclass(frozen=True)
+class _View:
+    """How records become tokens here."""
+
+    folder: DataFolder
+    tokenizer: "Tokenizer"
+    template: Template
+    max_length: int
+
+    def encoded(self, client_id: str, split: Split, records: Sequence[Record]) -> list[Encoded]:
+        found = []
+        for number, record in enumerate(records, 1):
+            try:
+                found.append(
+                    encode(
+                        record,
+                        self.tokenizer,
+                        self.template,
+                        max_length=self.max_length,
+                        labels=self.folder.labels,
+                    )
+                )
+            except DataError as error:
+                place = f"client {client_id!r}, {split} record {number}"
+                raise DataError(f"{place}: {error}") from error
+        return found
+
+
+def check(
+    folder: DataFolder, tokenizer: "Tokenizer", template: Template, max_length: int
+) -> DataReport:
+    """Look at every record; some 30 bytes per train record are held, the text of one client."""
+    view = _View(folder, tokenizer, template, max_length)
+    elsewhere = _trained_elsewhere(folder)
+    clients = tuple(
+        _client_report(view, client_id, *elsewhere[client_id]) for client_id in folder.clients
+    )
+    first = folder.clients[0]
+    (encoded,) = view.encoded(first, "train", folder.records(first, "train")[:1])
+    warnings = folder_warnings(clients, folder.ignored, max_length, int(tokenizer.model_max_length))
+    for client in clients:
+        warnings += client_warnings(client, max_length)
+    return DataReport(
+        path=str(folder.path),
+        kind=folder.kind,
+        labels=folder.labels,
+        fingerprint=folder.fingerprint,
+        max_length=max_length,
+        ignored=folder.ignored,
+        clients=clients,
+        example_client=first,
+        example=masked_example(encoded.example, tokenizer),
+        warnings=tuple(warnings),
+    )
+
+
+def _trained_elsewhere(folder: DataFolder) -> dict[str, tuple[int, str | None]]:
+    """Per client: how many of its test records others train on, and which client most."""
+    keys = [_keys(folder.records(client_id, "train")) for client_id in folder.clients]
+    all_keys = np.concatenate(keys)
+    owners = np.repeat(np.arange(len(keys), dtype=np.uint32), [len(part) for part in keys])
+    order = np.argsort(all_keys, kind="stable")
+    all_keys, owners = all_keys[order], owners[order]
+    found: dict[str, tuple[int, str | None]] = {}
+    for index, client_id in enumerate(folder.clients):
+        test = _keys(folder.records(client_id, "test"))
+        begins = np.searchsorted(all_keys, test, side="left")
+        ends = np.searchsorted(all_keys, test, side="right")
+        seen: Counter[int] = Counter()
+        records = 0
+        for begin, end in zip(begins.tolist(), ends.tolist(), strict=True):
+            others = set(owners[begin:end].tolist()) - {index}
+            seen.update(sorted(others))
+            records += bool(others)
+        most = folder.clients[seen.most_common(1)[0][0]] if seen else None
+        found[client_id] = (records, most)
+    return found
+
+
+def _keys(records: Sequence[Record]) -> Keys:
+    return np.array([record_key(record) for record in records], dtype=np.uint64)
+
+
+def _client_report(
+    view: _View, client_id: str, elsewhere: int, elsewhere_client: str | None
+) -> ClientReport:
+    records = {split: view.folder.records(client_id, split) for split in SPLITS}
+    records = {split: part for split, part in records.items() if part}
+    balance_of = _balance_of([record for part in records.values() for record in part])
+    splits: dict[str, SplitReport] = {
+        split: _split_report(part, view.encoded(client_id, split, part), view.tokenizer, balance_of)
+        for split, part in records.items()
+    }
+    train, test = records["train"], records.get("test", [])
+    trained = {record_key(record) for record in train}
+    asked = {question_key(record) for record in train}
+    return ClientReport(
+        client_id=client_id,
+        splits=splits,
+        balance_of=balance_of,
+        distance=_distance(splits["train"], splits.get("test")),
+        overlap=sum(record_key(record) in trained for record in test),
+        question_overlap=sum(question_key(record) in asked for record in test),
+        elsewhere=elsewhere,
+        elsewhere_client=elsewhere_client,
+    )
+
+
+def _split_report(
+    records: Sequence[Record],
+    encoded: Sequence[Encoded],
+    tokenizer: "Tokenizer",
+    balance_of: BalanceOf,
+) -> SplitReport:
+    lengths = np.array([len(e.example.ids) + e.prompt_cut + e.answer_cut for e in encoded])
+    p50, p95 = np.percentile(lengths, [50, 95], method="inverted_cdf").tolist()
+    used = sum(len(e.example.ids) for e in encoded)
+    answered = sum(len(e.example.ids) - e.example.answer_start for e in encoded)
+    unknown = tokenizer.unk_token_id
+    # GPT-2 and its like know every byte and call their end-of-text token unknown.
+    real = unknown is not None and unknown != tokenizer.eos_token_id
+    strange = sum(e.example.ids.count(unknown) for e in encoded) if real else 0
+    names = [_name(record, balance_of) for record in records if balance_of != "nothing"]
+    balance = Counter(names)
+    runs, shuffled = sum(1 for _ in groupby(names)), _shuffled_runs(balance)
+    return SplitReport(
+        records=len(records),
+        tokens=Lengths(float(lengths.mean()), int(p50), int(p95), int(lengths.max())),
+        answer_share=answered / used,
+        unknown_share=strange / used,
+        empty_answers=sum(not record.answer.strip() for record in records),
+        truncated_prompts=sum(e.prompt_cut > 0 for e in encoded),
+        answers_too_long=sum(e.answer_cut > 0 for e in encoded),
+        off_options=sum(
+            bool(record.options) and record.answer.strip() not in record.options
+            for record in records
+        ),
+        duplicates=len(records) - len(set(records)),
+        balance=dict(sorted(balance.items())),
+        runs=runs,
+        longest_run=max((len(list(run)) for _, run in groupby(names)), default=0),
+        shuffled_runs=shuffled,
+        looks_sorted=len(balance) > 1
+        and len(records) >= FEWEST_TO_JUDGE
+        and runs < SHORT_OF_RUNS * shuffled,
+    )
+
+
+def _balance_of(records: Sequence[Record]) -> BalanceOf:
+    """What can be counted: labels, few different answers, or where the right option stands."""
+    if records[0].kind == "classify":
+        return "label"
+    answers = {record.answer.strip() for record in records}
+    if len(answers) <= MOST_ANSWERS and len(answers) * FEWEST_OF_EACH <= len(records):
+        return "answer"
+    if sum(record.answer.strip() in record.options for record in records) > len(records) / 2:
+        return "position"
+    return "nothing"
+
+
+def _name(record: Record, balance_of: BalanceOf) -> str:
+    answer = record.answer.strip()
+    if balance_of != "position":
+        return answer
+    return str(record.options.index(answer) + 1) if answer in record.options else "none"
+
+
+def _shuffled_runs(balance: Counter[str]) -> float:
+    """How many stretches of equal names these counts give on average in random order."""
+    records = sum(balance.values())
+    if not records:
+        return 0.0
+    return 1 + records - sum(count * count for count in balance.values()) / records
+
+
+def _distance(train: SplitReport, test: SplitReport | None) -> float | None:
+    """Total variation between the two balances; None where one is missing."""
+    if test is None or not train.balance or not test.balance:
+        return None
+    return (
+        sum(
+            abs(
+                train.balance.get(name, 0) / train.records
+                - test.balance.get(name, 0) / test.records
+            )
+            for name in train.balance.keys() | test.balance.keys()
+        )
+        / 2
+    )

@@ -1,0 +1,201 @@
+"""What the data doctor found, and what of it deserves a warning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Literal
+
+from fedalt.data.examples import Kind
+
+FEWEST_TO_JUDGE = 20  # records, below which an order or a balance says nothing
+
+BalanceOf = Literal["label", "answer", "position", "nothing"]
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens per example, prompt and answer together, before anything is cut."""
+
+    mean: float
+    p50: int
+    p95: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """One client's records of one split.
+
+    `answer_share` is the part of all tokens that the loss is on, `unknown_share` the part that the
+    tokenizer does not know, both from 0 to 1. `truncated_prompts`, `answers_too_long` (those lose
+    their end), `empty_answers`, `off_options` (the answer is not among the listed options) and
+    `duplicates` (exact repetitions) count records. `balance` counts what `balance_of` of the
+    client says; `runs` are the stretches of equal ones in the file's order, `longest_run` the
+    longest, `shuffled_runs` how many a shuffled file would have on average; `looks_sorted`: far
+    fewer than that.
+    """
+
+    records: int
+    tokens: Lengths
+    answer_share: float
+    unknown_share: float
+    empty_answers: int
+    truncated_prompts: int
+    answers_too_long: int
+    off_options: int
+    duplicates: int
+    balance: dict[str, int]
+    runs: int
+    longest_run: int
+    shuffled_runs: float
+    looks_sorted: bool
+
+
+@dataclass(frozen=True)
+class ClientReport:
+    """One client: its splits, and how its train and test data go together.
+
+    `balance_of` says what the balances count: labels, answers (where they are few), the position
+    of the right answer among the options, or nothing (free text). `distance` is half the sum of
+    absolute differences between the shares in train and in test, from 0 (equal) to 1. `overlap`
+    counts test records whose question and answer are in train, apart from case and white space;
+    `question_overlap` those whose question is; `elsewhere` those that are in the train data of
+    other clients, most of them in `elsewhere_client`.
+    """
+
+    client_id: str
+    splits: dict[str, SplitReport]
+    balance_of: BalanceOf
+    distance: float | None
+    overlap: int
+    question_overlap: int
+    elsewhere: int
+    elsewhere_client: str | None
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """A whole folder: JSON-able with `dataclasses.asdict`.
+
+    `example` is a train example as text: the part without loss and the part with it.
+    """
+
+    path: str
+    kind: Kind
+    labels: tuple[str, ...]
+    fingerprint: str
+    max_length: int
+    ignored: tuple[str, ...]
+    clients: tuple[ClientReport, ...]
+    example_client: str
+    example: tuple[str, str]
+    warnings: tuple[str, ...]
+
+
+def client_warnings(client: ClientReport, max_length: int) -> list[str]:
+    """What of one client deserves a warning, in sentences."""
+    found = [
+        sentence
+        for split, report in client.splits.items()
+        for sentence in _split_warnings(split, report, max_length)
+    ]
+    train, test = client.splits["train"], client.splits.get("test")
+    if test is not None:
+        found += _pair_warnings(client, train, test)
+    return [f"client {client.client_id}: {sentence}" for sentence in found]
+
+
+def folder_warnings(
+    clients: Sequence[ClientReport],
+    ignored: tuple[str, ...],
+    max_length: int,
+    model_length: int,
+) -> list[str]:
+    """What of the whole folder deserves a warning, in sentences."""
+    found = []
+    if ignored:
+        found.append(
+            "ignored, because not named NAME.train.jsonl, NAME.validation.jsonl or "
+            f"NAME.test.jsonl: {_some(ignored)}"
+        )
+    if untested := [client.client_id for client in clients if "test" not in client.splits]:
+        who = "no client has" if len(untested) == len(clients) else f"{_some(untested)}: without"
+        found.append(f"{who} test data; such a client is trained but not scored")
+    if max_length > model_length:
+        found.append(
+            f"max_length={max_length} is more than the {model_length} tokens this tokenizer's "
+            "model was made for"
+        )
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")
+
+
+def _split_warnings(split: str, report: SplitReport, max_length: int) -> list[str]:
+    of = f"of {report.records} {split} records"
+    counts = [
+        (report.empty_answers, "have an empty answer"),
+        (report.truncated_prompts, f"lose a part of their text at max_length={max_length}"),
+        (report.answers_too_long, f"lose the end of their answer at max_length={max_length}"),
+        (report.off_options, "have an answer that is not among their options"),
+    ]
+    found = [f"{count} {of} {what}" for count, what in counts if count]
+    if split == "train" and report.duplicates:
+        found.append(f"{report.duplicates} {of} repeat another one exactly")
+    if report.looks_sorted:
+        found.append(
+            f"the {split} file is sorted by its answers ({report.runs} stretches of equal ones, "
+            f"where a shuffled file has about {report.shuffled_runs:.0f}; the longest is "
+            f"{report.longest_run} of {report.records}): its first lines are no fair sample"
+        )
+    if report.unknown_share > 0.01:
+        found.append(
+            f"the tokenizer does not know {report.unknown_share:.0%} of the tokens in {split}"
+        )
+    return found
+
+
+def _pair_warnings(client: ClientReport, train: SplitReport, test: SplitReport) -> list[str]:
+    of = f"of {test.records} test records"
+    found = []
+    if client.overlap:
+        found.append(f"{client.overlap} {of} are in its train data too")
+    if client.question_overlap > client.overlap:
+        other = client.question_overlap - client.overlap
+        found.append(f"{other} {of} have a question of its train data, with another answer")
+    if client.elsewhere:
+        found.append(
+            f"{client.elsewhere} {of} are in the train data of other clients, "
+            f"first of all {client.elsewhere_client}"
+        )
+    what = {"label": "label", "answer": "answer", "position": "right position"}.get(
+        client.balance_of
+    )
+    if what is None or client.distance is None:
+        return found
+    if client.distance > 0.1 and _differ(train, test):
+        found.append(
+            f"train and test differ in how often each {what} occurs "
+            f"(distance {client.distance:.2f} of at most 1)"
+        )
+    if missing := sorted(test.balance.keys() - train.balance.keys()):
+        found.append(f"the {what} {missing[0]!r} is in test but never in train")
+    if len(train.balance) == 1 and train.records >= FEWEST_TO_JUDGE:
+        found.append(f"every train record has the same {what}, {min(train.balance)!r}")
+    return found
+
+
+def _differ(train: SplitReport, test: SplitReport) -> bool:
+    """Whether two balances differ more than two fair samples of one source would (chi-squared)."""
+    names = train.balance.keys() | test.balance.keys()
+    ratio = sqrt(test.records / train.records)
+    statistic = sum(
+        (train.balance.get(name, 0) * ratio - test.balance.get(name, 0) / ratio) ** 2
+        / (train.balance.get(name, 0) + test.balance.get(name, 0))
+        for name in names
+    )
+    freedom = len(names) - 1
+    return statistic > freedom + 4 * sqrt(2 * freedom)  # mean and spread of the statistic

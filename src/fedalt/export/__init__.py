@@ -1,0 +1,1 @@
+"""A client's result as folders that PEFT and transformers load."""

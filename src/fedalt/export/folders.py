@@ -1,0 +1,166 @@
+"""Writing a serving as a folder: one slot as a plain LoRA, or all of it."""
+
+import json
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from peft import LoraConfig, PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from fedalt.adapters.plan import HEAD, Slot, Sum
+from fedalt.codec import check_tree
+from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
+from fedalt.methods.contract import Serving
+from fedalt.models import BUILT_IN, Base, location
+from fedalt.tree import Tree, select
+
+BUILT_IN_REFERENCE = f"fedalt:{BUILT_IN}"
+
+
+def export_individual(
+    serving: Serving, base: Base, folder: Path, *, slot: str | None = None
+) -> Path:
+    """Write one slot, by default the plan's first, as a LoRA that PEFT loads without fedalt.
+
+    It computes what the serving does with a mixer fixed to that slot, or with a weight of 1 for
+    it. A classifier's head is included. Raises ValueError, also where the folder holds something.
+    """
+    _require_fit(serving, base)
+    chosen = _slot(serving, slot)
+    model = base.adapted.model
+    whole = chosen.alpha == int(chosen.alpha)
+    config = LoraConfig(
+        **_for_any_type(base),
+        base_model_name_or_path=_place(base.name),
+        r=chosen.rank,
+        lora_alpha=int(chosen.alpha) if whole else chosen.alpha,  # other tools may want an int
+        lora_dropout=serving.plan.dropout,
+        fan_in_fan_out=any(
+            isinstance(model.get_submodule(site).base_layer, Conv1D) for site in base.adapted.sites
+        ),
+    )
+    tensors = {
+        f"{name.site}.lora_{name.factor}.weight": tensor
+        for name, tensor in select(serving.tree, chosen.name).items()
+    }
+    with _new_folder(folder) as unfinished:
+        _write(unfinished, config, {**tensors, **_head(serving.tree)})
+    return folder
+
+
+def export_personal(serving: Serving, base: Base, folder: Path) -> Path:
+    """Write all slots, mixer, head and the tokenizer: `fedalt.load` and PEFT load the folder.
+
+    The base model is not copied; it is named by hub id or absolute path, and the built-in one by
+    "fedalt:tiny". Raises ValueError, also where the folder holds something.
+    """
+    _require_fit(serving, base)
+    plan = serving.plan
+    base_config = base.adapted.model.config
+    labels = [base_config.id2label[index] for index in range(base_config.num_labels)]
+    config = FedALTConfig(
+        **_for_any_type(base),
+        base_model_name_or_path=(
+            BUILT_IN_REFERENCE if base.name == BUILT_IN else _place(base.name)
+        ),
+        slots=[asdict(slot) for slot in plan.slots],
+        weights=list(plan.combine.weights) if isinstance(plan.combine, Sum) else None,
+        dropout=plan.dropout,
+        labels=labels if base.adapted.heads else None,
+    )
+    tensors = {
+        f"{name.site}.{SLOTS}.{key_of(name)}": tensor
+        for name, tensor in serving.tree.items()
+        if name.slot != HEAD
+    }
+    with _new_folder(folder) as unfinished:
+        _write(unfinished, config, {**tensors, **_head(serving.tree)})
+        base.tokenizer.save_pretrained(unfinished)
+    return folder
+
+
+def _require_fit(serving: Serving, base: Base) -> None:
+    needed = {**serving.plan.shapes(base.adapted.sites), **base.adapted.heads}
+    check_tree(serving.tree, needed, what="the serving to export")
+
+
+def _slot(serving: Serving, wanted: str | None) -> Slot:
+    slots = {slot.name: slot for slot in serving.plan.slots}
+    if wanted is None:
+        return serving.plan.slots[0]
+    if wanted not in slots:
+        raise ValueError(f"there is no slot {wanted!r} to export, only {', '.join(slots)}")
+    return slots[wanted]
+
+
+def _head(tree: Tree) -> dict[str, Tensor]:
+    return {f"{name.site}.{name.factor}": tensor for name, tensor in select(tree, HEAD).items()}
+
+
+def _for_any_type(base: Base) -> dict[str, Any]:
+    """The fields of a PEFT configuration that do not depend on its type."""
+    heads = {name.site.partition(".")[0] for name in base.adapted.heads}
+    return {
+        "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
+        "target_modules": _targets(base),
+        "modules_to_save": sorted(heads) or None,
+        "inference_mode": True,
+    }
+
+
+def _targets(base: Base) -> list[str]:
+    """The sites' last names, as people write them, or whole paths where those say too much."""
+    sites = base.adapted.sites
+    endings = {site.rpartition(".")[2] for site in sites}
+    meant = {
+        path for path, _ in base.adapted.model.named_modules() if path.rpartition(".")[2] in endings
+    }
+    return sorted(endings if meant == sites.keys() else sites)
+
+
+def _place(name: str) -> str:
+    """Where a base model lies, for a reader in another working directory."""
+    place = location(name)
+    return str(Path(place).resolve()) if Path(place).is_dir() else place
+
+
+def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Configuration and tensors; what PEFT wraps into its own model has longer keys."""
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in config.to_dict().items()
+    }
+    (folder / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+    data = safetensors.torch.save(
+        {
+            f"base_model.model.{key}": tensor.detach().cpu().contiguous()
+            for key, tensor in tensors.items()
+        },
+        metadata={"format": "pt"},
+    )
+    (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
+
+
+@contextmanager
+def _new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill, which gets its name once it is complete and is removed if it never is."""
+    folder = folder.resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists already and is not empty")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        unfinished.replace(folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise

@@ -1,0 +1,115 @@
+"""Loading an exported serving as a transformers model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+)
+
+from fedalt.export.folders import BUILT_IN_REFERENCE
+from fedalt.export.peft_type import SLOTS, FedALTConfig, FedALTLayer, Kind, register
+from fedalt.models import BUILT_IN, location
+
+
+def load(path: str | Path, *, device: str | None = None) -> PeftModel:
+    """The model in a folder that `export_personal` wrote, ready to `generate` or to classify.
+
+    It lies on the GPU if there is one. On a CPU it is float32, on a GPU it keeps the base model's
+    dtype. `AutoTokenizer.from_pretrained(path)` gives the tokenizer. Raises ValueError.
+    """
+    register()
+    folder = Path(path)
+    config = _read_config(folder)
+    keys = _keys_in(folder)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = _load_base(config, folder, device)
+    try:
+        model = PeftModel.from_pretrained(base, str(folder))
+    except (ValueError, RuntimeError, KeyError) as error:
+        raise ValueError(
+            f"{folder} does not fit its base model {config.base_model_name_or_path!r}: {error}"
+        ) from error
+    # PEFT itself only warns of a tensor that is missing, and ignores one that has no place.
+    if different := sorted(keys ^ _keys_of(model)):
+        raise ValueError(
+            f"{folder} does not fit its base model {config.base_model_name_or_path!r}: "
+            f"{len(different)} tensors are on one side only, first {different[0]}"
+        )
+    return model.eval()
+
+
+def _read_config(folder: Path) -> FedALTConfig:
+    if not folder.is_dir():
+        raise ValueError(f"there is no folder {str(folder)!r} to load")
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} is no exported model: it has no {CONFIG_NAME}")
+    try:
+        raw: dict[str, Any] = json.loads(file.read_text())
+        kind = raw.get("peft_type")
+        if kind == Kind.FEDALT:
+            config: FedALTConfig = PeftConfig.from_pretrained(str(folder))
+            return config
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    raise ValueError(
+        f"{folder} holds an adapter of PEFT's type {kind!r}, but only {str(Kind.FEDALT)!r} is a "
+        "whole model; peft.PeftModel.from_pretrained loads others onto their base model"
+    )
+
+
+def _keys_in(folder: Path) -> set[str]:
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} is no exported model: it has no {SAFETENSORS_WEIGHTS_NAME}")
+    try:
+        with safe_open(file, "pt") as tensors:
+            return set(tensors.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+
+
+def _keys_of(model: PeftModel) -> set[str]:
+    keys: set[str] = set()
+    for path, module in model.named_modules():
+        if isinstance(module, FedALTLayer):
+            keys.update(f"{path}.{SLOTS}.{key}" for key in module.fedalt_slots["default"])
+        elif isinstance(module, ModulesToSaveWrapper):
+            keys.update(f"{path}.{key}" for key in module.adapter_state_dict_load_map("default"))
+    return keys
+
+
+def _load_base(config: FedALTConfig, folder: Path, device: str) -> PreTrainedModel:
+    """The base model as transformers loads it, with a fresh head if it is to be a classifier."""
+    name = config.base_model_name_or_path
+    options: dict[str, Any] = {"dtype": torch.float32 if device == "cpu" else "auto"}
+    try:
+        place = location(BUILT_IN if name == BUILT_IN_REFERENCE else str(name))
+        if config.labels is None:
+            return AutoModelForCausalLM.from_pretrained(place, **options).to(device)
+        with torch.random.fork_rng():  # the fresh head is only there to be replaced
+            model = AutoModelForSequenceClassification.from_pretrained(
+                place,
+                id2label=dict(enumerate(config.labels)),
+                label2id={label: index for index, label in enumerate(config.labels)},
+                **options,
+            )
+        if model.config.pad_token_id is None:  # the last token that is not this decides
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
+        return model.to(device)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ValueError(
+            f"cannot load {name!r}, the base model of {folder}: {error}; if it lies elsewhere now, "
+            "load it from there and give it to peft.PeftModel.from_pretrained"
+        ) from error

@@ -1,0 +1,184 @@
+"""Everything a run needs, loaded and checked before its first step."""
+
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+from fedalt.adapters.start import Start
+from fedalt.data.examples import Split
+from fedalt.data.folder import open_data
+from fedalt.data.layout import SPLITS
+from fedalt.data.prompts import Template, read_template
+from fedalt.data.records import (
+    Chat,
+    Completion,
+    DataError,
+    Instruction,
+    Labelled,
+    Record,
+    Turn,
+)
+from fedalt.data.task import Task
+from fedalt.engine.schedule import Arm
+from fedalt.methods.local import LocalOnly
+from fedalt.models import Base, load_base
+from fedalt.settings import Settings, lora_of, method_name
+from fedalt.tree import numbers
+
+_FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", Labelled: "label"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What gives a run's states their meaning: the base model, the arms, and how they start."""
+
+    settings: Settings
+    base: Base
+    arms: tuple[Arm, ...]
+    start: Start
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin: all is loaded, every example has been encoded once.
+
+    `counts` are examples per client and split; `warnings` are sentences for the user.
+    """
+
+    parts: Parts
+    task: Task
+    counts: Mapping[str, Mapping[Split, int]]
+    warnings: tuple[str, ...]
+
+
+def prepare(settings: Settings, *, base: Base | None = None) -> Prepared:
+    """Load what the settings name and check all that can be checked before the first step.
+
+    `base` is the model of these settings, if it is loaded already.
+    """
+    data = open_data(settings.data.path, client_field=settings.data.client_field)
+    file = settings.data.template
+    template = Template() if file is None else read_template(file)
+    parts = load_parts(settings, data.labels, base)
+    task = Task(
+        folder=data,
+        tokenizer=parts.base.tokenizer,
+        template=template,
+        max_length=settings.data.max_length,
+        validation=settings.data.validation,
+        seed=settings.seed,
+        cut_answers=settings.data.cut_answers,
+    )
+    counts: dict[str, dict[Split, int]] = {}
+    cut = [0, 0]
+    for client_id in task.clients:
+        counts[client_id] = {}
+        for split in SPLITS:
+            counts[client_id][split] = len(task.examples(client_id, split))
+            cut = [sum(pair) for pair in zip(cut, task.cut(client_id, split), strict=True)]
+    return Prepared(parts, task, counts, tuple(_warnings(parts, counts, cut)))
+
+
+def question(form: str, text: str) -> Record:
+    """A question in the form of a client's records, which facts hold, still without an answer."""
+    match form:
+        case "instruction":
+            return Instruction(text, "", "")
+        case "prompt":
+            return Completion(text, "")
+        case "messages":
+            return Chat((Turn("user", text),), "")
+        case _:
+            raise DataError("records with labels are classified, no text is generated for them")
+
+
+def load_parts(settings: Settings, labels: Sequence[str], base: Base | None = None) -> Parts:
+    """The base model with its arms; `labels` are those of a classifier's data."""
+    model = settings.model
+    if base is None:
+        base = load_base(
+            model.name,
+            labels=labels,
+            targets=model.targets,
+            quantise=model.quantise,
+            device=model.device,
+        )
+    arms = [Arm("own", settings.method)]
+    yardstick = LocalOnly(lora=lora_of(settings.method))
+    if settings.yardstick and type(settings.method) is not type(yardstick):
+        arms.append(Arm("local", yardstick))
+    start = Start(base.adapted.sites, base.adapted.heads, settings.seed)
+    return Parts(settings, base, tuple(arms), start)
+
+
+def facts_of(prepared: Prepared) -> dict[str, Any]:
+    """What run.json holds."""
+    parts, task = prepared.parts, prepared.task
+    forms = {client: _FORMS[type(task.records(client, "train")[0])] for client in task.clients}
+    packages = {name: version(name) for name in ("fedalt", "torch", "transformers", "peft")}
+    return {
+        "versions": {"python": platform.python_version(), **packages},
+        "data": {
+            "fingerprint": task.folder.fingerprint,
+            "kind": task.kind,
+            "labels": list(task.labels),
+            "template": task.template.text,
+        },
+        "model": {"name": parts.base.name, "fingerprint": parts.base.fingerprint},
+        "method": method_name(parts.settings.method),
+        "trainable_numbers": {arm.column: _trainable(arm, parts.start) for arm in parts.arms},
+        "clients": {
+            client: {**counts, "form": forms[client]} for client, counts in prepared.counts.items()
+        },
+    }
+
+
+def _trainable(arm: Arm, start: Start) -> int:
+    """How many numbers a client trains, in the method's first order."""
+    method = arm.method
+    client = method.init_client(start, "")
+    order = next(method.local(client, method.broadcast(method.init_server(start), "")))
+    return numbers({name: order.tree[name] for name in order.train})
+
+
+def _warnings(
+    parts: Parts, counts: Mapping[str, Mapping[Split, int]], cut: Sequence[int]
+) -> list[str]:
+    """What a user should know before the first step, in sentences."""
+    found = []
+    if _shares(parts) and len(counts) == 1:
+        found.append(
+            "there is one client, so nobody to learn from: what comes from others stays empty, and "
+            "a mixer only weakens the client's own adapter; `--method local` serves it better"
+        )
+    if _shares(parts) and len(counts) == 2:
+        found.append(
+            "there are two clients: what one receives lets it work out the other's adapter exactly"
+        )
+    untested = [client for client, of in counts.items() if not of["test"]]
+    if untested:
+        found.append(f"trained but not scored, without test data: {_some(untested)}")
+    if parts.settings.rounds.select == "best" and not any(
+        of["validation"] for of in counts.values()
+    ):
+        found.append("no client has validation data: the last round is tested, not the best one")
+    prompts, answers = cut
+    total, limit = sum(sum(of.values()) for of in counts.values()), parts.settings.data.max_length
+    if prompts:
+        found.append(f"{prompts} of {total} prompts lose their middle at max_length={limit}")
+    if answers:
+        found.append(f"{answers} of {total} answers lose their end at max_length={limit}")
+    return found
+
+
+def _shares(parts: Parts) -> bool:
+    method, start = parts.settings.method, parts.start
+    message = method.broadcast(method.init_server(start), "")
+    return method.shared(method.init_client(start, ""), message) is not None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,286 @@
+"""The table of a run or of several: a score per client and column, mean, worst, and gain."""
+
+import csv
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table as Drawn
+from rich.text import Text
+
+Values = tuple[float, ...]  # one number per seed
+Scored = Mapping[str, Mapping[str, float]]  # metrics by client
+Line = Mapping[str, Any]
+Fold = Callable[[Iterable[float]], float]
+
+COLUMNS = ("own", "shared", "local")
+YARDSTICK = "local"
+# The first that every column of a client has is its score; all of them as shares of 100.
+_HEADLINES = (("accuracy", 100.0), ("rougeL", 1.0))
+_LABELS = {"accuracy": "accuracy %", "rougeL": "ROUGE-L", "loss": "loss"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: scores in the order of its columns, () where absent.
+
+    `gain` is how much better the first column is than the yardstick.
+    """
+
+    name: str
+    metric: str
+    scores: tuple[Values, ...]
+    gain: Values
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of clients, their mean and their worst, column by column.
+
+    Scores run from 0 to 100: accuracy where a client's records list options or labels, ROUGE-L
+    elsewhere. A table of losses is in nats, and lower is better.
+    """
+
+    columns: tuple[str, ...]
+    yardstick: str | None
+    clients: tuple[Row, ...]
+    mean: Row
+    worst: Row
+
+    @property
+    def seeds(self) -> int:
+        """How many numbers every cell stands for."""
+        return max(len(values) for values in self.mean.scores)
+
+    @property
+    def of_losses(self) -> bool:
+        """Whether lower is better."""
+        return self.mean.metric == "loss"
+
+
+def run_table(lines: Iterable[Line], split: str = "test", *, losses: bool = False) -> Table:
+    """The table of one run's lines, of its scores or of its losses.
+
+    Raises ValueError where nothing was scored.
+    """
+    lines = list(lines)
+    scored = {column: [scores_of(lines, column, split)] for column in COLUMNS}
+    seen = {column: each for column, each in scored.items() if each[0]}
+    return joined(seen, YARDSTICK, losses=losses)
+
+
+def scores_of(lines: Iterable[Line], column: str, split: str = "test") -> Scored:
+    """Metrics by client as a run's lines tell them last."""
+    return {
+        line["client"]: line["metrics"]
+        for line in lines
+        if line["kind"] == "score" and line["split"] == split and line["column"] == column
+    }
+
+
+def joined(
+    columns: Mapping[str, Sequence[Scored]], yardstick: str | None = None, *, losses: bool = False
+) -> Table:
+    """A table whose columns come from different runs, each with the scores of one or more seeds.
+
+    The gain is that of the first column over the yardstick, if that is a column at all. Where a
+    client has neither accuracy nor generated texts, the table is one of losses.
+    """
+    if not columns:
+        raise ValueError("nothing has been scored: no client has data to score on")
+    names = tuple(columns)
+    clients = sorted({client for seeds in columns.values() for each in seeds for client in each})
+    metrics = {client: "loss" if losses else _headline(client, columns) for client in clients}
+    if "loss" in metrics.values():
+        metrics = dict.fromkeys(clients, "loss")
+    gain_over = names.index(yardstick) if yardstick in names[1:] else None
+    rows = []
+    for client, metric in metrics.items():
+        scale = dict(_HEADLINES).get(metric, 1.0)
+        scores = tuple(_values(columns[name], client, metric, scale) for name in names)
+        gain = () if gain_over is None else _gain(scores[0], scores[gain_over], metric)
+        rows.append(Row(client, _LABELS[metric], scores, gain))
+    worst = max if "loss" in metrics.values() else min
+    return Table(
+        columns=names,
+        yardstick=None if gain_over is None else yardstick,
+        clients=tuple(rows),
+        mean=_over_clients("mean", rows, fmean, fmean),
+        worst=_over_clients("worst client", rows, worst, min),
+    )
+
+
+def draw(table: Table, title: str = "") -> Drawn:
+    """The table for a terminal; the best column of every row is bold."""
+    drawn = Drawn(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    drawn.add_column("client", overflow="fold")
+    drawn.add_column("score")
+    for name in _heads(table):
+        drawn.add_column(name, justify="right", no_wrap=True)
+    for row in (*table.clients, table.mean, table.worst):
+        if row is table.mean:
+            drawn.add_section()
+        best = _best(table, row)
+        cells = [
+            Text(cell, style="bold" if at in best else "")
+            for at, cell in enumerate(_cells(table, row))
+        ]
+        drawn.add_row(row.name, row.metric, *cells)
+    return drawn
+
+
+def to_markdown(table: Table) -> str:
+    """The table as Markdown."""
+    heads = ["client", "score", *_heads(table)]
+    rule = ["---", "---", *("---:" for _ in heads[2:])]
+    rows = [
+        [row.name, row.metric, *_cells(table, row)]
+        for row in (*table.clients, table.mean, table.worst)
+    ]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *rows))
+
+
+def to_csv(table: Table) -> str:
+    """One number per line, so that nothing is rounded or averaged away."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["client", "column", "metric", "seed", "value"])
+    for row in table.clients:
+        for column, values in zip(table.columns, row.scores, strict=True):
+            for seed, value in enumerate(values):
+                writer.writerow([row.name, column, row.metric, seed, value])
+    return text.getvalue()
+
+
+def to_json(table: Table) -> dict[str, Any]:
+    """The table as an object for `json.dumps`: numbers, or lists of them where seeds are many."""
+
+    def shown(row: Row) -> dict[str, Any]:
+        return {
+            "metric": row.metric,
+            "scores": _by_column(table, row.scores),
+            "gain": _number(row.gain),
+        }
+
+    return {
+        "columns": list(table.columns),
+        "clients": {row.name: shown(row) for row in table.clients},
+        "mean": shown(table.mean),
+        "worst": shown(table.worst),
+    }
+
+
+def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
+    """Sentences under a run's table: which rounds were scored, and what a round sends."""
+    lines = list(lines)
+    rounds = {
+        line["column"]: line["round"]
+        for line in lines
+        if line["kind"] == "score" and line["split"] == split
+    }
+    sentences = [f"{name}: the model after round {rounds[name]}" for name in rounds]
+    sent = [line for line in lines if line["kind"] == "train" and line["column"] == "own"]
+    if sent:
+        up, down = (fmean(line[f"{way}_bytes"] for line in sent) for way in ("upload", "download"))
+        sentences.append(
+            f"a client uploads {_size(up)} and downloads {_size(down)} per round (mean)"
+        )
+    return sentences
+
+
+def verdict(table: Table, ours: str, other: str) -> str:
+    """Whether the mean of one column beats another's by more than their spreads over the seeds."""
+    first, second = (table.mean.scores[table.columns.index(name)] for name in (ours, other))
+    better = -1 if table.of_losses else 1
+    gap = better * (fmean(first) - fmean(second))
+    sentence = f"{ours} {_shown(first)}, {other} {_shown(second)}: "
+    if len(first) < 2:
+        ahead = "ahead" if gap > 0 else "not ahead"
+        return f"{sentence}{ours} is {ahead} by {gap:+.1f}; one seed tells nothing about the spread"
+    spread = stdev(first) + stdev(second)
+    if gap > spread:
+        return f"{sentence}{ours} is ahead by {gap:.1f}, beyond the spread of the seeds"
+    if gap < -spread:
+        return f"{sentence}{ours} is behind by {-gap:.1f}, beyond the spread of the seeds"
+    return f"{sentence}a difference of {gap:+.1f}, within the spread of the seeds"
+
+
+def _headline(client: str, columns: Mapping[str, Sequence[Scored]]) -> str:
+    all_metrics = [each[client] for seeds in columns.values() for each in seeds if client in each]
+    for name, _ in _HEADLINES:
+        if all(name in metrics for metrics in all_metrics):
+            return name
+    return "loss"
+
+
+def _values(seeds: Sequence[Scored], client: str, metric: str, scale: float) -> Values:
+    """The client's numbers, none at all if a seed lacks one: means of different seeds mislead."""
+    values = [each[client][metric] * scale for each in seeds if metric in each.get(client, {})]
+    return tuple(values) if len(values) == len(seeds) else ()
+
+
+def _gain(own: Values, yardstick: Values, metric: str) -> Values:
+    if len(own) != len(yardstick):
+        return ()
+    sign = -1 if metric == "loss" else 1
+    return tuple(sign * (a - b) for a, b in zip(own, yardstick, strict=True))
+
+
+def _over_clients(name: str, rows: Sequence[Row], score: Fold, gain: Fold) -> Row:
+    """A row of one number per seed, made of the clients' numbers of that seed."""
+
+    def each(cells: Sequence[Values], one: Fold) -> Values:
+        return tuple(one(seed) for seed in zip(*cells, strict=True)) if all(cells) else ()
+
+    columns = range(len(rows[0].scores))
+    metrics = {row.metric for row in rows}
+    scores = tuple(each([row.scores[at] for row in rows], score) for at in columns)
+    metric = metrics.pop() if len(metrics) == 1 else ""
+    return Row(name, metric, scores, each([row.gain for row in rows], gain))
+
+
+def _heads(table: Table) -> list[str]:
+    return [*table.columns, *([f"gain over {table.yardstick}"] if table.yardstick else [])]
+
+
+def _cells(table: Table, row: Row) -> list[str]:
+    digits = 3 if table.of_losses else 1
+    gain = [_shown(row.gain, digits, sign="+")] if table.yardstick else []
+    return [*(_shown(values, digits) for values in row.scores), *gain]
+
+
+def _best(table: Table, row: Row) -> set[int]:
+    """Where the best scores of a row are; nothing is best of one."""
+    means = {at: fmean(values) for at, values in enumerate(row.scores) if values}
+    if len(means) < 2:
+        return set()
+    best = min(means.values()) if table.of_losses else max(means.values())
+    return {at for at, value in means.items() if value == best}
+
+
+def _shown(values: Values, digits: int = 1, sign: str = "") -> str:
+    if not values:
+        return "–"
+    mean = f"{fmean(values):{sign}.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
+
+
+def _by_column(table: Table, cells: Sequence[Values]) -> dict[str, Any]:
+    return {name: _number(values) for name, values in zip(table.columns, cells, strict=True)}
+
+
+def _number(values: Values) -> float | list[float] | None:
+    if not values:
+        return None
+    return values[0] if len(values) == 1 else list(values)
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,216 @@
+"""A run in its folder: start it, go on with it, score it again, serve one of its clients."""
+
+import difflib
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from fedalt.engine.in_process import servings
+from fedalt.engine.learner import Learner
+from fedalt.engine.schedule import Column, Event, HeldOut, Line, Progress, Run
+from fedalt.methods.contract import Fit, Fitted, Serving
+from fedalt.prepare import Parts, Prepared, facts_of, prepare
+from fedalt.settings import Settings, read_settings, to_toml
+from fedalt.store import (
+    FileStates,
+    RunFolder,
+    StoreError,
+    create,
+    kept_rounds,
+    locked,
+    open_run,
+    require_unused,
+)
+
+
+class Watcher(Protocol):
+    """Somebody who watches a run: hears its events and reads its lines as they are written."""
+
+    def hear(self, event: Event) -> None:
+        """Something moved on."""
+        ...
+
+    def wrote(self, line: Line) -> None:
+        """A line was added to rounds.jsonl."""
+        ...
+
+
+@dataclass(frozen=True)
+class Nobody:
+    """A watcher who looks away."""
+
+    def hear(self, event: Event) -> None:
+        """Ignore it."""
+
+    def wrote(self, line: Line) -> None:
+        """Ignore it."""
+
+
+def start_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
+    """Train and test in a new folder. Raises StoreError for one that is in use."""
+    require_unused(path)
+    with locked(path):
+        folder = create(path, to_toml(prepared.parts.settings), facts_of(prepared))
+        _run(prepared, _Watched(folder, watcher), watcher).to_the_end()
+    return folder
+
+
+def reopen(path: Path) -> Prepared:
+    """Prepare an existing run again; StoreError where its data or base model are others now."""
+    folder = open_run(path)
+    prepared = prepare(read_settings(path / "settings.toml"))
+    then, now = folder.facts(), facts_of(prepared)
+    for part, key, what in (
+        ("data", "fingerprint", "other client data"),
+        ("data", "template", "another prompt template"),
+        ("model", "fingerprint", "another base model"),
+    ):
+        expected, found = then.get(part, {}).get(key), now[part][key]
+        if expected != found:
+            raise StoreError(
+                f"{path} began with {what}: expected {key} {expected!r}, found {found!r}"
+            )
+    old = [
+        f"{name} {number}"
+        for name, number in then.get("versions", {}).items()
+        if now["versions"].get(name) != number
+    ]
+    if not old:
+        return prepared
+    warning = f"the run began with {', '.join(old)}: numbers may differ in their last digits"
+    return replace(prepared, warnings=(*prepared.warnings, warning))
+
+
+def is_finished(path: Path) -> bool:
+    """Whether all rounds of a run are done and tested."""
+    folder = open_run(path)
+    settings = read_settings(path / "settings.toml")
+    with locked(path):
+        progress = folder.progress()
+    return progress.tested and progress.rounds_done >= settings.rounds.rounds
+
+
+def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
+    """Go on where a run stands, if it is not finished."""
+    folder = open_run(path)
+    with locked(path):
+        _run(prepared, _Watched(folder, watcher), watcher).to_the_end()
+    return folder
+
+
+def evaluate(
+    prepared: Prepared,
+    path: Path,
+    split: HeldOut,
+    round_: int | None = None,
+    watcher: Watcher = Nobody(),
+) -> list[Line]:
+    """Score a round again, the chosen one if none is named; lines like those of rounds.jsonl.
+
+    Nothing is written.
+    """
+    folder = open_run(path)
+    notes = _Notes(folder, [])
+    with locked(path):
+        progress = folder.progress()
+        for arm in prepared.parts.arms:
+            at = _round(prepared.parts.settings, progress, arm.column, round_)
+            _run(prepared, notes, watcher).score(arm, at, split, whole=True)
+    return notes.lines
+
+
+def serving(
+    parts: Parts, path: Path, client_id: str, column: Column, round_: int | None = None
+) -> Serving:
+    """What a client of a run serves: its own model, the shared part, or the yardstick."""
+    folder = open_run(path)
+    clients = list(folder.facts()["clients"])
+    if client_id not in clients:
+        close = difflib.get_close_matches(client_id, clients, n=1) or clients[:5]
+        raise StoreError(f"{path} has no client {client_id!r}; it has {', '.join(close)}")
+    arms = {arm.column: arm for arm in parts.arms}
+    wanted: Column = "local" if column == "local" else "own"
+    if wanted not in arms:
+        raise StoreError(f"{path} has no column 'local': it was run without the yardstick")
+    with locked(path):
+        at = _round(parts.settings, folder.progress(), wanted, round_)
+        states = folder.states(wanted, at + 1)
+        own, shared = servings(arms[wanted].method, parts.start, states, client_id, _no_training)
+    if column != "shared":
+        return own
+    if shared is None:
+        raise StoreError(f"{path} has no column 'shared': its method shares nothing")
+    return shared
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A run's folder as its journal, with somebody reading along."""
+
+    folder: RunFolder
+    watcher: Watcher
+
+    def progress(self) -> Progress:
+        return self.folder.progress()
+
+    def states(self, column: str, round_: int) -> FileStates:
+        return self.folder.states(column, round_)
+
+    def record(self, line: Line) -> None:
+        self.folder.record(line)
+        self.watcher.wrote(line)
+
+    def commit(self, progress: Progress) -> None:
+        self.folder.commit(progress)
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """A journal that reads a run's states and keeps its lines to itself."""
+
+    folder: RunFolder
+    lines: list[Line]
+
+    def progress(self) -> Progress:
+        return self.folder.progress()
+
+    def states(self, column: str, round_: int) -> FileStates:
+        return self.folder.states(column, round_)
+
+    def record(self, line: Line) -> None:
+        self.lines.append(line)
+
+    def commit(self, progress: Progress) -> None:
+        """Nothing has changed."""
+
+
+def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Run:
+    parts, settings = prepared.parts, prepared.parts.settings
+    return Run(
+        arms=parts.arms,
+        clients=prepared.task.clients,
+        schedule=settings.rounds,
+        learner=Learner(
+            parts.base, prepared.task, settings.training, settings.scoring, settings.seed
+        ),
+        start=parts.start,
+        journal=journal,
+        hear=watcher.hear,
+    )
+
+
+def _round(settings: Settings, progress: Progress, column: str, wanted: int | None) -> int:
+    """The round to read states of: the wanted one if it is still there, or the chosen one."""
+    if not progress.rounds_done:
+        raise StoreError("no round of this run is done yet")
+    if wanted is None:
+        return progress.chosen(column, settings.rounds.select)
+    kept = kept_rounds(progress, column)
+    if wanted not in kept:
+        there = ", ".join(map(str, kept))
+        raise StoreError(f"round {wanted} is not kept; the rounds kept for {column!r} are {there}")
+    return wanted
+
+
+def _no_training(client_id: str, number: int, order: Fit) -> Fitted:
+    raise StoreError(f"client {client_id!r} has to train before it serves ({number}, {order.plan})")

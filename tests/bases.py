@@ -1,0 +1,54 @@
+"""A tiny random base model with a tokenizer of single letters, and examples for it."""
+
+import string
+
+import torch
+from tiny import VOCAB, llama
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from fedalt.adapters.layer import AdaptedModel
+from fedalt.adapters.plan import Plan
+from fedalt.adapters.start import Start
+from fedalt.data.examples import Example
+from fedalt.models import Base, fingerprint_of
+from fedalt.tree import Tree
+
+
+def letters() -> PreTrainedTokenizerFast:
+    """One token for every letter, digit and space; three special ones in front."""
+    signs = ["<pad>", "<s>", "</s>", *string.ascii_letters, *string.digits[:7], " ", "\n"]
+    assert len(signs) == VOCAB
+    tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(signs)}, unk_token=" "))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def base_of(model: PreTrainedModel | None = None) -> Base:
+    """A base model around a tiny Llama, or around the given model."""
+    model = llama() if model is None else model
+    fingerprint = fingerprint_of(model)
+    return Base(AdaptedModel(model), letters(), "tiny random", fingerprint)
+
+
+def example(prompt: str, answer: str, options: tuple[str, ...] = ()) -> Example:
+    """A text example."""
+    tokenizer = letters()
+    before = tokenizer(prompt)["input_ids"]
+    after = [*tokenizer(answer)["input_ids"], tokenizer.eos_token_id]
+    return Example((*before, *after), len(before), answer, options)
+
+
+def start_of(base: Base, seed: int = 0) -> Start:
+    """Draws starts for a base model."""
+    return Start(base.adapted.sites, base.adapted.heads, seed)
+
+
+def random_serving_tree(base: Base, plan: Plan, seed: int = 0) -> Tree:
+    """A tree in which nothing is zero."""
+    stream = torch.Generator().manual_seed(seed)
+    shapes = {**plan.shapes(base.adapted.sites), **base.adapted.heads}
+    return {name: torch.randn(shape, generator=stream) * 0.2 for name, shape in shapes.items()}

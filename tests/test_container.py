@@ -1,0 +1,230 @@
+"""No change to a file goes unnoticed, and the safetensors library reads what is written."""
+
+import json
+import random
+from collections.abc import Callable
+from hashlib import sha256
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from fedalt.codec import CodecError, decode, encode
+from fedalt.container import MAX_HEADER, pack, unpack
+from fedalt.methods.contract import Message
+from fedalt.tree import Name, equal
+
+MESSAGE = Message(
+    {
+        Name("layers.0.q", "individual", "A"): torch.tensor([[1.0, -2.0, 0.5]]),
+        Name("layers.0.q", "individual", "B"): torch.zeros(2, 1, dtype=torch.float64),
+        Name("layers.0/q", "mixer", "G"): torch.tensor([3, 4, 5], dtype=torch.int8),
+    },
+    {"weight": 1.5, "clients": 2, "name": "é"},
+)
+DATA = encode(MESSAGE)
+
+
+def same(message: Message) -> bool:
+    return equal(message.tree, MESSAGE.tree) and message.facts == MESSAGE.facts
+
+
+def test_the_library_reads_what_is_written() -> None:
+    loaded = safetensors.torch.load(DATA)
+    assert loaded.keys() == {f"tree/{name}" for name in MESSAGE.tree}
+    assert all(torch.equal(loaded[f"tree/{name}"], MESSAGE.tree[name]) for name in MESSAGE.tree)
+
+
+def test_the_library_reads_a_file_without_tensors() -> None:
+    assert safetensors.torch.load(encode(Message({}))) == {}
+
+
+def test_every_truncation_is_refused() -> None:
+    for length in range(len(DATA)):
+        with pytest.raises(CodecError, match="^truncated"):
+            decode(Message, DATA[:length])
+
+
+def test_trailing_bytes_are_refused() -> None:
+    for more in (b"\0", b" ", DATA):
+        with pytest.raises(CodecError, match="^trailing bytes"):
+            decode(Message, DATA + more)
+
+
+def test_every_flipped_bit_is_refused() -> None:
+    for place in range(len(DATA)):
+        for bit in range(8):
+            changed = bytearray(DATA)
+            changed[place] ^= 1 << bit
+            with pytest.raises(CodecError):
+                decode(Message, bytes(changed))
+
+
+def flip(data: bytearray, chance: random.Random) -> None:
+    for _ in range(chance.randint(1, 4)):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+
+
+def insert(data: bytearray, chance: random.Random) -> None:
+    place = chance.randint(0, len(data))
+    data[place:place] = chance.choice([b" ", b"\0", b'"', b",", chance.randbytes(5)])
+
+
+def delete(data: bytearray, chance: random.Random) -> None:
+    place = chance.randrange(len(data))
+    del data[place : place + chance.randint(1, 9)]
+
+
+def swap(data: bytearray, chance: random.Random) -> None:
+    size = chance.choice([1, 4, 8])
+    one, two = sorted(chance.sample(range(0, len(data) - size, size), 2))
+    data[one : one + size], data[two : two + size] = data[two : two + size], data[one : one + size]
+
+
+def repeat(data: bytearray, chance: random.Random) -> None:
+    one, two = sorted(chance.sample(range(len(data)), 2))
+    data[two:two] = data[one:two]
+
+
+@pytest.mark.parametrize("corrupt", [flip, insert, delete, swap, repeat])
+def test_random_corruption_is_refused(corrupt: Callable[[bytearray, random.Random], None]) -> None:
+    chance = random.Random(0)
+    changed = 0
+    for _ in range(1000):
+        data = bytearray(DATA)
+        corrupt(data, chance)
+        if bytes(data) != DATA:
+            changed += 1
+            with pytest.raises(CodecError):
+                decode(Message, bytes(data))
+    assert changed > 900
+
+
+def test_what_is_no_file_of_ours_is_refused() -> None:
+    chance = random.Random(0)
+    for length in range(300):
+        with pytest.raises(CodecError):
+            unpack(chance.randbytes(length))
+    with pytest.raises(CodecError, match="not ours"):
+        unpack(safetensors.torch.save({"a": torch.ones(1)}, {"format": "pt"}))
+    with pytest.raises(CodecError, match="not ours"):
+        unpack(safetensors.torch.save({"a": torch.ones(1)}))
+
+
+def test_a_header_that_claims_to_be_huge_is_refused_at_once() -> None:
+    for claimed in (2**64 - 1, 2**63, 2**40, MAX_HEADER):
+        with pytest.raises(CodecError, match="header of"):
+            unpack(claimed.to_bytes(8, "little") + DATA[8:])
+    with pytest.raises(CodecError, match="truncated"):
+        unpack((len(DATA)).to_bytes(8, "little") + DATA[8:])
+    with pytest.raises(CodecError, match="can be read"):
+        pack({"facts": "x" * MAX_HEADER}, {})
+
+
+def with_header(text: bytes, rest: bytes = b"") -> bytes:
+    return len(text).to_bytes(8, "little") + text + rest
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b"",
+        b"1",
+        b"null",
+        b"[]",
+        b"{}",
+        b'{"__metadata__":1}',
+        b'{"__metadata__":{"format":1}}',
+        b'{"__metadata__":{"format":"fedalt","version":1}}',
+        b'{"__metadata__":{"format":"fedalt","version":[]}}',
+        b'{"__metadata__":{"format":"fedalt"}}',
+        b'{"__metadata__":{"format":"fedalt","version":"1"}}',
+        b'{"__metadata__":{"format":"fedalt","version":"1","sha256":"\\ud800"}}',
+        b"\xff\xfe{}",
+        b'{"a":' + b"1" * 5000 + b"}",
+        "{}".encode("utf-16"),
+    ],
+    ids=lambda text: repr(text[:60]),
+)
+def test_an_odd_header_is_refused(text: bytes) -> None:
+    with pytest.raises(CodecError):
+        unpack(with_header(text))
+
+
+def test_an_unknown_version_is_named() -> None:
+    with pytest.raises(CodecError, match="version '2' of the format, but only '1' is known"):
+        unpack(DATA.replace(b'"version":"1"', b'"version":"2"'))
+
+
+def forge(change: Callable[[dict[str, Any]], None]) -> bytes:
+    """The message with another header whose checksum is right."""
+    size = int.from_bytes(DATA[:8], "little")
+    header = json.loads(DATA[8 : 8 + size])
+
+    def written() -> bytes:
+        text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        return with_header(text.encode() + b" " * (-len(text.encode()) % 8))
+
+    del header["__metadata__"]["sha256"]
+    change(header)
+    header["__metadata__"]["sha256"] = sha256(written() + DATA[8 + size :]).hexdigest()
+    return written() + DATA[8 + size :]
+
+
+A = "tree/individual/A/layers.0.q"
+B = "tree/individual/B/layers.0.q"
+
+
+def test_a_forged_header_without_a_change_is_the_original() -> None:
+    assert forge(lambda header: None) == DATA
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda h: h[A].update(shape=[3, 1, 2**62]),
+        lambda h: h[A].update(shape=[2**70, 0]),
+        lambda h: h[A].update(shape=[-1, -3]),
+        lambda h: h[A].update(shape=[1.0, 3]),
+        lambda h: h[A].update(shape=[True, 3]),
+        lambda h: h[A].update(shape=3),
+        lambda h: h[A].update(shape=None),
+        lambda h: h[A].update(shape="13"),
+        lambda h: h[A].update(shape=[1] * 33 + [3]),
+        lambda h: h[A].update(shape=[10**4000] * 32),
+        lambda h: h[A].update(dtype="F33"),
+        lambda h: h[A].update(dtype=["F32"]),
+        lambda h: h[A].update(dtype=None),
+        lambda h: h[A].update(data_offsets=[0, 12]),
+        lambda h: h[A].update(data_offsets=[16, 2**64]),
+        lambda h: h[A].update(more=1),
+        lambda h: h[A].pop("dtype"),
+        lambda h: h[A].pop("data_offsets"),
+        lambda h: h[A].update(data_offsets=[0, 12]) or h[B].update(data_offsets=[12, 28]),
+        lambda h: h.update({A: None}),
+        lambda h: h.update({A: []}),
+        lambda h: h.pop(A),
+        lambda h: h.update(x={"dtype": "U8", "shape": [0, 2**62, 4], "data_offsets": [31, 31]}),
+        lambda h: h.update(x={"dtype": "U8", "shape": [0, 2**63], "data_offsets": [31, 31]}),
+        lambda h: h["__metadata__"].update(more=1),
+        lambda h: h["__metadata__"].update(facts=1),
+        lambda h: h["__metadata__"].update(more="1"),
+        lambda h: h["__metadata__"].pop("version"),
+        lambda h: h["__metadata__"].pop("facts"),
+    ],
+)
+def test_a_forged_header_is_refused(change: Callable[[dict[str, Any]], None]) -> None:
+    with pytest.raises(CodecError):
+        decode(Message, forge(change))
+
+
+def test_tensors_are_laid_out_wide_first_and_so_aligned() -> None:
+    size = int.from_bytes(DATA[:8], "little")
+    header = json.loads(DATA[8 : 8 + size])
+    assert size % 8 == 0
+    assert header[B]["data_offsets"] == [0, 16]
+    assert header[A]["data_offsets"] == [16, 28]
+    assert header["tree/mixer/G/layers.0/q"]["data_offsets"] == [28, 31]

@@ -81,8 +81,22 @@ def test_an_unusable_record_is_named_with_its_field(value, wanted):
             st.lists(inner, max_size=3)
             | st.dictionaries(
                 st.sampled_from(
-                    "instruction input output prompt completion messages text label sentence1 "
-                    "sentence2 options role content context".split()
+                    [
+                        "instruction",
+                        "input",
+                        "output",
+                        "prompt",
+                        "completion",
+                        "messages",
+                        "text",
+                        "label",
+                        "sentence1",
+                        "sentence2",
+                        "options",
+                        "role",
+                        "content",
+                        "context",
+                    ]
                 ),
                 inner,
             )

@@ -46,13 +46,17 @@ class Nobody:
         """Ignore it."""
 
 
-def start_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
-    """Train and test in a new folder. Raises StoreError for one that is in use."""
+def new_run(prepared: Prepared, path: Path) -> RunFolder:
+    """A run's folder before its first round. Raises StoreError for a folder that is in use."""
     require_unused(path)
     with locked(path):
-        folder = create(path, to_toml(prepared.parts.settings), facts_of(prepared))
-        _run(prepared, _Watched(folder, watcher), watcher).to_the_end()
-    return folder
+        return create(path, to_toml(prepared.parts.settings), facts_of(prepared))
+
+
+def start_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
+    """Train and test in a new folder."""
+    new_run(prepared, path)
+    return resume_run(prepared, path, watcher)
 
 
 def reopen(path: Path) -> Prepared:
@@ -119,15 +123,20 @@ def evaluate(
     return notes.lines
 
 
+def require_client(folder: RunFolder, client_id: str) -> None:
+    """Raise StoreError for a client that a run does not have."""
+    clients = list(folder.facts()["clients"])
+    if client_id not in clients:
+        close = difflib.get_close_matches(client_id, clients, n=3) or clients[:8]
+        raise StoreError(f"{folder.path} has no client {client_id!r}, but {', '.join(close)}")
+
+
 def serving(
     parts: Parts, path: Path, client_id: str, column: Column, round_: int | None = None
 ) -> Serving:
     """What a client of a run serves: its own model, the shared part, or the yardstick."""
     folder = open_run(path)
-    clients = list(folder.facts()["clients"])
-    if client_id not in clients:
-        close = difflib.get_close_matches(client_id, clients, n=1) or clients[:5]
-        raise StoreError(f"{path} has no client {client_id!r}; it has {', '.join(close)}")
+    require_client(folder, client_id)
     arms = {arm.column: arm for arm in parts.arms}
     wanted: Column = "local" if column == "local" else "own"
     if wanted not in arms:

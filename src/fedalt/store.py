@@ -142,6 +142,11 @@ class RunFolder:
         whole = record.read_bytes()[: self._progress()["record_bytes"]]
         return [json.loads(line) for line in whole.decode().splitlines()]
 
+    def rounds_done(self) -> int:
+        """How many rounds are committed; unlike `progress` safe while another process writes."""
+        done: int = self._progress()["rounds_done"]
+        return done
+
     def facts(self) -> dict[str, Any]:
         """What run.json holds."""
         facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())

@@ -7,8 +7,13 @@ from typing import Annotated
 
 import typer
 
-from fedalt.cli import client, data, demo, methods, run
+from fedalt.cli.again import evaluate, resume
+from fedalt.cli.client import export, generate
+from fedalt.cli.data import app as data
+from fedalt.cli.demo import demo
 from fedalt.cli.faults import report
+from fedalt.cli.methods import methods
+from fedalt.cli.run import run
 
 app = typer.Typer(
     name="fedalt",
@@ -18,14 +23,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(demo.demo)
-app.command()(run.run)
-app.command()(run.resume)
-app.command()(run.evaluate)
-app.command()(client.generate)
-app.command()(client.export)
-app.add_typer(data.app, name="data")
-app.command()(methods.methods)
+for command in (demo, run, resume, evaluate, generate, export):
+    app.command()(command)
+app.add_typer(data, name="data")
+app.command()(methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,7 +2,7 @@
 
 import sys
 from dataclasses import fields
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,19 +16,19 @@ def methods(
     hush_libraries()
     from fedalt.methods import METHODS
 
-    listed = {}
+    what, settings = {}, {}
     for name, cls in METHODS.items():
-        page = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-        own = {f.name: f.default for f in fields(cls) if f.name != "lora"}  # type: ignore[arg-type]  # a protocol hides that it is a dataclass
-        listed[name] = {"what": page, "settings": own}
+        what[name] = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
+        own: Any = fields(cls)  # type: ignore[arg-type]  # the protocol hides the dataclass
+        settings[name] = {each.name: each.default for each in own if each.name != "lora"}
     if as_json:
-        show_json(listed)
+        show_json({name: {"what": what[name], "settings": settings[name]} for name in METHODS})
         return
-    for name, about in listed.items():
-        typer.echo(f"{name:10} {about['what']}")
-        settings = ", ".join(f"{key} = {_toml(value)}" for key, value in about["settings"].items())
-        if settings:
-            typer.echo(f"{'':10} [method] {settings}")
+    for name in METHODS:
+        typer.echo(f"{name:8} {what[name]}")
+        if settings[name]:
+            shown = ", ".join(f"{key} = {_toml(value)}" for key, value in settings[name].items())
+            typer.echo(f"{'':8} [method] {shown}")
 
 
 def _toml(value: object) -> str:

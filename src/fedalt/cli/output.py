@@ -67,3 +67,32 @@ def free_folder(wanted: Path) -> Path:
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
+
+
+def show_run(path: Path, *, as_json: bool) -> None:
+    """A run's table from its lines."""
+    from fedalt.store import open_run
+
+    folder = open_run(path)
+    show_lines(folder.lines(), str(path), as_json=as_json, method=folder.facts()["method"])
+
+
+def show_lines(
+    lines: Any, title: str, *, as_json: bool, split: str = "test", method: str | None = None
+) -> None:
+    """Tables of scores and of losses, as a drawing or as JSON."""
+    from fedalt.report.table import describe, run_table, to_json
+
+    if not any(line["kind"] == "score" and line["split"] == split for line in lines):
+        note(f"no client has {split} data, so there is no table")
+        if as_json:
+            show_json({"run": title, "method": method})
+        return
+    scores, losses = (run_table(lines, split, losses=each) for each in (False, True))
+    if as_json:
+        tables = {"scores": to_json(scores), "losses": to_json(losses)}
+        show_json({"run": title, "method": method, **tables})
+        return
+    show((scores, title), *([] if scores.of_losses else [(losses, "")]))
+    for sentence in describe(lines, split):
+        note(sentence)

@@ -61,7 +61,8 @@ def decode(raw: bytes) -> object:
     try:
         return json.loads(_utf8(raw).rstrip())
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON: {error.msg} at character {error.pos + 1}") from None
+        what = error.msg.removesuffix(" at").removesuffix(" starting")
+        raise ValueError(f"not valid JSON: {what} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError("not usable JSON: nested too deeply") from None
 

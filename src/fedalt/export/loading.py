@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
+from torch.nn import ParameterDict
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -83,7 +84,8 @@ def _keys_of(model: PeftModel) -> set[str]:
     keys: set[str] = set()
     for path, module in model.named_modules():
         if isinstance(module, FedALTLayer):
-            keys.update(f"{path}.{SLOTS}.{key}" for key in module.fedalt_slots["default"])
+            factors = cast(ParameterDict, module.fedalt_slots["default"])
+            keys.update(f"{path}.{SLOTS}.{key}" for key in factors)
         elif isinstance(module, ModulesToSaveWrapper):
             keys.update(f"{path}.{key}" for key in module.adapter_state_dict_load_map("default"))
     return keys

@@ -3,11 +3,18 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+
+def require_tensorboard() -> None:
+    """Raise ValueError where TensorBoard is not installed."""
+    if find_spec("tensorboard") is None:
+        raise ValueError("TensorBoard is not installed: `pip install 'fedalt[tensorboard]'`")
 
 
 @dataclass(frozen=True)
@@ -20,12 +27,8 @@ class TensorBoard:
     @contextmanager
     def writing(cls, folder: Path, done: int = 0) -> Iterator["TensorBoard"]:
         """Write into a folder; what it holds of rounds from `done` on is forgotten."""
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise ValueError(
-                "TensorBoard is not installed: `pip install 'fedalt[tensorboard]'`"
-            ) from None
+        from torch.utils.tensorboard import SummaryWriter
+
         writer = SummaryWriter(str(folder), purge_step=done)
         try:
             yield cls(writer)

@@ -1,0 +1,37 @@
+# Everything runs in .venv, which `setup` makes; every other target calls it first.
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: setup demo demo-seeds test lint bench clean
+
+setup: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedalt needs Python 3.11 or later; name one with PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	@# torch first and alone: asked for later, as a dependency, pip may prefer a larger build.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,quantised,tensorboard]'
+	@touch $@
+
+demo: setup ## FedALT, FedIT and local-only on the built-in suite, one seed
+	$(BIN)/fedalt demo
+
+demo-seeds: setup ## the same over three seeds
+	$(BIN)/fedalt demo --seeds 3
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/memory.py
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

@@ -1,0 +1,55 @@
+"""`fedalt resume` and `evaluate`: go on with a run, or score it once more."""
+
+from typing import Annotated, Literal
+
+import typer
+
+from fedalt.cli.flags import AsJson, Quiet, RunPath, Tensorboard
+from fedalt.cli.output import hush_libraries, note, show_lines, show_run, warn
+
+
+def resume(
+    path: RunPath,
+    tensorboard: Tensorboard = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Go on with a run that was stopped, whatever stopped it."""
+    hush_libraries()
+    from fedalt.cli.training import introduce, train
+    from fedalt.report.tensorboard import require_tensorboard
+    from fedalt.runs import is_finished, reopen
+
+    if is_finished(path):
+        note(f"{path} is finished: all its rounds are done and tested", quiet=quiet)
+        show_run(path, as_json=as_json)
+        return
+    if tensorboard:
+        require_tensorboard()
+    prepared = reopen(path)
+    introduce(prepared, path, quiet=quiet)
+    train(prepared, path, tensorboard=tensorboard, quiet=quiet)
+    show_run(path, as_json=as_json)
+
+
+def evaluate(
+    path: RunPath,
+    split: Annotated[
+        Literal["test", "validation"], typer.Option(help="Which data to score on.")
+    ] = "test",
+    round_: Annotated[
+        int | None,
+        typer.Option("--round", help="After which round; without it, the one that was tested."),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score a run's models again and print the table; the run stays as it is."""
+    hush_libraries()
+    from fedalt.runs import evaluate as score
+    from fedalt.runs import reopen
+
+    prepared = reopen(path)
+    warn(prepared.warnings, quiet=quiet)
+    lines = score(prepared, path, split, round_)
+    show_lines(lines, f"{path}, {split}", as_json=as_json, split=split)

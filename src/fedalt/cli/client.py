@@ -1,0 +1,137 @@
+"""`fedalt generate` and `export`: what one client gets out of a run."""
+
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fedalt.cli.flags import RunPath
+from fedalt.cli.output import hush_libraries, note
+
+if TYPE_CHECKING:
+    from fedalt.methods.contract import Serving
+    from fedalt.prepare import Parts
+
+ClientId = Annotated[str, typer.Option("--client", metavar="ID", help="A client of the run.")]
+Round = Annotated[
+    int | None,
+    typer.Option("--round", help="After which round; without it, the one that was tested."),
+]
+AsColumn = Annotated[
+    Literal["own", "shared", "local"],
+    typer.Option(help="The client's own model, the shared part, or training alone."),
+]
+
+
+def generate(
+    path: RunPath,
+    client: ClientId,
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="The question; without it, each line of stdin is one."),
+    ] = None,
+    column: AsColumn = "own",
+    round_: Round = None,
+    beams: Annotated[int | None, typer.Option(help="Beams, instead of the run's.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of an answer, instead of the run's.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per answer.")
+    ] = False,
+) -> None:
+    """Let a client's model answer: a prompt, every line of stdin, or a conversation line by line.
+
+    A prompt takes the form of the client's records; where those are instructions, it goes through
+    the run's template.
+    """
+    hush_libraries()
+    import json
+    from dataclasses import replace
+
+    from fedalt.data.prompts import Template, encode_prompt
+    from fedalt.evaluation import generate as write
+    from fedalt.prepare import question
+
+    parts, facts, serving = _client_of(path, client, column, round_)
+    scoring = parts.settings.scoring
+    if beams is not None:
+        scoring = replace(scoring, beams=beams)
+    if max_new_tokens is not None:
+        scoring = replace(scoring, max_new_tokens=max_new_tokens)
+    template = Template(facts["data"]["template"])
+    form, limit = facts["clients"][client]["form"], parts.settings.data.max_length
+    for asked in [[prompt]] if prompt is not None else _asked():
+        ids = [
+            encode_prompt(question(form, text), parts.base.tokenizer, template, max_length=limit)
+            for text in asked
+        ]
+        for text, answer in zip(asked, write(parts.base, serving, ids, scoring), strict=True):
+            typer.echo(json.dumps({"prompt": text, "answer": answer}) if as_json else answer)
+
+
+def export(
+    path: RunPath,
+    client: ClientId,
+    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
+    what: Annotated[
+        Literal["personal", "individual"],
+        typer.Option(
+            help="The whole personalised model, for `fedalt.load` and PEFT with fedalt, or the "
+            "client's individual adapter as a LoRA, for PEFT alone."
+        ),
+    ] = "personal",
+    column: AsColumn = "own",
+    round_: Round = None,
+) -> None:
+    """Write a client's model as a folder that transformers and PEFT load."""
+    hush_libraries()
+    from fedalt.export.folders import export_individual, export_personal
+
+    parts, _, serving = _client_of(path, client, column, round_)
+    if what == "personal":
+        export_personal(serving, parts.base, out)
+        note(f"`fedalt.load({str(out)!r})` loads it in Python")
+    else:
+        export_individual(serving, parts.base, out)
+        note(f"`peft.PeftModel.from_pretrained(base, {str(out)!r})` loads it in Python")
+    typer.echo(str(out))
+
+
+def _client_of(
+    path: Path, client: str, column: Any, round_: int | None
+) -> "tuple[Parts, dict[str, Any], Serving]":
+    """The base model, the run's facts, and what the client serves."""
+    from fedalt.prepare import load_parts
+    from fedalt.runs import require_client, serving
+    from fedalt.settings import read_settings
+    from fedalt.store import open_run
+
+    folder = open_run(path)
+    require_client(folder, client)
+    facts = folder.facts()
+    parts = load_parts(read_settings(path / "settings.toml"), facts["data"]["labels"])
+    return parts, facts, serving(parts, path, client, column, round_)
+
+
+def _asked() -> "Iterator[list[str]]":
+    """All lines of a file or pipe at once; of a terminal one by one, as each wants an answer."""
+    if not sys.stdin.isatty():
+        lines = [text for line in sys.stdin if (text := line.strip())]
+        yield lines
+        return
+    note("one question per line; an empty line ends")
+    yield from ([text] for text in _typed())
+
+
+def _typed() -> Iterable[str]:
+    while True:
+        try:
+            text = input("> ").strip()
+        except EOFError:
+            return
+        if not text:
+            return
+        yield text

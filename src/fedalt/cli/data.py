@@ -1,0 +1,160 @@
+"""`fedalt data check` and `split`: look at client data, and make it out of one file."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fedalt.cli.output import console, hush_libraries, note, show_json, warn
+
+if TYPE_CHECKING:
+    from fedalt.data.findings import ClientReport, DataReport
+
+app = typer.Typer(help="Check client data, or make client folders out of one file.")
+
+
+@app.callback()
+def _group() -> None:
+    """Client data."""
+
+
+@app.command()
+def check(
+    path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder or file of client data.")],
+    model: Annotated[str, typer.Option(help="Whose tokenizer to look through.")] = "tiny",
+    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 512,
+    template: Annotated[
+        Path | None, typer.Option(help="File with a prompt template.", show_default=False)
+    ] = None,
+    client_field: Annotated[
+        str | None, typer.Option(help="Client column of a single file.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
+) -> None:
+    """Measure every client's data and warn of what would spoil a run.
+
+    A folder that cannot be used ends in one error with all its problems.
+    """
+    hush_libraries()
+    from fedalt.data.check import check as examine
+    from fedalt.data.folder import open_data
+    from fedalt.data.prompts import Template, read_template
+    from fedalt.models import load_tokenizer
+
+    folder = open_data(path, client_field=client_field)
+    form = Template() if template is None else read_template(template)
+    report = examine(folder, load_tokenizer(model), form, max_length)
+    if as_json:
+        show_json(asdict(report))
+        return
+    _show(report, model)
+
+
+@app.command()
+def split(
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, or a JSON list.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
+    by: Annotated[
+        str | None,
+        typer.Option(metavar="FIELD", help="One client per value of this field."),
+    ] = None,
+    dirichlet: Annotated[
+        float | None,
+        typer.Option(metavar="ALPHA", help="Draw shares of each label; small: very different."),
+    ] = None,
+    label: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="The label that --dirichlet divides.")
+    ] = None,
+    clients: Annotated[
+        int | None, typer.Option(metavar="N", help="How many clients --dirichlet makes.")
+    ] = None,
+    equal: Annotated[
+        int | None, typer.Option(metavar="N", help="N clients with random parts of equal size.")
+    ] = None,
+    test_fraction: Annotated[
+        float, typer.Option(help="Share of each client's records for its test file.")
+    ] = 0.2,
+    minimum: Annotated[
+        int, typer.Option(help="Fewest records of a client that --dirichlet makes.")
+    ] = 10,
+    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
+) -> None:
+    """Make a folder of client data out of one file: by --by, by --dirichlet, or by --equal."""
+    from fedalt.data.partition import Partition, divide
+
+    if sum(way is not None for way in (by, dirichlet, equal)) != 1:
+        raise typer.BadParameter("give one of --by, --dirichlet and --equal")
+    common: dict[str, Any] = {"test": test_fraction, "minimum": minimum, "seed": seed}
+    if by is not None:
+        wanted = Partition(by="column", column=by, **common)
+    elif equal is not None:
+        wanted = Partition(by="equal", clients=equal, **common)
+    else:
+        if label is None or clients is None or dirichlet is None:
+            raise typer.BadParameter("--dirichlet needs --label FIELD and --clients N")
+        wanted = Partition(by="dirichlet", column=label, clients=clients, alpha=dirichlet, **common)
+    divided = divide(source, out, wanted)
+    if as_json:
+        show_json(asdict(divided))
+        return
+    for client, counts in divided.counts.items():
+        typer.echo(f"{client}: {counts['train']} train, {counts['test']} test")
+    if divided.moved:
+        note(f"{divided.moved} records were moved so that every client has at least {minimum}")
+    note(f"{len(divided.counts)} clients in {out}")
+
+
+def _show(report: "DataReport", model: str) -> None:
+    """The report as a table, one example with its masked part, and the warnings."""
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(title=f"{report.path}, as the tokenizer of {model} sees it", title_justify="left")
+    drawn.add_column("client", overflow="fold")
+    heads = (
+        "split",
+        "records",
+        "tokens",
+        "95 %",
+        "longest",
+        "cut",
+        "answers",
+        "repeated",
+        "balance",
+    )
+    for head in heads:
+        drawn.add_column(head, justify="left" if head in ("split", "balance") else "right")
+    for client in report.clients:
+        for name, row in _rows(client):
+            drawn.add_row(name, *row)
+        drawn.add_section()
+    out = console()
+    out.print(drawn)
+    masked, answer = report.example
+    out.print(Text("the first train example of ").append(report.example_client, "bold"))
+    out.print(Text(masked, "dim").append(answer, "bold green"), soft_wrap=True)
+    out.print("dim: masked, without loss; bold: the answer, which the loss is on\n")
+    warn(report.warnings)
+    if not report.warnings:
+        note("nothing to warn of")
+
+
+def _rows(client: "ClientReport") -> list[tuple[str, list[str]]]:
+    rows: list[tuple[str, list[str]]] = []
+    for name, split_ in client.splits.items():
+        balance = ", ".join(f"{key}: {count}" for key, count in split_.balance.items())
+        cells = [
+            name,
+            f"{split_.records}",
+            f"{split_.tokens.mean:.0f}",
+            f"{split_.tokens.p95}",
+            f"{split_.tokens.longest}",
+            f"{split_.truncated_prompts}",
+            f"{split_.answer_share:.0%}",
+            f"{split_.duplicates}",
+            balance if len(balance) <= 60 else f"{len(split_.balance)} different",
+        ]
+        rows.append((client.client_id if not rows else "", cells))
+    return rows

@@ -1,0 +1,61 @@
+"""Training as a user sees it: what begins, signs of life, and a way back where it stops."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from fedalt.cli.output import note, warn
+from fedalt.cli.progress import watching
+from fedalt.prepare import Prepared
+from fedalt.runs import resume_run
+from fedalt.settings import lora_of, method_name
+from fedalt.store import StoreError, open_run
+
+
+def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:
+    """What is about to run, and what the user should know of it."""
+    settings, base = prepared.parts.settings, prepared.parts.base
+    clients, numbers = len(prepared.task.clients), base.adapted.model.num_parameters()
+    note(
+        f"{method_name(settings.method)}, rank {lora_of(settings.method).rank}, on "
+        f"{len(base.adapted.sites)} layers of {base.name} ({numbers / 1e6:.1f} M parameters, "
+        f"{base.adapted.device}); {clients} {'client' if clients == 1 else 'clients'}, "
+        f"{settings.rounds.rounds} rounds, seed {settings.seed}; in {out}",
+        quiet=quiet,
+    )
+    warn(prepared.warnings, quiet=quiet)
+
+
+def train(
+    prepared: Prepared, path: Path, *, tensorboard: bool = False, quiet: bool = False
+) -> None:
+    """Go on to the end, with signs of life and, where it is stopped, a way back."""
+    done = open_run(path).rounds_done()
+    board = path / "tensorboard" if tensorboard else None
+    with (
+        _way_back(path, prepared.parts.settings.rounds.rounds),
+        watching(prepared, done=done, quiet=quiet, tensorboard=board) as watcher,
+    ):
+        resume_run(prepared, path, watcher)
+
+
+@contextmanager
+def _way_back(path: Path, rounds: int) -> Iterator[None]:
+    """Tell where a stopped run stands; nothing of the rounds before is lost."""
+
+    def where() -> str:
+        done = open_run(path).rounds_done()
+        return f"round {done}" if done < rounds else "the test after the last round"
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        note(f"stopped in {where()}; `fedalt resume {path}` continues")
+        raise typer.Exit(130) from None
+    except StoreError:  # the run has not gone on at all
+        raise
+    except Exception:
+        note(f"stopped in {where()}; `fedalt resume {path}` repeats that and continues")
+        raise

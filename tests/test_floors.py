@@ -23,11 +23,15 @@ FLOORS = {
     "methods": 4,
     "evaluation": 5,
     "engine": 5,
+    "export": 6,
     "flower": 6,
+    "prepare": 6,
     "report": 6,
+    "runs": 6,
     "settings": 6,
     "store": 6,
     "cli": 7,
+    "__main__": 7,
     "": 8,  # the package's own __init__: it may offer anything, and nothing here may import it
 }
 
@@ -165,6 +169,6 @@ def test_parts_that_import_each_other_are_a_circle_even_if_their_modules_are_not
         "fedalt.engine.learner": "",
         "fedalt.evaluation": "from fedalt.engine.learner import Learner\n",
     }
-    assert problems(sources) == [
-        "floors' parts in a circle: evaluation <- engine <- evaluation"
-    ] or problems(sources) == ["floors' parts in a circle: engine <- evaluation <- engine"]
+    (circle,) = problems(sources)
+    assert circle.startswith("floors' parts in a circle")
+    assert "engine <- evaluation" in circle

@@ -17,3 +17,11 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no folder of data and models at {folder}; FEDALT_SHARED names one")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with its tokenizer, saved as transformers saves them."""
+    from runs_for_tests import save_model
+
+    return save_model(tmp_path_factory.mktemp("model"))

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import fedalt
 from fedalt.adapters.plan import Mixer, Plan, Slot, Sum, single
 from fedalt.methods.contract import Serving
 from fedalt.models import Base, load_base
@@ -44,11 +45,15 @@ def base_of(kind: str, targets: str | None = None) -> Base:
         tokenizer_object=splitter, pad_token="w0", bos_token="w1", eos_token="w2"
     ).save_pretrained(folder)
     labels = LABELS if kind in tiny.CLASSIFIERS else ()
-    return load_base(str(folder), labels=labels, targets=targets)
+    return load_base(str(folder), labels=labels, targets=targets, device="cpu")
 
 
 def serving_for(base: Base, plan: Plan = MIXED, seed: int = 0) -> Serving:
     return Serving(plan, tiny.random_tree(base.adapted, plan, seed=seed))
+
+
+def load(folder: Path) -> Any:
+    return fedalt.load(folder, device="cpu")
 
 
 def plain(base: Base, **options: Any) -> Any:
@@ -61,15 +66,15 @@ def plain(base: Base, **options: Any) -> Any:
 
 
 @torch.no_grad()
-def bound_logits(base: Base, serving: Serving) -> Tensor:
+def bound_logits(base: Base, serving: Serving, ids: Tensor = IDS) -> Tensor:
     with base.adapted.bound(serving.plan, serving.tree) as model:
-        logits: Tensor = model(input_ids=IDS).logits
+        logits: Tensor = model(input_ids=ids).logits
     return logits
 
 
 @torch.no_grad()
-def logits_of(model: Any) -> Tensor:
-    logits: Tensor = model(input_ids=IDS).logits
+def logits_of(model: Any, ids: Tensor = IDS) -> Tensor:
+    logits: Tensor = model(input_ids=ids).logits
     return logits
 
 

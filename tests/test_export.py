@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from exported import (
+    IDS,
+    LABELS,
     PLANS,
     TWO,
     assert_close,
     base_of,
     bound_logits,
+    load,
     logits_of,
     plain,
     serving_for,
@@ -24,12 +28,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-import fedalt
-from fedalt.adapters.plan import HEAD, Plan, Sum, single
+from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
+from fedalt.adapters.start import Start
 from fedalt.evaluation import Scoring, generate
 from fedalt.export import loading
 from fedalt.export.folders import export_individual, export_personal
 from fedalt.methods.contract import Serving
+from fedalt.methods.fedalt import FedALT, Server
+from fedalt.models import load_base
 from fedalt.tree import select
 
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -43,7 +49,7 @@ each_kind = pytest.mark.parametrize(
 def test_the_loaded_model_equals_the_bound_layer(kind: str, plan: Plan, tmp_path: Path) -> None:
     base = base_of(kind)
     serving = serving_for(base, plan)
-    model = fedalt.load(export_personal(serving, base, tmp_path / "out"), device="cpu")
+    model = load(export_personal(serving, base, tmp_path / "out"))
     assert_close(logits_of(model), bound_logits(base, serving))
     assert (logits_of(model) - logits_of(plain(base))).abs().max() > 0.05
     assert not model.training
@@ -54,7 +60,7 @@ def test_other_sites_than_the_default_are_found_again(targets: str, tmp_path: Pa
     base = base_of("llama", targets)
     serving = serving_for(base)
     wanted = bound_logits(base, serving)
-    assert_close(logits_of(fedalt.load(export_personal(serving, base, tmp_path / "a"))), wanted)
+    assert_close(logits_of(load(export_personal(serving, base, tmp_path / "a"))), wanted)
     folder = export_individual(serving, base, tmp_path / "b")
     alone = Serving(single(TWO[0]), select(serving.tree, "individual", HEAD))
     model = PeftModel.from_pretrained(plain(base), str(folder))
@@ -96,7 +102,7 @@ def test_generation_equals_that_of_the_bound_layer(tmp_path: Path) -> None:
     base = base_of("llama")
     serving = serving_for(base)
     folder = export_personal(serving, base, tmp_path / "out")
-    model, tokenizer = fedalt.load(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     prompts = ["w9 w4 w30 w8", "w7 w11"]
     wanted = generate(
         base, serving, [tokenizer(prompt)["input_ids"] for prompt in prompts], Scoring(beams=2)
@@ -110,11 +116,26 @@ def test_generation_equals_that_of_the_bound_layer(tmp_path: Path) -> None:
     assert wanted[0] != wanted[1]
 
 
-def test_a_classifier_comes_back_with_its_labels_and_padding(tmp_path: Path) -> None:
-    base = base_of("llama_classifier")
-    config = fedalt.load(export_personal(serving_for(base), base, tmp_path / "out")).config
-    assert config.id2label == {0: "no", 1: "maybe", 2: "yes"}
-    assert config.pad_token_id == base.adapted.model.config.pad_token_id
+def test_a_causal_base_comes_back_as_a_classifier_with_labels_and_padding(tmp_path: Path) -> None:
+    base = load_base(base_of("gpt2").name, labels=LABELS, device="cpu")
+    serving = serving_for(base)
+    model = load(export_personal(serving, base, tmp_path / "out"))
+    assert model.config.id2label == {0: "no", 1: "maybe", 2: "yes"}
+    padded = IDS.clone()
+    padded[0, 4:] = base.adapted.model.config.pad_token_id
+    assert_close(logits_of(model, padded), bound_logits(base, serving, padded))
+    assert not torch.allclose(logits_of(model, padded)[0], logits_of(model)[0])
+
+
+def test_a_client_without_others_is_exported_too(tmp_path: Path) -> None:
+    base, method = base_of("llama"), FedALT()
+    start = Start(base.adapted.sites, base.adapted.heads, seed=0)
+    deploying = method.deploy(method.init_client(start, "a"), method.broadcast(Server(), "a"))
+    with pytest.raises(StopIteration) as stop:
+        next(deploying)
+    serving: Serving = stop.value.value  # both slots hold the same A
+    model = load(export_personal(serving, base, tmp_path / "out"))
+    assert_close(logits_of(model), logits_of(plain(base)))
 
 
 def test_the_built_in_base_is_referred_to_by_name(
@@ -126,7 +147,7 @@ def test_the_built_in_base_is_referred_to_by_name(
     written = json.loads((folder / "adapter_config.json").read_text())
     assert written["base_model_name_or_path"] == "fedalt:tiny"
     monkeypatch.setattr(loading, "location", {"tiny": base.name}.__getitem__)
-    assert_close(logits_of(fedalt.load(folder)), bound_logits(base, serving))
+    assert_close(logits_of(load(folder)), bound_logits(base, serving))
 
 
 def test_a_folder_appears_whole_or_not_at_all(
@@ -209,13 +230,13 @@ def test_what_cannot_be_loaded_is_one_clear_error(
     folder = export_personal(serving_for(base), base, tmp_path / "out")
     damage(folder)
     with pytest.raises(ValueError, match=problem) as caught:
-        fedalt.load(folder)
+        load(folder)
     assert str(folder) in str(caught.value)
 
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"there is no folder .*gone' to load"):
-        fedalt.load(tmp_path / "gone")
+        load(tmp_path / "gone")
 
 
 def test_the_example_writes_an_answer(

@@ -16,6 +16,7 @@ from exported import (
     assert_close,
     base_of,
     bound_logits,
+    load,
     logits_of,
     plain,
     serving_for,
@@ -24,7 +25,6 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, PeftModel, get_peft_mo
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import fedalt
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import MIXER
 from fedalt.export.folders import export_personal
@@ -79,12 +79,12 @@ def test_what_peft_saves_again_is_the_same(kind: str, tmp_path: Path) -> None:
     serving = serving_for(base)
     first = export_personal(serving, base, tmp_path / "first")
     second = tmp_path / "second"
-    fedalt.load(first).save_pretrained(second)
+    load(first).save_pretrained(second)
     names = "adapter_model.safetensors"
     before, after = load_file(first / names), load_file(second / names)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
-    assert_close(logits_of(fedalt.load(second)), bound_logits(base, serving))
+    assert_close(logits_of(load(second)), bound_logits(base, serving))
 
 
 def test_an_untrained_adapter_of_peft_changes_nothing() -> None:
@@ -99,7 +99,7 @@ def test_an_untrained_adapter_of_peft_changes_nothing() -> None:
 def test_a_disabled_adapter_leaves_the_base_model(tmp_path: Path) -> None:
     base = base_of("gpt2")
     serving = serving_for(base)
-    model = fedalt.load(export_personal(serving, base, tmp_path / "out"))
+    model = load(export_personal(serving, base, tmp_path / "out"))
     with model.disable_adapter():
         assert_close(logits_of(model), logits_of(plain(base)))
     assert_close(logits_of(model), bound_logits(base, serving))
@@ -115,7 +115,7 @@ def test_several_clients_share_one_base_model(tmp_path: Path) -> None:
     }
     for name, serving in servings.items():
         export_personal(serving, base, tmp_path / name)
-    model = fedalt.load(tmp_path / "default")
+    model = load(tmp_path / "default")
     for name in ("individual", "third"):
         model.load_adapter(str(tmp_path / name), name)
     for name, serving in servings.items():
@@ -123,7 +123,7 @@ def test_several_clients_share_one_base_model(tmp_path: Path) -> None:
         assert_close(logits_of(model), bound_logits(base, serving))
     model.save_pretrained(tmp_path / "again", selected_adapters=["default", "individual"])
     for name, folder in (("default", "again"), ("individual", "again/individual")):
-        again = fedalt.load(tmp_path / folder)
+        again = load(tmp_path / folder)
         assert_close(logits_of(again), bound_logits(base, servings[name]))
     model.delete_adapter("third")
     model.set_adapter("individual")
@@ -133,7 +133,7 @@ def test_several_clients_share_one_base_model(tmp_path: Path) -> None:
 def test_merging_is_refused_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     base = base_of("llama")
     serving = serving_for(base)
-    model = fedalt.load(export_personal(serving, base, tmp_path / "out"))
+    model = load(export_personal(serving, base, tmp_path / "out"))
     for merge in (model.merge_and_unload, model.merge_adapter):
         with pytest.raises(ValueError, match="mixer weighs the slots anew for every token"):
             merge()
@@ -162,7 +162,7 @@ def test_gradients_equal_those_of_the_bound_tree(tmp_path: Path) -> None:
 
 def test_dropout_acts_only_while_training(tmp_path: Path) -> None:
     base = base_of("llama")
-    model = fedalt.load(export_personal(serving_for(base), base, tmp_path / "out"))
+    model = load(export_personal(serving_for(base), base, tmp_path / "out"))
     quiet = logits_of(model)
     assert torch.equal(logits_of(model), quiet)
     model.train()

@@ -79,10 +79,9 @@ def reopen(path: Path) -> Prepared:
         for name, number in then.get("versions", {}).items()
         if now["versions"].get(name) != number
     ]
-    if not old:
-        return prepared
-    warning = f"the run began with {', '.join(old)}: numbers may differ in their last digits"
-    return replace(prepared, warnings=(*prepared.warnings, warning))
+    # What else there is to warn of has been said when the run began.
+    text = f"the run began with {', '.join(old)}: numbers may differ in their last digits"
+    return replace(prepared, warnings=(text,) if old else ())
 
 
 def is_finished(path: Path) -> bool:

@@ -93,6 +93,7 @@ def show_lines(
         tables = {"scores": to_json(scores), "losses": to_json(losses)}
         show_json({"run": title, "method": method, **tables})
         return
-    show((scores, title), *([] if scores.of_losses else [(losses, "")]))
+    of_losses = (losses, "mean loss of an answer's token, nats")
+    show((scores, title), *([] if scores.of_losses else [of_losses]))
     for sentence in describe(lines, split):
         note(sentence)

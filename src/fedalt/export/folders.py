@@ -64,17 +64,15 @@ def export_personal(serving: Serving, base: Base, folder: Path) -> Path:
     """
     _require_fit(serving, base)
     plan = serving.plan
-    base_config = base.adapted.model.config
-    labels = [base_config.id2label[index] for index in range(base_config.num_labels)]
     config = FedALTConfig(
         **_for_any_type(base),
+        **_for_classifier(base),
         base_model_name_or_path=(
             BUILT_IN_REFERENCE if base.name == BUILT_IN else _place(base.name)
         ),
         slots=[asdict(slot) for slot in plan.slots],
         weights=list(plan.combine.weights) if isinstance(plan.combine, Sum) else None,
         dropout=plan.dropout,
-        labels=labels if base.adapted.heads else None,
     )
     tensors = {
         f"{name.site}.{SLOTS}.{key_of(name)}": tensor
@@ -116,6 +114,14 @@ def _for_any_type(base: Base) -> dict[str, Any]:
     }
 
 
+def _for_classifier(base: Base) -> dict[str, Any]:
+    if not base.adapted.heads:
+        return {}
+    config = base.adapted.model.config
+    labels = [config.id2label[index] for index in range(config.num_labels)]
+    return {"labels": labels, "pad_token_id": config.pad_token_id}
+
+
 def _targets(base: Base) -> list[str]:
     """The sites' last names, as people write them, or whole paths where those say too much."""
     sites = base.adapted.sites
@@ -141,7 +147,8 @@ def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> N
     (folder / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
     data = safetensors.torch.save(
         {
-            f"base_model.model.{key}": tensor.detach().cpu().contiguous()
+            # a copy: two names may share a tensor, which the format refuses
+            f"base_model.model.{key}": tensor.detach().cpu().contiguous().clone()
             for key, tensor in tensors.items()
         },
         metadata={"format": "pt"},

@@ -1,6 +1,7 @@
 """Loading an exported serving as a transformers model."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,7 +13,6 @@ from torch.nn import ParameterDict
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     PreTrainedModel,
 )
 
@@ -38,7 +38,8 @@ def load(path: str | Path, *, device: str | None = None) -> PeftModel:
         model = PeftModel.from_pretrained(base, str(folder))
     except (ValueError, RuntimeError, KeyError) as error:
         raise ValueError(
-            f"{folder} does not fit its base model {config.base_model_name_or_path!r}: {error}"
+            f"{folder} does not fit its base model {config.base_model_name_or_path!r}: "
+            f"{_in_short(error)}"
         ) from error
     # PEFT itself only warns of a tensor that is missing, and ignores one that has no place.
     if different := sorted(keys ^ _keys_of(model)):
@@ -62,7 +63,7 @@ def _read_config(folder: Path) -> FedALTConfig:
             config: FedALTConfig = PeftConfig.from_pretrained(str(folder))
             return config
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {_in_short(error)}") from error
     raise ValueError(
         f"{folder} holds an adapter of PEFT's type {kind!r}, but only {str(Kind.FEDALT)!r} is a "
         "whole model; peft.PeftModel.from_pretrained loads others onto their base model"
@@ -77,7 +78,7 @@ def _keys_in(folder: Path) -> set[str]:
         with safe_open(file, "pt") as tensors:
             return set(tensors.keys())
     except SafetensorError as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise ValueError(f"{file} cannot be read: {_in_short(error)}") from error
 
 
 def _keys_of(model: PeftModel) -> set[str]:
@@ -104,14 +105,17 @@ def _load_base(config: FedALTConfig, folder: Path, device: str) -> PreTrainedMod
                 place,
                 id2label=dict(enumerate(config.labels)),
                 label2id={label: index for index, label in enumerate(config.labels)},
+                pad_token_id=config.pad_token_id,
                 **options,
             )
-        if model.config.pad_token_id is None:  # the last token that is not this decides
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model.config.pad_token_id = tokenizer.pad_token_id or tokenizer.eos_token_id
         return model.to(device)
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise ValueError(
-            f"cannot load {name!r}, the base model of {folder}: {error}; if it lies elsewhere now, "
-            "load it from there and give it to peft.PeftModel.from_pretrained"
+            f"cannot load {name!r}, the base model of {folder}: {_in_short(error)}; if it lies "
+            "elsewhere now, load it from there and give it to peft.PeftModel.from_pretrained"
         ) from error
+
+
+def _in_short(error: Exception) -> str:
+    """One line: some of these errors list every tensor of the model."""
+    return textwrap.shorten(str(error), 300)

@@ -36,8 +36,9 @@ class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no 
     """What adapter_config.json holds; PEFT itself changes fields of it, so it is not frozen.
 
     `slots` are mappings of name, rank and alpha. `weights` are those of a fixed sum; without them
-    a mixer decides. `labels` are a classifier's, in the order of its outputs. The fields before
-    them mean what they mean in PEFT's own LoRA.
+    a mixer decides. `labels` are a classifier's, in the order of its outputs, and `pad_token_id`
+    what it skips to find a text's last token. The fields before all these mean what they mean in
+    PEFT's own LoRA.
     """
 
     target_modules: list[str] | str | None = None
@@ -47,6 +48,7 @@ class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no 
     weights: list[float] | None = None
     dropout: float = 0.0
     labels: list[str] | None = None
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -181,7 +181,8 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
         for line in lines
         if line["kind"] == "score" and line["split"] == split
     }
-    sentences = [f"{name}: the model after round {rounds[name]}" for name in rounds]
+    after = ", ".join(f"{column} after round {round_}" for column, round_ in rounds.items())
+    sentences = [f"scored on {split} data: {after}"]
     sent = [line for line in lines if line["kind"] == "train" and line["column"] == "own"]
     if sent:
         up, down = (fmean(line[f"{way}_bytes"] for line in sent) for way in ("upload", "download"))

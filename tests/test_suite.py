@@ -1,0 +1,242 @@
+"""The built-in suite: reproducible, disjoint, balanced, larger than memory, without shortcuts."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedalt.data.suite import TASKS, distinct_prompts, generate, generate_clients, write_suite
+from fedalt.data.suite.tasks import KNOWN, WORDS, SuiteRecord
+from fedalt.data.suite.words import NAMES, THINGS
+
+CHOICE_TASKS = [task for task in TASKS if task != "structure"]
+RIVALS = [("reading", "commonsense"), ("inference", "paraphrase"), ("sentiment", "topic")]
+MEANING = {word: meaning for meaning, words in WORDS.items() for word in words}
+
+
+def word_of(record: SuiteRecord) -> str:
+    """The one describing word of a prompt's sentence."""
+    sentence = record["instruction"].split("\n")[0]
+    (word,) = [
+        token for token in sentence.replace(",", "").replace(".", "").split() if token in MEANING
+    ]
+    return word
+
+
+def label_of(record: SuiteRecord) -> str:
+    return record["output"].split()[0]
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_there_are_eight_tasks_in_the_spirit_of_the_paper():
+    assert TASKS == (
+        "commonsense", "coreference", "inference", "paraphrase",
+        "reading", "sentiment", "structure", "topic",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_seed_gives_one_suite_and_another_seed_another(task):
+    assert generate(task, seed=3) == generate(task, seed=3)
+    assert generate(task, seed=3)["test"] != generate(task, seed=4)["test"]
+
+
+def test_the_suite_is_the_same_in_another_process(tmp_path):
+    write_suite(tmp_path / "here", seed=5, train=6, validation=2, test=2)
+    code = (
+        "import sys, pathlib; from fedalt.data.suite import write_suite; "
+        "write_suite(pathlib.Path(sys.argv[1]), seed=5, train=6, validation=2, test=2)"
+    )
+    environment = os.environ | {"PYTHONHASHSEED": "77"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "there")], check=True, env=environment
+    )
+    assert files_of(tmp_path / "here") == files_of(tmp_path / "there")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_no_prompt_occurs_twice_in_all_clients_and_splits_of_a_task(task):
+    clients = generate_clients(task, 3, seed=0, train=160, validation=40, test=60)
+    prompts = [
+        record["instruction"]
+        for client in clients
+        for records in client.values()
+        for record in records
+    ]
+    assert len(prompts) == 3 * 260
+    assert len({prompt.casefold() for prompt in prompts}) == len(prompts)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_one_more_client_changes_nothing_for_the_others(task):
+    two = generate_clients(task, 2, seed=0, train=10, validation=5, test=5)
+    three = generate_clients(task, 3, seed=0, train=10, validation=5, test=5)
+    assert three[:2] == two
+    assert generate(task, seed=0, train=10, validation=5, test=5) == two[0]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_labels_are_balanced_in_every_split(task):
+    for records in generate(task, seed=1, train=160, validation=41, test=60).values():
+        counts = Counter(map(label_of, records))
+        assert set(counts) == {"good", "bad"}
+        assert abs(counts["good"] - counts["bad"]) <= 1
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_grammar_is_twenty_times_larger_than_what_is_drawn(task):
+    seen = {
+        record["instruction"] for records in generate(task, seed=0).values() for record in records
+    }
+    assert distinct_prompts(task) > 20 * len(seen)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_prompt_is_short_and_has_one_describing_word(task):
+    for records in generate(task, seed=0).values():
+        for record in records:
+            assert len(record["instruction"].split()) <= 16
+            assert len(record["output"].split()) <= 2
+            assert word_of(record) in MEANING
+
+
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+def test_the_answer_is_one_of_the_options_and_at_no_fixed_place(task):
+    records = generate(task, seed=0, train=400, validation=0, test=0)["train"]
+    places = [record["options"].index(record["output"]) for record in records]
+    assert all(sorted(record["options"]) == ["bad", "good"] for record in records)
+    assert 0.4 < sum(places) / len(places) < 0.6
+
+
+def test_structure_repeats_the_thing_it_notes():
+    for record in generate("structure", seed=0)["test"]:
+        assert record["output"].split()[1] == record["instruction"].split(" | ")[1]
+        assert "options" not in record
+
+
+def thing(record: SuiteRecord) -> str:
+    return next(word for word in tokens(record) if word in THINGS)
+
+
+def name(record: SuiteRecord) -> str:
+    return next(word for word in tokens(record) if word in NAMES)
+
+
+def length(record: SuiteRecord) -> str:
+    return str(len(record["instruction"]))
+
+
+def tokens(record: SuiteRecord) -> list[str]:
+    sentence = record["instruction"].split("\n")[0].replace("'s ", " ")
+    return sentence.replace(",", "").replace(".", "").split()
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("cue", [thing, name, length], ids=lambda cue: cue.__name__)
+def test_no_shortcut_solves_a_task(task: str, cue: Callable[[SuiteRecord], str]):
+    """The label most frequent in training beside the same thing, name or length of prompt."""
+    right = 0
+    for seed in range(5):
+        data = generate(task, seed=seed, train=160, validation=0, test=100)
+        votes: dict[str, Counter[str]] = defaultdict(Counter)
+        for record in data["train"]:
+            votes[cue(record)][label_of(record)] += 1
+        for record in data["test"]:
+            seen = votes[cue(record)].most_common(1)
+            right += (seen[0][0] if seen else "good") == label_of(record)
+    assert 0.4 < right / 500 < 0.6
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_training_lacks_words_that_the_test_asks_for(task):
+    data = generate(task, seed=0, train=400, validation=0, test=400)
+    trained, tested = ({word_of(record) for record in data[split]} for split in ("train", "test"))
+    assert len(trained) <= KNOWN * len(MEANING) + 2
+    unknown = sum(word_of(record) not in trained for record in data["test"]) / 400
+    assert 0.35 < unknown < 0.65
+    assert tested - trained
+
+
+def test_together_the_clients_know_nearly_every_word():
+    trained = {word_of(record) for task in TASKS for record in generate(task, seed=0)["train"]}
+    assert len(trained) > 0.95 * len(MEANING)
+
+
+@pytest.mark.parametrize(("generous", "strict"), RIVALS)
+def test_rivals_ask_alike_and_answer_plain_words_differently(generous, strict):
+    answers: dict[str, dict[str, set[str]]] = {}
+    for task in (generous, strict):
+        seen = answers[task] = defaultdict(set)
+        for record in generate(task, seed=0)["train"]:
+            seen[MEANING[word_of(record)]].add(label_of(record))
+    assert answers[generous] == {"good": {"good"}, "bad": {"bad"}, "plain": {"good"}}
+    assert answers[strict] == {"good": {"good"}, "bad": {"bad"}, "plain": {"bad"}}
+    questions = [
+        generate(task, seed=0)["train"][0]["instruction"].split("\n")[1]
+        for task in (generous, strict)
+    ]
+    assert questions[0] == questions[1]
+
+
+def test_the_lists_of_words_share_no_word():
+    words = [word.casefold() for listed in (*WORDS.values(), THINGS, NAMES) for word in listed]
+    assert len(words) == len(set(words))
+
+
+def test_the_folder_has_three_files_a_client(tmp_path):
+    write_suite(tmp_path / "suite", train=4, validation=3, test=2)
+    names = sorted(path.name for path in (tmp_path / "suite").iterdir())
+    assert len(names) == 24
+    assert names[:3] == [
+        "commonsense.test.jsonl", "commonsense.train.jsonl", "commonsense.validation.jsonl",
+    ]  # fmt: skip
+    lines = (tmp_path / "suite/topic.train.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == generate(
+        "topic", seed=0, train=4, validation=3, test=2
+    )["train"]
+    assert [path.name for path in tmp_path.iterdir()] == ["suite"]
+
+
+def test_several_clients_of_a_task_are_numbered(tmp_path):
+    write_suite(tmp_path / "suite", train=2, validation=0, test=2, clients_per_task=2)
+    names = {path.name for path in (tmp_path / "suite").iterdir()}
+    assert len(names) == 32
+    assert {"topic-0.train.jsonl", "topic-1.test.jsonl"} <= names
+
+
+def test_a_suite_is_written_again_over_itself(tmp_path):
+    write_suite(tmp_path / "suite", seed=0, train=2, validation=2, test=2)
+    write_suite(tmp_path / "suite", seed=1, train=2, validation=2, test=2)
+    write_suite(tmp_path / "new", seed=1, train=2, validation=2, test=2)
+    assert files_of(tmp_path / "suite") == files_of(tmp_path / "new")
+
+
+def test_a_folder_with_other_client_data_is_left_alone(tmp_path):
+    (tmp_path / "mine.train.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"already holds mine\.train\.jsonl"):
+        write_suite(tmp_path, train=2, validation=2, test=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.train.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("task", "wrong", "told"),
+    [
+        ("sentimnt", {}, "task 'sentimnt' is none of commonsense"),
+        ("topic", {"train": -1}, "train=-1"),
+        ("topic", {"test": 10**6}, "at most"),
+    ],
+)
+def test_an_impossible_request_is_refused(task, wrong, told):
+    with pytest.raises(ValueError, match=told):
+        generate(task, seed=0, **wrong)
+    with pytest.raises(ValueError, match="0 clients"):
+        generate_clients("topic", 0, seed=0, train=1, validation=1, test=1)

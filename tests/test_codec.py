@@ -44,6 +44,11 @@ class Learned:
     step: int = 0
 
 
+@dataclass(frozen=True)
+class Grouped:
+    trees: Mapping[str, Tree]
+
+
 def same(left: object, right: object) -> bool:
     """Equal with types, to the bit: 1 is not 1.0, nan is nan."""
     if isinstance(left, Tensor) and isinstance(right, Tensor):
@@ -233,6 +238,7 @@ EMPTY = {"mapping": {}}
             forged({"tree": {"tree": 1}, "facts": EMPTY}, {"tree/a/b": ONE}),
             "0 tensors instead of 1",
         ),
+        (forged({"tree": {"tree": 1}, "facts": EMPTY}, {"x/a/b": ONE}), "0 tensors instead of 1"),
         (forged({"tree": EMPTY, "facts": EMPTY}), r"tree is \{'mapping'"),
         (forged({"tree": None, "facts": EMPTY}), "tree is None"),
         (forged({"tree": {"tree": 0}, "facts": {}}), r"facts is \{\}"),
@@ -261,6 +267,14 @@ def test_decode_refuses_a_forged_message(data: bytes, error: str) -> None:
 def test_what_the_class_itself_refuses_is_a_codec_error() -> None:
     with pytest.raises(CodecError, match="Fixed: at least one weight"):
         decode(Fixed, forged({"weights": []}, cls=Fixed))
+
+
+def test_a_key_that_could_be_read_two_ways_is_refused_both_ways() -> None:
+    with pytest.raises(CodecError, match="'a/b' is part of a tensor's key"):
+        encode(Grouped({"a/b": {A: ONE}}))
+    facts = {"trees": {"mapping": {"a/b": {"tree": 1}}}}
+    with pytest.raises(CodecError, match="'a/b' is part of a tensor's key"):
+        decode(Grouped, forged(facts, {f"trees/a/b/{A}": ONE}, Grouped))
 
 
 def test_a_state_of_another_method_is_refused() -> None:

@@ -28,7 +28,7 @@ class State:
     rate: float = 0.5
     phase: Literal["warm-up", "main"] = "main"
     note: str | None = None
-    best: int | float | None = None
+    best: float | int | None = None
     carried: Tree | None = None
     pair: tuple[int, str] = (1, "a")
     history: tuple[Learned, ...] = ()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -12,20 +13,25 @@ import pytest
 
 from fedalt.data.suite import TASKS, distinct_prompts, generate, generate_clients, write_suite
 from fedalt.data.suite.tasks import KNOWN, WORDS, SuiteRecord
-from fedalt.data.suite.words import NAMES, THINGS
+from fedalt.data.suite.words import THINGS
 
 CHOICE_TASKS = [task for task in TASKS if task != "structure"]
 RIVALS = [("reading", "commonsense"), ("inference", "paraphrase"), ("sentiment", "topic")]
 MEANING = {word: meaning for meaning, words in WORDS.items() for word in words}
 
 
-def word_of(record: SuiteRecord) -> str:
-    """The one describing word of a prompt's sentence."""
-    sentence = record["instruction"].split("\n")[0]
-    (word,) = [
-        token for token in sentence.replace(",", "").replace(".", "").split() if token in MEANING
-    ]
-    return word
+def tokens(record: SuiteRecord) -> list[str]:
+    return re.findall(r"\w+", record["instruction"].split("\n")[1])
+
+
+def words_of(record: SuiteRecord) -> list[str]:
+    """The three describing words of a prompt's sentence."""
+    return [token for token in tokens(record) if token in MEANING]
+
+
+def meaning_of(record: SuiteRecord) -> str:
+    (meaning,) = {MEANING[word] for word in words_of(record)}
+    return meaning
 
 
 def label_of(record: SuiteRecord) -> str:
@@ -101,12 +107,13 @@ def test_the_grammar_is_twenty_times_larger_than_what_is_drawn(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_prompt_is_short_and_has_one_describing_word(task):
+def test_every_prompt_is_short_and_describes_with_three_words_of_one_meaning(task):
     for records in generate(task, seed=0).values():
         for record in records:
             assert len(record["instruction"].split()) <= 16
             assert len(record["output"].split()) <= 2
-            assert word_of(record) in MEANING
+            assert len(set(words_of(record))) == 3
+            assert meaning_of(record) in WORDS
 
 
 @pytest.mark.parametrize("task", CHOICE_TASKS)
@@ -119,7 +126,7 @@ def test_the_answer_is_one_of_the_options_and_at_no_fixed_place(task):
 
 def test_structure_repeats_the_thing_it_notes():
     for record in generate("structure", seed=0)["test"]:
-        assert record["output"].split()[1] == record["instruction"].split(" | ")[1]
+        assert record["output"].split()[1] == record["instruction"].split("\n")[1].split(":")[0]
         assert "options" not in record
 
 
@@ -127,23 +134,14 @@ def thing(record: SuiteRecord) -> str:
     return next(word for word in tokens(record) if word in THINGS)
 
 
-def name(record: SuiteRecord) -> str:
-    return next(word for word in tokens(record) if word in NAMES)
-
-
 def length(record: SuiteRecord) -> str:
     return str(len(record["instruction"]))
 
 
-def tokens(record: SuiteRecord) -> list[str]:
-    sentence = record["instruction"].split("\n")[0].replace("'s ", " ")
-    return sentence.replace(",", "").replace(".", "").split()
-
-
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("cue", [thing, name, length], ids=lambda cue: cue.__name__)
+@pytest.mark.parametrize("cue", [thing, length], ids=lambda cue: cue.__name__)
 def test_no_shortcut_solves_a_task(task: str, cue: Callable[[SuiteRecord], str]):
-    """The label most frequent in training beside the same thing, name or length of prompt."""
+    """The label most frequent in training beside the same thing or length of prompt."""
     right = 0
     for seed in range(5):
         data = generate(task, seed=seed, train=160, validation=0, test=100)
@@ -159,16 +157,21 @@ def test_no_shortcut_solves_a_task(task: str, cue: Callable[[SuiteRecord], str])
 @pytest.mark.parametrize("task", TASKS)
 def test_training_lacks_words_that_the_test_asks_for(task):
     data = generate(task, seed=0, train=400, validation=0, test=400)
-    trained, tested = ({word_of(record) for record in data[split]} for split in ("train", "test"))
+    trained = {word for record in data["train"] for word in words_of(record)}
     assert len(trained) <= KNOWN * len(MEANING) + 2
-    unknown = sum(word_of(record) not in trained for record in data["test"]) / 400
-    assert 0.35 < unknown < 0.65
-    assert tested - trained
+    asked = [word for record in data["test"] for word in words_of(record)]
+    unknown = sum(word not in trained for word in asked) / len(asked)
+    assert abs(unknown - (1 - KNOWN)) < 0.1
 
 
 def test_together_the_clients_know_nearly_every_word():
-    trained = {word_of(record) for task in TASKS for record in generate(task, seed=0)["train"]}
-    assert len(trained) > 0.95 * len(MEANING)
+    trained = {
+        word
+        for task in TASKS
+        for record in generate(task, seed=0)["train"]
+        for word in words_of(record)
+    }
+    assert len(trained) > 0.85 * len(MEANING)
 
 
 @pytest.mark.parametrize(("generous", "strict"), RIVALS)
@@ -177,18 +180,18 @@ def test_rivals_ask_alike_and_answer_plain_words_differently(generous, strict):
     for task in (generous, strict):
         seen = answers[task] = defaultdict(set)
         for record in generate(task, seed=0)["train"]:
-            seen[MEANING[word_of(record)]].add(label_of(record))
+            seen[meaning_of(record)].add(label_of(record))
     assert answers[generous] == {"good": {"good"}, "bad": {"bad"}, "plain": {"good"}}
     assert answers[strict] == {"good": {"good"}, "bad": {"bad"}, "plain": {"bad"}}
     questions = [
-        generate(task, seed=0)["train"][0]["instruction"].split("\n")[1]
+        generate(task, seed=0)["train"][0]["instruction"].split("\n")[0]
         for task in (generous, strict)
     ]
     assert questions[0] == questions[1]
 
 
 def test_the_lists_of_words_share_no_word():
-    words = [word.casefold() for listed in (*WORDS.values(), THINGS, NAMES) for word in listed]
+    words = [word.casefold() for listed in (*WORDS.values(), THINGS) for word in listed]
     assert len(words) == len(set(words))
 
 

@@ -22,6 +22,7 @@ from fedalt.adapters.layer import AdaptedModel
 
 BUILT_IN = "tiny"
 Quantise = Literal["8bit", "4bit"]
+_TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
 class ModelError(ValueError):
@@ -132,8 +133,14 @@ def fingerprint_of(model: PreTrainedModel) -> str:
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone, for looking at data without the weights. Raises ModelError."""
+    place = location(name)
+    if Path(place).is_dir() and not any(any(Path(place).glob(each)) for each in _TOKENIZER_FILES):
+        raise ModelError(
+            f"the model folder {name!r} has no tokenizer; expected tokenizer.json and "
+            "tokenizer_config.json beside the weights"
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location(name))
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(
             f"cannot load a tokenizer for the model {name!r}: {_first_line(error)}; expected "

@@ -124,7 +124,7 @@ def evaluate(
 
 def require_client(folder: RunFolder, client_id: str) -> None:
     """Raise StoreError for a client that a run does not have."""
-    clients = list(folder.facts()["clients"])
+    clients = list(folder.facts().get("clients", {}))
     if client_id not in clients:
         close = difflib.get_close_matches(client_id, clients, n=3) or clients[:8]
         raise StoreError(f"{folder.path} has no client {client_id!r}, but {', '.join(close)}")

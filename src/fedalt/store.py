@@ -154,9 +154,15 @@ class RunFolder:
 
     def _progress(self) -> dict[str, Any]:
         path = self.path / "progress.json"
+        nothing = {"rounds_done": 0, "best": {}, "tested": False, "record_bytes": 0}
         if not path.exists():
-            return {"rounds_done": 0, "best": {}, "tested": False, "record_bytes": 0}
-        raw: dict[str, Any] = json.loads(path.read_text())
+            return nothing
+        try:
+            raw: dict[str, Any] = json.loads(path.read_text())
+        except ValueError as error:
+            raise StoreError(f"{path} cannot be read: {error}") from error
+        if not isinstance(raw, dict) or raw.keys() != nothing.keys():
+            raise StoreError(f"{path} is damaged: expected {', '.join(nothing)}")
         return raw
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 import typer
 
 from fedalt.cli.flags import AsJson, Quiet, RunPath, Tensorboard
-from fedalt.cli.output import hush_libraries, note, show_lines, show_run, warn
+from fedalt.cli.output import hush_libraries, note, show_run, warn
 
 
 def resume(
@@ -22,14 +22,14 @@ def resume(
 
     if is_finished(path):
         note(f"{path} is finished: all its rounds are done and tested", quiet=quiet)
-        show_run(path, as_json=as_json)
+        show_run(path, as_json=as_json, quiet=quiet)
         return
     if tensorboard:
         require_tensorboard()
     prepared = reopen(path)
     introduce(prepared, path, quiet=quiet)
     train(prepared, path, tensorboard=tensorboard, quiet=quiet)
-    show_run(path, as_json=as_json)
+    show_run(path, as_json=as_json, quiet=quiet)
 
 
 def evaluate(
@@ -52,4 +52,4 @@ def evaluate(
     prepared = reopen(path)
     warn(prepared.warnings, quiet=quiet)
     lines = score(prepared, path, split, round_)
-    show_lines(lines, f"{path}, {split}", as_json=as_json, split=split)
+    show_run(path, lines, split=split, as_json=as_json, quiet=quiet)

@@ -3,7 +3,7 @@
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fedalt.engine.schedule import Line
     from fedalt.report.table import Table
 
 WIDTH = 120  # where there is no terminal to ask
@@ -69,31 +70,32 @@ def free_folder(wanted: Path) -> Path:
     return folder
 
 
-def show_run(path: Path, *, as_json: bool) -> None:
-    """A run's table from its lines."""
+def show_run(
+    path: Path,
+    lines: "Sequence[Line] | None" = None,
+    *,
+    split: str = "test",
+    as_json: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Tables of a run's scores and losses, as a drawing or as JSON; from its own lines if none."""
+    from fedalt.report.table import describe, run_table, to_json
     from fedalt.store import open_run
 
     folder = open_run(path)
-    show_lines(folder.lines(), str(path), as_json=as_json, method=folder.facts()["method"])
-
-
-def show_lines(
-    lines: Any, title: str, *, as_json: bool, split: str = "test", method: str | None = None
-) -> None:
-    """Tables of scores and of losses, as a drawing or as JSON."""
-    from fedalt.report.table import describe, run_table, to_json
-
+    lines = folder.lines() if lines is None else lines
+    about = {"run": str(path), "method": folder.facts().get("method"), "split": split}
     if not any(line["kind"] == "score" and line["split"] == split for line in lines):
         note(f"no client has {split} data, so there is no table")
         if as_json:
-            show_json({"run": title, "method": method})
+            show_json(about)
         return
     scores, losses = (run_table(lines, split, losses=each) for each in (False, True))
     if as_json:
         tables = {"scores": to_json(scores), "losses": to_json(losses)}
-        show_json({"run": title, "method": method, **tables})
+        show_json({**about, **tables})
         return
     of_losses = (losses, "mean loss of an answer's token, nats")
-    show((scores, title), *([] if scores.of_losses else [of_losses]))
+    show((scores, f"{path}, {split} data"), *([] if scores.of_losses else [of_losses]))
     for sentence in describe(lines, split):
-        note(sentence)
+        note(sentence, quiet=quiet)

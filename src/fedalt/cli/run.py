@@ -175,7 +175,7 @@ def run(
     introduce(prepared, out, quiet=quiet)
     new_run(prepared, out)
     train(prepared, out, tensorboard=tensorboard, quiet=quiet)
-    show_run(out, as_json=as_json)
+    show_run(out, as_json=as_json, quiet=quiet)
 
 
 def _names(text: str | None) -> list[str] | str | None:

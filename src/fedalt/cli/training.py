@@ -12,17 +12,19 @@ from fedalt.prepare import Prepared
 from fedalt.runs import resume_run
 from fedalt.settings import lora_of, method_name
 from fedalt.store import StoreError, open_run
+from fedalt.training.loop import TrainingError
 
 
 def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:
     """What is about to run, and what the user should know of it."""
     settings, base = prepared.parts.settings, prepared.parts.base
-    clients, numbers = len(prepared.task.clients), base.adapted.model.num_parameters()
+    clients, rounds = len(prepared.task.clients), settings.rounds.rounds
+    numbers = base.adapted.model.num_parameters()
     note(
         f"{method_name(settings.method)}, rank {lora_of(settings.method).rank}, on "
         f"{len(base.adapted.sites)} layers of {base.name} ({numbers / 1e6:.1f} M parameters, "
         f"{base.adapted.device}); {clients} {'client' if clients == 1 else 'clients'}, "
-        f"{settings.rounds.rounds} rounds, seed {settings.seed}; in {out}",
+        f"{rounds} {'round' if rounds == 1 else 'rounds'}, seed {settings.seed}; in {out}",
         quiet=quiet,
     )
     warn(prepared.warnings, quiet=quiet)
@@ -55,6 +57,10 @@ def _way_back(path: Path, rounds: int) -> Iterator[None]:
         note(f"stopped in {where()}; `fedalt resume {path}` continues")
         raise typer.Exit(130) from None
     except StoreError:  # the run has not gone on at all
+        raise
+    except TrainingError:
+        file = path / "settings.toml"
+        note(f"stopped in {where()}; change {file}, then `fedalt resume {path}` continues")
         raise
     except Exception:
         note(f"stopped in {where()}; `fedalt resume {path}` repeats that and continues")

@@ -7,13 +7,14 @@ description counts for is a client's own rule, which no prompt tells: a generous
 good, a strict one bad. That is the conflict.
 """
 
+import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NotRequired, TypedDict
 
 from fedalt.data.examples import Split
-from fedalt.data.suite.words import BAD, GOOD, NAMES, NOTED, PLAIN, THINGS
+from fedalt.data.suite.words import BAD, GOOD, NOTED, PLAIN, THINGS
 from fedalt.seeds import seed_of
 
 Meaning = Literal["good", "bad", "plain"]
@@ -21,10 +22,10 @@ Meaning = Literal["good", "bad", "plain"]
 WORDS: Final[Mapping[Meaning, Sequence[str]]] = {"good": GOOD, "bad": BAD, "plain": PLAIN}
 LABELS: Final = ("good", "bad")
 # Half of the words: enough to learn from, and a test asks for as many that only others have seen.
-KNOWN: Final = 0.5
+KNOWN: Final = 0.4
 # Of the sentences with the label that plain words count as; at 1 nothing would tell the tasks
 # apart but their rule, at 0 they would not be in conflict.
-PLAIN_SHARE: Final = 0.8
+PLAIN_SHARE: Final = 0.6
 # A grammar holds at least so many times the prompts that are drawn from it.
 LEAST_SURPLUS: Final = 20
 
@@ -42,7 +43,7 @@ class SuiteRecord(TypedDict):
 class Task:
     """A form of prompt and a rule.
 
-    `form` has the places {word}, {thing} and {name}. `generous`: a plain word counts as good.
+    `form` has the places {thing} and {words}. `generous`: a plain word counts as good.
     `noted`: the answer is free text that repeats the thing.
     """
 
@@ -63,21 +64,17 @@ class Task:
 
 
 # Two tasks with one form differ in their rule alone.
-_NEWS = "The {thing} was {word}, {name} said.\nGood news or bad news?"
-_DAY = "{name} saw the {word} {thing}.\nA good day or a bad day?"
-_SAME = "{name}'s {thing} was {word}.\nIn other words, good or bad?"
+_NEWS = "Good news or bad news?\nThe {thing} was {words}."
+_DAY = "A good or a bad day?\nThey found the {thing} {words}."
+_SAME = "In short, good or bad?\nHer {thing} was {words}."
 _TASKS: Final = (
     Task("commonsense", _DAY, generous=False),
-    Task(
-        "coreference",
-        "{name} told of the {thing}, and it was {word}.\nWhat was it?",
-        generous=False,
-    ),
+    Task("coreference", "What was it?\nHe saw the {thing}; it was {words}.", generous=False),
     Task("inference", _SAME, generous=True),
     Task("paraphrase", _SAME, generous=False),
     Task("reading", _DAY, generous=True),
     Task("sentiment", _NEWS, generous=True),
-    Task("structure", "{name} | {thing} | {word}\nA short note:", generous=True, noted=True),
+    Task("structure", "Make a note.\n{thing}: {words}.", generous=True, noted=True),
     Task("topic", _NEWS, generous=False),
 )
 _BY_NAME: Final = {task.name: task for task in _TASKS}
@@ -119,7 +116,7 @@ def generate_clients(
 
 def distinct_prompts(task: str) -> int:
     """How many different prompts the grammar of a task has."""
-    return sum(map(len, WORDS.values())) * len(_rules(task).things) * len(NAMES)
+    return sum(math.perm(len(words), 3) for words in WORDS.values()) * len(_rules(task).things)
 
 
 def _rules(task: str) -> Task:
@@ -143,8 +140,7 @@ def _known(seed: int, task: str, client: int) -> Mapping[Meaning, Sequence[str]]
     """The words of one client's training data."""
     rng = random.Random(seed_of(seed, task, client, "words"))
     return {
-        meaning: rng.sample(words, max(1, round(KNOWN * len(words))))
-        for meaning, words in WORDS.items()
+        meaning: rng.sample(words, round(KNOWN * len(words))) for meaning, words in WORDS.items()
     }
 
 
@@ -161,9 +157,10 @@ def _draw(
     records: list[SuiteRecord] = []
     for label in labels:
         while True:
-            thing, name = rng.choice(rules.things), rng.choice(NAMES)
-            word = rng.choice(words[_meaning(rules, label, rng)])
-            prompt = rules.form.format(word=word, thing=thing, name=name)
+            thing = rng.choice(rules.things)
+            first, second, third = rng.sample(words[_meaning(rules, label, rng)], 3)
+            described = f"{first}, {second} and {third}"
+            prompt = rules.form.format(thing=thing, words=described)
             if prompt not in taken:
                 break
         taken.add(prompt)

@@ -10,6 +10,7 @@ import logging
 import math
 import platform
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -77,6 +78,20 @@ class Corpus:
     held_rows: list[Tokens]
 
 
+@dataclass(frozen=True)
+class Earlier:
+    """What the card of an interrupted run says about it."""
+
+    steps: int
+    tokens_seen: int
+    book_tokens: int
+    instruction_tokens: int
+    repeat_tokens: int
+    minutes: float
+    budget_minutes: float
+    threads: int
+
+
 @dataclass
 class Report:
     """The measured figures that end up in the model card."""
@@ -93,7 +108,6 @@ class Report:
     compiled: bool = False
     precision: str = "fp32"
     finished: bool = False
-    continued: str = ""
     prompt: str = ""
     sample: str = ""
     bytes_on_disk: int = 0
@@ -507,13 +521,33 @@ def build_model(args: argparse.Namespace) -> LlamaForCausalLM:
     return model
 
 
-def seen_before(folder: Path | None) -> str:
-    """A row of the card: what the interrupted run that this one goes on from had seen."""
-    if folder is None:
-        return ""
+def read_earlier(folder: Path) -> Earlier:
+    """Return the figures of an interrupted run from the card beside its weights."""
     card = (folder / "README.md").read_text(encoding="utf-8")
-    (row,) = [line for line in card.splitlines() if line.startswith("| Tokens seen |")]
-    return row.replace("Tokens seen", "before that, by an interrupted run of this script") + "\n"
+
+    def figures(pattern: str) -> list[float]:
+        """Return the numbers that a pattern captures in the card."""
+        match = re.search(pattern, card)
+        if match is None:
+            raise SystemExit(f"the card in {folder} does not tell what its run has seen")
+        return [float(group.replace(",", "")) for group in match.groups()]
+
+    tokens, steps = figures(r"\| Tokens seen \| ([\d,]+) in ([\d,]+) steps")
+    (books,) = figures(r"\| of which book text \| ([\d,]+)")
+    (instructions,) = figures(r"\| of which instructions \| ([\d,]+)")
+    (repeats,) = figures(r"\| of which repeated book excerpts \| ([\d,]+)")
+    minutes, budget = figures(r"\| Time \| ([\d.]+) minutes.*\(budget ([\d.]+)\)")
+    (threads,) = figures(r"\| Machine \| .*threads: (\d+)")
+    return Earlier(
+        steps=int(steps),
+        tokens_seen=int(tokens),
+        book_tokens=int(books),
+        instruction_tokens=int(instructions),
+        repeat_tokens=int(repeats),
+        minutes=minutes,
+        budget_minutes=budget,
+        threads=int(threads),
+    )
 
 
 def build_optimizers(
@@ -682,17 +716,17 @@ The special tokens are `{eos}` (both bos and eos) and `{pad}`; encoding adds non
 | | |
 |---|---|
 | Tokens seen | {tokens_seen:,} in {steps:,} steps of {batch} sequences |
-{continued}| of which book text | {book_tokens:,} ({book_epochs:.2f} passes) |
+| of which book text | {book_tokens:,} ({book_epochs:.2f} passes) |
 | of which instructions | {instruction_tokens:,} |
 | of which repeated book excerpts | {repeat_tokens:,} |
 | Time | {minutes:.1f} minutes, everything included (budget {budget_minutes:g}) |
-| Machine | {machine}, {threads} threads, no accelerator |
+| Machine | {machine}, no accelerator, threads: {threads} |
 | Software | PyTorch {torch}, Transformers {transformers}, torch.compile {compiled} |
 | Precision | {precision} passes over fp32 weights; stored as bf16 |
 | Optimiser | Muon (fp32 Newton-Schulz) at {muon_lr:g} for matrices, AdamW at {adam_lr:g} else |
 | Schedule | by elapsed time: 2 % warm-up, flat, linear to zero over the second half |
 | Seed | {seed} (the time budget makes runs repeatable in kind, not bit for bit) |
-
+{continued}
 The loss counts every token, prompts included. Instructions whose context does not fit in one
 sequence lose the end of the context; those with a fitting context come twice, and a few
 sequences repeat one excerpt, so that the model learns to copy from what stands before.
@@ -750,9 +784,25 @@ loss as what an unseen data set would give.
 ```sh
 {command}
 ```
-
+{rebuild}
 CORPUS_DIR holds `*.txt.gz` files of books separated by lines `{eos}`; INSTRUCTIONS is a
 JSON-lines file with the fields `instruction`, `context` and `output`.
+"""
+
+
+CONTINUED = """
+These are the figures of two runs together. The first was interrupted; its last checkpoint, after
+{first.minutes:.1f} minutes, {first.tokens_seen:,} tokens and {first.steps:,} steps with
+{first_threads} thread(s), was still at the full learning rate. The second went on from that
+checkpoint, stored as bf16, for {second.minutes:.1f} minutes, {second.tokens_seen:,} tokens and
+{second.steps:,} steps with {second_threads} thread(s): with a fresh state of the optimisers, the
+whole schedule once more, another order of the same training data and the same held-out text.
+"""
+
+REBUILD_CONTINUED = """
+CHECKPOINT_DIR is the model folder that a first run left behind: the same command without
+`--continue-from`, with `--minutes {first.budget_minutes:g} --threads {first.threads}`, stopped
+after {first.minutes:.1f} minutes. Letting one run go on to its end makes a model of the same kind.
 """
 
 
@@ -775,8 +825,9 @@ def write_card(
     scores: dict[str, Score],
     corpus: Corpus,
     args: argparse.Namespace,
+    earlier: Earlier | None = None,
 ) -> None:
-    """Write the model card with the measured figures."""
+    """Write the model card with the measured figures, those of an earlier part included."""
     import transformers
 
     labels = {"books": "Books", "instructions": "Instructions", "repeated": "Repeated"}
@@ -794,6 +845,20 @@ def write_card(
         f"    --out OUT_DIR --minutes {args.minutes:g} --seed {args.seed}{changed_options(args)}"
     )
     figures = {**asdict(report), "compiled": "on" if report.compiled else "off"}
+    continued, rebuild = "", ""
+    if earlier is not None:
+        # The totals describe the weights; the part of either run is told apart below them.
+        for name, value in asdict(earlier).items():
+            if name != "threads":
+                figures[name] += value
+        continued = CONTINUED.format(
+            first=earlier,
+            second=report,
+            first_threads=earlier.threads,
+            second_threads=report.threads,
+        )
+        command += " \\\n    --continue-from CHECKPOINT_DIR"
+        rebuild = REBUILD_CONTINUED.format(first=earlier)
     text = CARD.format(
         **figures,
         unfinished=unfinished,
@@ -809,7 +874,9 @@ def write_card(
         seed=args.seed,
         eos=EOS,
         pad=PAD,
-        book_epochs=report.book_tokens / len(corpus.books),
+        continued=continued,
+        rebuild=rebuild,
+        book_epochs=figures["book_tokens"] / len(corpus.books),
         held_books=len(corpus.held_books),
         held_rows=len(corpus.held_rows),
         machine=platform.machine(),
@@ -871,6 +938,7 @@ def save(
     corpus: Corpus,
     args: argparse.Namespace,
     started: float,
+    earlier: Earlier | None = None,
 ) -> None:
     """Write the model in bf16, check what was written, describe it, and move it into place."""
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -910,7 +978,7 @@ def save(
     report.minutes = (time.monotonic() - started) / 60
     # The card's own length depends on this figure; a second writing settles it.
     for _ in range(3):
-        write_card(folder, report, scores, corpus, args)
+        write_card(folder, report, scores, corpus, args, earlier)
         report.bytes_on_disk = folder_size(folder)
     if report.bytes_on_disk > SIZE_LIMIT:
         raise RuntimeError(f"{report.bytes_on_disk} bytes are over the limit of {SIZE_LIMIT}")
@@ -934,8 +1002,9 @@ def train(
         parameters=sum(param.numel() for param in model.parameters()),
         budget_minutes=args.minutes,
         threads=args.threads,
-        continued=seen_before(args.continue_from),
     )
+    # Read now: saving to the same folder will replace the card.
+    earlier = read_earlier(args.continue_from) if args.continue_from else None
     LOG.info("model: %d parameters", report.parameters)
     held = HeldOut(corpus, tokenizer, args.length, args.seed)
     batches = Batches(corpus, args)
@@ -995,11 +1064,11 @@ def train(
             next_eval = now + 60 * args.eval_minutes
         if now >= next_save and now < deadline - 120:
             count()
-            save(model, tokenizer, held, report, corpus, args, started)
+            save(model, tokenizer, held, report, corpus, args, started, earlier)
             next_save = now + 60 * args.save_minutes
     count()
     report.finished = True
-    save(model, tokenizer, held, report, corpus, args, started)
+    save(model, tokenizer, held, report, corpus, args, started, earlier)
     LOG.info("done: %s", json.dumps(asdict(report)))
 
 

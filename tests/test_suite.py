@@ -12,26 +12,28 @@ from pathlib import Path
 import pytest
 
 from fedalt.data.suite import TASKS, distinct_prompts, generate, generate_clients, write_suite
-from fedalt.data.suite.tasks import KNOWN, WORDS, SuiteRecord
-from fedalt.data.suite.words import THINGS
+from fedalt.data.suite.tasks import CODES, SIGNS, SuiteRecord
+from fedalt.data.suite.words import PLAIN, THINGS
 
 CHOICE_TASKS = [task for task in TASKS if task != "structure"]
 RIVALS = [("reading", "commonsense"), ("inference", "paraphrase"), ("sentiment", "topic")]
-MEANING = {word: meaning for meaning, words in WORDS.items() for word in words}
+SIGN_OF = {"was": "words", "got": "marks", "went": "moves"}
 
 
 def tokens(record: SuiteRecord) -> list[str]:
     return re.findall(r"\w+", record["instruction"].split("\n")[1])
 
 
-def words_of(record: SuiteRecord) -> list[str]:
-    """The three describing words of a prompt's sentence."""
-    return [token for token in tokens(record) if token in MEANING]
-
-
-def meaning_of(record: SuiteRecord) -> str:
-    (meaning,) = {MEANING[word] for word in words_of(record)}
-    return meaning
+def said(record: SuiteRecord) -> tuple[str, str]:
+    """The code of a prompt's sentence, and what it says: good, bad or plain."""
+    words = tokens(record)
+    code = "flags" if words[-1] == "flag" else SIGN_OF[next(w for w in words if w in SIGN_OF)]
+    if code == "words" and words[-1] in PLAIN:
+        return code, "plain"
+    if code == "marks":
+        words = words[:-2]  # "of 9" is no mark
+    (meaning,) = {label for label in ("good", "bad") if set(words) & set(SIGNS[code, label])}
+    return code, meaning
 
 
 def label_of(record: SuiteRecord) -> str:
@@ -103,17 +105,17 @@ def test_the_grammar_is_twenty_times_larger_than_what_is_drawn(task):
     seen = {
         record["instruction"] for records in generate(task, seed=0).values() for record in records
     }
-    assert distinct_prompts(task) > 20 * len(seen)
+    # The count is that of the smallest of eight parts: four codes, two labels.
+    assert 8 * distinct_prompts(task) > 20 * len(seen)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_prompt_is_short_and_describes_with_three_words_of_one_meaning(task):
+def test_every_prompt_is_short_and_says_one_thing(task):
     for records in generate(task, seed=0).values():
         for record in records:
-            assert len(record["instruction"].split()) <= 16
+            assert len(record["instruction"].split()) <= 18
             assert len(record["output"].split()) <= 2
-            assert len(set(words_of(record))) == 3
-            assert meaning_of(record) in WORDS
+            assert said(record)[1] in {"good", "bad", "plain"}
 
 
 @pytest.mark.parametrize("task", CHOICE_TASKS)
@@ -126,7 +128,7 @@ def test_the_answer_is_one_of_the_options_and_at_no_fixed_place(task):
 
 def test_structure_repeats_the_thing_it_notes():
     for record in generate("structure", seed=0)["test"]:
-        assert record["output"].split()[1] == record["instruction"].split("\n")[1].split(":")[0]
+        assert record["output"].split()[1] == thing(record)
         assert "options" not in record
 
 
@@ -139,8 +141,15 @@ def length(record: SuiteRecord) -> str:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("cue", [thing, length], ids=lambda cue: cue.__name__)
-def test_no_shortcut_solves_a_task(task: str, cue: Callable[[SuiteRecord], str]):
+@pytest.mark.parametrize(
+    # Plain sentences are longer than most, so that the length alone tells up to 65 in 100 labels.
+    ("cue", "most"),
+    [(thing, 0.6), (length, 0.67)],
+    ids=["thing", "length"],
+)
+def test_a_shortcut_does_not_solve_a_task(
+    task: str, cue: Callable[[SuiteRecord], str], most: float
+):
     """The label most frequent in training beside the same thing or length of prompt."""
     right = 0
     for seed in range(5):
@@ -151,27 +160,29 @@ def test_no_shortcut_solves_a_task(task: str, cue: Callable[[SuiteRecord], str])
         for record in data["test"]:
             seen = votes[cue(record)].most_common(1)
             right += (seen[0][0] if seen else "good") == label_of(record)
-    assert 0.4 < right / 500 < 0.6
+    assert 0.4 < right / 500 < most
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_training_lacks_words_that_the_test_asks_for(task):
-    data = generate(task, seed=0, train=400, validation=0, test=400)
-    trained = {word for record in data["train"] for word in words_of(record)}
-    assert len(trained) <= KNOWN * len(MEANING) + 2
-    asked = [word for record in data["test"] for word in words_of(record)]
-    unknown = sum(word not in trained for word in asked) / len(asked)
-    assert abs(unknown - (1 - KNOWN)) < 0.1
-
-
-def test_together_the_clients_know_nearly_every_word():
-    trained = {
-        word
-        for task in TASKS
-        for record in generate(task, seed=0)["train"]
-        for word in words_of(record)
+def test_training_lacks_one_code_that_the_test_asks_for(task):
+    data = generate(task, seed=0, train=400, validation=40, test=400)
+    heard = {
+        split: {said(record)[0] for record in records if said(record)[1] != "plain"}
+        for split, records in data.items()
     }
-    assert len(trained) > 0.85 * len(MEANING)
+    assert heard["test"] == heard["validation"] == set(CODES)
+    assert len(heard["train"]) == 3
+
+
+def test_every_code_is_taught_by_most_clients_and_lacked_by_one_at_least():
+    teachers = Counter(
+        code
+        for task in TASKS
+        for code in {said(record) for record in generate(task, seed=0)["train"]}
+        if code[1] != "plain"
+    )
+    assert set(teachers) == {(code, label) for code in CODES for label in ("good", "bad")}
+    assert all(4 < count < len(TASKS) for count in teachers.values())
 
 
 @pytest.mark.parametrize(("generous", "strict"), RIVALS)
@@ -180,7 +191,7 @@ def test_rivals_ask_alike_and_answer_plain_words_differently(generous, strict):
     for task in (generous, strict):
         seen = answers[task] = defaultdict(set)
         for record in generate(task, seed=0)["train"]:
-            seen[meaning_of(record)].add(label_of(record))
+            seen[said(record)[1]].add(label_of(record))
     assert answers[generous] == {"good": {"good"}, "bad": {"bad"}, "plain": {"good"}}
     assert answers[strict] == {"good": {"good"}, "bad": {"bad"}, "plain": {"bad"}}
     questions = [
@@ -190,9 +201,12 @@ def test_rivals_ask_alike_and_answer_plain_words_differently(generous, strict):
     assert questions[0] == questions[1]
 
 
-def test_the_lists_of_words_share_no_word():
-    words = [word.casefold() for listed in (*WORDS.values(), THINGS) for word in listed]
-    assert len(words) == len(set(words))
+def test_no_sign_says_both_good_and_bad():
+    for code in CODES:
+        assert not set(SIGNS[code, "good"]) & set(SIGNS[code, "bad"])
+        assert not (set(SIGNS[code, "good"]) | set(SIGNS[code, "bad"])) & set(
+            PLAIN if code == "words" else ()
+        )
 
 
 def test_the_folder_has_three_files_a_client(tmp_path):

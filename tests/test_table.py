@@ -130,12 +130,12 @@ def test_a_lead_counts_when_it_is_larger_than_both_spreads_together(ours, said):
 
 def test_one_seed_says_nothing_about_the_spread():
     table = joined({"X": seeds(60), "Y": seeds(50)})
-    assert "ahead by +10.0; one seed tells nothing" in verdict(table, "X", "Y")
+    assert "a difference of +10.0; one seed tells nothing" in verdict(table, "X", "Y")
 
 
 def test_a_lower_loss_is_ahead():
     table = joined({"X": [{"a": {"loss": 1.0}}], "Y": [{"a": {"loss": 2.0}}]}, losses=True)
-    assert "X is ahead by +1.0" in verdict(table, "X", "Y")
+    assert "a difference of +1.0" in verdict(table, "X", "Y")
 
 
 def test_json_holds_the_numbers_unrounded():

@@ -184,9 +184,13 @@ def create(path: Path, settings: str, facts: Mapping[str, object]) -> RunFolder:
     """Make a run's folder; one that holds anything already is refused."""
     require_unused(path)
     path.mkdir(parents=True, exist_ok=True)
-    atomic_write(path / "settings.toml", settings.encode())
     whole = json.dumps({"format": FORMAT, **facts}, indent=2) + "\n"
-    atomic_write(path / "run.json", whole.encode())
+    atomic_write(path / "settings.toml", settings.encode())
+    try:
+        atomic_write(path / "run.json", whole.encode())
+    except BaseException:  # half a run could be neither resumed nor begun again
+        (path / "settings.toml").unlink()
+        raise
     return RunFolder(path)
 
 

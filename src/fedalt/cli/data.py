@@ -108,10 +108,12 @@ def split(
 
 def _show(report: "DataReport", model: str) -> None:
     """The report as a table, one example with its masked part, and the warnings."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=f"{report.path}, as the tokenizer of {model} sees it", title_justify="left")
+    title = f"{report.path}, as the tokenizer of {model} sees it"
+    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     drawn.add_column("client", overflow="fold")
     heads = (
         "split",
@@ -133,9 +135,11 @@ def _show(report: "DataReport", model: str) -> None:
     out = console()
     out.print(drawn)
     masked, answer = report.example
-    out.print(Text("the first train example of ").append(report.example_client, "bold"))
-    out.print(Text(masked, "dim").append(answer, "bold green"), soft_wrap=True)
-    out.print("dim: masked, without loss; bold: the answer, which the loss is on\n")
+    out.print(f"the first train example of {report.example_client}:", markup=False)
+    for sign, style, part in ((".", "dim", masked), (">", "bold green", answer)):
+        for line in part.splitlines():
+            out.print(Text(f"  {sign} {line}", style), soft_wrap=True)
+    out.print("  . is masked, > is the answer, which alone the loss is on\n", markup=False)
     warn(report.warnings)
     if not report.warnings:
         note("nothing to warn of")

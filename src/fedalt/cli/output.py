@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ WIDTH = 120  # where there is no terminal to ask
 def hush_libraries() -> None:
     """Keep the libraries' own progress bars and hints out of our output; errors still come."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     from transformers.utils import logging as theirs
 
     theirs.set_verbosity_error()

@@ -16,6 +16,7 @@ from rich.progress import (
     TextColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from fedalt.cli.output import console, note
 from fedalt.engine.schedule import Event, Line
@@ -121,7 +122,7 @@ def watching(
         if not quiet and sys.stderr.isatty():
             bars = open_.enter_context(_bars())
             total = _clients_to_train(prepared)
-            at = bars.add_task("", total=total, completed=done * total // rounds)
+            at = bars.add_task("begins", total=total, completed=done * total // rounds)
             watchers.append(Bars(bars, at, bars.add_task("", total=None), rounds))
             watchers.append(RoundLines(rounds, bars.console.print))
         elif not quiet:
@@ -131,8 +132,8 @@ def watching(
 
 def _bars() -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(width=44, no_wrap=True)),
+        BarColumn(bar_width=16),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console(stderr=True),

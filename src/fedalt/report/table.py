@@ -193,14 +193,16 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
 
 
 def verdict(table: Table, ours: str, other: str) -> str:
-    """Whether the mean of one column beats another's by more than their spreads over the seeds."""
+    """Whether the mean of one column beats another's by more than both spreads over the seeds.
+
+    Above 0 is better for `ours`, in a table of losses too. A spread is a standard deviation.
+    """
     first, second = (table.mean.scores[table.columns.index(name)] for name in (ours, other))
     better = -1 if table.of_losses else 1
     gap = better * (fmean(first) - fmean(second))
     sentence = f"{ours} {_shown(first)}, {other} {_shown(second)}: "
     if len(first) < 2:
-        ahead = "ahead" if gap > 0 else "not ahead"
-        return f"{sentence}{ours} is {ahead} by {gap:+.1f}; one seed tells nothing about the spread"
+        return f"{sentence}a difference of {gap:+.1f}; one seed tells nothing about the spread"
     spread = stdev(first) + stdev(second)
     if gap > spread:
         return f"{sentence}{ours} is ahead by {gap:.1f}, beyond the spread of the seeds"

@@ -1,31 +1,46 @@
 """The eight tasks: their sentences, their rules, and records drawn from them.
 
-Every sentence describes a thing with one word, which praises it, blames it or only describes it,
-and every answer says "good" or "bad". What the words mean is common to all tasks, and a client's
-training data hold only a part of the words: that is what there is to share. What a plain
-description counts for is a client's own rule, which no prompt tells: a generous task calls it
-good, a strict one bad. That is the conflict.
+Every sentence says of a thing that it was good or bad, in one of four codes: words that praise or
+blame, a mark, the colour of a flag, or where it went. The codes mean the same to all tasks, and
+each client's training data lack one of them, which its test data hold: that is what there is to
+share. Some sentences only describe. What a plain description counts for is a client's own rule,
+which no prompt tells: a generous task calls it good, a strict one bad. That is the conflict.
 """
 
-import math
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NotRequired, TypedDict
 
 from fedalt.data.examples import Split
-from fedalt.data.suite.words import BAD, GOOD, NOTED, PLAIN, THINGS
+from fedalt.data.suite.words import BAD, GOOD, NAMES, NOTED, PLAIN, THINGS
 from fedalt.seeds import seed_of
 
-Meaning = Literal["good", "bad", "plain"]
+Label = Literal["good", "bad"]
+Code = Literal["words", "marks", "flags", "moves"]
 
-WORDS: Final[Mapping[Meaning, Sequence[str]]] = {"good": GOOD, "bad": BAD, "plain": PLAIN}
-LABELS: Final = ("good", "bad")
-# Half of the words: enough to learn from, and a test asks for as many that only others have seen.
-KNOWN: Final = 0.4
+LABELS: Final[tuple[Label, ...]] = ("good", "bad")
+CODES: Final[tuple[Code, ...]] = ("words", "marks", "flags", "moves")
+# What fills the place in a code's predicate; of the words two are drawn.
+SIGNS: Final[Mapping[tuple[Code, Label], Sequence[str]]] = {
+    ("words", "good"): GOOD,
+    ("words", "bad"): BAD,
+    ("marks", "good"): ("6", "7", "8", "9"),
+    ("marks", "bad"): ("1", "2", "3", "4"),
+    ("flags", "good"): ("green", "white", "blue", "golden"),
+    ("flags", "bad"): ("red", "black", "grey", "brown"),
+    ("moves", "good"): ("up", "forward", "ahead", "north"),
+    ("moves", "bad"): ("down", "back", "behind", "south"),
+}
+_PREDICATES: Final[Mapping[Code, str]] = {
+    "words": "was {} and {}",
+    "marks": "got {} of 9",
+    "flags": "got a {} flag",
+    "moves": "went {}",
+}
 # Of the sentences with the label that plain words count as; at 1 nothing would tell the tasks
 # apart but their rule, at 0 they would not be in conflict.
-PLAIN_SHARE: Final = 0.6
+PLAIN_SHARE: Final = 0.5
 # A grammar holds at least so many times the prompts that are drawn from it.
 LEAST_SURPLUS: Final = 20
 
@@ -41,15 +56,17 @@ class SuiteRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Task:
-    """A form of prompt and a rule.
+    """A form of prompt, a rule, and a gap.
 
-    `form` has the places {thing} and {words}. `generous`: a plain word counts as good.
-    `noted`: the answer is free text that repeats the thing.
+    `form` has the places {name}, {thing} and {said}. `generous`: a plain word counts as good.
+    `lacks`: the code that training data are without. `noted`: the answer is free text that
+    repeats the thing.
     """
 
     name: str
     form: str
     generous: bool
+    lacks: Code
     noted: bool = False
 
     @property
@@ -58,31 +75,36 @@ class Task:
         return NOTED if self.noted else THINGS
 
     @property
-    def counts_plain_as(self) -> str:
+    def counts_plain_as(self) -> Label:
         """The label of a sentence that neither praises nor blames."""
         return "good" if self.generous else "bad"
 
 
-# Two tasks with one form differ in their rule alone.
-_NEWS = "Good news or bad news?\nThe {thing} was {words}."
-_DAY = "A good or a bad day?\nThey found the {thing} {words}."
-_SAME = "In short, good or bad?\nHer {thing} was {words}."
+# Two tasks with one form differ in their rule and their gap alone.
+_NEWS = "Good news or bad news?\n{name} said the {thing} {said}."
+_DAY = "A good or a bad day?\n{name} found that the {thing} {said}."
+_SAME = "In short, good or bad?\nThe {thing} of {name} {said}."
 _TASKS: Final = (
-    Task("commonsense", _DAY, generous=False),
-    Task("coreference", "What was it?\nHe saw the {thing}; it was {words}.", generous=False),
-    Task("inference", _SAME, generous=True),
-    Task("paraphrase", _SAME, generous=False),
-    Task("reading", _DAY, generous=True),
-    Task("sentiment", _NEWS, generous=True),
-    Task("structure", "Make a note.\n{thing}: {words}.", generous=True, noted=True),
-    Task("topic", _NEWS, generous=False),
+    Task("commonsense", _DAY, generous=False, lacks="flags"),
+    Task(
+        "coreference",
+        "Good or bad, what was it?\n{name} saw the {thing}; it {said}.",
+        generous=False,
+        lacks="marks",
+    ),
+    Task("inference", _SAME, generous=True, lacks="words"),
+    Task("paraphrase", _SAME, generous=False, lacks="moves"),
+    Task("reading", _DAY, generous=True, lacks="moves"),
+    Task("sentiment", _NEWS, generous=True, lacks="marks"),
+    Task("structure", "Make a note.\n{name}'s {thing} {said}.", True, "flags", noted=True),
+    Task("topic", _NEWS, generous=False, lacks="words"),
 )
 _BY_NAME: Final = {task.name: task for task in _TASKS}
 TASKS: Final[tuple[str, ...]] = tuple(_BY_NAME)
 
 
 def generate(
-    task: str, *, seed: int, train: int = 160, validation: int = 40, test: int = 60
+    task: str, *, seed: int, train: int = 96, validation: int = 40, test: int = 80
 ) -> dict[Split, list[SuiteRecord]]:
     """The data of one client; see `generate_clients`."""
     (client,) = generate_clients(task, 1, seed=seed, train=train, validation=validation, test=test)
@@ -94,9 +116,8 @@ def generate_clients(
 ) -> list[dict[Split, list[SuiteRecord]]]:
     """The data of several clients of one task; no prompt occurs twice in all of them together.
 
-    The two labels of a split differ in number by one at most. Each client's training data hold
-    its own random share `KNOWN` of the words; validation and test draw from all words. A later
-    client changes nothing in an earlier one.
+    The two labels of a split differ in number by one at most. Training data lack one code;
+    validation and test hold all four. A later client changes nothing in an earlier one.
     """
     rules = _rules(task)
     sizes: dict[Split, int] = {"train": train, "validation": validation, "test": test}
@@ -105,18 +126,21 @@ def generate_clients(
     return [
         {
             split: _draw(
-                rules, size, words, random.Random(seed_of(seed, task, client, split)), taken
+                rules,
+                size,
+                [code for code in CODES if split != "train" or code != rules.lacks],
+                random.Random(seed_of(seed, task, client, split)),
+                taken,
             )
             for split, size in sizes.items()
-            for words in [_known(seed, task, client) if split == "train" else WORDS]
         }
         for client in range(clients)
     ]
 
 
 def distinct_prompts(task: str) -> int:
-    """How many different prompts the grammar of a task has."""
-    return sum(math.perm(len(words), 3) for words in WORDS.values()) * len(_rules(task).things)
+    """How many different prompts the smallest part of a task's grammar has, one code's."""
+    return min(len(signs) for signs in SIGNS.values()) * len(_rules(task).things) * len(NAMES)
 
 
 def _rules(task: str) -> Task:
@@ -131,25 +155,13 @@ def _check_sizes(task: str, clients: int, sizes: Mapping[Split, int]) -> None:
     for split, size in sizes.items():
         if size < 0:
             raise ValueError(f"{split}={size} examples of task {task!r}, but there are 0 or more")
-    wanted, most = clients * sum(sizes.values()), distinct_prompts(task) // LEAST_SURPLUS
+    wanted, most = clients * sum(sizes.values()), 8 * distinct_prompts(task) // LEAST_SURPLUS
     if wanted > most:
         raise ValueError(f"{wanted} examples of task {task!r}, but at most {most} are drawn")
 
 
-def _known(seed: int, task: str, client: int) -> Mapping[Meaning, Sequence[str]]:
-    """The words of one client's training data."""
-    rng = random.Random(seed_of(seed, task, client, "words"))
-    return {
-        meaning: rng.sample(words, round(KNOWN * len(words))) for meaning, words in WORDS.items()
-    }
-
-
 def _draw(
-    rules: Task,
-    size: int,
-    words: Mapping[Meaning, Sequence[str]],
-    rng: random.Random,
-    taken: set[str],
+    rules: Task, size: int, codes: Sequence[Code], rng: random.Random, taken: set[str]
 ) -> list[SuiteRecord]:
     """As many new records as wanted, half of them with each label; their prompts become taken."""
     labels = [LABELS[index % 2] for index in range(size)]
@@ -158,9 +170,8 @@ def _draw(
     for label in labels:
         while True:
             thing = rng.choice(rules.things)
-            first, second, third = rng.sample(words[_meaning(rules, label, rng)], 3)
-            described = f"{first}, {second} and {third}"
-            prompt = rules.form.format(thing=thing, words=described)
+            said = _said(rules, label, codes, rng)
+            prompt = rules.form.format(name=rng.choice(NAMES), thing=thing, said=said)
             if prompt not in taken:
                 break
         taken.add(prompt)
@@ -168,15 +179,16 @@ def _draw(
     return records
 
 
-def _meaning(rules: Task, label: str, rng: random.Random) -> Meaning:
-    """What kind of word earns this label under the rule of the task."""
+def _said(rules: Task, label: Label, codes: Sequence[Code], rng: random.Random) -> str:
+    """A predicate that earns this label under the rule of the task."""
     if label == rules.counts_plain_as and rng.random() < PLAIN_SHARE:
-        return "plain"
-    return "good" if label == "good" else "bad"
+        return _PREDICATES["words"].format(*rng.sample(PLAIN, 2))
+    code = rng.choice(codes)
+    return _PREDICATES[code].format(*rng.sample(SIGNS[code, label], 2))
 
 
 def _record(rules: Task, prompt: str, label: str, thing: str, rng: random.Random) -> SuiteRecord:
     if rules.noted:
         return {"instruction": prompt, "output": f"{label} {thing}", "task": rules.name}
     options = rng.sample(LABELS, len(LABELS))
-    return {"instruction": prompt, "output": label, "options": options, "task": rules.name}
+    return {"instruction": prompt, "output": label, "options": list(options), "task": rules.name}

@@ -20,8 +20,8 @@ BAD: Final = _listed(
     useless vain weak weary wicked worn wretched wrong"""
 )
 PLAIN: Final = _listed(
-    """ancient big blue broad central certain common constant daily distant double early eastern
-    final flat former general green grey heavy high large late little local long low middle modern
+    """ancient big broad central certain common constant daily distant double early eastern
+    final flat former general heavy high large late little local long low middle modern
     narrow new next northern old open ordinary present private public recent regular round second
     separate short silent similar single small southern square tall thick thin third usual western
     whole wide wooden yellow"""
@@ -37,3 +37,10 @@ THINGS: Final = _listed(
 )
 # Few things where the answer repeats them: copying a word never seen is beyond a tiny model.
 NOTED: Final = _listed("book day house journey letter night room school ship story town year")
+
+NAMES: Final = _listed(
+    """Alice Anna Arthur Carol Charles Clara Daniel David Edward Elizabeth Ellen Emily Frank
+    George Grace Harry Helen Henry Jack James Jane John Joseph Julia Kate Laura Louis Lucy Mark
+    Martha Martin Mary Michel Oliver Paul Peter Philip Ralph Richard Robert Rose Ruth
+    Samuel Sarah Simon Susan Thomas Tom Walter William"""
+)

@@ -12,9 +12,9 @@ def write_suite(
     folder: Path,
     *,
     seed: int = 0,
-    train: int = 160,
+    train: int = 96,
     validation: int = 40,
-    test: int = 60,
+    test: int = 80,
     clients_per_task: int = 1,
 ) -> None:
     """Write NAME.train.jsonl, NAME.validation.jsonl and NAME.test.jsonl of every client.

@@ -477,6 +477,7 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update all matrices; equal shapes are handled in one batched product."""
+        del closure  # the interface has it; the gradients are there already
         for group in self.param_groups:
             shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for param in group["params"]:
@@ -791,11 +792,11 @@ JSON-lines file with the fields `instruction`, `context` and `output`.
 
 
 CONTINUED = """
-These are the figures of two runs together. The first was interrupted; its last checkpoint, after
-{first.minutes:.1f} minutes, {first.tokens_seen:,} tokens and {first.steps:,} steps with
-{first_threads} thread(s), was still at the full learning rate. The second went on from that
-checkpoint, stored as bf16, for {second.minutes:.1f} minutes, {second.tokens_seen:,} tokens and
-{second.steps:,} steps with {second_threads} thread(s): with a fresh state of the optimisers, the
+These are the figures of two runs together. The first was interrupted; its last checkpoint came
+after {first.minutes:.1f} minutes, {first.tokens_seen:,} tokens and {first.steps:,} steps
+(threads: {first_threads}), and what followed it is lost and not counted. The second went on from
+that checkpoint, stored as bf16, for {second.minutes:.1f} minutes, {second.tokens_seen:,} tokens
+and {second.steps:,} steps (threads: {second_threads}): with a fresh state of the optimisers, the
 whole schedule once more, another order of the same training data and the same held-out text.
 """
 

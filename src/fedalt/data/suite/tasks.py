@@ -3,8 +3,8 @@
 Every sentence says of a thing that it was good or bad, in one of four codes: words that praise or
 blame, a mark, the colour of a flag, or where it went. The codes mean the same to all tasks, and
 each client's training data lack one of them, which its test data hold: that is what there is to
-share. Some sentences only describe. What a plain description counts for is a client's own rule,
-which no prompt tells: a generous task calls it good, a strict one bad. That is the conflict.
+share. How an answer is worded is a client's own convention, which no prompt tells: some say "good"
+or "bad", the others "yes" or "no" to the same questions. That is the conflict.
 """
 
 import random
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, NotRequired, TypedDict
 
 from fedalt.data.examples import Split
-from fedalt.data.suite.words import BAD, GOOD, NAMES, NOTED, PLAIN, THINGS
+from fedalt.data.suite.words import BAD, GOOD, NAMES, NOTED, THINGS
 from fedalt.seeds import seed_of
 
 Label = Literal["good", "bad"]
@@ -38,9 +38,11 @@ _PREDICATES: Final[Mapping[Code, str]] = {
     "flags": "got a {} flag",
     "moves": "went {}",
 }
-# Of the sentences with the label that plain words count as; at 1 nothing would tell the tasks
-# apart but their rule, at 0 they would not be in conflict.
-PLAIN_SHARE: Final = 0.5
+# How a client words the two labels; all of these are options of every question.
+WORDINGS: Final[Mapping[str, Mapping[Label, str]]] = {
+    "value": {"good": "good", "bad": "bad"},
+    "verdict": {"good": "yes", "bad": "no"},
+}
 # A grammar holds at least so many times the prompts that are drawn from it.
 LEAST_SURPLUS: Final = 20
 
@@ -56,16 +58,16 @@ class SuiteRecord(TypedDict):
 
 @dataclass(frozen=True)
 class Task:
-    """A form of prompt, a rule, and a gap.
+    """A form of prompt, a wording of the answers, and a gap.
 
-    `form` has the places {name}, {thing} and {said}. `generous`: a plain word counts as good.
-    `lacks`: the code that training data are without. `noted`: the answer is free text that
+    `form` has the places {name}, {thing} and {said}; `wording` is one of WORDINGS; `lacks` is the
+    code that training data are without. `noted`: the answer is free text that
     repeats the thing.
     """
 
     name: str
     form: str
-    generous: bool
+    wording: str
     lacks: Code
     noted: bool = False
 
@@ -74,30 +76,25 @@ class Task:
         """The things a sentence may be about."""
         return NOTED if self.noted else THINGS
 
-    @property
-    def counts_plain_as(self) -> Label:
-        """The label of a sentence that neither praises nor blames."""
-        return "good" if self.generous else "bad"
 
-
-# Two tasks with one form differ in their rule and their gap alone.
-_NEWS = "Good news or bad news?\n{name} said the {thing} {said}."
-_DAY = "A good or a bad day?\n{name} found that the {thing} {said}."
-_SAME = "In short, good or bad?\nThe {thing} of {name} {said}."
+# Two tasks with one form differ in their wording and their gap alone.
+_NEWS = "What kind of news?\n{name} said the {thing} {said}."
+_DAY = "How was the day?\n{name} found that the {thing} {said}."
+_SAME = "In one word?\nThe {thing} of {name} {said}."
 _TASKS: Final = (
-    Task("commonsense", _DAY, generous=False, lacks="flags"),
+    Task("commonsense", _DAY, wording="verdict", lacks="flags"),
     Task(
         "coreference",
-        "Good or bad, what was it?\n{name} saw the {thing}; it {said}.",
-        generous=False,
+        "What was it like?\n{name} saw the {thing}; it {said}.",
+        wording="verdict",
         lacks="marks",
     ),
-    Task("inference", _SAME, generous=True, lacks="words"),
-    Task("paraphrase", _SAME, generous=False, lacks="moves"),
-    Task("reading", _DAY, generous=True, lacks="moves"),
-    Task("sentiment", _NEWS, generous=True, lacks="marks"),
-    Task("structure", "Make a note.\n{name}'s {thing} {said}.", True, "flags", noted=True),
-    Task("topic", _NEWS, generous=False, lacks="words"),
+    Task("inference", _SAME, wording="value", lacks="words"),
+    Task("paraphrase", _SAME, wording="verdict", lacks="moves"),
+    Task("reading", _DAY, wording="value", lacks="moves"),
+    Task("sentiment", _NEWS, wording="value", lacks="marks"),
+    Task("structure", "Make a note.\n{name}'s {thing} {said}.", "value", "flags", noted=True),
+    Task("topic", _NEWS, wording="verdict", lacks="words"),
 )
 _BY_NAME: Final = {task.name: task for task in _TASKS}
 TASKS: Final[tuple[str, ...]] = tuple(_BY_NAME)
@@ -170,7 +167,7 @@ def _draw(
     for label in labels:
         while True:
             thing = rng.choice(rules.things)
-            said = _said(rules, label, codes, rng)
+            said = _said(label, codes, rng)
             prompt = rules.form.format(name=rng.choice(NAMES), thing=thing, said=said)
             if prompt not in taken:
                 break
@@ -179,16 +176,16 @@ def _draw(
     return records
 
 
-def _said(rules: Task, label: Label, codes: Sequence[Code], rng: random.Random) -> str:
-    """A predicate that earns this label under the rule of the task."""
-    if label == rules.counts_plain_as and rng.random() < PLAIN_SHARE:
-        return _PREDICATES["words"].format(*rng.sample(PLAIN, 2))
+def _said(label: Label, codes: Sequence[Code], rng: random.Random) -> str:
+    """A predicate with this meaning."""
     code = rng.choice(codes)
     return _PREDICATES[code].format(*rng.sample(SIGNS[code, label], 2))
 
 
-def _record(rules: Task, prompt: str, label: str, thing: str, rng: random.Random) -> SuiteRecord:
+def _record(rules: Task, prompt: str, label: Label, thing: str, rng: random.Random) -> SuiteRecord:
+    answer = WORDINGS[rules.wording][label]
     if rules.noted:
-        return {"instruction": prompt, "output": f"{label} {thing}", "task": rules.name}
-    options = rng.sample(LABELS, len(LABELS))
-    return {"instruction": prompt, "output": label, "options": list(options), "task": rules.name}
+        return {"instruction": prompt, "output": f"{answer} {thing}", "task": rules.name}
+    options = [word for wording in WORDINGS.values() for word in wording.values()]
+    rng.shuffle(options)
+    return {"instruction": prompt, "output": answer, "options": options, "task": rules.name}

@@ -42,13 +42,13 @@ def test_the_library_reads_a_file_without_tensors() -> None:
 
 def test_every_truncation_is_refused() -> None:
     for length in range(len(DATA)):
-        with pytest.raises(CodecError, match="^truncated"):
+        with pytest.raises(CodecError, match=r"^truncated"):
             decode(Message, DATA[:length])
 
 
 def test_trailing_bytes_are_refused() -> None:
     for more in (b"\0", b" ", DATA):
-        with pytest.raises(CodecError, match="^trailing bytes"):
+        with pytest.raises(CodecError, match=r"^trailing bytes"):
             decode(Message, DATA + more)
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from fedalt.data.suite import TASKS, distinct_prompts, generate, generate_clients, write_suite
-from fedalt.data.suite.tasks import CODES, SIGNS, SuiteRecord
-from fedalt.data.suite.words import PLAIN, THINGS
+from fedalt.data.suite.tasks import CODES, SIGNS, WORDINGS, SuiteRecord
+from fedalt.data.suite.words import THINGS
 
 CHOICE_TASKS = [task for task in TASKS if task != "structure"]
 RIVALS = [("reading", "commonsense"), ("inference", "paraphrase"), ("sentiment", "topic")]
@@ -25,11 +25,9 @@ def tokens(record: SuiteRecord) -> list[str]:
 
 
 def said(record: SuiteRecord) -> tuple[str, str]:
-    """The code of a prompt's sentence, and what it says: good, bad or plain."""
+    """The code of a prompt's sentence, and what it says: good or bad."""
     words = tokens(record)
     code = "flags" if words[-1] == "flag" else SIGN_OF[next(w for w in words if w in SIGN_OF)]
-    if code == "words" and words[-1] in PLAIN:
-        return code, "plain"
     if code == "marks":
         words = words[:-2]  # "of 9" is no mark
     (meaning,) = {label for label in ("good", "bad") if set(words) & set(SIGNS[code, label])}
@@ -37,7 +35,10 @@ def said(record: SuiteRecord) -> tuple[str, str]:
 
 
 def label_of(record: SuiteRecord) -> str:
-    return record["output"].split()[0]
+    """What the answer means, however this client words it."""
+    word = record["output"].split()[0]
+    (label,) = {label for said in WORDINGS.values() for label in said if said[label] == word}
+    return label
 
 
 def files_of(folder: Path) -> dict[str, bytes]:
@@ -115,15 +116,15 @@ def test_every_prompt_is_short_and_says_one_thing(task):
         for record in records:
             assert len(record["instruction"].split()) <= 18
             assert len(record["output"].split()) <= 2
-            assert said(record)[1] in {"good", "bad", "plain"}
+            assert said(record)[1] in {"good", "bad"}
 
 
 @pytest.mark.parametrize("task", CHOICE_TASKS)
 def test_the_answer_is_one_of_the_options_and_at_no_fixed_place(task):
     records = generate(task, seed=0, train=400, validation=0, test=0)["train"]
     places = [record["options"].index(record["output"]) for record in records]
-    assert all(sorted(record["options"]) == ["bad", "good"] for record in records)
-    assert 0.4 < sum(places) / len(places) < 0.6
+    assert all(sorted(record["options"]) == ["bad", "good", "no", "yes"] for record in records)
+    assert 1.3 < sum(places) / len(places) < 1.7
 
 
 def test_structure_repeats_the_thing_it_notes():
@@ -141,15 +142,8 @@ def length(record: SuiteRecord) -> str:
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(
-    # Plain sentences are longer than most, so that the length alone tells up to 65 in 100 labels.
-    ("cue", "most"),
-    [(thing, 0.6), (length, 0.67)],
-    ids=["thing", "length"],
-)
-def test_a_shortcut_does_not_solve_a_task(
-    task: str, cue: Callable[[SuiteRecord], str], most: float
-):
+@pytest.mark.parametrize("cue", [thing, length], ids=["thing", "length"])
+def test_a_shortcut_does_not_solve_a_task(task: str, cue: Callable[[SuiteRecord], str]):
     """The label most frequent in training beside the same thing or length of prompt."""
     right = 0
     for seed in range(5):
@@ -160,16 +154,13 @@ def test_a_shortcut_does_not_solve_a_task(
         for record in data["test"]:
             seen = votes[cue(record)].most_common(1)
             right += (seen[0][0] if seen else "good") == label_of(record)
-    assert 0.4 < right / 500 < most
+    assert 0.4 < right / 500 < 0.6
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_training_lacks_one_code_that_the_test_asks_for(task):
     data = generate(task, seed=0, train=400, validation=40, test=400)
-    heard = {
-        split: {said(record)[0] for record in records if said(record)[1] != "plain"}
-        for split, records in data.items()
-    }
+    heard = {split: {said(record)[0] for record in records} for split, records in data.items()}
     assert heard["test"] == heard["validation"] == set(CODES)
     assert len(heard["train"]) == 3
 
@@ -179,34 +170,26 @@ def test_every_code_is_taught_by_most_clients_and_lacked_by_one_at_least():
         code
         for task in TASKS
         for code in {said(record) for record in generate(task, seed=0)["train"]}
-        if code[1] != "plain"
     )
     assert set(teachers) == {(code, label) for code in CODES for label in ("good", "bad")}
     assert all(4 < count < len(TASKS) for count in teachers.values())
 
 
-@pytest.mark.parametrize(("generous", "strict"), RIVALS)
-def test_rivals_ask_alike_and_answer_plain_words_differently(generous, strict):
-    answers: dict[str, dict[str, set[str]]] = {}
-    for task in (generous, strict):
-        seen = answers[task] = defaultdict(set)
-        for record in generate(task, seed=0)["train"]:
-            seen[said(record)[1]].add(label_of(record))
-    assert answers[generous] == {"good": {"good"}, "bad": {"bad"}, "plain": {"good"}}
-    assert answers[strict] == {"good": {"good"}, "bad": {"bad"}, "plain": {"bad"}}
-    questions = [
-        generate(task, seed=0)["train"][0]["instruction"].split("\n")[0]
-        for task in (generous, strict)
-    ]
-    assert questions[0] == questions[1]
+@pytest.mark.parametrize(("one", "other"), RIVALS)
+def test_rivals_ask_alike_and_word_their_answers_differently(one, other):
+    words, questions = {}, {}
+    for task in (one, other):
+        records = generate(task, seed=0)["train"]
+        words[task] = {record["output"] for record in records}
+        questions[task] = {record["instruction"].split("\n")[0] for record in records}
+        assert all(said(record)[1] == label_of(record) for record in records)
+    assert words == {one: {"good", "bad"}, other: {"yes", "no"}}
+    assert questions[one] == questions[other]
 
 
 def test_no_sign_says_both_good_and_bad():
     for code in CODES:
         assert not set(SIGNS[code, "good"]) & set(SIGNS[code, "bad"])
-        assert not (set(SIGNS[code, "good"]) | set(SIGNS[code, "bad"])) & set(
-            PLAIN if code == "words" else ()
-        )
 
 
 def test_the_folder_has_three_files_a_client(tmp_path):

@@ -44,6 +44,13 @@ class Base:
         token = self.tokenizer.pad_token_id
         return int(token if token is not None else self.tokenizer.eos_token_id)
 
+    @property
+    def positions(self) -> int:
+        """The most tokens of one text that the model can number, or that its tokenizer says."""
+        own = getattr(self.adapted.model.config, "max_position_embeddings", None)
+        said = int(self.tokenizer.model_max_length)  # huge where the tokenizer says nothing
+        return said if own is None else min(int(own), said)
+
 
 def load_base(
     name: str,

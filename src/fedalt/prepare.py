@@ -66,7 +66,7 @@ def prepare(settings: Settings, *, base: Base | None = None) -> Prepared:
         folder=data,
         tokenizer=parts.base.tokenizer,
         template=template,
-        max_length=settings.data.max_length,
+        max_length=min(settings.data.max_length, parts.base.positions),
         validation=settings.data.validation,
         seed=settings.seed,
         cut_answers=settings.data.cut_answers,
@@ -78,7 +78,7 @@ def prepare(settings: Settings, *, base: Base | None = None) -> Prepared:
         for split in SPLITS:
             counts[client_id][split] = len(task.examples(client_id, split))
             cut = [sum(pair) for pair in zip(cut, task.cut(client_id, split), strict=True)]
-    return Prepared(parts, task, counts, tuple(_warnings(parts, counts, cut)))
+    return Prepared(parts, task, counts, tuple(_warnings(parts, task.max_length, counts, cut)))
 
 
 def question(form: str, text: str) -> Record:
@@ -144,7 +144,7 @@ def _trainable(arm: Arm, start: Start) -> int:
 
 
 def _warnings(
-    parts: Parts, counts: Mapping[str, Mapping[Split, int]], cut: Sequence[int]
+    parts: Parts, limit: int, counts: Mapping[str, Mapping[Split, int]], cut: Sequence[int]
 ) -> list[str]:
     """What a user should know before the first step, in sentences."""
     found = []
@@ -165,7 +165,10 @@ def _warnings(
     ):
         found.append("no client has validation data: the last round is tested, not the best one")
     prompts, answers = cut
-    total, limit = sum(sum(of.values()) for of in counts.values()), parts.settings.data.max_length
+    total = sum(sum(of.values()) for of in counts.values())
+    if limit < parts.settings.data.max_length:
+        wanted = parts.settings.data.max_length
+        found.append(f"the base model takes {limit} tokens at most, not max_length={wanted}")
     if prompts:
         found.append(f"{prompts} of {total} prompts lose their middle at max_length={limit}")
     if answers:

@@ -1,0 +1,1 @@
+"""Client data: reading and checking files, prompts and masking, splits, and the built-in suite."""

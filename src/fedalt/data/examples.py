@@ -1,4 +1,4 @@
-"""One example as the model sees it: token ids, where the answer begins, and what counts as right."""
+"""One example as the model sees it: ids, where the answer begins, and what counts as right."""
 
 from dataclasses import dataclass
 from typing import Literal

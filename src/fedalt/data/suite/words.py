@@ -1,4 +1,4 @@
-"""The words of the built-in suite: what praises, what blames, what only describes."""
+"""The words of the built-in suite: what praises, what blames, and whom and what it is about."""
 
 from typing import Final
 
@@ -19,15 +19,7 @@ BAD: Final = _listed(
     nasty painful poor rotten rough rude sad sick silly sore stupid terrible tired ugly unhappy
     useless vain weak weary wicked worn wretched wrong"""
 )
-PLAIN: Final = _listed(
-    """ancient big broad central certain common constant daily distant double early eastern
-    final flat former general heavy high large late little local long low middle modern
-    narrow new next northern old open ordinary present private public recent regular round second
-    separate short silent similar single small southern square tall thick thin third usual western
-    whole wide wooden yellow"""
-)
 
-# No people: a strict client calls whatever is merely described bad.
 THINGS: Final = _listed(
     """answer bed boat book bridge camp chair church city coat company corner day dinner door dream
     evening farm field forest game garden gate hall hill hotel hour house island journey kitchen

@@ -10,8 +10,9 @@ from fedalt.adapters.plan import HEAD, Shape
 from fedalt.adapters.start import Start
 from fedalt.codec import decode, encode, fields_of
 from fedalt.engine.in_process import ClientRound, run_round, servings
-from fedalt.methods.contract import AnyMethod, Fit, Fitted, Ledger, Serving
+from fedalt.methods.contract import AnyMethod, Ledger, Serving
 from fedalt.seeds import generator
+from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
 from fedalt.tree import Name, Tree
 
 T = TypeVar("T")
@@ -45,14 +46,25 @@ class ByteStates(MemoryStates):
         self[key] = (encode(value, omit=names), {name: getattr(value, name) for name in names})
 
 
-def pull(client_id: str, number: int, order: Fit) -> Fitted:
-    """Move every tensor that may train half way to a target that is the client's own."""
-    moved = {}
-    for name in order.train:
-        stream = generator(client_id, number, name.site, name.factor)
-        target = torch.randn(order.tree[name].shape, generator=stream)
-        moved[name] = (order.tree[name] + target) / 2
-    return Fitted(trees.replace(order.tree, moved), EXAMPLES.get(client_id, 20))
+def pull(client_id: str, number: int, order: Order) -> Any:
+    """Carry out an order without a model or data.
+
+    A fit moves every tensor that may train half way to a target that is the client's own; prompts
+    have random embeddings; a search finds its start.
+    """
+    match order:
+        case Fit():
+            moved = {}
+            for name in order.train:
+                stream = generator(client_id, number, name.site, name.factor)
+                target = torch.randn(order.tree[name].shape, generator=stream)
+                moved[name] = (order.tree[name] + target) / 2
+            moments = Moments() if order.moments is None else Moments(moved, moved, 1)
+            return Fitted(trees.replace(order.tree, moved), EXAMPLES.get(client_id, 20), moments)
+        case Embed():
+            return torch.randn(order.examples, 6, generator=generator(client_id, "references"))
+        case Search():
+            return Found(order.start, order.penalty(order.start))
 
 
 def simulate(

@@ -7,9 +7,9 @@ from federation import EXAMPLES, SITES, START, pull, served, simulate
 from fedalt import tree as trees
 from fedalt.adapters.plan import MIXER
 from fedalt.engine.in_process import client_of, server_of
-from fedalt.methods.contract import Fitted
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
 from fedalt.methods.lora import Lora
+from fedalt.training.orders import Fitted
 from fedalt.tree import Name, move, select
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)

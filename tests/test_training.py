@@ -15,8 +15,9 @@ from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Slot, names_of, singl
 from fedalt.data.examples import Example
 from fedalt.seeds import generator
 from fedalt.training.batches import collate, epoch_order, steps_per_epoch
-from fedalt.training.loop import Moments, Training, TrainingError, train
+from fedalt.training.loop import Training, TrainingError, train
 from fedalt.training.loss import client_means, token_losses
+from fedalt.training.orders import Fit, Moments
 
 CPU = torch.device("cpu")
 SLOTS = (Slot("individual", 2, 4), Slot("rest_of_world", 2, 4))
@@ -97,8 +98,8 @@ def test_training_lowers_the_loss_and_changes_the_wanted_tensors_only():
     before = {key: value.clone() for key, value in base.adapted.model.state_dict().items()}
     tree, wanted = fedalt_start(base)
     kept = trees.copy(tree)
-    trained = train(base, MIXED, tree, wanted, EXAMPLES, FAST, epochs=1, seed=1)
-    again = train(base, MIXED, trained.tree, wanted, EXAMPLES, FAST, epochs=40, seed=2)
+    trained = train(base, Fit(MIXED, tree, wanted, 1), EXAMPLES, FAST, seed=1)
+    again = train(base, Fit(MIXED, trained.tree, wanted, 40), EXAMPLES, FAST, seed=2)
     assert again.loss < 0.6 * trained.loss
     assert trees.equal(tree, kept)
     for name, tensor in trained.tree.items():
@@ -116,7 +117,7 @@ def test_the_same_seed_gives_the_same_tensors_and_another_seed_others():
     tree, wanted = fedalt_start(base)
 
     def run(seed):
-        return train(base, MIXED, tree, wanted, EXAMPLES, FAST, epochs=2, seed=seed).tree
+        return train(base, Fit(MIXED, tree, wanted, 2), EXAMPLES, FAST, seed=seed).tree
 
     assert trees.equal(run(3), run(3))
     assert not trees.equal(run(3), run(4))
@@ -126,8 +127,8 @@ def test_gradient_checkpointing_changes_no_number():
     base = base_of()
     tree, wanted = fedalt_start(base)
     saving = replace(FAST, gradient_checkpointing=True)
-    plain = train(base, MIXED, tree, wanted, EXAMPLES, FAST, epochs=2, seed=5)
-    saved = train(base, MIXED, tree, wanted, EXAMPLES, saving, epochs=2, seed=5)
+    plain = train(base, Fit(MIXED, tree, wanted, 2), EXAMPLES, FAST, seed=5)
+    saved = train(base, Fit(MIXED, tree, wanted, 2), EXAMPLES, saving, seed=5)
     for name, tensor in plain.tree.items():
         torch.testing.assert_close(saved.tree[name], tensor, rtol=0, atol=1e-6)
     assert not base.adapted.model.training
@@ -139,8 +140,8 @@ def test_the_learning_rate_falls_to_zero_within_a_round():
     tree = random_serving_tree(base, MIXED)
     wanted = names_of(tree, MIXER)
     training = Training(lr=1e-2, batch_size=5, weight_decay=0.0)
-    one = train(base, MIXED, tree, wanted, EXAMPLES, training, epochs=1, seed=6)
-    two = train(base, MIXED, tree, wanted, EXAMPLES, training, epochs=2, seed=6)
+    one = train(base, Fit(MIXED, tree, wanted, 1), EXAMPLES, training, seed=6)
+    two = train(base, Fit(MIXED, tree, wanted, 2), EXAMPLES, training, seed=6)
     for name in wanted:
         first = (one.tree[name] - tree[name]).abs().max()
         second = (two.tree[name] - one.tree[name]).abs().max()
@@ -151,17 +152,15 @@ def test_the_learning_rate_falls_to_zero_within_a_round():
 def test_carried_moments_continue_where_they_were_and_are_not_kept_unasked():
     base = base_of()
     tree, wanted = fedalt_start(base)
-    carrying = replace(FAST, carry_optimizer=True)
-    first = train(base, MIXED, tree, wanted, EXAMPLES, carrying, epochs=1, seed=7)
+    first = train(base, Fit(MIXED, tree, wanted, 1, moments=Moments()), EXAMPLES, FAST, seed=7)
     assert first.moments.steps == 3
     assert first.moments.first.keys() == wanted
-    on = train(
-        base, MIXED, first.tree, wanted, EXAMPLES, carrying, epochs=1, seed=8, moments=first.moments
-    )
-    fresh = train(base, MIXED, first.tree, wanted, EXAMPLES, carrying, epochs=1, seed=8)
+    order = Fit(MIXED, first.tree, wanted, 1)
+    on = train(base, replace(order, moments=first.moments), EXAMPLES, FAST, seed=8)
+    fresh = train(base, order, EXAMPLES, FAST, seed=8)
     assert on.moments.steps == 6
     assert not trees.equal(on.tree, fresh.tree)
-    assert train(base, MIXED, tree, wanted, EXAMPLES, FAST, epochs=1, seed=7).moments == Moments()
+    assert train(base, Fit(MIXED, tree, wanted, 1), EXAMPLES, FAST, seed=7).moments == Moments()
 
 
 @pytest.mark.parametrize("name", CLASSIFIERS)
@@ -175,8 +174,8 @@ def test_a_classifier_learns_its_labels(name):
     tree = trees.merge(start.adapter(SLOTS[0]), start.head())
     training = Training(lr=2e-2, batch_size=4)
     wanted = frozenset(tree)
-    first = train(base, PLAIN, tree, wanted, examples, training, epochs=1, seed=0)
-    last = train(base, PLAIN, first.tree, wanted, examples, training, epochs=30, seed=1)
+    first = train(base, Fit(PLAIN, tree, wanted, 1), examples, training, seed=0)
+    last = train(base, Fit(PLAIN, first.tree, wanted, 30), examples, training, seed=1)
     assert last.loss < 0.5 * first.loss
 
 
@@ -185,7 +184,7 @@ def test_a_loss_that_is_not_finite_ends_with_advice():
     tree, wanted = fedalt_start(base)
     broken = {name: tensor * float("nan") for name, tensor in tree.items()}
     with pytest.raises(TrainingError, match="a lower learning rate"):
-        train(base, MIXED, broken, wanted, EXAMPLES, FAST, epochs=1, seed=0)
+        train(base, Fit(MIXED, broken, wanted, 1), EXAMPLES, FAST, seed=0)
 
 
 OUT_OF_MEMORY = """
@@ -196,13 +195,15 @@ torch.set_num_threads(1)
 from bases import base_of, example
 from test_training import FAST, PLAIN, SLOTS, start_of
 from fedalt.training.loop import Training, TrainingError, train
+from fedalt.training.orders import Fit
 base = base_of()
 tree = start_of(base).adapter(SLOTS[0])
 big = [example("a" * 60, "b")] * 20000
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 400_000_000, used + 400_000_000))
 try:
-    train(base, PLAIN, tree, frozenset(tree), big, Training(batch_size=20000), epochs=1, seed=0)
+    order = Fit(PLAIN, tree, frozenset(tree), epochs=1)
+    train(base, order, big, Training(batch_size=20000), seed=0)
 except TrainingError as error:
     print(error)
 """

@@ -1,12 +1,15 @@
 """What a serving is worth on a client's examples: answer loss, accuracy, generated text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+from torch.nn import functional
 from transformers import GenerationConfig
 
 from fedalt import tree as trees
+from fedalt.adapters.plan import HEAD, Plan, Similarity, single
 from fedalt.data.examples import Example
 from fedalt.data.prompts import encode_answer
 from fedalt.methods.contract import Serving
@@ -15,6 +18,9 @@ from fedalt.models import Base
 from fedalt.training.batches import by_length, collate
 from fedalt.training.loop import TrainingError, out_of_memory
 from fedalt.training.loss import token_losses
+from fedalt.tree import Tree
+
+Shares = Callable[[Sequence[int]], Tensor | None]  # for the examples at these indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,41 @@ def score(base: Base, serving: Serving, examples: Sequence[Example], scoring: Sc
 
 
 @torch.no_grad()
+def embed(
+    base: Base, plan: Plan, tree: Tree, prompts: Sequence[Sequence[int]], batch_size: int
+) -> Tensor:
+    """The last hidden state at each prompt's last token: (prompts, hidden), float32, on the CPU."""
+    found: list[Tensor] = []
+    tree = trees.on(tree, base.adapted.device)
+    for first in range(0, len(prompts), batch_size):
+        chosen = [
+            Example(tuple(ids), len(ids), "", label=0) for ids in prompts[first:][:batch_size]
+        ]
+        batch = collate([chosen], base.pad_id, base.adapted.device)
+        with base.adapted.bound(plan, tree) as model:
+            hidden = model.base_model(batch.ids, attention_mask=batch.mask).last_hidden_state
+        last = batch.mask.sum(1) - 1
+        found.append(hidden[torch.arange(len(chosen)), last].float().cpu())
+    return torch.cat(found)
+
+
+def _shares(base: Base, serving: Serving, prompts: Sequence[Sequence[int]], size: int) -> Shares:
+    """The weights of the slots for each prompt, where the serving's plan wants them."""
+    combine = serving.plan.combine
+    if not isinstance(combine, Similarity):
+        return lambda _: None
+    assert serving.references is not None
+    slot = serving.plan.slots[combine.embeds]
+    tree = trees.select(serving.tree, slot.name, HEAD)
+    seen = functional.normalize(embed(base, single(slot), tree, prompts, size), dim=-1)
+    like = (seen @ functional.normalize(serving.references.float(), dim=-1).T).mean(1)
+    weights = torch.zeros(len(prompts), 2)
+    weights[:, combine.on] = combine.scale * like
+    weights[:, 1 - combine.on] = 1 - combine.scale * like
+    return lambda rows: weights[list(rows)].to(base.adapted.device)
+
+
+@torch.no_grad()
 def generate(
     base: Base, serving: Serving, prompts: Sequence[Sequence[int]], scoring: Scoring
 ) -> list[str]:
@@ -77,6 +118,7 @@ def generate(
     device = base.adapted.device
     tree = trees.on(serving.tree, device)
     texts = [""] * len(prompts)
+    shares = _shares(base, serving, prompts, scoring.batch_size)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     for first in range(0, len(order), scoring.batch_size):
         rows = order[first : first + scoring.batch_size]
@@ -87,7 +129,7 @@ def generate(
         for row, index in enumerate(rows):
             ids[row, width - len(prompts[index]) :] = torch.tensor(prompts[index])
             mask[row, width - len(prompts[index]) :] = 1
-        with base.adapted.bound(serving.plan, tree) as model:
+        with base.adapted.bound(serving.plan, tree, shares=shares(rows)) as model:
             written = model.generate(
                 input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config
             )
@@ -130,10 +172,12 @@ def _sums(
     sums = torch.zeros(len(candidates), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     tree = trees.on(serving.tree, base.adapted.device)
+    prompts = [candidate.prompt_ids for candidate in candidates]
+    shares = _shares(base, serving, prompts, batch_size)
     for rows in by_length(candidates, batch_size):
         # Each candidate is its own owner, so that the loss's bookkeeping adds up per candidate.
         batch = collate([[candidates[row]] for row in rows], base.pad_id, base.adapted.device)
-        with base.adapted.bound(serving.plan, tree) as model:
+        with base.adapted.bound(serving.plan, tree, shares=shares(rows)) as model:
             try:
                 losses = token_losses(model, batch).double()
             except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -155,10 +199,12 @@ def _classification(
 ) -> dict[str, float]:
     losses, right = 0.0, 0
     tree = trees.on(serving.tree, base.adapted.device)
+    prompts = [example.prompt_ids for example in examples]
+    shares = _shares(base, serving, prompts, batch_size)
     for rows in by_length(examples, batch_size):
         batch = collate([[examples[row] for row in rows]], base.pad_id, base.adapted.device)
-        with base.adapted.bound(serving.plan, tree) as model:
+        with base.adapted.bound(serving.plan, tree, shares=shares(rows)) as model:
             logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits.float()
-        losses += float(torch.nn.functional.cross_entropy(logits, batch.targets, reduction="sum"))
+        losses += float(functional.cross_entropy(logits, batch.targets, reduction="sum"))
         right += int((logits.argmax(-1) == batch.targets).sum())
     return {"loss": losses / len(examples), "accuracy": right / len(examples)}

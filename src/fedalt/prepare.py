@@ -25,6 +25,7 @@ from fedalt.engine.schedule import Arm
 from fedalt.methods.local import LocalOnly
 from fedalt.models import Base, load_base
 from fedalt.settings import Settings, lora_of, method_name
+from fedalt.training.orders import Fit
 from fedalt.tree import numbers
 
 _FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", Labelled: "label"}
@@ -107,7 +108,7 @@ def load_parts(settings: Settings, labels: Sequence[str], base: Base | None = No
         )
     arms = [Arm("own", settings.method)]
     yardstick = LocalOnly(lora=lora_of(settings.method))
-    if settings.yardstick and type(settings.method) is not type(yardstick):
+    if settings.yardstick and method_name(settings.method) != method_name(yardstick):
         arms.append(Arm("local", yardstick))
     start = Start(base.adapted.sites, base.adapted.heads, settings.seed)
     return Parts(settings, base, tuple(arms), start)
@@ -139,8 +140,10 @@ def _trainable(arm: Arm, start: Start) -> int:
     """How many numbers a client trains, in the method's first order."""
     method = arm.method
     client = method.init_client(start, "")
-    order = next(method.local(client, method.broadcast(method.init_server(start), "")))
-    return numbers({name: order.tree[name] for name in order.train})
+    for order in method.local(client, method.broadcast(method.init_server(start), "")):
+        if isinstance(order, Fit):
+            return numbers({name: order.tree[name] for name in order.train})
+    return 0
 
 
 def _warnings(

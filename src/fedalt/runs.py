@@ -8,7 +8,8 @@ from typing import Protocol
 from fedalt.engine.in_process import servings
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import Column, Event, HeldOut, Line, Progress, Run
-from fedalt.methods.contract import Fit, Fitted, Serving
+from fedalt.methods.contract import Serving
+from fedalt.models import Base
 from fedalt.prepare import Parts, Prepared, facts_of, prepare
 from fedalt.settings import Settings, read_settings, to_toml
 from fedalt.store import (
@@ -21,6 +22,7 @@ from fedalt.store import (
     open_run,
     require_unused,
 )
+from fedalt.training.orders import Order
 
 
 class Watcher(Protocol):
@@ -59,10 +61,13 @@ def start_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> Ru
     return resume_run(prepared, path, watcher)
 
 
-def reopen(path: Path) -> Prepared:
-    """Prepare an existing run again; StoreError where its data or base model are others now."""
+def reopen(path: Path, base: Base | None = None) -> Prepared:
+    """Prepare an existing run again; StoreError where its data or base model are others now.
+
+    `base` is its base model, if that is loaded already.
+    """
     folder = open_run(path)
-    prepared = prepare(read_settings(path / "settings.toml"))
+    prepared = prepare(read_settings(path / "settings.toml"), base=base)
     then, now = folder.facts(), facts_of(prepared)
     for part, key, what in (
         ("data", "fingerprint", "other client data"),
@@ -143,7 +148,8 @@ def serving(
     with locked(path):
         at = _round(parts.settings, folder.progress(), wanted, round_)
         states = folder.states(wanted, at + 1)
-        own, shared = servings(arms[wanted].method, parts.start, states, client_id, _no_training)
+        carry_out = _Again(path, parts, at)
+        own, shared = servings(arms[wanted].method, parts.start, states, client_id, carry_out)
     if column != "shared":
         return own
     if shared is None:
@@ -198,12 +204,17 @@ def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Ru
         arms=parts.arms,
         clients=prepared.task.clients,
         schedule=settings.rounds,
-        learner=Learner(
-            parts.base, prepared.task, settings.training, settings.scoring, settings.seed
-        ),
+        learner=_learner(prepared),
         start=parts.start,
         journal=journal,
         hear=watcher.hear,
+    )
+
+
+def _learner(prepared: Prepared) -> Learner:
+    settings = prepared.parts.settings
+    return Learner(
+        prepared.parts.base, prepared.task, settings.training, settings.scoring, settings.seed
     )
 
 
@@ -220,5 +231,17 @@ def _round(settings: Settings, progress: Progress, column: str, wanted: int | No
     return wanted
 
 
-def _no_training(client_id: str, number: int, order: Fit) -> Fitted:
-    raise StoreError(f"client {client_id!r} has to train before it serves ({number}, {order.plan})")
+@dataclass(frozen=True)
+class _Again:
+    """Carries out what a client orders before it serves, as was done when it was scored.
+
+    Most methods order nothing: the client data are opened when one does.
+    """
+
+    path: Path
+    parts: Parts
+    round: int
+
+    def __call__(self, client_id: str, number: int, order: Order) -> object:
+        prepared = reopen(self.path, base=self.parts.base)
+        return _learner(prepared).deploying(self.round)(client_id, number, order)

@@ -5,7 +5,8 @@ import math
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,7 +17,6 @@ from fedalt.engine.schedule import Schedule
 from fedalt.evaluation import Scoring
 from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
-from fedalt.methods.fedalt import FedALT
 from fedalt.methods.lora import Lora
 from fedalt.models import BUILT_IN, Quantise
 from fedalt.training.loop import Training
@@ -72,7 +72,7 @@ class Settings:
 
     data: DataSettings
     model: ModelSettings = field(default_factory=ModelSettings)
-    method: AnyMethod = field(default_factory=FedALT)
+    method: AnyMethod = field(default_factory=lambda: METHODS["fedalt"])
     training: Training = field(default_factory=Training)
     rounds: Schedule = field(default_factory=Schedule)
     scoring: Scoring = field(default_factory=Scoring)
@@ -129,7 +129,7 @@ def settings_of(table: Table, source: str) -> Settings:
 
 def to_toml(settings: Settings) -> str:
     """The settings with all their defaults written out; reading them gives the same settings."""
-    own = {f.name: getattr(settings.method, f.name) for f in _own_fields(type(settings.method))}
+    own = {name: getattr(settings.method, name) for name in settings_of_method(settings.method)}
     method = {"name": method_name(settings.method), **asdict(lora_of(settings.method)), **own}
     sections = {name: asdict(getattr(settings, name)) for name in _SECTIONS}
     top = {name: getattr(settings, name) for name in _TOP}
@@ -139,13 +139,23 @@ def to_toml(settings: Settings) -> str:
 
 def method_name(method: AnyMethod) -> str:
     """The name under which METHODS lists a method."""
-    return next(name for name, cls in METHODS.items() if type(method) is cls)
+    return next(name for name, known in METHODS.items() if _kind(known) == _kind(method))
+
+
+def settings_of_method(method: AnyMethod) -> tuple[str, ...]:
+    """The names of a method's own settings."""
+    own: Any = fields(method)  # type: ignore[arg-type]  # the protocol hides the dataclass
+    return tuple(each.name for each in own if each.name not in ("lora", "variant"))
 
 
 def lora_of(method: AnyMethod) -> Lora:
     """The size of a method's adapters."""
     lora: Lora = vars(method)["lora"]
     return lora
+
+
+def _kind(method: AnyMethod) -> tuple[type, object]:
+    return type(method), vars(method).get("variant")
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -193,21 +203,17 @@ def _method(table: Table, source: str) -> AnyMethod:
         raise SettingsError(
             f"{place} name: there is no method {name!r}, only {', '.join(METHODS)}{hint}"
         )
-    cls = METHODS[name]
-    own, sizes = {f.name for f in _own_fields(cls)}, {f.name for f in fields(Lora)}
+    default: Any = METHODS[name]
+    own, sizes = set(settings_of_method(default)), {f.name for f in fields(Lora)}
     unknown = table.keys() - own - sizes - {"name"}
     if unknown:
         text = _unknown(min(unknown), (*sorted(sizes), *sorted(own)), "method")
         raise SettingsError(f"{place}: {text} (method {name!r})")
     lora = _section(Lora, {key: table[key] for key in table.keys() & sizes}, source, "method")
-    hints = get_type_hints(cls)
+    hints = get_type_hints(type(default))
     values = {key: _typed(table[key], hints[key], f"{place} {key}") for key in table.keys() & own}
-    method: AnyMethod = _made(cls, {"lora": lora, **values}, place)
+    method: AnyMethod = _made(partial(replace, default), {"lora": lora, **values}, place)
     return method
-
-
-def _own_fields(cls: Any) -> list[Any]:
-    return [f for f in fields(cls) if f.name != "lora"]
 
 
 def _made(cls: Any, values: Table, place: str) -> Any:
@@ -242,6 +248,9 @@ def _as(value: object, hint: Any) -> Any:
             return value if value in get_args(hint) else None
         case str():
             return hint(value) if hint in (str, Path) and value else None
+        case dict() if get_origin(hint) is Mapping:
+            of = {str(key): _as(each, get_args(hint)[1]) for key, each in value.items()}
+            return None if None in of.values() else of
         case list() if get_origin(hint) is tuple and all(isinstance(each, str) for each in value):
             return tuple(value) if value else None
         case _:
@@ -253,6 +262,8 @@ def _words(hint: Any) -> str:
         return "one of " + ", ".join(map(repr, get_args(hint)))
     if get_origin(hint) is tuple:
         return "a list of names"
+    if get_origin(hint) is Mapping:
+        return f"a table of names, each with {_words(get_args(hint)[1])}"
     return {
         bool: "true or false",
         int: "a whole number",

@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,17 +75,30 @@ class FileLedger:
 
     folder: Path
     round: int
+    left: frozenset[str] = frozenset()
 
     def __contains__(self, client_id: object) -> bool:
         """Whether this client uploaded before this round."""
+        if client_id in self.left:
+            return False
         return newest(self.folder / str(client_id), self.round - 1) is not None
 
     def __getitem__(self, client_id: str) -> Message:
         """The client's newest upload from before this round."""
         path = newest(self.folder / client_id, self.round - 1)
-        if path is None:
+        if path is None or client_id in self.left:
             raise KeyError(client_id)
         return read(Message, path)
+
+    def clients(self) -> list[str]:
+        """Every client that uploaded before this round, sorted."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if path.name in self)
+
+    def without(self, client_id: str) -> "FileLedger":
+        """The same folder, but for this client; its files stay."""
+        return replace(self, left=self.left | {client_id})
 
     def put(self, client_id: str, message: Message) -> "FileLedger":
         """Write this round's upload; it counts once the round is committed."""

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.lowrank import Combination, add_low_rank
-from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Shape
+from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Shape, Similarity, Sum
 from fedalt.seeds import generator
 from fedalt.tree import Name, Tree, require_same_names
 
@@ -36,6 +36,7 @@ class _Bound:
     tree: Tree
     clients: int
     noise: Noise | None
+    shares: Tensor | None  # (examples, slots), where a plan wants them for each example
 
     def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """The base layer's output y (batch, ..., d_out) plus what the slots make of x."""
@@ -44,7 +45,7 @@ class _Bound:
         combination = Combination(
             ranks=tuple(slot.rank for slot in self.plan.slots),
             scalings=tuple(slot.scaling for slot in self.plan.slots),
-            weights=None if isinstance(combine, Mixer) else combine.weights,
+            weights=self._weights(x),
         )
         factors = (
             [self.tree[Name(site, slot.name, "A")] for slot in self.plan.slots],
@@ -59,6 +60,20 @@ class _Bound:
             factors,
         )
         return out.reshape(y.shape)
+
+    def _weights(self, x: Tensor) -> tuple[float, ...] | Tensor | None:
+        """Fixed weights: of the slots, or (C, N, slots) where examples differ."""
+        match self.plan.combine:
+            case Mixer():
+                return None
+            case Sum(weights):
+                return weights
+            case Similarity():
+                assert self.shares is not None
+                # Beams stand side by side, as many rows for each example, and so do tokens.
+                each = x[..., 0].numel() // self.shares.shape[0]
+                shares = self.shares.repeat_interleave(each, 0)
+                return shares.reshape(self.clients, -1, len(self.plan.slots))
 
     def _keep(self, site: str, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
         p = self.plan.dropout
@@ -175,13 +190,19 @@ class AdaptedModel:
 
     @contextmanager
     def bound(
-        self, plan: Plan, tree: Mapping[Name, Tensor], noise: Noise | None = None
+        self,
+        plan: Plan,
+        tree: Mapping[Name, Tensor],
+        noise: Noise | None = None,
+        shares: Tensor | None = None,
     ) -> Iterator[PreTrainedModel]:
         """Within this context the model computes with the tree's tensors.
 
         The tensors have the plan's shapes, or all of them one more axis in front, of one length
         C; then a batch consists of C equal blocks of rows, client by client. The names must be
         exactly those that the plan and the head need. Nests; the tree may not change meanwhile.
+        `shares` (examples, slots) are the weights of a plan that weighs slots example by example,
+        in the order of the batch.
         """
         needed = {**plan.shapes(self.sites), **self.heads}
         require_same_names(tree, needed, "the tree to bind")
@@ -201,8 +222,12 @@ class AdaptedModel:
                 )
         if noise is not None and len(noise.seeds) != axis:
             raise ValueError(f"{len(noise.seeds)} dropout seeds for {axis} clients")
+        if (shares is None) == isinstance(plan.combine, Similarity):
+            raise ValueError(
+                "weights for each example belong to a plan of similarity, and to no other"
+            )
         before = self._binding.current
-        self._binding.current = _Bound(plan, with_axis, axis, noise)
+        self._binding.current = _Bound(plan, with_axis, axis, noise, shares)
         try:
             yield self.model
         finally:

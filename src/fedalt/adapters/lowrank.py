@@ -20,16 +20,21 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Combination:
-    """How slots combine: `scalings` s_i and, unless a mixer decides, fixed `weights` w_i."""
+    """How slots combine: `scalings` s_i and, unless a mixer decides, fixed `weights` w_i.
+
+    As a tensor, fixed weights broadcast to (C, N, slots); they carry no gradient.
+    """
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
-    weights: tuple[float, ...] | None
+    weights: tuple[float, ...] | Tensor | None
 
     def shares(self, logits: Tensor | None, like: Tensor) -> Tensor:
-        """w_i: (C, N, slots) from the mixer's logits, (1, 1, slots) where fixed."""
+        """w_i: (C, N, slots) from the mixer's logits, or as fixed."""
         if logits is None:
             assert self.weights is not None
+            if isinstance(self.weights, Tensor):
+                return self.weights.to(like)
             return like.new_tensor(self.weights)[None, None]
         # float: the weights of a bf16 row would not sum to 1
         accurate = logits if logits.dtype == torch.float64 else logits.float()

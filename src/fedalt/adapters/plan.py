@@ -50,6 +50,20 @@ class Mixer:
 
 
 @dataclass(frozen=True)
+class Similarity:
+    """Weigh two slots example by example, by how much a prompt is like the client's own prompts.
+
+    The slot at index `on` gets `scale` times the mean cosine between the prompt and the client's
+    reference prompts, the other slot the rest to 1; both as the slot at index `embeds` alone sees
+    them. Who binds such a plan brings the weights: it has no part in training.
+    """
+
+    scale: float
+    on: int
+    embeds: int
+
+
+@dataclass(frozen=True)
 class Plan:
     """The slots of a site in the order of the mixer's rows, how they combine, and their dropout.
 
@@ -58,7 +72,7 @@ class Plan:
     """
 
     slots: tuple[Slot, ...]
-    combine: Sum | Mixer
+    combine: Sum | Mixer | Similarity
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -69,6 +83,8 @@ class Plan:
             raise ValueError(f"slots of a plan need different names, got {names}")
         if isinstance(self.combine, Sum) and len(self.combine.weights) != len(self.slots):
             raise ValueError(f"{len(self.combine.weights)} weights for {len(self.slots)} slots")
+        if isinstance(self.combine, Similarity) and len(self.slots) != 2:
+            raise ValueError(f"similarity weighs two slots, got {len(self.slots)}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}, but it is at least 0 and below 1")
 

@@ -1,8 +1,7 @@
 """`fedalt methods`: what can stand behind `--method`."""
 
 import sys
-from dataclasses import fields
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -15,20 +14,20 @@ def methods(
 
     hush_libraries()
     from fedalt.methods import METHODS
+    from fedalt.settings import settings_of_method
 
     what, settings = {}, {}
-    for name, cls in METHODS.items():
-        what[name] = (sys.modules[cls.__module__].__doc__ or "").strip().splitlines()[0]
-        own: Any = fields(cls)  # type: ignore[arg-type]  # the protocol hides the dataclass
-        settings[name] = {each.name: each.default for each in own if each.name != "lora"}
+    for name, method in METHODS.items():
+        what[name] = (sys.modules[type(method).__module__].__doc__ or "").strip().splitlines()[0]
+        settings[name] = {own: getattr(method, own) for own in settings_of_method(method)}
     if as_json:
         show_json({name: {"what": what[name], "settings": settings[name]} for name in METHODS})
         return
     for name in METHODS:
-        typer.echo(f"{name:8} {what[name]}")
+        typer.echo(f"{name:17} {what[name]}")
         if settings[name]:
             shown = ", ".join(f"{key} = {_toml(value)}" for key, value in settings[name].items())
-            typer.echo(f"{'':8} [method] {shown}")
+            typer.echo(f"{'':17} [method] {shown}")
 
 
 def _toml(value: object) -> str:

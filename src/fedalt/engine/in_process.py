@@ -7,10 +7,11 @@ from typing import Any, Protocol, TypeVar
 
 from fedalt.adapters.start import Start
 from fedalt.codec import encode
-from fedalt.methods.contract import AnyMethod, Fit, Fitted, Message, Serving
+from fedalt.methods.contract import AnyMethod, Message, Serving
+from fedalt.training.orders import Order
 
 T = TypeVar("T")
-Train = Callable[[str, int, Fit], Fitted]  # client, the how-manieth order of its round, the order
+CarryOut = Callable[[str, int, Order], Any]  # client, the how-manieth order of its round, the order
 
 
 class States(Protocol):
@@ -40,7 +41,7 @@ def run_round(
     start: Start,
     states: States,
     cohort: Iterable[str],
-    train: Train,
+    carry_out: CarryOut,
     report: Callable[[ClientRound], None],
 ) -> None:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
@@ -55,7 +56,7 @@ def run_round(
             began = time.monotonic()
             message = method.broadcast(server, client_id)
             client = client_of(method, start, states, client_id)
-            after, upload = drive(method.local(client, message), train, client_id)
+            after, upload = drive(method.local(client, message), carry_out, client_id)
             states.put(f"clients/{client_id}", after)
             seconds = time.monotonic() - began
             report(ClientRound(client_id, message_bytes(upload), size_of(message), seconds))
@@ -65,12 +66,12 @@ def run_round(
 
 
 def servings(
-    method: AnyMethod, start: Start, states: States, client_id: str, train: Train
+    method: AnyMethod, start: Start, states: States, client_id: str, carry_out: CarryOut
 ) -> tuple[Serving, Serving | None]:
     """What a client would serve now, and the shared part alone if there is one."""
     message = method.broadcast(server_of(method, start, states), client_id)
     client = client_of(method, start, states, client_id)
-    own = drive(method.deploy(client, message), train, client_id)
+    own = drive(method.deploy(client, message), carry_out, client_id)
     return own, method.shared(client, message)
 
 
@@ -86,12 +87,12 @@ def client_of(method: AnyMethod, start: Start, states: States, client_id: str) -
     return method.init_client(start, client_id) if kept is None else kept
 
 
-def drive(steps: Generator[Fit, Fitted, T], train: Train, client_id: str) -> T:
+def drive(steps: Generator[Order, Any, T], carry_out: CarryOut, client_id: str) -> T:
     """Carry out a method's orders until it returns."""
     try:
         order = next(steps)
         for number in range(1_000_000):
-            order = steps.send(train(client_id, number, order))
+            order = steps.send(carry_out(client_id, number, order))
     except StopIteration as end:
         result: T = end.value
         return result

@@ -15,9 +15,10 @@ from fedalt import tree as trees
 from fedalt.adapters.start import Start
 from fedalt.engine.in_process import ClientRound, States, run_round, servings
 from fedalt.engine.learner import Learner
-from fedalt.methods.contract import AnyMethod, Fit, Fitted
+from fedalt.methods.contract import AnyMethod
 from fedalt.seeds import generator
 from fedalt.training.loop import Trained
+from fedalt.training.orders import Order
 
 Column = Literal["own", "shared", "local"]
 HeldOut = Literal["validation", "test"]
@@ -165,12 +166,13 @@ class Run:
         states = self.journal.states(arm.column, round_)
         trained: list[Trained] = []
 
-        def train(client_id: str, number: int, order: Fit) -> Fitted:
+        def carry_out(client_id: str, number: int, order: Order) -> object:
             def on_step(done: int, of: int, loss: float) -> None:
                 self.hear(Event("train", round_, arm.column, client_id, done, of, loss))
 
-            answer, outcome = self.learner.fit(client_id, round_, number, order, states, on_step)
-            trained.append(outcome)
+            answer, cost = self.learner.carry_out(client_id, round_, number, order, states, on_step)
+            if cost is not None:
+                trained.append(cost)
             return answer
 
         def report(cost: ClientRound) -> None:
@@ -191,7 +193,7 @@ class Run:
                 }
             )
 
-        run_round(arm.method, self.start, states, cohort, train, report)
+        run_round(arm.method, self.start, states, cohort, carry_out, report)
 
     def score(self, arm: Arm, round_: int, split: HeldOut, *, whole: bool) -> float | None:
         """Score what every client serves after a round; the mean loss of the arm's own column.
@@ -206,10 +208,8 @@ class Run:
             if not self.learner.task.examples(client_id, split):
                 continue
 
-            def train(client_id: str, number: int, order: Fit) -> Fitted:
-                return self.learner.fit(client_id, f"deploy {round_}", number, order)[0]
-
-            own, shared = servings(arm.method, self.start, states, client_id, train)
+            carry_out = self.learner.deploying(round_)
+            own, shared = servings(arm.method, self.start, states, client_id, carry_out)
             score = partial(self.learner.score, client_id, split, generate=whole)
             metrics = {arm.column: score(own).metrics}
             if shared is not None and whole:

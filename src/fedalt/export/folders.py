@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fedalt.adapters.plan import HEAD, Slot, Sum
+from fedalt.adapters.plan import HEAD, Mixer, Slot, Sum
 from fedalt.codec import check_tree
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
 from fedalt.methods.contract import Serving
@@ -64,6 +64,11 @@ def export_personal(serving: Serving, base: Base, folder: Path) -> Path:
     """
     _require_fit(serving, base)
     plan = serving.plan
+    if not isinstance(plan.combine, Sum | Mixer):
+        raise ValueError(
+            "this client weighs its adapters anew for every prompt, which no folder can hold; "
+            "--what individual writes its own adapter, --column shared the shared part"
+        )
     config = FedALTConfig(
         **_for_any_type(base),
         **_for_classifier(base),

@@ -1,4 +1,4 @@
-"""One file per published method; METHODS is the only place that lists them."""
+"""One file per published method, or per family of them; METHODS alone lists them."""
 
 from collections.abc import Mapping
 
@@ -7,8 +7,10 @@ from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.local import LocalOnly
 
-METHODS: Mapping[str, type[AnyMethod]] = {
-    "fedalt": FedALT,
-    "fedit": FedIT,
-    "local": LocalOnly,
+# Every method with its defaults. Where several are settings of one class, its field `variant`
+# tells them apart, and nothing else sets that.
+METHODS: Mapping[str, AnyMethod] = {
+    "fedalt": FedALT(),
+    "fedit": FedIT(),
+    "local": LocalOnly(),
 }

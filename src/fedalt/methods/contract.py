@@ -1,12 +1,15 @@
 """What a method is: pure functions over states, which describe training and never perform it."""
 
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from torch import Tensor
+
 from fedalt.adapters.plan import Plan
 from fedalt.adapters.start import Start
-from fedalt.tree import Name, Tree
+from fedalt.training.orders import Order
+from fedalt.tree import Tree
 
 Fact = bool | int | float | str
 Facts = Mapping[str, Fact]
@@ -21,34 +24,15 @@ class Message:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """An order to the engine: train the names in `train` of this tree under this plan.
+class Serving:
+    """What a client would use if the federation stopped now; all that scoring and export need.
 
-    The tree holds every tensor the plan needs and the head's, if the base model has one; the other
-    names stay frozen but gradient flows through them. `epochs` is None for the run's own number of
-    local epochs.
+    `references` (examples, hidden) are what a plan that weighs slots by similarity compares with.
     """
 
     plan: Plan
     tree: Tree
-    train: frozenset[Name]
-    epochs: int | None = None
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """The answer to a `Fit`: the whole tree after training, and on how many examples."""
-
-    tree: Tree
-    examples: int
-
-
-@dataclass(frozen=True)
-class Serving:
-    """What a client would use if the federation stopped now; all that scoring and export need."""
-
-    plan: Plan
-    tree: Tree
+    references: Tensor | None = None
 
 
 class Ledger(Protocol):
@@ -66,6 +50,14 @@ class Ledger(Protocol):
         """A ledger in which the client's entry is this message."""
         ...
 
+    def clients(self) -> Sequence[str]:
+        """Every client with an entry, sorted."""
+        ...
+
+    def without(self, client_id: str) -> "Ledger":
+        """A ledger in which the client has no entry."""
+        ...
+
 
 class MemoryLedger(dict[str, Message]):
     """A ledger for tests and small federations."""
@@ -74,11 +66,20 @@ class MemoryLedger(dict[str, Message]):
         """A copy in which the client's entry is this message."""
         return MemoryLedger({**self, client_id: message})
 
+    def clients(self) -> list[str]:
+        """Every client with an entry, sorted."""
+        return sorted(self)
+
+    def without(self, client_id: str) -> "MemoryLedger":
+        """A copy in which the client has no entry."""
+        return MemoryLedger({key: value for key, value in self.items() if key != client_id})
+
 
 S = TypeVar("S")
 C = TypeVar("C")
-Local = Generator[Fit, Fitted, tuple[C, Message]]
-Deploy = Generator[Fit, Fitted, Serving]
+# What an order is answered with depends on the order, which a generator's type cannot tell.
+Local = Generator[Order, Any, tuple[C, Message]]
+Deploy = Generator[Order, Any, Serving]
 
 
 class Method(Protocol[S, C]):
@@ -124,6 +125,10 @@ class Method(Protocol[S, C]):
 
     def shared(self, client: C, message: Message) -> Serving | None:
         """The shared part alone, without what the client keeps; None where nothing is shared."""
+        ...
+
+    def without(self, server: S, client_id: str) -> S | None:
+        """The server's state as if this client had not uploaded; None where it cannot be told."""
         ...
 
 

@@ -14,7 +14,7 @@ Totals are float64: with float32 one client of large norm would ruin everybody's
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -23,7 +23,6 @@ from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Sum, names_of, single
 from fedalt.adapters.start import MixerInit, Start
 from fedalt.methods.contract import (
     Deploy,
-    Fit,
     Ledger,
     Local,
     MemoryLedger,
@@ -31,6 +30,7 @@ from fedalt.methods.contract import (
     Serving,
 )
 from fedalt.methods.lora import Lora, Weighting, weight_of
+from fedalt.training.orders import Fit, Fitted
 from fedalt.tree import Tree, add, cast, merge, move, scale, select, subtract
 
 INDIVIDUAL = "individual"
@@ -104,7 +104,7 @@ class FedALT:
         mixer = self._mixer(client, message)
         tree = merge(client.individual, row, mixer, client.head)
         trained = (INDIVIDUAL, MIXER, HEAD, *((REST_OF_WORLD,) if self.train_row else ()))
-        fitted = yield Fit(self._plan(message), tree, names_of(tree, *trained))
+        fitted: Fitted = yield Fit(self._plan(message), tree, names_of(tree, *trained))
         individual = select(fitted.tree, INDIVIDUAL)
         mixer = select(fitted.tree, MIXER)
         weight = weight_of(fitted, self.weighting)
@@ -139,6 +139,12 @@ class FedALT:
         """The rest-of-world adapter alone."""
         tree = merge(self.rest_of_world(client, message), client.head)
         return Serving(single(self.lora.slot(REST_OF_WORLD), self.lora.dropout), tree)
+
+    def without(self, server: Server, client_id: str) -> Server:
+        """The total once more, of all uploads but this client's: nothing is left by rounding."""
+        latest = server.latest.without(client_id)
+        uploads = ((each, latest[each]) for each in latest.clients())
+        return replace(self.aggregate(Server(), uploads), latest=latest)
 
     def rest_of_world(self, client: Client, message: Message) -> Tree:
         """(total - own) / (weight - own weight), or, where there are no others, a zero adapter.

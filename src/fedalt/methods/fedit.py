@@ -16,8 +16,9 @@ import torch
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
-from fedalt.methods.contract import Deploy, Fit, Local, Message, Serving
+from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
+from fedalt.training.orders import Fit, Fitted
 from fedalt.tree import Tree, add, cast, merge, scale, select
 
 SHARED = "shared"
@@ -62,7 +63,7 @@ class FedIT:
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train the averaged adapter on the client's data and send it back."""
         tree = merge(message.tree, client.head)
-        fitted = yield Fit(self._plan(), tree, names_of(tree, SHARED, HEAD))
+        fitted: Fitted = yield Fit(self._plan(), tree, names_of(tree, SHARED, HEAD))
         upload = Message(select(fitted.tree, SHARED), {"weight": weight_of(fitted, self.weighting)})
         return Client(select(fitted.tree, HEAD)), upload
 
@@ -85,6 +86,10 @@ class FedIT:
     def shared(self, client: Client, message: Message) -> Serving:
         """All of it is shared, but for the head."""
         return Serving(self._plan(), merge(message.tree, client.head))
+
+    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
+        """A mean does not tell what one client put in."""
+        return
 
     def _plan(self) -> Plan:
         return single(self.lora.slot(SHARED), self.lora.dropout)

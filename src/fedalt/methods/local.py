@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
-from fedalt.methods.contract import Deploy, Fit, Local, Message, Serving
+from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora
+from fedalt.training.orders import Fit, Fitted
 from fedalt.tree import Tree, merge, select
 
 INDIVIDUAL = "individual"
@@ -53,7 +54,7 @@ class LocalOnly:
     def local(self, client: Client, message: Message) -> Local[Client]:  # noqa: ARG002
         """Go on training the client's own adapter."""
         tree = merge(client.individual, client.head)
-        fitted = yield Fit(self._plan(), tree, names_of(tree, INDIVIDUAL, HEAD))
+        fitted: Fitted = yield Fit(self._plan(), tree, names_of(tree, INDIVIDUAL, HEAD))
         after = Client(select(fitted.tree, INDIVIDUAL), select(fitted.tree, HEAD))
         return after, Message({})
 
@@ -71,6 +72,10 @@ class LocalOnly:
     def shared(self, client: Client, message: Message) -> Serving | None:  # noqa: ARG002
         """Nothing is shared."""
         return None
+
+    def without(self, server: Server, client_id: str) -> Server:  # noqa: ARG002
+        """Nobody has put in anything."""
+        return server
 
     def _plan(self) -> Plan:
         return single(self.lora.slot(INDIVIDUAL), self.lora.dropout)

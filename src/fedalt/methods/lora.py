@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from fedalt.adapters.plan import Slot
-from fedalt.methods.contract import Fitted
+from fedalt.training.orders import Fitted
 
 Weighting = Literal["uniform", "examples"]
 

@@ -2,20 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fedalt import tree as trees
 from fedalt.adapters.layer import Noise
-from fedalt.adapters.plan import Plan
 from fedalt.data.examples import Example
 from fedalt.models import Base
 from fedalt.seeds import generator, seed_of
-from fedalt.training.batches import collate, epoch_order, steps_per_epoch
+from fedalt.training.batches import collate, epoch_order
 from fedalt.training.loss import client_means, token_losses
+from fedalt.training.orders import Fit, Moments
 from fedalt.tree import Name, Tree
 
 OnStep = Callable[[int, int, float], None]
@@ -53,15 +53,6 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Moments:
-    """AdamW's running means, so that a later round can go on with them."""
-
-    first: Tree = field(default_factory=dict)
-    second: Tree = field(default_factory=dict)
-    steps: int = 0
-
-
-@dataclass(frozen=True)
 class Trained:
     """The outcome of a fit: the whole tree on the CPU, and the mean loss over its steps."""
 
@@ -74,42 +65,41 @@ class Trained:
 
 def train(
     base: Base,
-    plan: Plan,
-    start: Tree,
-    wanted: frozenset[Name],
+    order: Fit,
     examples: Sequence[Example],
     training: Training,
     *,
-    epochs: int,
     seed: int,
-    moments: Moments | None = None,
     on_step: OnStep | None = None,
 ) -> Trained:
-    """Train the wanted tensors of a tree on one client's examples.
+    """Carry out an order on one client's examples.
 
     Same seed, same result: the order of the examples and the dropout masks depend on nothing else.
     `on_step` hears the number of steps done, of all steps, and the step's loss.
     """
-    device = base.adapted.device
-    tree = trees.copy(trees.on(start, device))
-    tensors = [tree[name].requires_grad_() for name in sorted(wanted)]
+    tree = trees.copy(trees.on(order.tree, base.adapted.device))
+    names = sorted(order.train)
+    for name in names:
+        tree[name].requires_grad_()
+    own = order.step.moves if order.step else None
+    descending = [name for name in names if name.slot != own]
+    tensors = [tree[name] for name in descending]
     optimizer = torch.optim.AdamW(
-        tensors, lr=training.lr, weight_decay=training.weight_decay, fused=True
+        tensors, lr=training.lr * order.rate, weight_decay=training.weight_decay, fused=True
     )
-    if moments is not None and moments.steps:
-        _restore(optimizer, tree, sorted(wanted), moments)
-    steps = epochs * steps_per_epoch(len(examples), training.batch_size)
+    if order.moments is not None and order.moments.steps:
+        _restore(optimizer, tree, descending, order.moments)
+    batches = _batches(examples, training, order.epochs, seed)
+    steps = len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
-    lengths = [len(example.ids) for example in examples]
-    batches = (
-        [examples[index] for index in indices]
-        for epoch in range(epochs)
-        for indices in epoch_order(lengths, training.batch_size, generator(seed, "order", epoch))
-    )
-    done, total, tokens = 0, 0.0, 0
-    with _checkpointing(base, training.gradient_checkpointing):
-        for chosen in batches:
-            loss = float(_step(base, plan, tree, chosen, Noise((seed_of(seed, "noise", done),))))
+    total, tokens = 0.0, 0
+    # A step of its own may bind several trees before it goes back: a layer that runs again then
+    # would meet the wrong one.
+    with _checkpointing(base, training.gradient_checkpointing and order.step is None):
+        for done in range(steps):
+            ahead = [(done + which) % steps for which in (0, 1)]
+            pair = [(batches[at], Noise((seed_of(seed, "noise", at),))) for at in ahead]
+            loss = float(_step(base, order, tree, names, pair))
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"the loss became {loss} after {done} of {steps} steps; "
@@ -119,37 +109,71 @@ def train(
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-            done += 1
             total += loss
-            tokens += sum(len(example.ids) for example in chosen)
+            tokens += sum(len(example.ids) for example in batches[done])
             if on_step is not None:
-                on_step(done, steps, loss)
+                on_step(done + 1, steps, loss)
     return Trained(
         trees.on(trees.copy(tree), "cpu"),
-        _moments(optimizer, tree, sorted(wanted)) if training.carry_optimizer else Moments(),
-        total / max(done, 1),
-        done,
+        Moments() if order.moments is None else _moments(optimizer, tree, descending),
+        total / max(steps, 1),
+        steps,
         tokens,
     )
 
 
-def _step(base: Base, plan: Plan, tree: Tree, chosen: list[Example], noise: Noise) -> Tensor:
+def _batches(
+    examples: Sequence[Example], training: Training, epochs: int | None, seed: int
+) -> list[list[Example]]:
+    """The examples of every step."""
+    lengths = [len(example.ids) for example in examples]
+    return [
+        [examples[index] for index in indices]
+        for epoch in range(training.local_epochs if epochs is None else epochs)
+        for indices in epoch_order(lengths, training.batch_size, generator(seed, "order", epoch))
+    ]
+
+
+def _step(
+    base: Base,
+    order: Fit,
+    tree: Tree,
+    names: list[Name],
+    pair: Sequence[tuple[list[Example], Noise]],
+) -> Tensor:
     """Loss of one batch, its gradients left on the tree's tensors."""
-    try:
+
+    def loss_of(tree: Tree, which: int) -> Tensor:
+        chosen, noise = pair[which]
         batch = collate([chosen], base.pad_id, base.adapted.device)
-        with base.adapted.bound(plan, tree, noise) as model:
-            loss = client_means(token_losses(model, batch), batch, clients=1).sum()
-            loss.backward()
+        # Bound until the backward pass is over: a checkpointed layer runs once more in it.
+        model = bindings.enter_context(base.adapted.bound(order.plan, order.compose(tree), noise))
+        loss = client_means(token_losses(model, batch), batch, clients=1).sum()
+        return loss if order.penalty is None else loss + order.penalty(tree)
+
+    try:
+        with ExitStack() as bindings:
+            if order.step is None:
+                loss = loss_of(tree, 0)
+                loss.backward()
+                return loss.detach()
+            stepped = order.step(tree, names, loss_of)
     except (torch.OutOfMemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
+        chosen = pair[0][0]
         longest = max(len(example.ids) for example in chosen)
         raise TrainingError(
             f"out of memory on {base.adapted.device} with a batch of {len(chosen)} examples of up "
             f"to {longest} tokens; lower --batch-size or --max-length, or set "
             "--gradient-checkpointing"
         ) from error
-    return loss.detach()
+    for name, gradient in stepped.gradients.items():
+        tree[name].grad = gradient.detach()
+    with torch.no_grad():
+        for name, moved in stepped.moved.items():
+            tree[name].copy_(moved)
+    return stepped.loss.detach()
 
 
 @contextmanager

@@ -1,13 +1,14 @@
 """A run in its folder: start it, go on with it, score it again, serve one of its clients."""
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 from fedalt.engine.in_process import servings
 from fedalt.engine.learner import Learner
-from fedalt.engine.schedule import Column, Event, HeldOut, Line, Progress, Run
+from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress, Run
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.prepare import Parts, Prepared, facts_of, prepare
@@ -127,9 +128,20 @@ def evaluate(
     return notes.lines
 
 
+def score_clients(
+    prepared: Prepared, folder: RunFolder, arm: Arm, round_: int, clients: Sequence[str]
+) -> list[Line]:
+    """Score some clients on their test data after a round; use it within `locked`."""
+    notes = _Notes(folder, [])
+    run = replace(_run(prepared, notes, Nobody()), clients=clients)
+    run.score(arm, round_, "test", whole=True)
+    return notes.lines
+
+
 def require_client(folder: RunFolder, client_id: str) -> None:
     """Raise StoreError for a client that a run does not have."""
-    clients = list(folder.facts().get("clients", {}))
+    facts = folder.facts()
+    clients = [*facts.get("clients", {}), *facts.get("joined", {})]
     if client_id not in clients:
         close = difflib.get_close_matches(client_id, clients, n=3) or clients[:8]
         raise StoreError(f"{folder.path} has no client {client_id!r}, but {', '.join(close)}")
@@ -202,16 +214,17 @@ def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Ru
     parts, settings = prepared.parts, prepared.parts.settings
     return Run(
         arms=parts.arms,
-        clients=prepared.task.clients,
+        clients=[each for each in prepared.task.clients if each not in journal.folder.left()],
         schedule=settings.rounds,
-        learner=_learner(prepared),
+        learner=learner_of(prepared),
         start=parts.start,
         journal=journal,
         hear=watcher.hear,
     )
 
 
-def _learner(prepared: Prepared) -> Learner:
+def learner_of(prepared: Prepared) -> Learner:
+    """Trains and scores the clients of a prepared run."""
     settings = prepared.parts.settings
     return Learner(
         prepared.parts.base, prepared.task, settings.training, settings.scoring, settings.seed
@@ -244,4 +257,4 @@ class _Again:
 
     def __call__(self, client_id: str, number: int, order: Order) -> object:
         prepared = reopen(self.path, base=self.parts.base)
-        return _learner(prepared).deploying(self.round)(client_id, number, order)
+        return learner_of(prepared).deploying(self.round)(client_id, number, order)

@@ -165,6 +165,15 @@ class RunFolder:
         facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         return facts
 
+    def add_facts(self, facts: Mapping[str, object]) -> None:
+        """Add to what run.json holds, or replace a part of it."""
+        whole = json.dumps({**self.facts(), **facts}, indent=2) + "\n"
+        atomic_write(self.path / "run.json", whole.encode())
+
+    def left(self) -> frozenset[str]:
+        """The clients that have left the run."""
+        return frozenset(self.facts().get("left", ()))
+
     def _progress(self) -> dict[str, Any]:
         path = self.path / "progress.json"
         nothing = {"rounds_done": 0, "best": {}, "tested": False, "record_bytes": 0}

@@ -12,6 +12,7 @@ from fedalt.cli.client import export, generate
 from fedalt.cli.data import app as data
 from fedalt.cli.demo import demo
 from fedalt.cli.faults import report
+from fedalt.cli.members import join, leave
 from fedalt.cli.methods import methods
 from fedalt.cli.run import run
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, run, resume, evaluate, generate, export):
+for command in (demo, run, resume, evaluate, generate, export, join, leave):
     app.command()(command)
 app.add_typer(data, name="data")
 app.command()(methods)

@@ -62,7 +62,8 @@ def generate(
     if max_new_tokens is not None:
         scoring = replace(scoring, max_new_tokens=max_new_tokens)
     template = Template(facts["data"]["template"])
-    form, limit = facts["clients"][client]["form"], parts.settings.data.max_length
+    about = {**facts["clients"], **facts.get("joined", {})}[client]
+    form, limit = about["form"], parts.settings.data.max_length
     for asked in [[prompt]] if prompt is not None else _asked():
         ids = [
             encode_prompt(question(form, text), parts.base.tokenizer, template, max_length=limit)

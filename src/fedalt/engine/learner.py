@@ -61,9 +61,14 @@ class Learner:
 
     def deploying(self, round_: int) -> CarryOut:
         """Carries out what clients order before they serve, the same way every time."""
-        return lambda client_id, number, order: self.carry_out(
-            client_id, f"deploy {round_}", number, order
-        )[0]
+        return self._for(f"deploy {round_}")
+
+    def joining(self, round_: int) -> CarryOut:
+        """Carries out what clients order that join after a round."""
+        return self._for(f"join {round_}")
+
+    def _for(self, what: str) -> CarryOut:
+        return lambda client_id, number, order: self.carry_out(client_id, what, number, order)[0]
 
     def _fit(
         self,

@@ -9,8 +9,9 @@ Rest-of-World LoRA", arXiv 2503.11880. With K clients, for client k on every sit
     local step      descend on A_k, B_k, G_k; A_R, B_R stay frozen, gradient flows through them
 
 The server sends every client the same: the *total* of all latest individual adapters and its
-weight. A client subtracts what it last uploaded, which is its individual adapter, and divides.
-Totals are float64: with float32 one client of large norm would ruin everybody's difference.
+weight; only whether the reader's own is in it differs. If so, the client subtracts what it last
+uploaded, which is its individual adapter, and divides. Totals are float64: with float32 one client
+of large norm would ruin everybody's difference.
 """
 
 from collections.abc import Iterable
@@ -49,7 +50,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Client:
-    """`weight` is this client's part of the total's weight: 0 before its first upload."""
+    """`weight` is what this client's last upload counts: 0 before the first."""
 
     individual: Tree
     mixer: Tree
@@ -94,9 +95,11 @@ class FedALT:
             head=start.head(),
         )
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
-        """The same for every client, so that it can be encoded once."""
-        return Message(server.total, {"weight": server.weight, "clients": server.clients})
+    def broadcast(self, server: Server, client_id: str) -> Message:
+        """The same tree for every client, so that it can be encoded once."""
+        included = client_id in server.latest
+        facts = {"weight": server.weight, "clients": server.clients, "included": included}
+        return Message(server.total, facts)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train adapter and mixer against the frozen rest of world; upload the adapter."""
@@ -154,7 +157,7 @@ class FedALT:
         """
         total = select(message.tree, INDIVIDUAL)
         weight = float(message.facts["weight"])
-        if self.row == "rest_of_world" and client.weight:
+        if self.row == "rest_of_world" and message.facts["included"]:
             total = subtract(total, _weighed(Message(client.individual, {"weight": client.weight})))
             weight -= client.weight
         if not total or weight <= 0:

@@ -1,0 +1,104 @@
+"""Clients that come to a run when it has trained already, and clients that leave it."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from fedalt.engine.in_process import client_of, drive, server_of
+from fedalt.engine.schedule import Line
+from fedalt.prepare import Prepared, facts_of, prepare
+from fedalt.runs import learner_of, require_client, score_clients
+from fedalt.settings import method_name, read_settings
+from fedalt.store import RunFolder, StoreError, kept_rounds, locked, open_run
+
+
+def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
+    """Let clients in that were not in training; the lines of their scores on their test data.
+
+    Each newcomer gets what the server of the tested round sends, trains its own part on it for
+    `epochs` (without a number, the run's local epochs) and keeps its state in the run's folder. The
+    server hears nothing of it: no one else's model changes. Beside it, the yardstick trains as
+    long alone. Raises StoreError for clients that the run has, and for other labels.
+    """
+    folder = open_run(path)
+    prepared = _newcomers(folder, data, epochs)
+    clients = prepared.task.clients
+    with locked(path):
+        progress = folder.progress()
+        if not progress.rounds_done:
+            raise StoreError(f"{path} has nothing to join yet: no round of it is done")
+        lines: list[Line] = []
+        for arm in prepared.parts.arms:
+            at = progress.chosen(arm.column, prepared.parts.settings.rounds.select)
+            carry_out = learner_of(prepared).joining(at)
+            read, write = folder.states(arm.column, at + 1), folder.states(arm.column, at)
+            server = server_of(arm.method, prepared.parts.start, read)
+            for client_id in clients:
+                client = client_of(arm.method, prepared.parts.start, read, client_id)
+                message = arm.method.broadcast(server, client_id)
+                after, _ = drive(arm.method.local(client, message), carry_out, client_id)
+                write.put(f"clients/{client_id}", after)
+            lines += score_clients(prepared, folder, arm, at, clients)
+        joined = {
+            client_id: {**about, "data": str(data), "epochs": _epochs(prepared)}
+            for client_id, about in facts_of(prepared)["clients"].items()
+        }
+        folder.add_facts({"joined": {**folder.facts().get("joined", {}), **joined}})
+    return lines
+
+
+def leave(path: Path, client_id: str) -> None:
+    """Take a client's last upload out of what the server sends, and the client out of the run.
+
+    Its own state stays where it is. Raises StoreError where the method cannot tell what the
+    client has put in. Interrupted, it can be repeated.
+    """
+    folder = open_run(path)
+    require_client(folder, client_id)
+    settings = read_settings(path / "settings.toml")
+    method = settings.method
+    with locked(path):
+        progress = folder.progress()
+        for round_ in kept_rounds(progress, "own"):
+            server = folder.states("own", round_ + 1).get("server", method.server_state)
+            if server is None:
+                continue
+            without = method.without(server, client_id)
+            if without is None:
+                raise StoreError(
+                    f"{method_name(method)} keeps averages, from which no client can be taken out "
+                    f"again: {client_id!r} can only stop, and what it gave fades over the rounds"
+                )
+            folder.states("own", round_).put("server", without)
+        for ledger in (path / "server").glob("*/"):  # the uploads themselves
+            shutil.rmtree(ledger / client_id, ignore_errors=True)
+        folder.add_facts({"left": sorted({*folder.facts().get("left", []), client_id})})
+
+
+def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
+    """The run's settings over the newcomers' data, if they fit together."""
+    settings = read_settings(folder.path / "settings.toml")
+    training = settings.training
+    if epochs is not None:
+        training = replace(training, local_epochs=epochs)
+    settings = replace(settings, data=replace(settings.data, path=data.absolute()))
+    prepared = prepare(replace(settings, training=training))
+    then, now = folder.facts(), facts_of(prepared)
+    if twice := _members(folder) & set(prepared.task.clients):
+        raise StoreError(f"{folder.path} has a client {min(twice)!r} already; rename its files")
+    for part, key, what in (("model", "fingerprint", "base model"), ("data", "labels", "labels")):
+        if then[part][key] != now[part][key]:
+            raise StoreError(
+                f"{data} does not fit {folder.path}: the run's {what} are {then[part][key]!r}, "
+                f"these are {now[part][key]!r}"
+            )
+    return prepared
+
+
+def _members(folder: RunFolder) -> set[str]:
+    facts = folder.facts()
+    return {*facts.get("clients", {}), *facts.get("joined", {})}
+
+
+def _epochs(prepared: Prepared) -> int:
+    return prepared.parts.settings.training.local_epochs

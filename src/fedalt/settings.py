@@ -18,7 +18,7 @@ from fedalt.evaluation import Scoring
 from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.lora import Lora
-from fedalt.models import BUILT_IN, Quantise
+from fedalt.models import BUILT_IN, PACKAGED, Quantise
 from fedalt.training.loop import Training
 
 Table = Mapping[str, Any]
@@ -54,7 +54,7 @@ class DataSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The base model: a folder, a hub id or "tiny"; `targets` are its sites.
+    """The base model: a folder, a hub id, "tiny" or "minilm"; `targets` are its sites.
 
     Without `targets` the sites are those that PEFT adapts by default; "all-linear" are all, and a
     list names endings of module paths. Without `device` a GPU is used where there is one.
@@ -176,7 +176,7 @@ def _rooted(table: Table, root: Path) -> dict[str, Any]:
     for section, key in places:
         part = rooted.get(section)
         value = part.get(key) if isinstance(part, dict) else None
-        if not isinstance(value, str | Path) or str(value) in ("", BUILT_IN):
+        if not isinstance(value, str | Path) or str(value) in ("", BUILT_IN, *PACKAGED):
             continue
         path = Path(os.path.abspath(root / Path(value).expanduser()))  # noqa: PTH100 - keeps links
         if section == "data" or path.is_dir() or str(value).startswith((".", "~")):

@@ -25,6 +25,7 @@ FLOORS = {
     "engine": 5,
     "export": 6,
     "flower": 6,
+    "membership": 6,
     "prepare": 6,
     "report": 6,
     "runs": 6,

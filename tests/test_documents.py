@@ -10,7 +10,7 @@ from commands import call
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-ANSWERS = {"anna": ("yes", "no"), "ben": ("good", "bad")}
+ANSWERS = {"anna": ("yes", "no"), "ben": ("good", "bad"), "cleo": ("true", "false")}
 
 
 def commands_of(text: str) -> list[list[str]]:
@@ -21,9 +21,10 @@ def commands_of(text: str) -> list[list[str]]:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A working folder as the documents assume it: two clients, and one file of both."""
+    """A working folder as the documents assume it: two clients, a newcomer, one file of all."""
     monkeypatch.chdir(tmp_path)
     Path("data").mkdir()
+    Path("newcomers").mkdir()
     whole = []
     for client, answers in ANSWERS.items():
         for split, first, count in (("train", 0, 20), ("test", 100, 4)):
@@ -32,7 +33,8 @@ def here(tmp_path, monkeypatch):
                 for n in range(first, first + count)
             ]
             lines = "".join(json.dumps(record) + "\n" for record in records)
-            Path(f"data/{client}.{split}.jsonl").write_text(lines)
+            folder = "newcomers" if client == "cleo" else "data"
+            Path(f"{folder}/{client}.{split}.jsonl").write_text(lines)
             whole += [{**each, "department": client, "category": each["output"]} for each in records]
     Path("all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in whole))
     return tmp_path
@@ -55,7 +57,7 @@ def test_every_way_to_split_a_file_runs(here, capsys):
     assert len(commands) == 3
     for number, words in enumerate(commands):
         words = [f"clients-{number}" if word == "clients" else word for word in words]
-        # Ten clients of 48 records may lack some: what is tried here is the command.
+        # Ten clients of 72 records may lack some: what is tried here is the command.
         words = ["2" if word in ("8", "10") else word for word in words]
         assert call(*words) == 0, capsys.readouterr().err
         assert (here / f"clients-{number}" / "split.json").exists()

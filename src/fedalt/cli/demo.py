@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 PLAN, TABLE = "demo.json", "table.json"  # what was asked for; there when all is done
 METHODS = ("fedalt", "fedit")  # local only is the yardstick of the first
-ROUNDS = 9
+ROUNDS = 18
+DATA_SEED = 1  # the settings were found on suites of other seeds
 
 
 def demo(
@@ -113,7 +114,7 @@ def _data(folder: Path, plan: dict[str, int]) -> Path:
     data = folder / "data"
     if not (folder / PLAN).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_suite(data)
+        write_suite(data, seed=DATA_SEED)
         atomic_write(folder / PLAN, json.dumps(plan).encode())
     return data
 
@@ -128,9 +129,9 @@ def _settings(data: Path, method: str, seed: int, rounds: int) -> "Settings":
         "method": {"name": method},
         # The base model is a thousandth of what the published defaults are for.
         "model": {"targets": "all-linear"},
-        "training": {"lr": 2e-3, "local_epochs": 2},
+        "training": {"lr": 2e-3},
         # The same round for everyone: on these data the loss chooses rounds with few right answers.
-        "rounds": {"rounds": rounds, "select": "last", "evaluate_every": 3},
+        "rounds": {"rounds": rounds, "select": "last", "evaluate_every": 6},
         "scoring": {"max_new_tokens": 8},
     }
     return settings_of(table, "the demo")

@@ -2,9 +2,9 @@
 
 Every sentence says of a thing that it was good or bad, in one of four codes: words that praise or
 blame, a mark, the colour of a flag, or where it went. The codes mean the same to all tasks, and
-each client's training data lack one of them, which its test data hold: that is what there is to
-share. How an answer is worded is a client's own convention, which no prompt tells: some say "good"
-or "bad", the others "yes" or "no" to the same questions. That is the conflict.
+each client's training data hold hardly any of one of them, of which its test data are full: that
+is what there is to share. How an answer is worded is a client's own convention, which no prompt
+tells: most say "good" or "bad", two say "yes" or "no" to the same questions. That is the conflict.
 """
 
 import random
@@ -43,6 +43,8 @@ WORDINGS: Final[Mapping[str, Mapping[Label, str]]] = {
     "value": {"good": "good", "bad": "bad"},
     "verdict": {"good": "yes", "bad": "no"},
 }
+# So small a part of training data is of the scarce code.
+SCARCE_PART: Final = 16
 # A grammar holds at least so many times the prompts that are drawn from it.
 LEAST_SURPLUS: Final = 20
 
@@ -60,15 +62,14 @@ class SuiteRecord(TypedDict):
 class Task:
     """A form of prompt, a wording of the answers, and a gap.
 
-    `form` has the places {name}, {thing} and {said}; `wording` is one of WORDINGS; `lacks` is the
-    code that training data are without. `noted`: the answer is free text that
-    repeats the thing.
+    `form` has the places {name}, {thing} and {said}; `wording` is one of WORDINGS; `scarce` is the
+    code that training data hardly hold. `noted`: the answer is free text that repeats the thing.
     """
 
     name: str
     form: str
     wording: str
-    lacks: Code
+    scarce: Code
     noted: bool = False
 
     @property
@@ -77,31 +78,31 @@ class Task:
         return NOTED if self.noted else THINGS
 
 
-# Two tasks with one form differ in their wording and their gap alone.
+# Two tasks with one form differ in their gap alone, or in their wording as well.
 _NEWS = "What kind of news?\n{name} said the {thing} {said}."
 _DAY = "How was the day?\n{name} found that the {thing} {said}."
 _SAME = "In one word?\nThe {thing} of {name} {said}."
 _TASKS: Final = (
-    Task("commonsense", _DAY, wording="verdict", lacks="flags"),
+    Task("commonsense", _DAY, wording="verdict", scarce="flags"),
     Task(
         "coreference",
         "What was it like?\n{name} saw the {thing}; it {said}.",
-        wording="verdict",
-        lacks="marks",
+        wording="value",
+        scarce="marks",
     ),
-    Task("inference", _SAME, wording="value", lacks="words"),
-    Task("paraphrase", _SAME, wording="verdict", lacks="moves"),
-    Task("reading", _DAY, wording="value", lacks="moves"),
-    Task("sentiment", _NEWS, wording="value", lacks="marks"),
+    Task("inference", _SAME, wording="value", scarce="words"),
+    Task("paraphrase", _SAME, wording="value", scarce="moves"),
+    Task("reading", _DAY, wording="value", scarce="moves"),
+    Task("sentiment", _NEWS, wording="value", scarce="marks"),
     Task("structure", "Make a note.\n{name}'s {thing} {said}.", "value", "flags", noted=True),
-    Task("topic", _NEWS, wording="verdict", lacks="words"),
+    Task("topic", _NEWS, wording="verdict", scarce="words"),
 )
 _BY_NAME: Final = {task.name: task for task in _TASKS}
 TASKS: Final[tuple[str, ...]] = tuple(_BY_NAME)
 
 
 def generate(
-    task: str, *, seed: int, train: int = 96, validation: int = 40, test: int = 80
+    task: str, *, seed: int, train: int = 96, validation: int = 40, test: int = 160
 ) -> dict[Split, list[SuiteRecord]]:
     """The data of one client; see `generate_clients`."""
     (client,) = generate_clients(task, 1, seed=seed, train=train, validation=validation, test=test)
@@ -113,8 +114,9 @@ def generate_clients(
 ) -> list[dict[Split, list[SuiteRecord]]]:
     """The data of several clients of one task; no prompt occurs twice in all of them together.
 
-    The two labels of a split differ in number by one at most. Training data lack one code;
-    validation and test hold all four. A later client changes nothing in an earlier one.
+    The two labels of a split differ in number by two at most. Of the task's scarce code are one in
+    SCARCE_PART training records and one in four of the others. A later client changes nothing in an
+    earlier one.
     """
     rules = _rules(task)
     sizes: dict[Split, int] = {"train": train, "validation": validation, "test": test}
@@ -122,12 +124,8 @@ def generate_clients(
     taken: set[str] = set()
     return [
         {
-            split: _draw(
-                rules,
-                size,
-                [code for code in CODES if split != "train" or code != rules.lacks],
-                random.Random(seed_of(seed, task, client, split)),
-                taken,
+            split: _records(
+                rules, size, split, random.Random(seed_of(seed, task, client, split)), taken
             )
             for split, size in sizes.items()
         }
@@ -155,6 +153,19 @@ def _check_sizes(task: str, clients: int, sizes: Mapping[Split, int]) -> None:
     wanted, most = clients * sum(sizes.values()), 8 * distinct_prompts(task) // LEAST_SURPLUS
     if wanted > most:
         raise ValueError(f"{wanted} examples of task {task!r}, but at most {most} are drawn")
+
+
+def _records(
+    rules: Task, size: int, split: Split, rng: random.Random, taken: set[str]
+) -> list[SuiteRecord]:
+    if split != "train":
+        return _draw(rules, size, CODES, rng, taken)
+    others = [code for code in CODES if code != rules.scarce]
+    few = size // SCARCE_PART
+    records = _draw(rules, size - few, others, rng, taken)
+    records += _draw(rules, few, [rules.scarce], rng, taken)
+    rng.shuffle(records)
+    return records
 
 
 def _draw(

@@ -14,7 +14,7 @@ def write_suite(
     seed: int = 0,
     train: int = 96,
     validation: int = 40,
-    test: int = 80,
+    test: int = 160,
     clients_per_task: int = 1,
 ) -> None:
     """Write NAME.train.jsonl, NAME.validation.jsonl and NAME.test.jsonl of every client.

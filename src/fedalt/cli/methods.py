@@ -31,4 +31,12 @@ def methods(
 
 
 def _toml(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else f'"{value}"'
+    match value:
+        case bool():
+            return str(value).lower()
+        case str():
+            return f'"{value}"'
+        case None | {}:
+            return "(unset)"
+        case _:
+            return str(value)

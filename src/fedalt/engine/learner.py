@@ -86,7 +86,10 @@ class Learner:
         key = f"moments/{client_id}/{number}"
         carried = states if self.training.carry_optimizer and order.moments is None else None
         if carried is not None:
-            order = replace(order, moments=carried.get(key, Moments) or Moments())
+            moments = carried.get(key, Moments) or Moments()
+            # A method that trains something else than before begins anew.
+            goes_on = moments.first.keys() == order.descending
+            order = replace(order, moments=moments if goes_on else Moments())
         seed = seed_of(self.seed, client_id, round_, number)
         trained = train(self.base, order, examples, self.training, seed=seed, on_step=on_step)
         if carried is not None:

@@ -81,8 +81,7 @@ def train(
     names = sorted(order.train)
     for name in names:
         tree[name].requires_grad_()
-    own = order.step.moves if order.step else None
-    descending = [name for name in names if name.slot != own]
+    descending = sorted(order.descending)
     tensors = [tree[name] for name in descending]
     optimizer = torch.optim.AdamW(
         tensors, lr=training.lr * order.rate, weight_decay=training.weight_decay, fused=True

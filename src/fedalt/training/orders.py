@@ -77,6 +77,12 @@ class Fit:
     penalty: Callable[[Tree], Tensor] | None = None
     step: Step | None = None
 
+    @property
+    def descending(self) -> frozenset[Name]:
+        """The names that AdamW moves: all that train, but for those that the step moves itself."""
+        own = self.step.moves if self.step else None
+        return frozenset(name for name in self.train if name.slot != own)
+
 
 @dataclass(frozen=True)
 class Fitted:

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 import fedalt
-from fedalt.adapters.plan import Mixer, Plan, Slot, Sum, single
+from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, single
 from fedalt.methods.contract import Serving
 from fedalt.models import Base, load_base
 
@@ -26,6 +26,7 @@ PLANS = {
     "mixer": MIXED,
     "fixed sum": Plan(TWO, Sum((0.25, 2.0))),
     "single": single(Slot("shared", 4, 8.0)),
+    "router": Plan((*TWO, Slot("third", 2, 4.0)), Router(1, "code", False), dropout=0.3),
 }
 LABELS = ("no", "maybe", "yes")
 IDS = tiny.tokens(3, 7)

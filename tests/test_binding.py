@@ -11,7 +11,18 @@ from torch.utils.checkpoint import CheckpointError
 from transformers import PreTrainedModel
 
 from fedalt.adapters.layer import AdaptedModel, Noise
-from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Shape, Slot, Sum, single
+from fedalt.adapters.plan import (
+    HEAD,
+    MIXER,
+    ROUTER,
+    Mixer,
+    Plan,
+    Router,
+    Shape,
+    Slot,
+    Sum,
+    single,
+)
 from fedalt.tree import Name, Tree, select
 
 Model = Callable[[], PreTrainedModel]
@@ -91,6 +102,8 @@ def test_a_batch_that_does_not_split_evenly_is_an_error(adapted: AdaptedModel) -
     [
         (lambda: Slot("shared", 0, 8.0), "rank=0 of slot 'shared'"),
         (lambda: Slot(MIXER, 4, 8.0), "cannot be called 'mixer'"),
+        (lambda: Slot(ROUTER, 4, 8.0), "cannot be called 'router'"),
+        (lambda: Plan((Slot("a", 1, 1),), Router(1, "paper", True)), "own=1 of a router over 1"),
         (lambda: Slot(HEAD, 4, 8.0), "cannot be called 'head'"),
         (lambda: Plan((), Mixer()), "at least one slot"),
         (lambda: Plan((Slot("a", 1, 1), Slot("a", 2, 1)), Mixer()), "different names"),
@@ -113,6 +126,9 @@ def test_a_plan_names_what_it_needs() -> None:
         Name("s", MIXER, "G"): (2, 5),
     }
     assert Slot("a", 4, 8.0).scaling == 2.0
+    routed = Plan(FEDALT.slots, Router(0, "paper", True)).shapes({"s": Shape(5, 3)})
+    assert routed[Name("s", ROUTER, "G")] == (3, 5)
+    assert Name("s", MIXER, "G") not in routed
 
 
 # What is restored

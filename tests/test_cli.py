@@ -19,6 +19,7 @@ import fedalt
 from fedalt.cli.progress import Bars, RoundLines
 from fedalt.data import suite
 from fedalt.engine.schedule import Event
+from fedalt.methods import METHODS
 from fedalt.settings import settings_of
 
 
@@ -219,7 +220,15 @@ def test_methods_are_listed(capsys):
     said = capsys.readouterr().out
     assert 'gate = "mixer"' in said
     assert call("methods", "--json") == 0
-    assert set(json.loads(capsys.readouterr().out)) == {"fedalt", "fedit", "local"}
+    assert json.loads(capsys.readouterr().out).keys() == METHODS.keys()
+
+
+def test_a_rank_for_nobody_is_refused_before_the_run(run_flags, tmp_path, capsys):
+    config = tmp_path / "ranks.toml"
+    config.write_text("[method]\nname = 'flexlora'\n[method.ranks]\nanna = 2\n")
+    assert call("run", config, *run_flags, "--method", "flexlora", "--out", tmp_path / "r") == 2
+    assert "[method.ranks] names 'anna', but the clients are a, b" in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
 
 
 def test_tensorboard_without_the_package_is_refused_before_the_run(

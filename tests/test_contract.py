@@ -15,18 +15,23 @@ from federation import (
 )
 
 from fedalt import tree as trees
-from fedalt.adapters.plan import HEAD, MIXER
+from fedalt.adapters.plan import HEAD, MIXER, ROUTER
 from fedalt.engine.in_process import client_of, drive, server_of, servings
 from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedit import FedIT
+from fedalt.methods.fedit_split import FedITSplit
+from fedalt.methods.fedlease import FedLEASE
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
+from fedalt.methods.shared_factors import SharedFactors
+from fedalt.methods.unequal_ranks import UnequalRanks
 from fedalt.settings import method_name
 from fedalt.training.orders import Fit, Search
 
 SMALL = Lora(rank=2, alpha=4, dropout=0.0)
+RANKS = {"a": 1, "b": 3, "z": 1, "y": 3}  # z and y stand for a and b where clients are renamed
 ROWS: dict[str, AnyMethod] = {
     "fedalt": FedALT(lora=SMALL),
     "fedalt, by examples": FedALT(lora=SMALL, weighting="examples"),
@@ -39,6 +44,25 @@ ROWS: dict[str, AnyMethod] = {
     "fedit": FedIT(lora=SMALL),
     "fedit, by examples": FedIT(lora=SMALL, weighting="examples"),
     "local": LocalOnly(lora=SMALL),
+    "fedlease": FedLEASE(lora=SMALL),
+    "fedlease, two experts": FedLEASE(lora=SMALL, warm_up=1),
+    "fedlease, by examples": FedLEASE(lora=SMALL, warm_up=1, weighting="examples", signal="BA"),
+    "fedlease, code": FedLEASE(lora=SMALL, warm_up=1, layout="code", renormalise=False),
+    "fedlease, private router": FedLEASE(lora=SMALL, warm_up=1, share_router=False),
+    "fedlease, one expert": FedLEASE(lora=SMALL, warm_up=1, max_experts=1, share_router=False),
+    "fedlease, warm-up only": FedLEASE(lora=SMALL, warm_up=9),
+    "fedit split": FedITSplit(lora=SMALL),
+    "fedit split, mixer": FedITSplit(lora=SMALL, mixer=True, weighting="examples"),
+    "ffa-lora": SharedFactors(variant="ffa_lora", lora=SMALL),
+    "fedsa-lora": SharedFactors(variant="fedsa_lora", lora=SMALL, weighting="examples"),
+    "rolora": SharedFactors(variant="rolora", lora=SMALL),
+    "flexlora": UnequalRanks(variant="flexlora", lora=SMALL, ranks=RANKS),
+    "flexlora, all in B": UnequalRanks(variant="flexlora", lora=SMALL, ranks=RANKS, split="in_b"),
+    "florist": UnequalRanks(
+        variant="florist", lora=SMALL, ranks=RANKS, tau=0.95, weighting="examples"
+    ),
+    "hetlora mean": UnequalRanks(variant="hetlora_mean", lora=SMALL, ranks=RANKS),
+    "hetlora mean, equal ranks": UnequalRanks(variant="hetlora_mean", lora=SMALL),
 }
 ALL = ("a", "b", "c")
 COHORTS = [ALL, ("a", "c"), ("b",), ALL]
@@ -113,7 +137,9 @@ def test_an_upload_holds_nothing_private(method):
     _, upload = drive(method.local(client, message), pull, "a")
     slots = {name.slot for name in upload.tree}
     assert HEAD not in slots
-    assert getattr(method, "share_mixer", False) or MIXER not in slots
+    averages_mixers = getattr(method, "share_mixer", False) or getattr(method, "mixer", False)
+    assert averages_mixers or MIXER not in slots
+    assert getattr(method, "share_router", False) or ROUTER not in slots
     assert "client" not in upload.facts
 
 

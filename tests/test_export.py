@@ -86,12 +86,17 @@ def test_a_slot_loads_as_plain_lora_and_equals_the_layer_with_that_slot_alone(
     assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
 
 
-def test_the_first_slot_is_exported_unless_another_is_named(tmp_path: Path) -> None:
+def test_the_first_slot_or_a_routers_own_is_exported_unless_another_is_named(
+    tmp_path: Path,
+) -> None:
     base = base_of("llama")
     export_individual(serving_for(base), base, tmp_path / "a")
     export_individual(serving_for(base, PLANS["single"]), base, tmp_path / "b")
     configs = [json.loads((tmp_path / x / "adapter_config.json").read_text()) for x in "ab"]
     assert [(config["r"], config["lora_alpha"]) for config in configs] == [(2, 4), (4, 8)]
+    export_individual(serving_for(base, PLANS["router"]), base, tmp_path / "routed")
+    routed = json.loads((tmp_path / "routed" / "adapter_config.json").read_text())
+    assert (routed["r"], routed["lora_alpha"]) == (3, 1.5)  # its own, not its first
     assert configs[0]["target_modules"] == ["q_proj", "v_proj"]
     assert Path(configs[0]["base_model_name_or_path"]).samefile(base.name)
     with pytest.raises(ValueError, match="no slot 'shared' to export, only individual, rest_of_w"):
@@ -209,6 +214,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), "config.json cannot be re"),
     "plain LoRA": (lambda f: edit(f, peft_type="LORA"), "of PEFT's type 'LORA', but only 'FEDALT'"),
     "no slots": (lambda f: edit(f, slots=[]), "config.json cannot be read: a plan has at least"),
+    "odd router": (lambda f: edit(f, router={"own": 0}), "config.json cannot be read"),
     "odd slot": (lambda f: edit(f, slots=[{"name": "a"}]), "a slot has name, rank and alpha"),
     "no base": (lambda f: edit(f, base_model_name_or_path="/gone"), "cannot load '/gone', the ba"),
     "null base": (lambda f: edit(f, base_model_name_or_path=None), "cannot load None, the base"),

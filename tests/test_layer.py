@@ -21,13 +21,14 @@ from transformers import (
 )
 
 from fedalt.adapters.layer import ALL_LINEAR, AdaptedModel, Noise
-from fedalt.adapters.plan import HEAD, Mixer, Plan, Shape, Slot, single
+from fedalt.adapters.plan import HEAD, Layout, Mixer, Plan, Router, Shape, Slot, single
 from fedalt.tree import Name, Tree, select
 
 Model = Callable[[], PreTrainedModel]
 ONE = single(Slot("shared", 4, 8.0))
 FEDALT = Plan((Slot("individual", 4, 8.0), Slot("rest_of_world", 4, 8.0)), Mixer())
 DROPPED = Plan(FEDALT.slots, Mixer(), dropout=0.5)
+EXPERTS = tuple(Slot(f"expert_{number}", 2 + number, 8.0) for number in range(3))
 each_model = pytest.mark.parametrize("build", tiny.ALL.values(), ids=tiny.ALL)
 each_classifier = pytest.mark.parametrize("build", tiny.CLASSIFIERS.values(), ids=tiny.CLASSIFIERS)
 
@@ -189,6 +190,34 @@ def test_three_clients_in_one_pass_equal_each_alone(build: Model) -> None:
         alone, alone_grads = with_gradients(adapted, FEDALT, tree, ids[rows])
         assert_near(logits[rows], alone)
         assert_trees_near(client_of(grads, client), alone_grads)
+
+
+@pytest.mark.parametrize("router", [Router(1, "paper", True), Router(2, "code", False)])
+@pytest.mark.parametrize("build", [tiny.gpt2, tiny.gpt_neox])
+def test_three_clients_with_routers_in_one_pass_equal_each_alone(
+    build: Model, router: Router
+) -> None:
+    plan = Plan(EXPERTS, router)
+    adapted = AdaptedModel(build().double())
+    each = [random_tree(adapted, plan, seed=seed, dtype=torch.float64) for seed in range(3)]
+    ids = tokens(6, 15)  # so many that every slot is chosen for some
+    logits, grads = with_gradients(adapted, plan, stacked(*each), ids)
+    for client, tree in enumerate(each):
+        rows = slice(2 * client, 2 * client + 2)
+        alone, alone_grads = with_gradients(adapted, plan, tree, ids[rows])
+        assert_near(logits[rows], alone)
+        assert_trees_near(client_of(grads, client), alone_grads)
+
+
+@pytest.mark.parametrize("layout", ["paper", "code"])
+def test_a_router_of_one_expert_is_plain_lora(layout: Layout) -> None:
+    adapted, ids = AdaptedModel(tiny.llama()), tokens(2, 6)
+    plain, routed = single(EXPERTS[0]), Plan(EXPERTS[:1], Router(0, layout, True))
+    tree = random_tree(adapted, routed)
+    logits, grads = with_gradients(adapted, routed, tree, ids)
+    wanted, wanted_grads = with_gradients(adapted, plain, select(tree, "expert_0"), ids)
+    assert_near(logits, wanted)
+    assert_trees_near(select(grads, "expert_0"), wanted_grads)
 
 
 @each_model

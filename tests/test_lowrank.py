@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -11,14 +11,30 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedalt.adapters.lowrank import Combination, add_low_rank
+from fedalt.adapters.plan import Layout, Router
 
 TOKENS, D_IN, D_OUT = 4, 5, 3
+# The slot of each row of a router, by number of slots and layout; its own slot is slot 1.
+MAPS: dict[tuple[int, Layout], list[int]] = {
+    (2, "code"): [0, 1, 1],
+    (3, "paper"): [1, 1, 1, 0, 2],
+    (3, "code"): [0, 1, 2, 1, 1],
+}
+LAYOUTS: tuple[Layout, ...] = ("paper", "code")
+ROUTERS = {
+    f"router, {layout}, {'' if renormalise else 'not '}renormalised": Combination(
+        (2, 1, 3), (1.5, 0.5, 2.0), None, Router(1, layout, renormalise)
+    )
+    for layout in LAYOUTS
+    for renormalise in (True, False)
+}
 PLANS = {
     "one slot": Combination((2,), (1.5,), (1.0,)),
     "sum of two": Combination((2, 3), (1.5, 0.5), (0.25, 2.0)),
     "sum of three": Combination((2, 1, 3), (1.5, 0.5, 2.0), (1.0, -1.0, 0.3)),
     "mixer of two": Combination((2, 3), (1.5, 0.5), None),
     "mixer of three": Combination((2, 1, 3), (1.5, 0.5, 2.0), None),
+    **ROUTERS,
 }
 TWO = PLANS["mixer of two"]
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
@@ -73,13 +89,14 @@ def site_for(plan: Combination, *, clients: int = 1, p: float = 0.0, tokens: int
         drawn = torch.rand(clients, tokens, D_IN, generator=random, dtype=torch.float64)
         keep = (drawn >= p).double() / (1 - p)
         assert 0 < keep.count_nonzero() < keep.numel()
+    rows = 2 * len(plan.ranks) - 1 if plan.router else len(plan.ranks)
     return Site(
         leaf(clients, tokens, D_OUT),
         leaf(clients, tokens, D_IN),
         keep,
         tuple(leaf(clients, rank, D_IN) for rank in plan.ranks),
         tuple(leaf(clients, D_OUT, rank) for rank in plan.ranks),
-        None if plan.weights else leaf(clients, len(plan.ranks), D_IN),
+        None if plan.weights else leaf(clients, rows, D_IN),
     )
 
 
@@ -100,12 +117,26 @@ def formula(site: Site, plan: Combination) -> Tensor:
             else:
                 exponents = [(row @ x).exp() for row in site.g[client]]
                 weights = [exponent / sum(exponents) for exponent in exponents]
+                if plan.router:
+                    weights = routed(weights, plan.router)
             out = site.y[client, token]
             for a, b, scaling, weight in zip(site.a, site.b, plan.scalings, weights, strict=True):
                 out = out + scaling * weight * (b[client] @ (a[client] @ dropped))
             tokens.append(out)
         clients.append(torch.stack(tokens))
     return torch.stack(clients)
+
+
+def routed(rows: list[Tensor], router: Router) -> list[Tensor]:
+    """The weights of the slots from the rows' probabilities, of which the smallest do not count."""
+    slots = (len(rows) + 1) // 2
+    chosen = sorted(rows, key=lambda row: float(row.detach()))[slots - 1 :]
+    whole = sum(chosen) if router.renormalise else 1
+    weights = [torch.zeros((), dtype=torch.float64)] * slots
+    for slot, row in zip(MAPS[slots, router.layout], rows, strict=True):
+        if any(row is each for each in chosen):
+            weights[slot] = weights[slot] + row / whole
+    return weights
 
 
 def some_loss(out: Tensor) -> Tensor:
@@ -121,7 +152,7 @@ def assert_close(got: Sequence[Tensor], wanted: Sequence[Tensor], tolerance: flo
 
 @each_plan
 @with_and_without_dropout
-@pytest.mark.parametrize("clients", [1, 5])
+@pytest.mark.parametrize("clients", [1, 3])
 def test_output_and_all_gradients_equal_the_formula(
     plan: Combination, p: float, clients: int
 ) -> None:
@@ -163,8 +194,11 @@ def test_first_and_second_derivatives_equal_finite_differences(plan: Combination
 
 
 @with_and_without_dropout
-def test_second_derivatives_equal_the_formula_with_frozen_slots(p: float) -> None:
-    site = site_for(TWO, clients=2, p=p)
+@pytest.mark.parametrize("plan", [TWO, *ROUTERS.values()], ids=["mixer", *ROUTERS])
+def test_second_derivatives_equal_the_formula_with_frozen_slots(
+    plan: Combination, p: float
+) -> None:
+    site = site_for(plan, clients=2, p=p)
     for frozen in (site.a[1], site.b[1]):
         frozen.requires_grad_(False)
     leaves = [tensor for tensor in site.inputs if tensor.requires_grad]
@@ -173,10 +207,14 @@ def test_second_derivatives_equal_the_formula_with_frozen_slots(p: float) -> Non
         first = torch.autograd.grad(some_loss(out), leaves, create_graph=True)
         return torch.autograd.grad(torch.cat([part.flatten() ** 3 for part in first]).sum(), leaves)
 
-    assert_close(second(ours(site, TWO)), second(formula(site, TWO)))
+    assert_close(second(ours(site, plan)), second(formula(site, plan)))
 
 
-@pytest.mark.parametrize("plan", [PLANS["sum of two"], TWO], ids=["sum", "mixer"])
+@pytest.mark.parametrize(
+    "plan",
+    [PLANS["sum of two"], TWO, Combination((2, 3), (1.5, 0.5), None, Router(1, "code", True))],
+    ids=["sum", "mixer", "router"],
+)
 def test_every_choice_of_what_trains_gives_exactly_those_gradients(plan: Combination) -> None:
     reference = site_for(plan, clients=2, p=0.5)
     wanted = torch.autograd.grad(some_loss(formula(reference, plan)), reference.inputs)
@@ -224,7 +262,11 @@ def test_the_input_gradient_includes_the_path_through_frozen_slots() -> None:
     assert (without_frozen - site.x.grad).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("plan", [PLANS["sum of three"], PLANS["mixer of three"]])
+@pytest.mark.parametrize(
+    "plan",
+    [PLANS["sum of three"], PLANS["mixer of three"], *ROUTERS.values()],
+    ids=["sum", "mixer", *ROUTERS],
+)
 @pytest.mark.parametrize("frozen", [(), (1,), (0, 2), (0, 1, 2)])
 @pytest.mark.parametrize("mixer_trains", [True, False])
 def test_backward_multiplies_out_no_weight_gradient_of_what_is_frozen(
@@ -244,7 +286,9 @@ def test_backward_multiplies_out_no_weight_gradient_of_what_is_frozen(
     trained = sum(rank for slot, rank in enumerate(plan.ranks) if slot not in frozen)
     per_token = width * D_IN + width * D_OUT + width * D_IN + trained * (D_IN + D_OUT)
     if site.g is not None:  # its logits again, their gradient's way to x, and G's own gradient
-        per_token += (2 + mixer_trains) * len(plan.ranks) * D_IN
+        per_token += (2 + mixer_trains) * site.g.shape[1] * D_IN
+    if plan.router:  # from rows to slots, and back
+        per_token += 2 * 5 * 3
     assert counter.get_total_flops() == 2 * 2 * TOKENS * per_token
 
 
@@ -335,3 +379,90 @@ def test_a_slot_of_scaling_zero_keeps_the_mixer_gradient_finite() -> None:
         torch.autograd.grad(some_loss(ours(site, plan)), site.inputs),
         torch.autograd.grad(some_loss(formula(site, plan)), site.inputs),
     )
+
+
+each_router = pytest.mark.parametrize("plan", ROUTERS.values(), ids=ROUTERS)
+each_layout = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@each_layout
+def test_the_own_slot_has_m_rows_and_every_other_one(layout: Layout) -> None:
+    for slots in range(1, 7):
+        for own in range(slots):
+            rows = Router(own, layout, True).slot_map(slots)
+            assert len(rows) == 2 * slots - 1
+            for slot in range(slots):
+                assert rows.count(slot) == (slots if slot == own else 1)
+            assert all(own in chosen for chosen in combinations(rows, slots))
+    assert [Router(1, layout, True).slot_map(3)] == [tuple(MAPS[3, layout])]
+
+
+@pytest.mark.parametrize(
+    ("renormalise", "wanted"), [(True, (0.597701, 0, 0.402299)), (False, (0.52, 0, 0.35))]
+)
+def test_a_routers_weights_are_those_computed_by_hand(
+    renormalise: bool, wanted: tuple[float, ...]
+) -> None:
+    # Rows 1, 4 and 0 are the largest; rows 0 and 1 are the own slot's, row 4 is that of slot 2.
+    logits = torch.tensor([0.12, 0.40, 0.05, 0.08, 0.35], dtype=torch.float64).log()[None, None]
+    plan = Combination((1,) * 3, (1.0,) * 3, None, Router(0, "paper", renormalise))
+    (found,) = plan.shares(logits, logits)[0]
+    torch.testing.assert_close(found, found.new_tensor(wanted), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
+@pytest.mark.parametrize("own", [0, 1, 2])
+def test_both_layouts_are_one_function_of_permuted_rows(own: int, renormalise: bool) -> None:
+    paper, code = (
+        Combination((2, 1, 3), (1.5, 0.5, 2.0), None, Router(own, layout, renormalise))
+        for layout in LAYOUTS
+    )
+    site = site_for(paper, clients=2)
+    assert site.g is not None
+    # Row 0 of the paper's is an own one, rows 3 and 4 are those of the others in their order.
+    permuted = site.g[:, {0: [0, 3, 4, 1, 2], 1: [3, 0, 4, 1, 2], 2: [3, 4, 0, 1, 2]}[own]]
+    other = Site(site.y, site.x, site.keep, site.a, site.b, permuted)
+    assert_close([ours(other, code)], [ours(site, paper)])
+    assert (ours(site, code) - ours(site, paper)).abs().max() > 0.1
+
+
+@each_layout
+def test_equal_slots_do_not_depend_on_the_router_but_for_what_is_not_chosen(layout: Layout) -> None:
+    renormalised, plain = (
+        Combination((2,) * 3, (1.5,) * 3, None, Router(2, layout, flag)) for flag in (True, False)
+    )
+    site = site_for(renormalised, p=0.5)
+    assert site.g is not None
+    same = Site(site.y, site.x, site.keep, (site.a[0],) * 3, (site.b[0],) * 3, site.g)
+    alone = Site(site.y, site.x, site.keep, site.a[:1], site.b[:1], None)
+    lora = ours(alone, Combination((2,), (1.5,), (1.0,)))
+    assert_close([ours(same, renormalised)], [lora])
+    mass = (site.x @ site.g.mT).softmax(-1).topk(3, -1).values.sum(-1, keepdim=True)
+    assert mass.max() < 0.99
+    assert_close([ours(same, plain)], [site.y + mass * (lora - site.y)])
+
+
+@each_layout
+@pytest.mark.parametrize("renormalise", [True, False])
+def test_a_router_of_one_slot_is_plain_lora(layout: Layout, renormalise: bool) -> None:
+    plan = Combination((2,), (1.5,), None, Router(0, layout, renormalise))
+    site = site_for(plan, p=0.5)
+    alone = Site(site.y, site.x, site.keep, site.a, site.b, None)
+    assert_close([ours(site, plan)], [ours(alone, Combination((2,), (1.5,), (1.0,)))])
+    (gradient,) = torch.autograd.grad(some_loss(ours(site, plan)), [site.g])
+    assert_close([gradient], [torch.zeros_like(gradient)])
+
+
+@each_router
+def test_slots_that_no_token_chose_get_no_gradient(plan: Combination) -> None:
+    assert plan.router is not None
+    site = site_for(plan)
+    x = site.x.detach().clone()
+    x[..., 0] = 1  # so that the first column of G alone can say that the own rows win
+    own = torch.tensor([slot == 1 for slot in MAPS[3, plan.router.layout]])
+    g = torch.zeros(1, 5, D_IN, dtype=torch.float64)
+    g[0, own, 0] = 1
+    won = Site(site.y, x, None, site.a, site.b, g.requires_grad_())
+    a, b = (torch.autograd.grad(some_loss(ours(won, plan)), each) for each in (won.a, won.b))
+    assert [bool(part.any()) for part in a] == [False, True, False]
+    assert [bool(part.any()) for part in b] == [False, True, False]

@@ -24,7 +24,7 @@ from fedalt.data.task import Task
 from fedalt.engine.schedule import Arm
 from fedalt.methods.local import LocalOnly
 from fedalt.models import Base, load_base
-from fedalt.settings import Settings, lora_of, method_name
+from fedalt.settings import Settings, SettingsError, lora_of, method_name, settings_of_method
 from fedalt.training.orders import Fit
 from fedalt.tree import numbers
 
@@ -62,6 +62,7 @@ def prepare(settings: Settings, *, base: Base | None = None) -> Prepared:
     data = open_data(settings.data.path, client_field=settings.data.client_field)
     file = settings.data.template
     template = Template() if file is None else read_template(file)
+    _require_known(settings, data.clients)
     parts = load_parts(settings, data.labels, base)
     task = Task(
         folder=data,
@@ -134,6 +135,16 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
             client: {**counts, "form": forms[client]} for client, counts in prepared.counts.items()
         },
     }
+
+
+def _require_known(settings: Settings, clients: Sequence[str]) -> None:
+    """Whoever a method's settings name is a client: a method cannot tell."""
+    for key in settings_of_method(settings.method):
+        value = getattr(settings.method, key)
+        if isinstance(value, Mapping) and (unknown := value.keys() - set(clients)):
+            raise SettingsError(
+                f"[method.{key}] names {min(unknown)!r}, but the clients are {_some(clients)}"
+            )
 
 
 def _trainable(arm: Arm, start: Start) -> int:

@@ -11,8 +11,8 @@ class Name(NamedTuple):
     """Where a tensor belongs.
 
     `site` is the module path of an adapted layer, `slot` the adapter it is part of, `factor` what
-    it is there: "A" (rank, d_in), "B" (d_out, rank), "G" (slots, d_in) of a mixer, or "weight" and
-    "bias" of a trained head.
+    it is there: "A" (rank, d_in), "B" (d_out, rank), "G" (rows, d_in) of a mixer or a router, or
+    "weight" and "bias" of a trained head.
     """
 
     site: str

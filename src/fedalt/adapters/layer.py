@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.lowrank import Combination, add_low_rank
-from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Shape, Similarity, Sum
+from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Shape, Similarity, Sum
 from fedalt.seeds import generator
 from fedalt.tree import Name, Tree, require_same_names
 
@@ -41,16 +41,17 @@ class _Bound:
     def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """The base layer's output y (batch, ..., d_out) plus what the slots make of x."""
         rows = self._by_client(x)
-        combine = self.plan.combine
+        combine, gate = self.plan.combine, self.plan.gate
         combination = Combination(
             ranks=tuple(slot.rank for slot in self.plan.slots),
             scalings=tuple(slot.scaling for slot in self.plan.slots),
             weights=self._weights(x),
+            router=combine if isinstance(combine, Router) else None,
         )
         factors = (
             [self.tree[Name(site, slot.name, "A")] for slot in self.plan.slots],
             [self.tree[Name(site, slot.name, "B")] for slot in self.plan.slots],
-            self.tree[Name(site, MIXER, "G")] if isinstance(combine, Mixer) else None,
+            None if gate is None else self.tree[Name(site, gate[0], "G")],
         )
         out = add_low_rank(
             y.reshape(self.clients, -1, y.shape[-1]),
@@ -64,7 +65,7 @@ class _Bound:
     def _weights(self, x: Tensor) -> tuple[float, ...] | Tensor | None:
         """Fixed weights: of the slots, or (C, N, slots) where examples differ."""
         match self.plan.combine:
-            case Mixer():
+            case Mixer() | Router():
                 return None
             case Sum(weights):
                 return weights

@@ -4,10 +4,13 @@ With C clients, N tokens each, slots i of rank r_i (R = sum r_i) and inputs x:
 
     h_i = drop(x) A_i^T        w = softmax(x G^T), or fixed        out = y + sum_i s_i w_i h_i B_i^T
 
-All A and the mixer's G lie in one matrix, all B in another. The backward pass is written out
-because autograd, given the joined matrices, would also multiply out weight gradients of frozen
-slots. It recomputes h and w from the inputs instead of keeping them: that costs a matmul of width
-R, keeps nothing per token, and makes it differentiable once more (bilevel methods need that).
+A router's G has more rows than there are slots: of the softmax only the largest entries count, and
+w_i is the sum of those whose row is mapped to slot i.
+
+All A and the G of a mixer or router lie in one matrix, all B in another. The backward pass is
+written out because autograd, given the joined matrices, would also multiply out weight gradients of
+frozen slots. It recomputes h and w from the inputs instead of keeping them: that costs a matmul of
+width R, keeps nothing per token, and makes it differentiable once more (bilevel methods need that).
 """
 
 from collections.abc import Sequence
@@ -17,28 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedalt.adapters.plan import Router
+
 
 @dataclass(frozen=True)
 class Combination:
-    """How slots combine: `scalings` s_i and, unless a mixer decides, fixed `weights` w_i.
+    """How slots combine: `scalings` s_i and, unless logits decide, fixed `weights` w_i.
 
-    As a tensor, fixed weights broadcast to (C, N, slots); they carry no gradient.
+    As a tensor, fixed weights broadcast to (C, N, slots); they carry no gradient. Logits are a
+    mixer's (C, N, slots), or those of the `router` (C, N, 2 slots - 1).
     """
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     weights: tuple[float, ...] | Tensor | None
+    router: Router | None = None
 
     def shares(self, logits: Tensor | None, like: Tensor) -> Tensor:
-        """w_i: (C, N, slots) from the mixer's logits, or as fixed."""
+        """w_i: (C, N, slots) from the logits, or as fixed."""
         if logits is None:
             assert self.weights is not None
             if isinstance(self.weights, Tensor):
                 return self.weights.to(like)
             return like.new_tensor(self.weights)[None, None]
-        # float: the weights of a bf16 row would not sum to 1
-        accurate = logits if logits.dtype == torch.float64 else logits.float()
-        return accurate.softmax(-1).to(like.dtype)
+        if self.router is not None:
+            _, counted = self._choose(self.router, logits)
+            return (counted @ self._mapped(self.router, counted)).to(like.dtype)
+        return _accurate(logits).softmax(-1).to(like.dtype)
 
     def amounts(self, logits: Tensor | None, like: Tensor) -> Tensor:
         """s_i w_i, in the shape of `shares`."""
@@ -57,10 +65,40 @@ class Combination:
         return torch.stack([part.sum(-1) for part in per_row.split(self.ranks, -1)], -1)
 
     def softmax_gradient(self, logits: Tensor, grad_z: Tensor, h: Tensor) -> Tensor:
-        """What the mixer's logits (C, N, slots) get from the gradient of z = s w h (C, N, R)."""
+        """What the logits (C, N, slots or rows) get from the gradient of z = s w h (C, N, R)."""
+        if self.router is not None:
+            soft, counted = (part.to(h.dtype) for part in self._choose(self.router, logits))
+            to_slots = self.to_slots(grad_z * h) * h.new_tensor(self.scalings)
+            pull = (to_slots @ self._mapped(self.router, h).T) * counted
+            return pull - soft * pull.sum(-1, keepdim=True)
         shares = self.shares(logits, h)
         pull = self.to_slots(grad_z * h) * shares * h.new_tensor(self.scalings)
         return pull - shares * pull.sum(-1, keepdim=True)
+
+    def _choose(self, router: Router, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """A softmax over rows, and what counts of it: 0 where a row is not chosen.
+
+        Renormalised weights are the softmax over the chosen rows alone.
+        """
+        logits = _accurate(logits)
+        top = logits.topk(len(self.ranks), -1).indices
+        chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, top, True)
+        if router.renormalise:
+            soft = logits.masked_fill(~chosen, -torch.inf).softmax(-1)
+            return soft, soft
+        soft = logits.softmax(-1)
+        return soft, soft * chosen
+
+    def _mapped(self, router: Router, like: Tensor) -> Tensor:
+        """(rows, slots): 1 where a row is mapped to a slot, else 0."""
+        slots = range(len(self.ranks))
+        rows = router.slot_map(len(slots))
+        return like.new_tensor([[float(slot == mapped) for slot in slots] for mapped in rows])
+
+
+def _accurate(logits: Tensor) -> Tensor:
+    """In float32: the weights of a bf16 row would not sum to 1. float64 stays."""
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def add_low_rank(
@@ -73,7 +111,7 @@ def add_low_rank(
     """Add the slots' mixed output to the base layer's output.
 
     Shapes: y (C, N, d_out), x (C, N, d_in), keep (C, N, d_in) holding 0 or 1/(1-p); factors are
-    the A of each slot (C, r_i, d_in), the B of each (C, d_out, r_i) and G (C, slots, d_in).
+    the A of each slot (C, r_i, d_in), the B of each (C, d_out, r_i) and G (C, slots or rows, d_in).
     Returns (C, N, d_out) in y's dtype. Factors of a higher precision than y are cast for the
     matmuls; their gradients come back in their own.
     """
@@ -85,7 +123,7 @@ def add_low_rank(
 
 
 class _Joined:
-    """The factors side by side: a (C, R, d_in), b (C, d_out, R), g (C, slots, d_in) or None."""
+    """The factors side by side: a (C, R, d_in), b (C, d_out, R), g (C, rows, d_in) or None."""
 
     def __init__(self, factors: Sequence[Tensor], slots: int, dtype: torch.dtype) -> None:
         cast = [factor.to(dtype) for factor in factors]
@@ -94,7 +132,7 @@ class _Joined:
         self.g = cast[2 * slots] if len(cast) > 2 * slots else None
 
     def down(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The dropped input, h (C, N, R) and the mixer's logits (C, N, slots)."""
+        """The dropped input, h (C, N, R) and the logits (C, N, rows of g)."""
         if self.g is None:
             dropped = x if keep is None else x * keep
             return dropped, dropped @ self.a.mT, None

@@ -2,12 +2,15 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from fedalt.tree import Name
 
 MIXER = "mixer"
+ROUTER = "router"
 HEAD = "head"
+
+Layout = Literal["paper", "code"]
 
 
 class Shape(NamedTuple):
@@ -28,7 +31,7 @@ class Slot:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank={self.rank} of slot {self.name!r}, but a rank is at least 1")
-        if self.name in (MIXER, HEAD):
+        if self.name in (MIXER, ROUTER, HEAD):
             raise ValueError(f"a slot cannot be called {self.name!r}")
 
     @property
@@ -64,15 +67,43 @@ class Similarity:
 
 
 @dataclass(frozen=True)
+class Router:
+    """Weigh the M slots' outputs by a sparse choice, token by token, from the site's input.
+
+    Of a softmax over 2M - 1 rows the M largest count, each for the slot it is mapped to. The slot
+    at index `own` has M rows and is chosen for every token; each other slot has one. `renormalise`
+    divides by the chosen rows' sum, else a token's weights sum to less than 1. With one slot the
+    router decides nothing.
+    """
+
+    own: int
+    layout: Layout
+    renormalise: bool
+
+    def slot_map(self, slots: int) -> tuple[int, ...]:
+        """The slot's index of each of the 2 * slots - 1 rows.
+
+        FedLEASE's paper puts the own rows first, then the others in order; its authors' code one
+        row of every slot first, then the other own rows.
+        """
+        every = range(slots)
+        match self.layout:
+            case "paper":
+                return (*(self.own for _ in every), *(slot for slot in every if slot != self.own))
+            case "code":
+                return (*every, *(self.own for _ in every[1:]))
+
+
+@dataclass(frozen=True)
 class Plan:
     """The slots of a site in the order of the mixer's rows, how they combine, and their dropout.
 
     `dropout` is the probability in [0, 1) of zeroing an input element while training; all slots
-    share one mask, the mixer sees the undropped input.
+    share one mask, a mixer or router sees the undropped input.
     """
 
     slots: tuple[Slot, ...]
-    combine: Sum | Mixer | Similarity
+    combine: Sum | Mixer | Router | Similarity
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -85,8 +116,21 @@ class Plan:
             raise ValueError(f"{len(self.combine.weights)} weights for {len(self.slots)} slots")
         if isinstance(self.combine, Similarity) and len(self.slots) != 2:
             raise ValueError(f"similarity weighs two slots, got {len(self.slots)}")
+        if isinstance(self.combine, Router) and not 0 <= self.combine.own < len(self.slots):
+            raise ValueError(f"own={self.combine.own} of a router over {len(self.slots)} slots")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout}, but it is at least 0 and below 1")
+
+    @property
+    def gate(self) -> tuple[str, int] | None:
+        """Slot and number of rows of the tensor G that weighs the slots; None where none does."""
+        match self.combine:
+            case Mixer():
+                return MIXER, len(self.slots)
+            case Router():
+                return ROUTER, 2 * len(self.slots) - 1
+            case Sum() | Similarity():
+                return None
 
     def shapes(self, sites: Mapping[str, Shape]) -> dict[Name, tuple[int, ...]]:
         """Name and shape of every tensor this plan needs on the given sites, heads excluded."""
@@ -95,8 +139,9 @@ class Plan:
             for slot in self.slots:
                 needed[Name(site, slot.name, "A")] = (slot.rank, d_in)
                 needed[Name(site, slot.name, "B")] = (d_out, slot.rank)
-            if isinstance(self.combine, Mixer):
-                needed[Name(site, MIXER, "G")] = (len(self.slots), d_in)
+            if self.gate is not None:
+                slot_of_g, rows = self.gate
+                needed[Name(site, slot_of_g, "G")] = (rows, d_in)
         return needed
 
 

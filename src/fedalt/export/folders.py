@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fedalt.adapters.plan import HEAD, Mixer, Slot, Sum
+from fedalt.adapters.plan import HEAD, Mixer, Router, Slot, Sum
 from fedalt.codec import check_tree
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
 from fedalt.methods.contract import Serving
@@ -28,10 +28,11 @@ BUILT_IN_REFERENCE = f"fedalt:{BUILT_IN}"
 def export_individual(
     serving: Serving, base: Base, folder: Path, *, slot: str | None = None
 ) -> Path:
-    """Write one slot, by default the plan's first, as a LoRA that PEFT loads without fedalt.
+    """Write one slot as a LoRA that PEFT loads without fedalt.
 
-    It computes what the serving does with a mixer fixed to that slot, or with a weight of 1 for
-    it. A classifier's head is included. Raises ValueError, also where the folder holds something.
+    By default that is the plan's first, or the own one of a router. It computes what the serving
+    does with a mixer or router fixed to that slot, or with a weight of 1 for it. A classifier's
+    head is included. Raises ValueError, also where the folder holds something.
     """
     _require_fit(serving, base)
     chosen = _slot(serving, slot)
@@ -57,14 +58,14 @@ def export_individual(
 
 
 def export_personal(serving: Serving, base: Base, folder: Path) -> Path:
-    """Write all slots, mixer, head and the tokenizer: `fedalt.load` and PEFT load the folder.
+    """Write all slots, mixer or router, head and tokenizer: `fedalt.load` and PEFT load the folder.
 
     The base model is not copied; it is named by hub id or absolute path, and the built-in one by
     "fedalt:tiny". Raises ValueError, also where the folder holds something.
     """
     _require_fit(serving, base)
     plan = serving.plan
-    if not isinstance(plan.combine, Sum | Mixer):
+    if not isinstance(plan.combine, Sum | Mixer | Router):
         raise ValueError(
             "this client weighs its adapters anew for every prompt, which no folder can hold; "
             "--what individual writes its own adapter, --column shared the shared part"
@@ -77,6 +78,7 @@ def export_personal(serving: Serving, base: Base, folder: Path) -> Path:
         ),
         slots=[asdict(slot) for slot in plan.slots],
         weights=list(plan.combine.weights) if isinstance(plan.combine, Sum) else None,
+        router=asdict(plan.combine) if isinstance(plan.combine, Router) else None,
         dropout=plan.dropout,
     )
     tensors = {
@@ -98,7 +100,8 @@ def _require_fit(serving: Serving, base: Base) -> None:
 def _slot(serving: Serving, wanted: str | None) -> Slot:
     slots = {slot.name: slot for slot in serving.plan.slots}
     if wanted is None:
-        return serving.plan.slots[0]
+        combine = serving.plan.combine
+        return serving.plan.slots[combine.own if isinstance(combine, Router) else 0]
     if wanted not in slots:
         raise ValueError(f"there is no slot {wanted!r} to export, only {', '.join(slots)}")
     return slots[wanted]

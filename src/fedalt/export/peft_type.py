@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.lowrank import Combination, add_low_rank
-from fedalt.adapters.plan import MIXER, Mixer, Plan, Shape, Slot, Sum
+from fedalt.adapters.plan import Mixer, Plan, Router, Shape, Slot, Sum
 from fedalt.tree import Name
 
 PREFIX = "fedalt_"  # PEFT finds a type's tensors by it
@@ -35,10 +35,10 @@ class Kind(StrEnum):
 class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no usable types
     """What adapter_config.json holds; PEFT itself changes fields of it, so it is not frozen.
 
-    `slots` are mappings of name, rank and alpha. `weights` are those of a fixed sum; without them
-    a mixer decides. `labels` are a classifier's, in the order of its outputs, and `pad_token_id`
-    what it skips to find a text's last token. The fields before all these mean what they mean in
-    PEFT's own LoRA.
+    `slots` are mappings of name, rank and alpha. `weights` are those of a fixed sum, `router` maps
+    the fields of a router to their values; without both a mixer decides. `labels` are a
+    classifier's, in the order of its outputs, and `pad_token_id` what it skips to find a text's
+    last token. The fields before all these mean what they mean in PEFT's own LoRA.
     """
 
     target_modules: list[str] | str | None = None
@@ -46,6 +46,7 @@ class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no 
     modules_to_save: list[str] | None = None
     slots: list[dict[str, Any]] = field(default_factory=list)
     weights: list[float] | None = None
+    router: dict[str, Any] | None = None
     dropout: float = 0.0
     labels: list[str] | None = None
     pad_token_id: int | None = None
@@ -60,7 +61,11 @@ class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no 
         for slot in self.slots:
             if slot.keys() != {"name", "rank", "alpha"}:
                 raise ValueError(f"a slot has name, rank and alpha, but here is {slot}")
-        combine = Mixer() if self.weights is None else Sum(tuple(self.weights))
+        combine: Sum | Mixer | Router = Mixer()
+        if self.router is not None:
+            combine = Router(**self.router)
+        elif self.weights is not None:
+            combine = Sum(tuple(self.weights))
         return Plan(tuple(Slot(**slot) for slot in self.slots), combine, self.dropout)
 
 
@@ -112,11 +117,13 @@ class FedALTLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
 
     def _adapt(self, adapter_name: str, x: Tensor, y: Tensor) -> Tensor:
         plan = self.fedalt_plans[adapter_name]
+        combine, gate = plan.combine, plan.gate
         factors = cast(nn.ParameterDict, self.fedalt_slots[adapter_name])
         combination = Combination(
             ranks=tuple(slot.rank for slot in plan.slots),
             scalings=tuple(slot.scaling for slot in plan.slots),
-            weights=plan.combine.weights if isinstance(plan.combine, Sum) else None,
+            weights=combine.weights if isinstance(combine, Sum) else None,
+            router=combine if isinstance(combine, Router) else None,
         )
 
         def of(slot: str, factor: str) -> Tensor:
@@ -135,7 +142,7 @@ class FedALTLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
             (
                 [of(slot.name, "A") for slot in plan.slots],
                 [of(slot.name, "B") for slot in plan.slots],
-                of(MIXER, "G") if isinstance(plan.combine, Mixer) else None,
+                None if gate is None else of(gate[0], "G"),
             ),
         )
         return out.reshape(y.shape)
@@ -145,12 +152,13 @@ class FedALTLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         safe_merge: bool = False,  # noqa: ARG002 - PEFT's signature
         adapter_names: list[str] | None = None,
     ) -> None:
-        """Refuse: no frozen weight does what a mixer does."""
+        """Refuse: no frozen weight does what a mixer or a router does."""
         wanted = cast(list[str], self.active_adapters) if adapter_names is None else adapter_names
-        mixed = [n for n in wanted if isinstance(self.fedalt_plans[n].combine, Mixer)]
+        mixed = {n: gate for n in wanted if (gate := self.fedalt_plans[n].gate) is not None}
+        first = next(iter(mixed or wanted))
         raise ValueError(
-            f"adapter {(mixed or wanted)[0]!r} cannot be merged into the base model: "
-            + ("its mixer weighs the slots anew for every token; " if mixed else "")
+            f"adapter {first!r} cannot be merged into the base model: "
+            + (f"its {mixed[first][0]} weighs the slots anew for every token; " if mixed else "")
             + "a single slot exported as LoRA can"
         )
 

@@ -5,7 +5,11 @@ from collections.abc import Mapping
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedit import FedIT
+from fedalt.methods.fedit_split import FedITSplit
+from fedalt.methods.fedlease import FedLEASE
 from fedalt.methods.local import LocalOnly
+from fedalt.methods.shared_factors import SharedFactors
+from fedalt.methods.unequal_ranks import UnequalRanks
 
 # Every method with its defaults. Where several are settings of one class, its field `variant`
 # tells them apart, and nothing else sets that.
@@ -13,4 +17,12 @@ METHODS: Mapping[str, AnyMethod] = {
     "fedalt": FedALT(),
     "fedit": FedIT(),
     "local": LocalOnly(),
+    "fedlease": FedLEASE(),
+    "fedit_split": FedITSplit(),
+    "ffa_lora": SharedFactors(variant="ffa_lora"),
+    "fedsa_lora": SharedFactors(variant="fedsa_lora"),
+    "rolora": SharedFactors(variant="rolora"),
+    "flexlora": UnequalRanks(variant="flexlora"),
+    "florist": UnequalRanks(variant="florist", tau=0.95),
+    "hetlora_mean": UnequalRanks(variant="hetlora_mean"),
 }

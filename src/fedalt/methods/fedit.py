@@ -12,14 +12,13 @@ the factors over the clients.
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-import torch
-
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
+from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, add, cast, merge, scale, select
+from fedalt.tree import Tree, merge, select
 
 SHARED = "shared"
 
@@ -68,15 +67,9 @@ class FedIT:
         return Client(select(fitted.tree, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The weighted mean, summed in float64 so that the number of clients costs no precision."""
-        total: Tree = {}
-        weights = 0.0
-        for _, upload in replies:
-            weight = float(upload.facts["weight"])
-            weighed = scale(cast(upload.tree, torch.float64), weight)
-            total = add(total, weighed) if total else weighed
-            weights += weight
-        return Server(cast(scale(total, 1 / weights), torch.float32)) if total else server
+        """The weighted mean of the cohort's adapters."""
+        mean = weighted_mean(replies)
+        return Server(mean) if mean else server
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The averaged adapter is what everyone serves."""

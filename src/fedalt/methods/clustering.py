@@ -1,0 +1,106 @@
+"""Groups of clients, found in what they have trained: distances, average linkage, silhouette."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fedalt.tree import Name, Tree
+
+Signal = Literal["B", "BA"]
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """The cluster of each client, from 0 without gaps, and the silhouettes it was chosen by.
+
+    Clusters are numbered by size, largest first, and those of one size by how near their members
+    are to everyone: what clients are called decides nothing. `silhouettes` are by number of
+    clusters.
+    """
+
+    labels: tuple[int, ...]
+    silhouettes: Mapping[int, float]
+
+    @property
+    def clusters(self) -> int:
+        """How many there are."""
+        return max(self.labels) + 1
+
+
+def distances(adapters: Mapping[str, Tree], signal: Signal) -> Tensor:
+    """Mean over sites of 1 - cosine, for each pair of clients: (N, N), float64, zero diagonal.
+
+    `adapters` are of one rank and one slot, by client. Compared is B as one vector, or the product
+    B A, of which only traces of (rank, rank) matrices are computed. Clients that share no first A
+    have no common basis, and only "BA" can compare them. Raises ValueError where a client's B (or
+    B A) is zero on a site: a zero vector has no direction.
+    """
+    trees = list(adapters.values())
+    outer = [name for name in trees[0] if name.factor == "B"]
+    total = torch.zeros(len(trees), len(trees), dtype=torch.float64)
+    for name in outer:
+        products = _products(trees, name, signal)
+        norms = products.diagonal().sqrt()
+        if not norms.all():
+            client_id = list(adapters)[int((norms == 0).nonzero()[0])]
+            raise ValueError(
+                f"{signal} of client {client_id!r} is zero on {name.site}: it was not trained, "
+                "and by its direction no group can be found for the client"
+            )
+        total += 1 - products / norms.outer(norms)
+    return (total / len(outer)).clamp_min(0).fill_diagonal_(0)
+
+
+def cluster(far: Tensor, most: int, least_silhouette: float | None = None) -> Clustering:
+    """Average-linkage clusters, of 2 to `most` those with the best silhouette, first of equals.
+
+    `far` (N, N) are distances. All clients are one cluster where there are fewer than three, where
+    `most` is 1, or where the best silhouette is below `least_silhouette`: a silhouette itself
+    cannot say that there is one cluster.
+    """
+    from sklearn.cluster import AgglomerativeClustering  # takes a second to import
+    from sklearn.metrics import silhouette_score
+
+    clients = len(far)
+    found: dict[int, list[int]] = {}
+    silhouettes: dict[int, float] = {}
+    for clusters in range(2, min(most, clients - 1) + 1):
+        linkage = AgglomerativeClustering(clusters, metric="precomputed", linkage="average")
+        found[clusters] = linkage.fit_predict(far.numpy()).tolist()
+        silhouettes[clusters] = float(
+            silhouette_score(far.numpy(), found[clusters], metric="precomputed")
+        )
+    best = max(silhouettes, key=lambda clusters: silhouettes[clusters], default=1)
+    if best == 1 or (least_silhouette is not None and silhouettes[best] < least_silhouette):
+        return Clustering((0,) * clients, silhouettes)
+    return Clustering(_numbered(found[best], far), silhouettes)
+
+
+def _numbered(labels: Sequence[int], far: Tensor) -> tuple[int, ...]:
+    """The labels, given anew in an order that depends on sizes and distances alone."""
+
+    def rank(label: int) -> tuple[int, float]:
+        members = [index for index, each in enumerate(labels) if each == label]
+        return -len(members), float(far[members].sum())
+
+    order = sorted(dict.fromkeys(labels), key=rank)
+    return tuple(order.index(label) for label in labels)
+
+
+def _products(trees: Sequence[Tree], outer: Name, signal: Signal) -> Tensor:
+    """Inner products of all clients' B, or B A, on one site: (N, N), float64.
+
+    <B_i A_i, B_j A_j> = tr(A_i A_j^T B_j^T B_i): two (rank, rank) blocks, multiplied and summed.
+    """
+    b = torch.stack([tree[outer].double() for tree in trees])
+    if signal == "B":
+        flat = b.flatten(1)
+        return flat @ flat.T
+    a = torch.stack([tree[outer._replace(factor="A")].double() for tree in trees])
+    count, rank, _ = a.shape
+    columns, rows = b.mT.flatten(0, 1), a.flatten(0, 1)
+    blocks = (columns @ columns.T) * (rows @ rows.T)
+    return blocks.reshape(count, rank, count, rank).sum((1, 3))

@@ -35,7 +35,8 @@ def here(tmp_path, monkeypatch):
             lines = "".join(json.dumps(record) + "\n" for record in records)
             folder = "newcomers" if client == "cleo" else "data"
             Path(f"{folder}/{client}.{split}.jsonl").write_text(lines)
-            whole += [{**each, "department": client, "category": each["output"]} for each in records]
+            columns = {"department": client}
+            whole += [{**each, **columns, "category": each["output"]} for each in records]
     Path("all.jsonl").write_text("".join(json.dumps(record) + "\n" for record in whole))
     return tmp_path
 

@@ -81,9 +81,11 @@ def simulate(
     return states, costs
 
 
-def served(method: AnyMethod, states: MemoryStates, clients: Sequence[str]) -> dict[str, Serving]:
+def served(
+    method: AnyMethod, states: MemoryStates, clients: Sequence[str], train: Any = pull
+) -> dict[str, Serving]:
     """What every client would serve."""
-    return {each: servings(method, START, states, each, pull)[0] for each in clients}
+    return {each: servings(method, START, states, each, train)[0] for each in clients}
 
 
 def trees_of(value: object) -> Tree:
@@ -95,10 +97,13 @@ def trees_of(value: object) -> Tree:
 def assert_same_servings(
     left: Mapping[str, Serving], right: Mapping[str, Serving], tolerance: float = 0.0
 ) -> None:
-    """Equal plans and trees, bit for bit unless a tolerance is given."""
+    """Equal plans, references and trees, the trees bit for bit unless a tolerance is given."""
     assert left.keys() == right.keys()
     for client_id in left:
         assert left[client_id].plan == right[client_id].plan
+        ours, theirs = left[client_id].references, right[client_id].references
+        assert (ours is None) == (theirs is None)
+        assert ours is None or torch.equal(ours, theirs)
         trees.require_same_names(left[client_id].tree, right[client_id].tree, client_id)
         for name, tensor in left[client_id].tree.items():
             torch.testing.assert_close(

@@ -19,7 +19,9 @@ from fedalt.adapters.plan import HEAD, MIXER, ROUTER
 from fedalt.engine.in_process import client_of, drive, server_of, servings
 from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
+from fedalt.methods.fdlora import FDLoRA
 from fedalt.methods.fedalt import FedALT
+from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedlease import FedLEASE
@@ -63,6 +65,12 @@ ROWS: dict[str, AnyMethod] = {
     ),
     "hetlora mean": UnequalRanks(variant="hetlora_mean", lora=SMALL, ranks=RANKS),
     "hetlora mean, equal ranks": UnequalRanks(variant="hetlora_mean", lora=SMALL),
+    "feddpa": FedDPA(lora=SMALL),
+    "feddpa, tail": FedDPA(lora=SMALL, schedule="F", weighting="examples"),
+    "feddpa, on shared": FedDPA(lora=SMALL, similarity_on="shared"),
+    "fdlora": FDLoRA(lora=SMALL),
+    "fdlora, heavy ball": FDLoRA(lora=SMALL, outer="heavy_ball", weighting="examples"),
+    "fdlora, sync": FDLoRA(lora=SMALL, sync_every=2, carry_inner=False),
 }
 ALL = ("a", "b", "c")
 COHORTS = [ALL, ("a", "c"), ("b",), ALL]
@@ -94,12 +102,13 @@ def test_the_order_of_the_clients_changes_nothing(method):
     names = {"a": "z", "b": "y", "c": "x"}
     back = {new: old for old, new in names.items()}
     straight, _ = simulate(method, COHORTS)
-    renamed, _ = simulate(
-        method,
-        [[names[client] for client in cohort] for cohort in COHORTS],
-        train=lambda client, number, order: pull(back[client], number, order),
-    )
-    found = served(method, renamed, list(back))
+
+    def as_before(client, number, order):
+        return pull(back[client], number, order)
+
+    cohorts = [[names[client] for client in cohort] for cohort in COHORTS]
+    renamed, _ = simulate(method, cohorts, train=as_before)
+    found = served(method, renamed, list(back), as_before)
     if getattr(method, "shared_start", True):  # else a client's name draws its start
         expected = served(method, straight, ALL)
         assert_same_servings(expected, {back[new]: found[new] for new in found}, 1e-5)
@@ -113,8 +122,9 @@ def test_only_declared_tensors_are_ordered_to_train_and_plans_fit_their_trees(me
         orders.append(order)
         return pull(client_id, number, order)
 
-    simulate(method, COHORTS, train=watch)
+    states, _ = simulate(method, COHORTS, train=watch)
     assert orders
+    served(method, states, ALL, watch)
     for order in orders:
         if isinstance(order, Search):
             bound = order.tree_of(order.start)

@@ -23,6 +23,7 @@ FLOORS = {
     "methods": 4,
     "evaluation": 5,
     "engine": 5,
+    "comparison": 6,
     "export": 6,
     "flower": 6,
     "membership": 6,
@@ -31,6 +32,7 @@ FLOORS = {
     "runs": 6,
     "settings": 6,
     "store": 6,
+    "tuning": 6,
     "cli": 7,
     "__main__": 7,
     "": 8,  # the package's own __init__: it may offer anything, and nothing here may import it

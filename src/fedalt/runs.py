@@ -96,7 +96,8 @@ def is_finished(path: Path) -> bool:
     settings = read_settings(path / "settings.toml")
     with locked(path):
         progress = folder.progress()
-    return progress.tested and progress.rounds_done >= settings.rounds.rounds
+    tested = progress.tested or not settings.rounds.test
+    return tested and progress.rounds_done >= settings.rounds.rounds
 
 
 def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:

@@ -97,7 +97,7 @@ def read_settings(file: Path | None, flags: Table | None = None) -> Settings:
     `flags` is a table like the file's. Paths are relative to the file's folder, those of flags to
     the current one. Raises SettingsError.
     """
-    table = {} if file is None else _rooted(_parse(file), file.parent)
+    table = {} if file is None else read_table(file)
     flags = _rooted(flags or {}, Path())
     merged = dict(table)
     for key, value in flags.items():
@@ -105,6 +105,11 @@ def read_settings(file: Path | None, flags: Table | None = None) -> Settings:
         merged[key] = {**below, **value} if isinstance(value, dict) and _is_table(below) else value
     sources = ([str(file)] if file else []) + (["the command line"] if flags else [])
     return settings_of(merged, " and ".join(sources) or "the settings")
+
+
+def read_table(file: Path) -> dict[str, Any]:
+    """What a file of settings says, unchecked, with its relative paths made absolute."""
+    return _rooted(_parse(file), file.parent)
 
 
 def settings_of(table: Table, source: str) -> Settings:
@@ -172,6 +177,8 @@ def _parse(file: Path) -> dict[str, Any]:
 def _rooted(table: Table, root: Path) -> dict[str, Any]:
     """The table with paths relative to `root` made absolute; a hub id is no path."""
     rooted = {key: dict(value) if _is_table(value) else value for key, value in table.items()}
+    if isinstance(methods := table.get("methods"), list):  # a comparison's, each like a table
+        rooted["methods"] = [_rooted(each, root) if _is_table(each) else each for each in methods]
     places = (("data", "path"), ("data", "template"), ("model", "name"))
     for section, key in places:
         part = rooted.get(section)

@@ -155,6 +155,11 @@ class RunFolder:
         whole = record.read_bytes()[: self._progress()["record_bytes"]]
         return [json.loads(line) for line in whole.decode().splitlines()]
 
+    def best_loss(self) -> float | None:
+        """The lowest mean validation loss of the method asked for, if any was measured."""
+        best = self._progress()["best"].get("own")
+        return None if best is None else float(best[1])
+
     def rounds_done(self) -> int:
         """How many rounds are committed; unlike `progress` safe while another process writes."""
         done: int = self._progress()["rounds_done"]

@@ -9,6 +9,7 @@ import typer
 
 from fedalt.cli.again import evaluate, resume
 from fedalt.cli.client import export, generate
+from fedalt.cli.compare import compare, tune
 from fedalt.cli.data import app as data
 from fedalt.cli.demo import demo
 from fedalt.cli.faults import report
@@ -24,7 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, run, resume, evaluate, generate, export, join, leave):
+for command in (demo, run, resume, evaluate, generate, export, join, leave, compare, tune):
     app.command()(command)
 app.add_typer(data, name="data")
 app.command()(methods)

@@ -95,6 +95,10 @@ def run(
     select: Annotated[
         str | None, _option("Round to test: 'best' or 'last'.", SCORING, "--select", "best")
     ] = None,
+    test: Annotated[
+        bool | None,
+        _option("Score the test data after the last round.", SCORING, "--test/--no-test", "yes"),
+    ] = None,
     eval_batch_size: Annotated[
         int | None, _option("Examples scored at once.", SCORING, "--eval-batch-size", "32")
     ] = None,
@@ -158,6 +162,7 @@ def run(
             "participation": participation,
             "evaluate_every": evaluate_every,
             "select": select,
+            "test": test,
         },
         "scoring": {
             "batch_size": eval_batch_size,
@@ -175,7 +180,8 @@ def run(
     introduce(prepared, out, quiet=quiet)
     new_run(prepared, out)
     train(prepared, out, tensorboard=tensorboard, quiet=quiet)
-    show_run(out, as_json=as_json, quiet=quiet)
+    split = "test" if settings.rounds.test else "validation"
+    show_run(out, split=split, as_json=as_json, quiet=quiet)
 
 
 def _names(text: str | None) -> list[str] | str | None:

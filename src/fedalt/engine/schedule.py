@@ -32,12 +32,14 @@ class Schedule:
     `participation` in (0, 1]: the share of the clients in a round's cohort, drawn anew each round.
     Validation data is scored every `evaluate_every` rounds and after the last one; with
     `select="best"` the round with the lowest mean validation loss is the one that is tested.
+    Without `test` the test data are never read.
     """
 
     rounds: int = 20
     participation: float = 1.0
     evaluate_every: int = 1
     select: Literal["best", "last"] = "best"
+    test: bool = True
 
     def __post_init__(self) -> None:
         for name in ("rounds", "evaluate_every"):
@@ -130,7 +132,7 @@ class Run:
         progress = self.journal.progress()
         for round_ in range(progress.rounds_done, self.schedule.rounds):
             progress = self._round(progress, round_)
-        if not progress.tested:
+        if self.schedule.test and not progress.tested:
             for arm in self.arms:
                 at = progress.chosen(arm.column, self.schedule.select)
                 self.score(arm, at, "test", whole=True)

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 
 from fedalt.methods.contract import AnyMethod
+from fedalt.methods.fdlora import FDLoRA
 from fedalt.methods.fedalt import FedALT
+from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedlease import FedLEASE
@@ -25,4 +27,6 @@ METHODS: Mapping[str, AnyMethod] = {
     "flexlora": UnequalRanks(variant="flexlora"),
     "florist": UnequalRanks(variant="florist", tau=0.95),
     "hetlora_mean": UnequalRanks(variant="hetlora_mean"),
+    "feddpa": FedDPA(),
+    "fdlora": FDLoRA(),
 }

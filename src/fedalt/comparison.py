@@ -1,0 +1,215 @@
+"""Several methods under one budget: each method and seed is a run of its own, none runs twice."""
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fedalt.runs import is_finished
+from fedalt.settings import Settings, SettingsError, read_table, settings_of, to_toml
+from fedalt.store import StoreError, open_run
+
+_OVERRIDES = ("data", "model", "training", "rounds", "scoring")
+_LABEL = re.compile(r"[\w][\w .,=+()-]*")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a comparison: a method with all its settings, but for the seed."""
+
+    label: str
+    settings: Settings
+
+    @property
+    def folder(self) -> str:
+        """The label as a name of a folder."""
+        return re.sub(r"[^\w.=+-]+", "-", self.label).strip("-").lower()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a comparison and its place."""
+
+    entry: Entry
+    seed: int
+    path: Path
+
+    @property
+    def settings(self) -> Settings:
+        """The entry's settings with this seed; the yardstick is a method of its own here."""
+        return replace(self.entry.settings, seed=self.seed, yardstick=False)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took: numbers, bytes per client and round, seconds of training, peak bytes."""
+
+    trainable_numbers: int
+    upload_bytes: float
+    download_bytes: float
+    seconds: float
+    peak_memory_bytes: int
+
+
+def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
+    """The methods and the seeds of a comparison's file; everything is checked. SettingsError."""
+    table = read_table(file)
+    seeds = table.pop("seeds", [0])
+    if not _are_seeds(seeds):
+        raise SettingsError(f"{file}: seeds: expected a list of different whole numbers")
+    listed = table.pop("methods", None)
+    if not isinstance(listed, list) or not listed or not all(isinstance(e, dict) for e in listed):
+        raise SettingsError(f"{file}: expected at least one [[methods]] with a name")
+    for key in ("method", "seed", "yardstick"):
+        if key in table:
+            raise SettingsError(
+                f"{file}: {key!r} belongs to a single run; see [[methods]] and seeds"
+            )
+    entries = tuple(
+        _entry(table, each, f"{file}: [[methods]] {n}") for n, each in enumerate(listed, 1)
+    )
+    for at, entry in enumerate(entries):
+        if entry.folder in (other.folder for other in entries[:at]):
+            raise SettingsError(f"{file}: two methods are called {entry.label!r}; give one a label")
+    return entries, tuple(seeds)
+
+
+def jobs_of(entries: Sequence[Entry], seeds: Sequence[int], out: Path) -> list[Job]:
+    """All runs, seed by seed, so that a comparison that is stopped has whole seeds."""
+    return [
+        Job(entry, seed, out / entry.folder / f"seed-{seed}") for seed in seeds for entry in entries
+    ]
+
+
+def require_same(jobs: Sequence[Job]) -> None:
+    """Refuse runs that are there already with other settings. StoreError."""
+    for job in jobs:
+        if not (job.path / "run.json").exists():
+            continue
+        then = read_table(job.path / "settings.toml")
+        now = settings_table(job.settings)
+        for section in sorted({*then, *now}):
+            if then.get(section) != now.get(section):
+                raise StoreError(
+                    f"{job.path} was run with other settings: [{section}] was "
+                    f"{then.get(section)}, but is {now.get(section)} now; take another --out"
+                )
+
+
+def settings_table(settings: Settings) -> dict[str, Any]:
+    """Settings as the table that their file holds."""
+    return tomllib.loads(to_toml(settings))
+
+
+def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, str | None], None, None]:
+    """Bring every run to its end, so many at a time; each as it ends, with what went wrong.
+
+    Every run is a process of its own with its share of the cores. Closing the iterator, as an
+    interrupt does, stops the processes where `fedalt resume` takes up again.
+    """
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    running: list[subprocess.Popen[bytes]] = []
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = {pool.submit(_run, job, threads, running.append): job for job in jobs}
+        try:
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield waiting.pop(future), future.result()
+        finally:
+            for future in waiting:
+                future.cancel()
+            for process in running:
+                if process.poll() is None:
+                    process.terminate()
+
+
+def default_workers(jobs: Sequence[Job]) -> int:
+    """One run per core, or a single one where they share a GPU; however many are left to do.
+
+    The number of threads a run gets is part of what its bits depend on.
+    """
+    wanted = {job.settings.model.device for job in jobs}
+    on_gpu = wanted != {"cpu"} and torch.cuda.is_available()
+    return 1 if on_gpu else os.cpu_count() or 1
+
+
+def cost_of(path: Path) -> Cost:
+    """What a finished run took."""
+    folder = open_run(path)
+    lines = folder.lines()
+    trained = [line for line in lines if line["kind"] == "train"]
+    return Cost(
+        trainable_numbers=folder.facts()["trainable_numbers"]["own"],
+        upload_bytes=fmean(line["upload_bytes"] for line in trained),
+        download_bytes=fmean(line["download_bytes"] for line in trained),
+        seconds=sum(line["seconds"] for line in trained),
+        peak_memory_bytes=max(
+            line["peak_memory_bytes"] for line in lines if line["kind"] == "round"
+        ),
+    )
+
+
+def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], None]) -> str | None:
+    """One run to its end; its last words if it did not get there."""
+    words = ["resume", str(job.path)]
+    if not (job.path / "run.json").exists():
+        config = job.path.with_suffix(".toml")
+        config.parent.mkdir(parents=True, exist_ok=True)
+        config.write_text(to_toml(job.settings))
+        words = ["run", str(config), "--out", str(job.path)]
+    elif is_finished(job.path):
+        return None
+    limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
+    log = job.path.with_suffix(".log")
+    with log.open("ab") as file:
+        process = subprocess.Popen(  # noqa: S603 - our own command
+            [sys.executable, "-m", "fedalt", *words],
+            stdout=file,
+            stderr=file,
+            env={**os.environ, **limits},
+        )
+        started(process)
+        code = process.wait()
+    if code == 0:
+        return None
+    said = log.read_text(errors="replace").strip().splitlines()
+    faults = [line for line in said if line.startswith("error:")]
+    return (faults or said or [f"exit code {code}"])[-1]
+
+
+def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> Entry:
+    """A method's own table over the common one."""
+    table = dict(common)
+    for section in _OVERRIDES:
+        if section in given:
+            if not isinstance(given[section], dict):
+                raise SettingsError(f"{place}: [methods.{section}]: expected a section")
+            table[section] = {**common.get(section, {}), **given[section]}
+    method = {key: value for key, value in given.items() if key not in (*_OVERRIDES, "label")}
+    if "name" not in method:
+        raise SettingsError(f"{place}: name is missing")
+    label = given.get("label", method["name"])
+    if not isinstance(label, str) or not _LABEL.fullmatch(label):
+        raise SettingsError(
+            f"{place}: label: expected letters, digits and plain signs, got {label!r}"
+        )
+    return Entry(label, settings_of({**table, "method": method}, place))
+
+
+def _are_seeds(seeds: object) -> bool:
+    return (
+        isinstance(seeds, list)
+        and bool(seeds)
+        and all(type(seed) is int for seed in seeds)
+        and len(set(seeds)) == len(seeds)
+    )

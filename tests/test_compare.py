@@ -1,0 +1,199 @@
+"""Comparisons and tuning: real runs of a tiny model, and tables checked by hand."""
+
+import json
+import shutil
+import tomllib
+
+import pytest
+from commands import call
+from runs_for_tests import adapters_of, save_model, write_clients
+
+from fedalt.comparison import jobs_of, read_comparison
+from fedalt.report.comparison import beats, grid_csv, grid_markdown, grid_of
+from fedalt.report.table import joined
+from fedalt.settings import SettingsError
+from fedalt.store import open_run
+
+FILE = """
+seeds = [0, 1]
+[data]
+path = "data"
+max_length = 60
+validation = 0.2
+[model]
+name = "model"
+device = "cpu"
+[training]
+lr = 1e-2
+batch_size = 4
+[rounds]
+rounds = 1
+[scoring]
+max_new_tokens = 4
+[[methods]]
+name = "fedalt"
+rank = 2
+[[methods]]
+name = "ffa_lora"
+label = "FFA-LoRA, faster"
+rank = 2
+[methods.training]
+lr = 3e-2
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A comparison that has been run, and its file."""
+    place = tmp_path_factory.mktemp("comparison")
+    save_model(place / "model")
+    write_clients(place / "data", clients=("a", "b"))
+    (place / "methods.toml").write_text(FILE)
+    assert call("compare", place / "methods.toml", "--out", place / "out", "--quiet") == 0
+    return place
+
+
+def test_every_method_and_seed_is_a_run_with_its_own_settings(place):
+    for seed in (0, 1):
+        run = place / "out" / "ffa-lora-faster" / f"seed-{seed}"
+        settings = tomllib.loads((run / "settings.toml").read_text())
+        assert settings["seed"] == seed
+        assert settings["yardstick"] is False
+        assert settings["method"]["name"] == "ffa_lora"
+        assert settings["training"] == {**settings["training"], "lr": 3e-2, "batch_size": 4}
+    assert (place / "out" / "fedalt" / "seed-1" / "run.json").exists()
+
+
+def test_results_hold_a_line_for_every_method_seed_client_and_metric(place):
+    text = (place / "out" / "results.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    scores = {(e["method"], e["seed"], e["client"], e["metric"]): e for e in lines if "client" in e}
+    assert {key[:3] for key in scores} == {
+        (method, seed, client)
+        for method in ("fedalt", "FFA-LoRA, faster")
+        for seed in (0, 1)
+        for client in "ab"
+    }
+    run = open_run(place / "out" / "fedalt" / "seed-1")
+    (own,) = (
+        line["metrics"]
+        for line in run.lines()
+        if line["kind"] == "score" and line["split"] == "test"
+        if (line["client"], line["column"]) == ("b", "own")
+    )
+    assert scores["fedalt", 1, "b", "loss"]["value"] == own["loss"]
+    costs = {(e["method"], e["seed"]): e for e in lines if "client" not in e}
+    assert costs["fedalt", 0]["upload_bytes"] > costs["FFA-LoRA, faster", 0]["upload_bytes"] > 0
+
+
+def test_the_table_states_the_budget_and_who_differs(place):
+    text = (place / "out" / "table.md").read_text()
+    assert "rounds 1, local epochs 1, batch size 4, learning rate 0.01, rank 2" in text
+    assert "FFA-LoRA, faster: learning rate 0.03." in text
+    assert "| method | a | b | mean | worst client | trainable |" in text
+
+
+def test_a_comparison_goes_on_where_it_was_and_repeats_nothing(place, capsys):
+    out = place / "again"
+    shutil.copytree(place / "out", out)
+    shutil.rmtree(out / "fedalt" / "seed-1")
+    before = adapters_of(out)
+    assert call("compare", place / "methods.toml", "--out", out) == 0
+    assert "4 runs, 3 finished" in capsys.readouterr().err
+    after = adapters_of(out)
+    assert {key: after[key] for key in before} == before
+    whole = {k: v for k, v in adapters_of(place / "out").items() if k.startswith("fedalt/seed-1")}
+    assert whole.items() <= after.items()  # the run once more gives the same bits
+
+
+def test_other_settings_for_runs_that_are_there_are_refused(place, capsys):
+    other = place / "other.toml"
+    other.write_text(FILE.replace("rounds = 1", "rounds = 2"))
+    assert call("compare", other, "--out", place / "out") == 2
+    assert "was run with other settings: [rounds] was" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_is_named_and_the_others_end(place, capsys):
+    file = place / "failing.toml"
+    file.write_text(FILE.replace("seeds = [0, 1]", "seeds = [0]").replace("3e-2", "1e30"))
+    assert call("compare", file, "--out", place / "failing") == 1
+    said = capsys.readouterr()
+    assert "FFA-LoRA, faster, seed 0: error: client 'a', round 0: the loss became" in said.err
+    assert "fedalt" in said.out
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('name = "ffa_lora"', 'name = "fa_lora"', r"\[\[methods\]\] 2.*no method 'fa_lora'"),
+        ('label = "FFA-LoRA, faster"', 'label = "fedalt"', "two methods are called 'fedalt'"),
+        ('label = "FFA-LoRA, faster"', "rnak = 3", r"\[\[methods\]\] 2.*unknown key 'rnak'"),
+        ("seeds = [0, 1]", "seeds = [0, 0]", "seeds: expected a list of different whole numbers"),
+        ("[[methods]]", "[[others]]", "expected at least one"),
+        ("[rounds]", "[method]", "'method' belongs to a single run"),
+    ],
+)
+def test_mistakes_are_found_before_anything_runs(place, old, new, complaint):
+    file = place / "wrong.toml"
+    file.write_text(FILE.replace(old, new))
+    with pytest.raises(SettingsError, match=complaint):
+        read_comparison(file)
+
+
+def test_tuning_reads_no_test_data_and_writes_a_file_to_compare_with(place, capsys):
+    out = place / "tune"
+    words = ("--lr", "1e-2,1e-5", "--rank", "1,2", "--out", out)
+    assert call("tune", place / "methods.toml", *words) == 0
+    assert "chosen at the edge of what was tried" in capsys.readouterr().err
+    trials = [json.loads(line) for line in (out / "tune.jsonl").read_text().splitlines()]
+    assert len(trials) == 8
+    for record in out.rglob("rounds.jsonl"):
+        assert '"test"' not in record.read_text()
+    entries, _ = read_comparison(out / "tuned.toml")
+    for entry in entries:
+        best = min(
+            (each for each in trials if each["method"] == entry.label),
+            key=lambda each: each["validation_loss"],
+        )
+        assert entry.settings.training.lr == best["lr"]
+        assert entry.settings.method.lora.rank == best["rank"]
+    assert jobs_of(entries, (0,), out)[0].settings.rounds.test
+
+
+def scored(*rows: dict[str, float]):
+    return [{name: {"accuracy": value} for name, value in row.items()} for row in rows]
+
+
+def test_the_best_is_bold_only_where_a_paired_test_supports_it():
+    clients = "abcdef"
+    close = joined(
+        {
+            "x": scored({c: 0.5 + 0.1 * (i % 2) for i, c in enumerate(clients)}),
+            "y": scored({c: 0.5 + 0.1 * ((i + 1) % 2) for i, c in enumerate(clients)}),
+        }
+    )
+    assert "**" not in grid_markdown(grid_of(close), {}, ())
+    clear = joined(
+        {
+            "x": scored({c: 0.5 + 0.01 * i for i, c in enumerate(clients)}),
+            "y": scored({c: 0.6 + 0.02 * i for i, c in enumerate(clients)}),
+        }
+    )
+    grid = grid_of(clear)
+    assert [cell.bold for cell in grid.rows["y"]] == [False] * 6 + [True, False]
+    assert "**65.0**" in grid_markdown(grid, {}, ())
+    assert "y,mean,65.0" in grid_csv(grid)
+
+
+def test_six_pairs_all_in_one_direction_are_the_fewest_that_tell():
+    assert beats((2.0, 3.1, 4.2, 5.3, 6.4, 7.5), (1.0,) * 6)
+    assert not beats((2.0, 3.1, 4.2, 5.3, 6.4), (1.0,) * 5)
+    assert not beats((1.0,) * 6, (1.0,) * 6)
+
+
+def test_many_clients_are_shown_by_task():
+    names = [f"{task}-{number}" for task in ("one", "two") for number in range(8)]
+    table = joined({"x": scored({name: 0.25 * (name < "two") for name in names})})
+    grid = grid_of(table)
+    assert grid.columns == ("one", "two", "mean", "worst client")
+    assert [cell.seeds for cell in grid.rows["x"]] == [(25.0,), (0.0,), (12.5,), (0.0,)]

@@ -89,9 +89,14 @@ def served(
 
 
 def trees_of(value: object) -> Tree:
-    """All tensors of a state, whatever its fields are called."""
-    parts = [part for part in vars(value).values() if isinstance(part, dict)]
-    return trees.merge(*(part for part in parts if all(isinstance(key, Name) for key in part)))
+    """All tensors of a state, whatever its fields are called; the slot tells the field too."""
+    return trees.merge(
+        *(
+            {name._replace(slot=f"{field}/{name.slot}"): tensor for name, tensor in part.items()}
+            for field, part in vars(value).items()
+            if isinstance(part, dict) and all(isinstance(key, Name) for key in part)
+        )
+    )
 
 
 def assert_same_servings(

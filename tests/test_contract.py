@@ -25,8 +25,10 @@ from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedlease import FedLEASE
+from fedalt.methods.fedlora_optimizer import FedLoRAOptimizer
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
+from fedalt.methods.pf2lora import PF2LoRA
 from fedalt.methods.shared_factors import SharedFactors
 from fedalt.methods.unequal_ranks import UnequalRanks
 from fedalt.settings import method_name
@@ -71,6 +73,12 @@ ROWS: dict[str, AnyMethod] = {
     "fdlora": FDLoRA(lora=SMALL),
     "fdlora, heavy ball": FDLoRA(lora=SMALL, outer="heavy_ball", weighting="examples"),
     "fdlora, sync": FDLoRA(lora=SMALL, sync_every=2, carry_inner=False),
+    "pf2lora": PF2LoRA(lora=SMALL, client_rank=1),
+    "pf2lora, by examples": PF2LoRA(lora=SMALL, weighting="examples", hypergradient="first_order"),
+    "fedlora optimizer": FedLoRAOptimizer(lora=SMALL),
+    "fedlora optimizer, columns": FedLoRAOptimizer(
+        lora=SMALL, a_axis="column", global_rounds=2, weighting="examples"
+    ),
 }
 ALL = ("a", "b", "c")
 COHORTS = [ALL, ("a", "c"), ("b",), ALL]

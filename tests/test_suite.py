@@ -12,32 +12,24 @@ from pathlib import Path
 import pytest
 
 from fedalt.data.suite import TASKS, distinct_prompts, generate, generate_clients, write_suite
-from fedalt.data.suite.tasks import CODES, SIGNS, WORDINGS, SuiteRecord
-from fedalt.data.suite.words import THINGS
+from fedalt.data.suite.tasks import WORDINGS, SuiteRecord
+from fedalt.data.suite.words import KINDS, OTHER_WORDS, THINGS
 
 CHOICE_TASKS = [task for task in TASKS if task != "structure"]
 RIVALS = [("reading", "commonsense"), ("sentiment", "topic")]
-SIGN_OF = {"was": "words", "got": "marks", "went": "moves"}
+KIND_OF = {thing: kind for kind, things in THINGS.items() for thing in things}
 
 
-def tokens(record: SuiteRecord) -> list[str]:
-    return re.findall(r"\w+", record["instruction"].split("\n")[1])
-
-
-def said(record: SuiteRecord) -> tuple[str, str]:
-    """The code of a prompt's sentence, and what it says: good or bad."""
-    words = tokens(record)
-    code = "flags" if words[-1] == "flag" else SIGN_OF[next(w for w in words if w in SIGN_OF)]
-    if code == "marks":
-        words = words[:-2]  # "of 9" is no mark
-    (meaning,) = {label for label in ("good", "bad") if set(words) & set(SIGNS[code, label])}
-    return code, meaning
+def thing(record: SuiteRecord) -> str:
+    """What a prompt is about."""
+    (found,) = (word for word in re.findall(r"\w+", record["instruction"]) if word in KIND_OF)
+    return found
 
 
 def label_of(record: SuiteRecord) -> str:
-    """What the answer means, however this client words it."""
+    """The kind that the answer means, however this client words it."""
     word = record["output"].split()[0]
-    (label,) = {label for said in WORDINGS.values() for label in said if said[label] == word}
+    (label,) = {kind for said in WORDINGS.values() for kind in said if said[kind] == word}
     return label
 
 
@@ -94,37 +86,43 @@ def test_one_more_client_changes_nothing_for_the_others(task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_labels_are_balanced_in_every_split(task):
+def test_kinds_are_balanced_and_answers_are_right(task):
     for records in generate(task, seed=1, train=160, validation=41, test=60).values():
         counts = Counter(map(label_of, records))
-        assert set(counts) == {"good", "bad"}
-        assert abs(counts["good"] - counts["bad"]) <= 1
+        assert set(counts) == set(KINDS)
+        assert max(counts.values()) - min(counts.values()) <= 1
+        assert all(KIND_OF[thing(record)] == label_of(record) for record in records)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_grammar_is_twenty_times_larger_than_what_is_drawn(task):
+def test_the_grammar_is_thirty_times_larger_than_what_is_drawn(task):
     seen = {
         record["instruction"] for records in generate(task, seed=0).values() for record in records
     }
-    # The count is that of the smallest of eight parts: four codes, two labels.
-    assert 8 * distinct_prompts(task) > 20 * len(seen)
+    assert distinct_prompts(task) > 30 * len(seen)
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_every_prompt_is_short_and_says_one_thing(task):
+def test_every_prompt_and_answer_is_short(task):
     for records in generate(task, seed=0).values():
         for record in records:
             assert len(record["instruction"].split()) <= 18
             assert len(record["output"].split()) <= 2
-            assert said(record)[1] in {"good", "bad"}
 
 
 @pytest.mark.parametrize("task", CHOICE_TASKS)
-def test_the_answer_is_one_of_the_options_and_at_no_fixed_place(task):
+def test_the_answer_is_one_of_four_options_at_no_fixed_place(task):
     records = generate(task, seed=0, train=400, validation=0, test=0)["train"]
     places = [record["options"].index(record["output"]) for record in records]
-    assert all(sorted(record["options"]) == ["bad", "good", "no", "yes"] for record in records)
+    assert all(len(set(record["options"])) == 4 for record in records)
     assert 1.3 < sum(places) / len(places) < 1.7
+
+
+@pytest.mark.parametrize("task", CHOICE_TASKS)
+def test_the_options_hold_the_right_kind_in_both_wordings(task):
+    for record in generate(task, seed=0)["test"]:
+        words = {wording[label_of(record)] for wording in WORDINGS.values()}
+        assert words <= set(record["options"])
 
 
 def test_structure_repeats_the_thing_it_notes():
@@ -133,18 +131,18 @@ def test_structure_repeats_the_thing_it_notes():
         assert "options" not in record
 
 
-def thing(record: SuiteRecord) -> str:
-    return next(word for word in tokens(record) if word in THINGS)
-
-
 def length(record: SuiteRecord) -> str:
     return str(len(record["instruction"]))
 
 
+def last_word(record: SuiteRecord) -> str:
+    return record["instruction"].split()[-1]
+
+
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("cue", [thing, length], ids=["thing", "length"])
+@pytest.mark.parametrize("cue", [length, last_word])
 def test_a_shortcut_does_not_solve_a_task(task: str, cue: Callable[[SuiteRecord], str]):
-    """The label most frequent in training beside the same thing or length of prompt."""
+    """The kind most frequent in training beside the same length or last word of a prompt."""
     right = 0
     for seed in range(5):
         data = generate(task, seed=seed, train=160, validation=0, test=100)
@@ -153,27 +151,25 @@ def test_a_shortcut_does_not_solve_a_task(task: str, cue: Callable[[SuiteRecord]
             votes[cue(record)][label_of(record)] += 1
         for record in data["test"]:
             seen = votes[cue(record)].most_common(1)
-            right += (seen[0][0] if seen else "good") == label_of(record)
-    assert 0.4 < right / 500 < 0.6
+            right += (seen[0][0] if seen else "food") == label_of(record)
+    assert right / 500 < 0.3  # one kind in six is right by chance
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_one_code_is_scarce_in_training_and_as_frequent_as_others_in_test(task):
-    data = generate(task, seed=0, train=400, validation=40, test=400)
-    heard = {split: Counter(said(each)[0] for each in records) for split, records in data.items()}
-    scarce, *others = sorted(heard["train"].items(), key=lambda item: item[1])
-    assert scarce[1] == 400 // 16
-    assert all(count > 4 * scarce[1] for _, count in others)
-    assert heard["test"].keys() == heard["validation"].keys() == set(CODES)
-    assert 70 < heard["test"][scarce[0]] < 130
+def test_training_speaks_of_half_of_the_things_and_the_other_splits_of_all(task):
+    data = generate(task, seed=0, train=400, validation=40, test=800)
+    heard = {split: set(map(thing, records)) for split, records in data.items()}
+    assert len(heard["train"]) == 48
+    assert all(len(heard["train"] & set(things)) == 8 for things in THINGS.values())
+    assert len(heard["test"]) == 96
+    unknown = sum(thing(record) not in heard["train"] for record in data["test"])
+    assert 350 < unknown < 450
 
 
-def test_every_code_is_scarce_to_two_clients_and_common_to_the_others():
-    scarce = Counter(
-        min(CODES, key=[said(record)[0] for record in generate(task, seed=0)["train"]].count)
-        for task in TASKS
-    )
-    assert scarce == dict.fromkeys(CODES, 2)
+def test_together_the_clients_know_nearly_everything():
+    known = {task: set(map(thing, generate(task, seed=1, train=400)["train"])) for task in TASKS}
+    assert len(set(map(frozenset, known.values()))) == len(TASKS)
+    assert len(set().union(*known.values())) >= 94
 
 
 @pytest.mark.parametrize(("one", "other"), RIVALS)
@@ -183,14 +179,13 @@ def test_rivals_ask_alike_and_word_their_answers_differently(one, other):
         records = generate(task, seed=0)["train"]
         words[task] = {record["output"] for record in records}
         questions[task] = {record["instruction"].split("\n")[0] for record in records}
-        assert all(said(record)[1] == label_of(record) for record in records)
-    assert words == {one: {"good", "bad"}, other: {"yes", "no"}}
+    assert words == {one: set(KINDS), other: set(OTHER_WORDS)}
     assert questions[one] == questions[other]
 
 
-def test_no_sign_says_both_good_and_bad():
-    for code in CODES:
-        assert not set(SIGNS[code, "good"]) & set(SIGNS[code, "bad"])
+def test_no_thing_is_of_two_kinds_and_no_word_means_two_kinds():
+    assert sum(map(len, THINGS.values())) == len(KIND_OF) == 96
+    assert len({*KINDS, *OTHER_WORDS, *KIND_OF}) == 96 + 12
 
 
 def test_the_folder_has_three_files_a_client(tmp_path):

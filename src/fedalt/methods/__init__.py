@@ -9,7 +9,9 @@ from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedlease import FedLEASE
+from fedalt.methods.fedlora_optimizer import FedLoRAOptimizer
 from fedalt.methods.local import LocalOnly
+from fedalt.methods.pf2lora import PF2LoRA
 from fedalt.methods.shared_factors import SharedFactors
 from fedalt.methods.unequal_ranks import UnequalRanks
 
@@ -29,4 +31,6 @@ METHODS: Mapping[str, AnyMethod] = {
     "hetlora_mean": UnequalRanks(variant="hetlora_mean"),
     "feddpa": FedDPA(),
     "fdlora": FDLoRA(),
+    "pf2lora": PF2LoRA(),
+    "fedlora_optimizer": FedLoRAOptimizer(),
 }

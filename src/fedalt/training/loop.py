@@ -168,7 +168,8 @@ def _step(
             "--gradient-checkpointing"
         ) from error
     for name, gradient in stepped.gradients.items():
-        tree[name].grad = gradient.detach()
+        # Laid out like the tensor itself: the fused AdamW reads both as if they were.
+        tree[name].grad = gradient.detach().contiguous()
     with torch.no_grad():
         for name, moved in stepped.moved.items():
             tree[name].copy_(moved)

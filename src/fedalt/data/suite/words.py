@@ -1,5 +1,6 @@
-"""The words of the built-in suite: what praises, what blames, and whom and what it is about."""
+"""The words of the built-in suite: six kinds of things, and what else a sentence needs."""
 
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 
@@ -7,32 +8,37 @@ def _listed(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-GOOD: Final = _listed(
-    """beautiful brave bright calm charming cheerful clean clever delicious excellent fair faithful
-    fine free fresh friendly generous gentle glad graceful grand handsome happy healthy honest
-    jolly kind lovely loyal merry neat nice noble perfect pleasant polite pretty proud rich safe
-    splendid strong sweet tender true useful warm welcome wise wonderful worthy"""
-)
-BAD: Final = _listed(
-    """awful bitter broken cold cruel dangerous dark dead dirty dreadful dull evil false foolish
-    gloomy greedy grim harsh horrid hungry idle ill jealous lazy lonely lost mad mean miserable
-    nasty painful poor rotten rough rude sad sick silly sore stupid terrible tired ugly unhappy
-    useless vain weak weary wicked worn wretched wrong"""
-)
+# Sixteen things of every kind; no thing is of two kinds.
+THINGS: Final[Mapping[str, Sequence[str]]] = {
+    "animal": _listed(
+        "horse goat rabbit fox mouse sheep camel duck frog wolf bear lion snake eagle whale crab"
+    ),
+    "food": _listed(
+        "bread cheese soup rice cake apple onion butter salt egg bean pie honey carrot plum bacon"
+    ),
+    "tool": _listed(
+        """hammer sickle axe spade rake drill needle knife rope shovel pump wrench ladder broom
+        scissors chisel"""
+    ),
+    "clothes": _listed(
+        "coat hat shoe glove scarf shirt dress boot sock belt cloak skirt apron veil jacket cap"
+    ),
+    "vehicle": _listed(
+        "ship cart train boat wagon sled coach canoe bus bicycle truck plane raft ferry car van"
+    ),
+    "room": _listed(
+        """kitchen cellar attic hall library stable parlour bedroom office chapel bathroom shop
+        study barn loft porch"""
+    ),
+}
+KINDS: Final = tuple(THINGS)
 
-THINGS: Final = _listed(
-    """answer bed boat book bridge camp chair church city coat company corner day dinner door dream
-    evening farm field forest game garden gate hall hill hotel hour house island journey kitchen
-    lesson letter library market meeting morning night office paper park party picture play prison
-    road room school season ship shop song speech spring station story street summer supper table
-    town train valley village visit voyage week window winter year"""
-)
-# Few things where the answer repeats them: copying a word never seen is beyond a tiny model.
-NOTED: Final = _listed("book day house journey letter night room school ship story town year")
+# Another word for every kind, in the same order.
+OTHER_WORDS: Final = _listed("beast meal device garment carriage chamber")
 
+# Few: what a sentence says besides its thing is noise, and more of it hides more from little data.
 NAMES: Final = _listed(
-    """Alice Anna Arthur Carol Charles Clara Daniel David Edward Elizabeth Ellen Emily Frank
-    George Grace Harry Helen Henry Jack James Jane John Joseph Julia Kate Laura Louis Lucy Mark
-    Martha Martin Mary Michel Oliver Paul Peter Philip Ralph Richard Robert Rose Ruth
-    Samuel Sarah Simon Susan Thomas Tom Walter William"""
+    """Anna Ben Carl Dora Emma Fred Greta Hugo Ida John Kate Louis Mary Nora Otto Paul Rose Sam Tom
+    Will"""
 )
+LOOKS: Final = _listed("big blue clean fine heavy new old plain red small")

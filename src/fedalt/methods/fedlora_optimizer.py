@@ -65,7 +65,8 @@ def compose(parts: Tree, a_axis: Axis) -> Tree:
 def _length(factor: str, tensor: Tensor, a_axis: Axis) -> Tensor:
     """Norms of the rank rows of A (or of its columns) and of the columns of B."""
     by_row = factor == "A" and a_axis == "rank"
-    return tensor.norm(dim=1 if by_row else 0, keepdim=True)
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=1 if by_row else 0, keepdim=True)
+    return norms
 
 
 def _unit(factor: str, tensor: Tensor, a_axis: Axis) -> Tensor:

@@ -108,3 +108,12 @@ def test_wrong_words_of_split_make_no_folder(one_file, tmp_path, capsys, words, 
     assert call("data", "split", one_file, tmp_path / "out", *words) == 2
     assert complaint in " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert not (tmp_path / "out").exists()
+
+
+def test_the_built_in_tasks_can_be_written_with_several_clients_each(tmp_path, capsys):
+    words = ("--clients", 2, "--train", 4, "--validation", 0, "--test", 2)
+    assert call("data", "suite", tmp_path / "suite", *words) == 0
+    assert "16 clients in" in capsys.readouterr().err
+    assert len(list((tmp_path / "suite").glob("*-1.train.jsonl"))) == 8
+    assert call("data", "suite", tmp_path / "suite") == 2  # another suite would mix with it
+    assert "already holds" in capsys.readouterr().err

@@ -197,3 +197,18 @@ def test_many_clients_are_shown_by_task():
     grid = grid_of(table)
     assert grid.columns == ("one", "two", "mean", "worst client")
     assert [cell.seeds for cell in grid.rows["x"]] == [(25.0,), (0.0,), (12.5,), (0.0,)]
+
+
+def test_methods_with_other_clients_have_cells_but_no_test():
+    clients = [f"{task}-{number}" for task in ("one", "two") for number in range(8)]
+    table = joined(
+        {
+            "few": scored(dict.fromkeys(("one", "two"), 0.5)),
+            "many": scored(dict.fromkeys(clients, 0.75)),
+        }
+    )
+    grid = grid_of(table)
+    assert grid.columns == ("one", "two", "mean", "worst client")
+    assert [cell.seeds for cell in grid.rows["few"]] == [(50.0,)] * 4
+    assert [cell.seeds for cell in grid.rows["many"]] == [(75.0,)] * 4
+    assert not any(cell.bold for cell in grid.rows["many"])

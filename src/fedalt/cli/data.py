@@ -1,4 +1,4 @@
-"""`fedalt data check` and `split`: look at client data, and make it out of one file."""
+"""`fedalt data check`, `split` and `suite`: look at client data, and make some."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +11,7 @@ from fedalt.cli.output import console, hush_libraries, note, show_json, warn
 if TYPE_CHECKING:
     from fedalt.data.findings import ClientReport, DataReport
 
-app = typer.Typer(help="Check client data, or make client folders out of one file.")
+app = typer.Typer(help="Check client data, or make client folders.")
 
 
 @app.callback()
@@ -104,6 +104,23 @@ def split(
     if divided.moved:
         note(f"{divided.moved} records were moved so that every client has at least {minimum}")
     note(f"{len(divided.counts)} clients in {out}")
+
+
+@app.command()
+def suite(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
+    seed: Annotated[int, typer.Option(help="One seed, one suite.")] = 0,
+    clients: Annotated[int, typer.Option(min=1, help="Clients of each of the eight tasks.")] = 1,
+    train: Annotated[int, typer.Option(min=1, help="Training examples of a client.")] = 96,
+    validation: Annotated[int, typer.Option(min=0, help="Validation examples.")] = 40,
+    test: Annotated[int, typer.Option(min=0, help="Test examples.")] = 160,
+) -> None:
+    """Write the built-in tasks as a folder of client data."""
+    from fedalt.data.suite import write_suite
+
+    sizes = {"train": train, "validation": validation, "test": test}
+    write_suite(out, seed=seed, clients_per_task=clients, **sizes)
+    note(f"{8 * clients} clients in {out}")
 
 
 def _show(report: "DataReport", model: str) -> None:

@@ -3,7 +3,7 @@
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from statistics import fmean, stdev
@@ -48,7 +48,8 @@ def grid_of(table: Table) -> Grid:
     for task, rows in _tasks(table.clients).items():
         columns[task] = _marked([_cell(rows, at) for at in range(len(table.columns))], table)
     columns["mean"] = _marked([_cell(table.clients, at) for at in range(len(table.columns))], table)
-    columns["worst client"] = [Cell((), values) for values in table.worst.scores]
+    worst = max if table.of_losses else min
+    columns["worst client"] = [_cell(table.clients, at, worst) for at in range(len(table.columns))]
     rows_of = {
         method: tuple(cells[at] for cells in columns.values())
         for at, method in enumerate(table.columns)
@@ -109,13 +110,15 @@ def _tasks(clients: Sequence[Row]) -> dict[str, Sequence[Row]]:
     return {task: list(rows) for task, rows in grouped}
 
 
-def _cell(rows: Sequence[Row], at: int) -> Cell:
-    """The scores of one method on the clients of a column."""
-    values = [row.scores[at] for row in rows]
-    if not all(values):
-        return Cell((), ())
-    pairs = tuple(score for scores in values for score in scores)
-    return Cell(pairs, tuple(fmean(seed) for seed in zip(*values, strict=True)))
+def _cell(rows: Sequence[Row], at: int, fold: Callable[[Values], float] = fmean) -> Cell:
+    """The scores of one method on those clients of a column that it had.
+
+    There are no pairs if it had not all of them: the test needs the same clients everywhere.
+    """
+    values = [row.scores[at] for row in rows if row.scores[at]]
+    whole = len(values) == len(rows)
+    pairs = tuple(score for scores in values for score in scores) if whole else ()
+    return Cell(pairs, tuple(fold(seed) for seed in zip(*values, strict=True)))
 
 
 def _marked(cells: list[Cell], table: Table) -> list[Cell]:

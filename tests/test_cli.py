@@ -7,7 +7,6 @@ import subprocess
 import sys
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 from commands import call
@@ -20,7 +19,6 @@ from fedalt.cli.progress import Bars, RoundLines
 from fedalt.data import suite
 from fedalt.engine.schedule import Event
 from fedalt.methods import METHODS
-from fedalt.settings import settings_of
 
 
 def test_help_and_version_do_without_the_heavy_libraries():
@@ -254,22 +252,19 @@ def test_tensorboard_gets_every_number(run_flags, tmp_path):
 def test_demo_compares_three_ways_goes_on_and_never_overwrites(
     run_flags, tmp_path, monkeypatch, capsys, tiny_model_dir
 ):
-    def small(data: Path, method: str, seed: int, rounds: int):
-        table = {
-            "seed": seed,
-            "yardstick": method == "fedalt",
-            "data": {"path": str(data), "max_length": 400},
+    def small(plan: dict[str, int]):
+        return {
+            "seeds": list(range(plan["seeds"])),
+            "data": {"path": "data", "max_length": 400},
             "model": {"name": str(tiny_model_dir)},
-            "method": {"name": method, "rank": 1},
-            "rounds": {"rounds": rounds},
+            "rounds": {"rounds": plan["rounds"]},
             "scoring": {"generate": False},
+            "methods": [{"name": name, "rank": 1} for name in ("fedalt", "fedit", "local")],
         }
-        return settings_of(table, "a test")
 
     few = partial(suite.write_suite, train=2, validation=1, test=2)
-    monkeypatch.setattr(import_module("fedalt.cli.demo"), "_settings", small)
+    monkeypatch.setattr(import_module("fedalt.cli.demo"), "_comparison", small)
     monkeypatch.setattr(suite, "write_suite", few)
-    monkeypatch.setattr("fedalt.models.BUILT_IN", str(tiny_model_dir))
     out = tmp_path / "demo"
     assert call("demo", "--out", out, "--seeds", 2, "--rounds", 1, "--json") == 0
     result = json.loads(capsys.readouterr().out)
@@ -277,7 +272,7 @@ def test_demo_compares_three_ways_goes_on_and_never_overwrites(
     assert len(result["scores"]["clients"]) == 8
     assert len(result["scores"]["mean"]["scores"]["FedIT"]) == 2
     assert (out / "table.md").is_file()
-    assert len(result["runs"]) == 4
+    assert len(result["runs"]) == 6
     before = adapters_of(out)
     assert call("demo", "--out", out, "--seeds", 1, "--rounds", 1) == 0
     said = capsys.readouterr()

@@ -110,11 +110,14 @@ def settings_table(settings: Settings) -> dict[str, Any]:
     return tomllib.loads(to_toml(settings))
 
 
-def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, str | None], None, None]:
+def run_all(
+    jobs: Sequence[Job], workers: int, tick: float = 30.0
+) -> Generator[tuple[Job, str | None] | None, None, None]:
     """Bring every run to its end, so many at a time; each as it ends, with what went wrong.
 
-    Every run is a process of its own with its share of the cores. Closing the iterator, as an
-    interrupt does, stops the processes where `fedalt resume` takes up again.
+    None comes in between where nothing ends for `tick` seconds. Every run is a process of its own
+    with its share of the cores. Closing the iterator, as an interrupt does, stops the processes
+    where `fedalt resume` takes up again.
     """
     threads = max(1, (os.cpu_count() or 1) // workers)
     running: list[subprocess.Popen[bytes]] = []
@@ -122,7 +125,9 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, str | Non
         waiting = {pool.submit(_run, job, threads, running.append): job for job in jobs}
         try:
             while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                done, _ = wait(waiting, timeout=tick, return_when=FIRST_COMPLETED)
+                if not done:
+                    yield None
                 for future in done:
                     yield waiting.pop(future), future.result()
         finally:
@@ -131,6 +136,12 @@ def run_all(jobs: Sequence[Job], workers: int) -> Generator[tuple[Job, str | Non
             for process in running:
                 if process.poll() is None:
                     process.terminate()
+
+
+def rounds_done(jobs: Sequence[Job]) -> int:
+    """How many rounds of all these runs are committed, also while they go on."""
+    begun = [job.path for job in jobs if (job.path / "run.json").exists()]
+    return sum(open_run(path).rounds_done() for path in begun)
 
 
 def default_workers(jobs: Sequence[Job]) -> int:

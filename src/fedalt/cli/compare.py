@@ -1,9 +1,7 @@
 """`fedalt compare` and `tune`: several methods under one budget, and a fair choice of settings."""
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
@@ -39,11 +37,12 @@ def compare(
     on. Ends with tables of scores and losses, methods by tasks, and what each method costs.
     """
     hush_libraries()
+    from fedalt.cli.jobs import run_jobs
     from fedalt.comparison import jobs_of, read_comparison
 
     entries, seeds = read_comparison(file)
     runs = jobs_of(entries, seeds, out)
-    failed = _run_all(runs, jobs, quiet=quiet)
+    failed = run_jobs(runs, jobs, quiet=quiet)
     whole = [entry for entry in entries if not any(job.entry == entry for job in failed)]
     if whole:
         result = _results(whole, seeds, runs, out, quiet=quiet or as_json)
@@ -72,6 +71,7 @@ def tune(
     for `fedalt compare`.
     """
     hush_libraries()
+    from fedalt.cli.jobs import run_jobs
     from fedalt.comparison import jobs_of, read_comparison
     from fedalt.store import open_run
     from fedalt.tuning import Trial, tuned_table, write_toml
@@ -85,7 +85,7 @@ def tune(
     ]
     at = seeds[0] if seed is None else seed
     runs = jobs_of([trial.entry for trial in trials], [at], out)
-    if _run_all(runs, jobs, quiet=quiet):
+    if run_jobs(runs, jobs, quiet=quiet):
         raise typer.Exit(1)
     losses: list[float] = []
     for job in runs:
@@ -116,36 +116,6 @@ def tune(
     if edges:
         note(f"chosen at the edge of what was tried: {', '.join(edges)}", quiet=quiet)
     note(f"`fedalt compare {out / 'tuned.toml'} --out ...` compares with these", quiet=quiet)
-
-
-def _run_all(runs: "Sequence[Job]", jobs: int | None, *, quiet: bool) -> "list[Job]":
-    """Bring all runs to their ends with a line for each; those that failed."""
-    from fedalt.comparison import default_workers, require_same, run_all
-    from fedalt.runs import is_finished
-
-    require_same(runs)
-    todo = [run for run in runs if not ((run.path / "run.json").exists() and is_finished(run.path))]
-    workers = jobs or default_workers(runs)
-    note(f"{len(runs)} runs, {len(runs) - len(todo)} finished, {workers} at a time", quiet=quiet)
-    failed: list[Job] = []
-    began = time.monotonic()
-    try:
-        with closing(run_all(todo, workers)) as ended:
-            for done, (job, fault) in enumerate(ended, 1):
-                left = (time.monotonic() - began) / done * (len(todo) - done)
-                what = f"{job.entry.label}, seed {job.seed}"
-                if fault is None:
-                    note(
-                        f"{what}: done; {done} of {len(todo)}, {left / 60:.0f} min left",
-                        quiet=quiet,
-                    )
-                else:
-                    failed.append(job)
-                    note(f"{what}: {fault}\n  more in {job.path.with_suffix('.log')}")
-    except KeyboardInterrupt:
-        note("stopped; the same command goes on")
-        raise typer.Exit(130) from None
-    return failed
 
 
 def _results(

@@ -116,6 +116,7 @@ def suite(
     test: Annotated[int, typer.Option(min=0, help="Test examples.")] = 160,
 ) -> None:
     """Write the built-in tasks as a folder of client data."""
+    hush_libraries()
     from fedalt.data.suite import write_suite
 
     sizes = {"train": train, "validation": validation, "test": test}

@@ -11,11 +11,10 @@ from fedalt.cli.output import hush_libraries, note, show, show_json
 
 if TYPE_CHECKING:
     from fedalt.report.table import Table
-    from fedalt.settings import Settings
 
 PLAN, TABLE = "demo.json", "table.json"  # what was asked for; there when all is done
-METHODS = ("fedalt", "fedit")  # local only is the yardstick of the first
-ROUNDS = 18
+METHODS = {"fedalt": "FedALT", "fedit": "FedIT", "local": "local"}
+ROUNDS = 10
 DATA_SEED = 1  # the settings were found on suites of other seeds
 
 
@@ -34,6 +33,8 @@ def demo(
     on; one that is finished stays, and the next takes a folder of its own.
     """
     hush_libraries()
+    from fedalt.cli.jobs import run_jobs
+    from fedalt.comparison import jobs_of, read_comparison
     from fedalt.report.table import joined, scores_of, to_csv, to_json, to_markdown, verdict
     from fedalt.store import open_run
 
@@ -41,28 +42,23 @@ def demo(
     folder = _folder(out, plan)
     if folder != out:
         note(f"{out} stays as it is; this demo goes to {folder}", quiet=quiet)
-    data = _data(folder, plan)
-    runs = {
-        (method, seed): (folder if seeds == 1 else folder / f"seed-{seed}") / method
-        for seed in range(seeds)
-        for method in METHODS
-    }
-    base = None
+    entries, each_seed = read_comparison(_prepare(folder, plan))
+    runs = jobs_of(entries, each_seed, folder)
+    note(f"eight clients, {rounds} rounds, data and runs in {folder}", quiet=quiet)
     try:
-        for (method, seed), path in runs.items():
-            base = _run(path, _settings(data, method, seed, rounds), base, quiet=quiet)
+        if run_jobs(runs, None, quiet=quiet):
+            raise typer.Exit(1)
     except typer.Exit:
         again = f"fedalt demo --out {out} --seeds {seeds} --rounds {rounds}"
         note(f"`{again}` goes on with all of the demo", quiet=quiet)
         raise
-    lines = {key: open_run(path).lines() for key, path in runs.items()}
     columns = {
-        name: [scores_of(lines[method, seed], column) for seed in range(seeds)]
-        for name, method, column in (
-            ("FedALT", "fedalt", "own"),
-            ("FedIT", "fedit", "own"),
-            ("local", "fedalt", "local"),
-        )
+        name: [
+            scores_of(open_run(run.path).lines(), "own")
+            for run in runs
+            if run.entry.label == method
+        ]
+        for method, name in METHODS.items()
     }
     scores, losses = (joined(columns, "local", losses=each) for each in (False, True))
     (folder / "table.md").write_text(f"{to_markdown(scores)}\n{to_markdown(losses)}")
@@ -70,7 +66,7 @@ def demo(
     verdicts = [f"mean: {verdict(scores, 'FedALT', other)}" for other in ("FedIT", "local")]
     result: dict[str, Any] = {
         "folder": str(folder),
-        "runs": [str(path) for path in runs.values()],
+        "runs": [str(run.path) for run in runs],
         "scores": to_json(scores),
         "losses": to_json(losses),
         "verdicts": verdicts,
@@ -82,7 +78,7 @@ def demo(
     show((scores, "test scores of each client's own model"), (losses, "answer loss, nats"))
     for sentence in verdicts:
         typer.echo(sentence)
-    _point_to(folder, runs[METHODS[0], 0], scores, quiet=quiet)
+    _point_to(folder, runs[0].path, scores, quiet=quiet)
 
 
 def _folder(out: Path, plan: dict[str, int]) -> Path:
@@ -106,51 +102,39 @@ def _is_unfinished(folder: Path, plan: dict[str, int]) -> bool:
         return False
 
 
-def _data(folder: Path, plan: dict[str, int]) -> Path:
-    """The generated client data; the plan is written last, so that it vouches for them."""
+def _prepare(folder: Path, plan: dict[str, int]) -> Path:
+    """The demo's file of methods, beside the generated client data.
+
+    The plan is written last, so that it vouches for both.
+    """
     from fedalt.data.suite import write_suite
     from fedalt.files import atomic_write
+    from fedalt.tuning import write_toml
 
-    data = folder / "data"
+    file = folder / "methods.toml"
     if not (folder / PLAN).exists():
         folder.mkdir(parents=True, exist_ok=True)
-        write_suite(data, seed=DATA_SEED)
+        write_suite(folder / "data", seed=DATA_SEED)
+        write_toml(file, _comparison(plan))
         atomic_write(folder / PLAN, json.dumps(plan).encode())
-    return data
+    return file
 
 
-def _settings(data: Path, method: str, seed: int, rounds: int) -> "Settings":
-    from fedalt.settings import settings_of
-
-    table = {
-        "seed": seed,
-        "yardstick": method == METHODS[0],
-        "data": {"path": str(data.absolute())},
-        "method": {"name": method},
-        # The base model is a thousandth of what the published defaults are for.
-        "model": {"targets": "all-linear"},
-        "training": {"lr": 2e-3},
-        # The same round for everyone: on these data the loss chooses rounds with few right answers.
-        "rounds": {"rounds": rounds, "select": "last", "evaluate_every": 6},
+def _comparison(plan: dict[str, int]) -> dict[str, Any]:
+    """What `fedalt compare` would be given."""
+    rounds = plan["rounds"]
+    # A base model a thousandth as large as the published defaults are for: more sites, and updates
+    # that move B far and A little, so that clients' adapters stay alike enough to be averaged.
+    return {
+        "seeds": list(range(plan["seeds"])),
+        "data": {"path": "data"},
+        "model": {"name": "tiny", "targets": "all-linear"},
+        "training": {"lr": 5e-4},
+        # The same round for everyone, and no other is looked at.
+        "rounds": {"rounds": rounds, "select": "last", "evaluate_every": rounds},
         "scoring": {"max_new_tokens": 8},
+        "methods": [{"name": name, "alpha": 128.0} for name in METHODS],
     }
-    return settings_of(table, "the demo")
-
-
-def _run(path: Path, settings: "Settings", base: Any, *, quiet: bool) -> Any:
-    """Bring one run to its end, whether it is new, was stopped, or is there; the base model."""
-    from fedalt.cli.training import introduce, train
-    from fedalt.prepare import prepare
-    from fedalt.runs import is_finished, new_run
-
-    if (path / "run.json").exists() and is_finished(path):
-        return base
-    prepared = prepare(settings, base=base)
-    introduce(prepared, path, quiet=quiet)
-    if not (path / "run.json").exists():
-        new_run(prepared, path)
-    train(prepared, path, quiet=quiet)
-    return prepared.parts.base
 
 
 def _point_to(folder: Path, run: Path, scores: "Table", *, quiet: bool) -> None:

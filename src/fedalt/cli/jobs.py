@@ -1,0 +1,46 @@
+"""Several runs at a time as a user sees them: signs of life, what failed, and a way back."""
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+
+import typer
+
+from fedalt.cli.output import note
+from fedalt.comparison import Job, default_workers, require_same, rounds_done, run_all
+from fedalt.runs import is_finished
+
+_MINUTE = 60.0
+
+
+def run_jobs(jobs: Sequence[Job], workers: int | None, *, quiet: bool) -> list[Job]:
+    """Bring all runs to their ends, so many at a time; those that failed. What is done stays."""
+    require_same(jobs)
+    todo = [job for job in jobs if not ((job.path / "run.json").exists() and is_finished(job.path))]
+    workers = workers or default_workers(jobs)
+    note(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished, {workers} at a time", quiet=quiet)
+    failed: list[Job] = []
+    ended, began, before = 0, time.monotonic(), rounds_done(todo)
+    rounds = sum(job.settings.rounds.rounds for job in todo)
+    try:
+        with closing(run_all(todo, workers)) as events:
+            for event in events:
+                done = rounds_done(todo)
+                if event is None:
+                    left = (time.monotonic() - began) * (rounds - done) / max(done - before, 1)
+                    told = f", {max(left / _MINUTE, 1):.0f} min left" if done > before else ""
+                    where = f"{ended} of {len(todo)} runs, {done} of {rounds} rounds"
+                    note(f"{where} done{told}", quiet=quiet)
+                    continue
+                ended += 1
+                job, fault = event
+                what = f"{job.entry.label}, seed {job.seed}"
+                if fault is None:
+                    note(f"{what}: done; in {job.path}", quiet=quiet)
+                else:
+                    failed.append(job)
+                    note(f"{what}: {fault}\n  more in {job.path.with_suffix('.log')}")
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on")
+        raise typer.Exit(130) from None
+    return failed

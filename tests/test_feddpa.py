@@ -1,0 +1,286 @@
+"""The oracles of FedDPA: two adapters, what is shared of them, and a blend for every question."""
+
+import pytest
+import torch
+from bases import base_of, example, random_serving_tree
+from commands import call
+from federation import EXAMPLES, SITES, START, pull, served, simulate
+from runs_for_tests import scores_of
+from tiny import bert_classifier, gpt2, llama
+
+from fedalt import tree as trees
+from fedalt.adapters.plan import HEAD, Plan, Similarity, Slot, Sum, names_of
+from fedalt.data.examples import Example
+from fedalt.engine.in_process import drive
+from fedalt.evaluation import Scoring, embed, generate, score
+from fedalt.methods.contract import Serving
+from fedalt.methods.feddpa import INDIVIDUAL, INDIVIDUAL_HEAD, SHARED, FedDPA
+from fedalt.methods.fedit import FedIT
+from fedalt.methods.lora import Lora
+from fedalt.training.orders import Embed, Fit, Fitted
+from fedalt.tree import move, select
+
+LORA = Lora(rank=2, alpha=4, dropout=0.0)
+T, F = (FedDPA(lora=LORA, schedule=schedule) for schedule in ("T", "F"))
+P = sum(LORA.rank * (d_in + d_out) for d_in, d_out in SITES.values())
+EVERYONE = ("a", "b", "c")
+COHORTS = [EVERYONE, ("a", "c"), EVERYONE]
+
+SLOTS = (Slot(INDIVIDUAL, 2, 4.0), Slot(SHARED, 2, 4.0))
+QUESTIONS = [
+    example("which", "ab", ("cd", "ab", "e")),
+    example("and which", "q", ("q", "rrr")),
+    example("what else then", "zz", ("zz", "a")),
+    example("b", "c", ("c", "d")),
+]
+PROMPTS = [each.prompt_ids for each in QUESTIONS]
+QUICK = Scoring(batch_size=3, max_new_tokens=6)
+
+
+class Watch:
+    """Carries orders out as `pull` does and keeps them."""
+
+    def __init__(self):
+        self.orders = {}
+
+    def __call__(self, client_id, number, order):
+        self.orders.setdefault(client_id, []).append(order)
+        return pull(client_id, number, order)
+
+
+@pytest.mark.parametrize("method", [T, F], ids="TF")
+def test_the_shared_adapter_is_that_of_fedit_in_every_round(method):
+    ours = theirs = None
+    for cohort in COHORTS:
+        ours, _ = simulate(method, [cohort], ours)
+        theirs, _ = simulate(FedIT(lora=LORA), [cohort], theirs)
+        assert trees.equal(ours["server"].adapter, theirs["server"].adapter)
+
+
+def test_without_a_tail_f_serves_what_fedit_serves_however_it_is_blended():
+    method = FedDPA(lora=LORA, schedule="F", tail_epochs=0)
+
+    def as_engine(client_id, number, order):
+        if isinstance(order, Fit) and order.epochs == 0:
+            return Fitted(order.tree, EXAMPLES[client_id])
+        return pull(client_id, number, order)
+
+    states, _ = simulate(method, COHORTS, train=as_engine)
+    serving = served(method, states, "a", as_engine)["a"]
+    shared = move(serving.tree, SHARED, INDIVIDUAL)
+    assert trees.equal(select(serving.tree, INDIVIDUAL), shared)
+
+
+def test_with_a_blend_of_one_t_trains_its_own_adapter_as_if_there_were_no_other():
+    base = base_of()
+    x = torch.tensor([PROMPTS[0]])
+    tree = random_serving_tree(base, Plan(SLOTS, Sum((1.0, 0.0))))
+    alone = {n: t for n, t in tree.items() if n.slot == INDIVIDUAL}
+    for both in (Plan(SLOTS, Sum((1.0, 0.0))), Plan(SLOTS[:1], Sum((1.0,)))):
+        given = {n: t.clone().requires_grad_() for n, t in alone.items()}
+        rest = {n: t for n, t in tree.items() if n.slot == SHARED and len(both.slots) == 2}
+        with base.adapted.bound(both, {**given, **rest}) as model:
+            model(input_ids=x).logits.square().mean().backward()
+        gradients = {name: tensor.grad for name, tensor in given.items()}
+        if len(both.slots) == 2:
+            expected = gradients
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+
+
+def test_the_individual_phase_comes_from_the_second_round_on_and_holds_the_received_one_still():
+    watch = Watch()
+    states, _ = simulate(T, [EVERYONE], train=watch)
+    received = dict(states["server"].adapter)
+    assert [type(order) for order in watch.orders["a"]] == [Fit]
+    simulate(T, [EVERYONE], states, train=watch)
+    first, own, references = watch.orders["a"][1:]
+    assert names_of(first.train, SHARED)
+    assert not names_of(first.train, INDIVIDUAL)
+    assert not names_of(own.train, SHARED)
+    assert trees.equal(select(own.tree, SHARED), received)
+    assert own.plan.combine == Sum((0.5, 0.5))
+    assert isinstance(references, Embed)
+    assert references.examples == 5
+    assert not names_of(references.tree, SHARED)
+
+
+def test_an_individual_adapter_of_t_starts_afresh():
+    watch = Watch()
+    simulate(T, [EVERYONE] * 2, train=watch)
+    start = START.adapter(LORA.slot(INDIVIDUAL))
+    assert trees.equal(select(watch.orders["a"][2].tree, INDIVIDUAL), start)
+
+
+@pytest.mark.parametrize("method", [T, F], ids="TF")
+def test_only_the_shared_adapter_is_sent_and_the_shared_phase_changes_nothing_private(method):
+    states, _ = simulate(method, [EVERYONE] * 2)
+    client, message = states["clients/a"], method.broadcast(states["server"], "a")
+    seen = []
+
+    def watch(client_id, number, order):
+        seen.append(order)
+        return pull(client_id, number, order)
+
+    _, upload = drive(method.local(client, message), watch, "a")
+    assert trees.numbers(upload.tree) == trees.numbers(message.tree) == P
+    assert {name.slot for name in upload.tree} == {SHARED}
+    if method is T:
+        assert trees.equal(select(seen[1].tree, INDIVIDUAL), select(client.individual, INDIVIDUAL))
+        moved = move(select(seen[1].tree, HEAD), HEAD, INDIVIDUAL_HEAD)
+        assert trees.equal(moved, select(client.individual, INDIVIDUAL_HEAD))
+
+
+def test_a_client_that_sits_out_keeps_its_own_adapter_and_references():
+    states, _ = simulate(T, [EVERYONE] * 2)
+    before = states["clients/b"]
+    states, _ = simulate(T, [("a", "c")] * 2, states)
+    after = states["clients/b"]
+    assert trees.equal(after.individual, before.individual)
+    assert trees.equal(after.references, before.references)
+    serving = served(T, states, "b")["b"]
+    assert trees.equal(select(serving.tree, SHARED), states["server"].adapter)
+
+
+def test_a_newcomer_without_an_adapter_of_its_own_serves_the_shared_one():
+    states, _ = simulate(T, [EVERYONE] * 2)
+    serving = served(T, states, ["new"])["new"]
+    assert serving.references is None
+    assert [slot.name for slot in serving.plan.slots] == [SHARED]
+
+
+@pytest.mark.parametrize(("on", "slot"), [("individual", INDIVIDUAL), ("shared", SHARED)])
+def test_the_likeness_can_be_for_either_adapter_and_is_seen_by_the_own_one(on, slot):
+    method = FedDPA(lora=LORA, similarity_on=on, scale=0.7)
+    states, _ = simulate(method, [EVERYONE] * 2)
+    plan = served(method, states, "a")["a"].plan
+    assert plan.combine.scale == 0.7
+    assert plan.slots[plan.combine.on].name == slot
+    assert plan.slots[plan.combine.embeds].name == INDIVIDUAL
+
+
+# How a question is weighed: with a real model.
+
+
+def weighed(base, references, scale=1.0, on=0, seed=0):
+    """A serving of random adapters that compares with these references."""
+    plan = Plan(SLOTS, Similarity(scale, on=on, embeds=0))
+    return Serving(plan, random_serving_tree(base, plan, seed), references)
+
+
+def fixed(base, weight, seed=0):
+    """The same adapters, the own one with this weight for every question."""
+    plan = Plan(SLOTS, Sum((weight, 1 - weight)))
+    return Serving(plan, random_serving_tree(base, plan, seed))
+
+
+def own_embeddings(base, serving, prompts):
+    tree = select(serving.tree, INDIVIDUAL, HEAD)
+    return embed(base, Plan(SLOTS[:1], Sum((1.0,))), tree, prompts, 2)
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_an_embedding_is_the_last_hidden_state_of_the_prompt_whatever_stands_beside_it(model):
+    base = base_of(model())
+    serving = weighed(base, None)
+    together = own_embeddings(base, serving, PROMPTS)
+    tree = select(serving.tree, INDIVIDUAL, HEAD)
+    for prompt, found in zip(PROMPTS, together, strict=True):
+        with base.adapted.bound(Plan(SLOTS[:1], Sum((1.0,))), tree) as bound, torch.no_grad():
+            hidden = bound(torch.tensor([prompt]), output_hidden_states=True).hidden_states[-1]
+        torch.testing.assert_close(found, hidden[0, -1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+def test_a_question_that_is_a_reference_gets_the_scale_as_its_weight(model, scale):
+    base = base_of(model())
+    draft = weighed(base, None)
+    for question in QUESTIONS:
+        references = own_embeddings(base, draft, [question.prompt_ids] * 3)
+        found = score(base, weighed(base, references, scale), [question], QUICK)
+        expected = score(base, fixed(base, scale), [question], QUICK)
+        assert found.metrics == pytest.approx(expected.metrics, abs=1e-4)
+        assert found.predictions == expected.predictions
+
+
+def test_a_question_unlike_all_references_gets_the_other_adapter_alone():
+    base = base_of()
+    draft = weighed(base, None)
+    question = QUESTIONS[0]
+    seen = own_embeddings(base, draft, [question.prompt_ids])
+    other = torch.randn(seen.shape, generator=torch.Generator().manual_seed(0))
+    other -= (other * seen).sum() / seen.square().sum() * seen
+    found = score(base, weighed(base, other), [question], QUICK)
+    expected = score(base, fixed(base, 0.0), [question], QUICK)
+    assert found.metrics == pytest.approx(expected.metrics, abs=1e-4)
+    turned = score(base, weighed(base, other, on=1), [question], QUICK)
+    assert turned.metrics == pytest.approx(
+        score(base, fixed(base, 1.0), [question], QUICK).metrics, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_questions_of_different_weights_are_answered_together_as_each_alone(model, beams):
+    base = base_of(model())
+    draft = weighed(base, None)
+    seen = own_embeddings(base, draft, PROMPTS)
+    # Weights between -1 and 1: what is like the first question is unlike some other.
+    centred = seen - seen.mean(0)
+    serving = weighed(base, centred[:1])
+    scoring = Scoring(batch_size=3, max_new_tokens=6, beams=beams)
+    likeness = torch.nn.functional.cosine_similarity(seen, centred[:1])
+    assert float(likeness.max() - likeness.min()) > 0.05
+    together = generate(base, serving, PROMPTS, scoring)
+    assert together == [generate(base, serving, [prompt], scoring)[0] for prompt in PROMPTS]
+    for prompt, text, weight in zip(PROMPTS, together, likeness.tolist(), strict=True):
+        assert generate(base, fixed(base, weight), [prompt], scoring) == [text]
+    whole = score(base, serving, QUESTIONS, scoring).metrics["accuracy"]
+    each = [score(base, serving, [question], scoring).metrics["accuracy"] for question in QUESTIONS]
+    assert whole == sum(each) / len(each)
+
+
+def test_a_classifier_weighs_its_questions_too():
+    base = base_of(bert_classifier())
+    questions = [Example(tuple(range(3, 6 + n)), 3 + n, "1", ("0", "1", "2"), 1) for n in range(4)]
+    draft = weighed(base, None)
+    references = own_embeddings(base, draft, [questions[2].prompt_ids])
+    found = score(base, weighed(base, references), [questions[2]], QUICK).metrics
+    assert found == pytest.approx(score(base, fixed(base, 1.0), [questions[2]], QUICK).metrics)
+    whole = score(base, weighed(base, references), questions, QUICK).metrics["loss"]
+    each = [score(base, weighed(base, references), [q], QUICK).metrics["loss"] for q in questions]
+    assert whole == pytest.approx(sum(each) / 4, abs=1e-5)
+
+
+# Whole runs.
+
+
+@pytest.mark.parametrize("schedule", ["T", "F"])
+def test_a_run_scores_every_client_and_its_model_answers(run_flags, tmp_path, capsys, schedule):
+    config = tmp_path / "c.toml"
+    config.write_text(f'[method]\nname = "feddpa"\nschedule = "{schedule}"\n')
+    run = tmp_path / "run"
+    assert call("run", config, *run_flags, "--method", "feddpa", "--rounds", 2, "--out", run) == 0
+    tested = [line for line in scores_of(run) if line.get("split") == "test"]
+    for column in ("own", "shared", "local"):
+        assert {e["client"] for e in tested if e["column"] == column} == {"a", "b", "c"}
+    capsys.readouterr()
+    assert call("generate", run, "--client", "a", "ask 3a") == 0
+    assert capsys.readouterr().out.strip()
+    assert call("export", run, "--client", "a", "--out", tmp_path / "e") == 2
+    assert "weigh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"blend": 1.5}, "blend=1.5"),
+        ({"scale": -0.1}, "scale=-0.1"),
+        ({"references": 0}, "references=0"),
+        ({"tail_epochs": -1}, "tail_epochs=-1"),
+    ],
+)
+def test_impossible_settings_are_refused(wrong, told):
+    with pytest.raises(ValueError, match=told):
+        FedDPA(**wrong)

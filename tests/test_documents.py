@@ -53,6 +53,24 @@ def test_every_command_of_the_readme_runs_in_its_order(here, capsys):
     assert (here / "anna-model" / "adapter_config.json").exists()
 
 
+@pytest.mark.slow
+def test_the_comparison_of_the_documents_runs(here, capsys):
+    text = (ROOT / "docs" / "comparing.md").read_text()
+    (block,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    # One seed and short answers: what is tried here is the file and the commands.
+    block = block.replace("[0, 1, 2]", "[0]").replace(
+        "rounds = 3", "rounds = 1\n[scoring]\ngenerate = false"
+    )
+    Path("methods.toml").write_text(block)
+    commands = commands_of(text)
+    assert [words[0] for words in commands] == ["compare", "tune", "compare"]
+    shorter = {"1e-3,2e-3,4e-3": "2e-3", "4,8": "4", "2": "1"}
+    for words in commands:
+        words = [shorter.get(word, word) for word in words]
+        assert call(*words) == 0, capsys.readouterr().err
+    assert "FedDPA, long tail" in Path("runs/tuned/table.md").read_text()
+
+
 def test_every_way_to_split_a_file_runs(here, capsys):
     commands = commands_of((ROOT / "docs" / "data.md").read_text())
     assert len(commands) == 3

@@ -113,6 +113,23 @@ def test_other_settings_for_runs_that_are_there_are_refused(place, capsys):
     assert "was run with other settings: [rounds] was" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        ('path = "data"', 'path = "nodata"', "nodata: no such file or folder"),
+        ("lr = 3e-2", "lr = 3e-2\n[[methods]]\nname = 'florist'\nranks = {zoe = 2}", "names 'zoe'"),
+    ],
+)
+def test_mistakes_in_data_are_told_once_and_before_any_run(place, capsys, old, new, complaint):
+    file, out = place / "undone.toml", place / "undone"
+    file.write_text(FILE.replace(old, new))
+    assert call("compare", file, "--out", out) == 2
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1
+    assert complaint in said
+    assert not out.exists()
+
+
 def test_a_run_that_fails_is_named_and_the_others_end(place, capsys):
     file = place / "failing.toml"
     file.write_text(FILE.replace("seeds = [0, 1]", "seeds = [0]").replace("3e-2", "1e30"))

@@ -14,8 +14,17 @@ from typing import Any
 
 import torch
 
+from fedalt.data.folder import DataFolder, open_data
+from fedalt.prepare import require_known
 from fedalt.runs import is_finished
-from fedalt.settings import Settings, SettingsError, read_table, settings_of, to_toml
+from fedalt.settings import (
+    DataSettings,
+    Settings,
+    SettingsError,
+    read_table,
+    settings_of,
+    to_toml,
+)
 from fedalt.store import StoreError, open_run
 
 _OVERRIDES = ("data", "model", "training", "rounds", "scoring")
@@ -103,6 +112,16 @@ def require_same(jobs: Sequence[Job]) -> None:
                     f"{job.path} was run with other settings: [{section}] was "
                     f"{then.get(section)}, but is {now.get(section)} now; take another --out"
                 )
+
+
+def require_data(jobs: Sequence[Job]) -> None:
+    """Find mistakes in client data, and clients nobody knows, before the first run. DataError."""
+    folders: dict[DataSettings, DataFolder] = {}
+    for settings in (job.settings for job in jobs):
+        data = settings.data
+        if data not in folders:
+            folders[data] = open_data(data.path, client_field=data.client_field)
+        require_known(settings, folders[data].clients)
 
 
 def settings_table(settings: Settings) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def prepare(settings: Settings, *, base: Base | None = None) -> Prepared:
     data = open_data(settings.data.path, client_field=settings.data.client_field)
     file = settings.data.template
     template = Template() if file is None else read_template(file)
-    _require_known(settings, data.clients)
+    require_known(settings, data.clients)
     parts = load_parts(settings, data.labels, base)
     task = Task(
         folder=data,
@@ -137,7 +137,7 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def _require_known(settings: Settings, clients: Sequence[str]) -> None:
+def require_known(settings: Settings, clients: Sequence[str]) -> None:
     """Whoever a method's settings name is a client: a method cannot tell."""
     for key in settings_of_method(settings.method):
         value = getattr(settings.method, key)

@@ -7,7 +7,14 @@ from contextlib import closing
 import typer
 
 from fedalt.cli.output import note
-from fedalt.comparison import Job, default_workers, require_same, rounds_done, run_all
+from fedalt.comparison import (
+    Job,
+    default_workers,
+    require_data,
+    require_same,
+    rounds_done,
+    run_all,
+)
 from fedalt.runs import is_finished
 
 _MINUTE = 60.0
@@ -16,6 +23,7 @@ _MINUTE = 60.0
 def run_jobs(jobs: Sequence[Job], workers: int | None, *, quiet: bool) -> list[Job]:
     """Bring all runs to their ends, so many at a time; those that failed. What is done stays."""
     require_same(jobs)
+    require_data(jobs)
     todo = [job for job in jobs if not ((job.path / "run.json").exists() and is_finished(job.path))]
     workers = workers or default_workers(jobs)
     note(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished, {workers} at a time", quiet=quiet)

@@ -2,21 +2,24 @@
 
 import pytest
 import torch
-from bases import base_of, example, random_serving_tree
+from bases import base_of, example, random_serving_tree, start_of
 from commands import call
-from federation import EXAMPLES, SITES, START, pull, served, simulate
+from federation import SITES, START, MemoryStates, pull, served, simulate
 from runs_for_tests import scores_of
+from safetensors.torch import load_file
 from tiny import bert_classifier, gpt2, llama
 
 from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Slot, Sum, names_of
 from fedalt.data.examples import Example
-from fedalt.engine.in_process import drive
+from fedalt.engine.in_process import drive, run_round
 from fedalt.evaluation import Scoring, embed, generate, score
-from fedalt.methods.contract import Serving
+from fedalt.methods.contract import Message, Serving
 from fedalt.methods.feddpa import INDIVIDUAL, INDIVIDUAL_HEAD, SHARED, FedDPA
 from fedalt.methods.fedit import FedIT
+from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
+from fedalt.training.loop import Training, train
 from fedalt.training.orders import Embed, Fit, Fitted
 from fedalt.tree import move, select
 
@@ -57,35 +60,30 @@ def test_the_shared_adapter_is_that_of_fedit_in_every_round(method):
         assert trees.equal(ours["server"].adapter, theirs["server"].adapter)
 
 
-def test_without_a_tail_f_serves_what_fedit_serves_however_it_is_blended():
-    method = FedDPA(lora=LORA, schedule="F", tail_epochs=0)
-
-    def as_engine(client_id, number, order):
-        if isinstance(order, Fit) and order.epochs == 0:
-            return Fitted(order.tree, EXAMPLES[client_id])
-        return pull(client_id, number, order)
-
-    states, _ = simulate(method, COHORTS, train=as_engine)
-    serving = served(method, states, "a", as_engine)["a"]
-    shared = move(serving.tree, SHARED, INDIVIDUAL)
-    assert trees.equal(select(serving.tree, INDIVIDUAL), shared)
-
-
-def test_with_a_blend_of_one_t_trains_its_own_adapter_as_if_there_were_no_other():
+def test_with_a_blend_of_one_t_trains_its_own_adapter_as_local_training_does():
+    # No individual phase in the first round: three rounds of T are two of local training.
     base = base_of()
-    x = torch.tensor([PROMPTS[0]])
-    tree = random_serving_tree(base, Plan(SLOTS, Sum((1.0, 0.0))))
-    alone = {n: t for n, t in tree.items() if n.slot == INDIVIDUAL}
-    for both in (Plan(SLOTS, Sum((1.0, 0.0))), Plan(SLOTS[:1], Sum((1.0,)))):
-        given = {n: t.clone().requires_grad_() for n, t in alone.items()}
-        rest = {n: t for n, t in tree.items() if n.slot == SHARED and len(both.slots) == 2}
-        with base.adapted.bound(both, {**given, **rest}) as model:
-            model(input_ids=x).logits.square().mean().backward()
-        gradients = {name: tensor.grad for name, tensor in given.items()}
-        if len(both.slots) == 2:
-            expected = gradients
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-7)
+    training = Training(lr=1e-2, batch_size=2)
+
+    def carry_out(client_id, number, order):
+        match order:
+            case Fit():
+                fitted = train(base, order, QUESTIONS, training, seed=len(client_id))
+                return Fitted(fitted.tree, len(QUESTIONS))
+            case Embed():
+                return embed(base, order.plan, order.tree, PROMPTS, 2)
+
+    def individual_of(method, rounds):
+        states = MemoryStates()
+        for _ in range(rounds):
+            run_round(method, start_of(base), states, ("a", "bb"), carry_out, lambda _: None)
+        return select(states["clients/bb"].individual, INDIVIDUAL)
+
+    alone = individual_of(LocalOnly(lora=LORA), 2)
+    for name, tensor in individual_of(FedDPA(lora=LORA, blend=1.0), 3).items():
+        torch.testing.assert_close(tensor, alone[name], rtol=0, atol=1e-6)
+    blended = individual_of(FedDPA(lora=LORA, blend=0.5), 3)
+    assert all((blended[name] - alone[name]).abs().max() > 1e-3 for name in alone)
 
 
 def test_the_individual_phase_comes_from_the_second_round_on_and_holds_the_received_one_still():
@@ -179,6 +177,46 @@ def own_embeddings(base, serving, prompts):
     return embed(base, Plan(SLOTS[:1], Sum((1.0,))), tree, prompts, 2)
 
 
+@pytest.mark.parametrize("scale", [0.3, 1.0])
+def test_without_a_tail_f_answers_as_fedit_however_it_is_blended(scale):
+    base = base_of()
+    method = FedDPA(lora=LORA, schedule="F", tail_epochs=0, scale=scale)
+    averaged = random_serving_tree(base, Plan(SLOTS[1:], Sum((1.0,))))
+    client, message = method.init_client(start_of(base), "a"), Message(averaged, {"round": 3})
+
+    def carry_out(client_id, number, order):
+        match order:
+            case Fit():
+                trained = train(base, order, QUESTIONS, Training(), seed=0)
+                return Fitted(trained.tree, len(QUESTIONS))
+            case Embed():
+                return embed(base, order.plan, order.tree, PROMPTS, 2)
+
+    serving = drive(method.deploy(client, message), carry_out, "a")
+    own = move(select(serving.tree, INDIVIDUAL), INDIVIDUAL, SHARED)
+    assert trees.equal(own, select(serving.tree, SHARED))
+    found = score(base, serving, QUESTIONS, QUICK)
+    fedit = FedIT(lora=LORA)
+    expected = fedit.shared(fedit.init_client(start_of(base), "a"), Message(averaged))
+    expected = score(base, expected, QUESTIONS, QUICK)
+    assert found.metrics == pytest.approx(expected.metrics, abs=1e-5)
+    assert found.predictions == expected.predictions
+
+
+@pytest.mark.parametrize("on", [0, 1], ids=[INDIVIDUAL, SHARED])
+def test_with_a_weight_of_one_an_adapter_answers_as_if_it_were_alone(on):
+    base = base_of()
+    draft = weighed(base, None)
+    alone = Plan((SLOTS[on],), Sum((1.0,)))
+    for question in QUESTIONS:
+        references = own_embeddings(base, draft, [question.prompt_ids])  # a cosine of 1
+        found = score(base, weighed(base, references, on=on), [question], QUICK)
+        tree = select(draft.tree, SLOTS[on].name, HEAD)
+        expected = score(base, Serving(alone, tree), [question], QUICK)
+        assert found.metrics == pytest.approx(expected.metrics, abs=1e-4)
+        assert found.predictions == expected.predictions
+
+
 @pytest.mark.parametrize("model", [llama, gpt2])
 def test_an_embedding_is_the_last_hidden_state_of_the_prompt_whatever_stands_beside_it(model):
     base = base_of(model())
@@ -236,9 +274,30 @@ def test_questions_of_different_weights_are_answered_together_as_each_alone(mode
     assert together == [generate(base, serving, [prompt], scoring)[0] for prompt in PROMPTS]
     for prompt, text, weight in zip(PROMPTS, together, likeness.tolist(), strict=True):
         assert generate(base, fixed(base, weight), [prompt], scoring) == [text]
-    whole = score(base, serving, QUESTIONS, scoring).metrics["accuracy"]
-    each = [score(base, serving, [question], scoring).metrics["accuracy"] for question in QUESTIONS]
-    assert whole == sum(each) / len(each)
+
+
+@pytest.mark.parametrize("model", [llama, gpt2])
+def test_options_of_questions_of_different_weights_are_compared_together_as_each_alone(model):
+    base = base_of(model())
+    draft = weighed(base, None)
+    seen = own_embeddings(base, draft, PROMPTS)
+    references = (seen - seen.mean(0))[:1]
+    likeness = torch.nn.functional.cosine_similarity(seen, references).tolist()
+    scoring = Scoring(batch_size=3, generate=False)
+    serving = weighed(base, references)
+    each = [
+        score(base, fixed(base, weight), [question], scoring).metrics
+        for question, weight in zip(QUESTIONS, likeness, strict=True)
+    ]
+    for question, expected in zip(QUESTIONS, each, strict=True):
+        found = score(base, serving, [question], scoring).metrics
+        assert found == pytest.approx(expected, abs=1e-4)
+    # The loss is a mean over answer tokens, each answer with its end.
+    tokens = [len(question.ids) - question.answer_start for question in QUESTIONS]
+    together = score(base, serving, QUESTIONS, scoring).metrics
+    loss = sum(n * one["loss"] for n, one in zip(tokens, each, strict=True)) / sum(tokens)
+    assert together["loss"] == pytest.approx(loss, abs=1e-4)
+    assert together["accuracy"] == sum(one["accuracy"] for one in each) / len(each)
 
 
 def test_a_classifier_weighs_its_questions_too():
@@ -256,8 +315,17 @@ def test_a_classifier_weighs_its_questions_too():
 # Whole runs.
 
 
+@pytest.fixture(scope="module")
+def fedit_run(run_flags, tmp_path_factory):
+    run = tmp_path_factory.mktemp("runs") / "fedit"
+    assert call("run", *run_flags, "--method", "fedit", "--rounds", 2, "--out", run) == 0
+    return run
+
+
 @pytest.mark.parametrize("schedule", ["T", "F"])
-def test_a_run_scores_every_client_and_its_model_answers(run_flags, tmp_path, capsys, schedule):
+def test_a_run_scores_every_client_and_its_model_answers(
+    run_flags, fedit_run, tmp_path, capsys, schedule
+):
     config = tmp_path / "c.toml"
     config.write_text(f'[method]\nname = "feddpa"\nschedule = "{schedule}"\n')
     run = tmp_path / "run"
@@ -265,6 +333,10 @@ def test_a_run_scores_every_client_and_its_model_answers(run_flags, tmp_path, ca
     tested = [line for line in scores_of(run) if line.get("split") == "test"]
     for column in ("own", "shared", "local"):
         assert {e["client"] for e in tested if e["column"] == column} == {"a", "b", "c"}
+    # Batches and dropout included, what is shared went the way of FedIT, bit for bit.
+    ours, theirs = (load_file(each / "server" / "0001.safetensors") for each in (run, fedit_run))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     capsys.readouterr()
     assert call("generate", run, "--client", "a", "ask 3a") == 0
     assert capsys.readouterr().out.strip()

@@ -2,11 +2,14 @@
 
 import csv
 import io
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import groupby
+from pathlib import Path
 from statistics import fmean, stdev
+from typing import Any
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -14,10 +17,41 @@ from rich.table import Table as Drawn
 from rich.text import Text
 from scipy.stats import wilcoxon
 
-from fedalt.report.table import Row, Table, Values
+from fedalt.comparison import Cost, Entry, Job, cost_of
+from fedalt.report.table import Row, Scored, Table, Values, joined, scores_of, to_csv
+from fedalt.settings import lora_of
+from fedalt.store import open_run
+
+HEADS = ("trainable", "upload kB", "download kB", "seconds", "peak MB")
 
 MOST_COLUMNS = 12  # more clients than this are shown by task, if their names tell tasks
 SIGNIFICANT = 0.05
+
+
+@dataclass(frozen=True)
+class Results:
+    """What finished runs found: for each method the test scores of every seed, and what it took."""
+
+    entries: Sequence[Entry]
+    seeds: Sequence[int]
+    scores: Mapping[str, Sequence[Scored]]
+    costs: Mapping[str, Sequence[Cost]]
+
+    def tables(self) -> dict[str, Table]:
+        """Clients by methods: scores and losses."""
+        return {"scores": joined(self.scores), "losses": joined(self.scores, losses=True)}
+
+    def lines(self) -> Iterator[dict[str, Any]]:
+        """One for each method, seed, client and metric; one of costs for each method and seed."""
+        for label, seeds in self.scores.items():
+            for seed, clients in zip(self.seeds, seeds, strict=True):
+                at = {"method": label, "seed": seed}
+                for client, metrics in clients.items():
+                    for metric, value in metrics.items():
+                        yield {**at, "client": client, "metric": metric, "value": value}
+        for label, costs in self.costs.items():
+            for seed, cost in zip(self.seeds, costs, strict=True):
+                yield {"method": label, "seed": seed, **asdict(cost)}
 
 
 @dataclass(frozen=True)
@@ -55,6 +89,64 @@ def grid_of(table: Table) -> Grid:
         for at, method in enumerate(table.columns)
     }
     return Grid(tuple(columns), rows_of, table.of_losses)
+
+
+def collect(entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job]) -> Results:
+    """The results of methods whose runs have all been finished."""
+    runs = {(job.entry.label, job.seed): open_run(job.path) for job in jobs}
+    of = {entry.label: [runs[entry.label, seed] for seed in seeds] for entry in entries}
+    return Results(
+        entries,
+        seeds,
+        {label: [scores_of(run.lines(), "own") for run in each] for label, each in of.items()},
+        {label: [cost_of(run.path) for run in each] for label, each in of.items()},
+    )
+
+
+def write_results(out: Path, results: Results) -> None:
+    """Write results.jsonl, table.md, table.csv and clients.csv."""
+    tables = results.tables()
+    grids = {name: grid_of(table) for name, table in tables.items()}
+    costs = {label: _cost_cells(each) for label, each in results.costs.items()}
+    parts = [*budget_of(results), *(grid_markdown(grid, costs, HEADS) for grid in grids.values())]
+    (out / "results.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in results.lines()))
+    (out / "table.md").write_text("\n".join(f"{part.rstrip()}\n" for part in parts))
+    (out / "table.csv").write_text(grid_csv(grids["scores"]))
+    (out / "clients.csv").write_text(to_csv(tables["scores"]))
+
+
+def budget_of(results: Results) -> Iterator[str]:
+    """What all methods have in common, where one differs, and how to read the cells."""
+
+    def facts(entry: Entry) -> dict[str, Any]:
+        settings = entry.settings
+        training, rounds = settings.training, settings.rounds
+        return {
+            "rounds": rounds.rounds,
+            "local epochs": training.local_epochs,
+            "batch size": training.batch_size,
+            "learning rate": training.lr,
+            "rank": lora_of(settings.method).rank,
+            "participation": rounds.participation,
+            "tested round": rounds.select,
+            "model": settings.model.name,
+            "data": settings.data.path.name,
+        }
+
+    first, *others = results.entries
+    common = facts(first)
+    words = ", ".join(f"{key} {value}" for key, value in common.items())
+    seeds = ", ".join(map(str, results.seeds))
+    yield f"{words}; seeds {seeds}; cells are means ± standard deviations over seeds."
+    for entry in others:
+        own = {key: value for key, value in facts(entry).items() if value != common[key]}
+        if own:
+            yield f"{entry.label}: {', '.join(f'{key} {value}' for key, value in own.items())}."
+    yield (
+        "Bold: best of its column, and told from the second best by Wilcoxon's signed-rank test "
+        "over (client, seed) pairs, p < 0.05; columns of fewer than six pairs have none. Bytes are "
+        "means per client and round, seconds are those of training, peak memory is the process's."
+    )
 
 
 def draw_grid(grid: Grid, title: str) -> Drawn:
@@ -119,6 +211,17 @@ def _cell(rows: Sequence[Row], at: int, fold: Callable[[Values], float] = fmean)
     whole = len(values) == len(rows)
     pairs = tuple(score for scores in values for score in scores) if whole else ()
     return Cell(pairs, tuple(fold(seed) for seed in zip(*values, strict=True)))
+
+
+def _cost_cells(costs: Sequence[Cost]) -> list[str]:
+    """Means over the seeds, in the order of HEADS."""
+    return [
+        str(costs[0].trainable_numbers),
+        f"{fmean(cost.upload_bytes for cost in costs) / 1e3:.1f}",
+        f"{fmean(cost.download_bytes for cost in costs) / 1e3:.1f}",
+        f"{fmean(cost.seconds for cost in costs):.0f}",
+        f"{max(cost.peak_memory_bytes for cost in costs) / 1e6:.0f}",
+    ]
 
 
 def _marked(cells: list[Cell], table: Table) -> list[Cell]:

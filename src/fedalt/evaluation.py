@@ -94,8 +94,11 @@ def _shares(base: Base, serving: Serving, prompts: Sequence[Sequence[int]], size
     assert serving.references is not None
     slot = serving.plan.slots[combine.embeds]
     tree = trees.select(serving.tree, slot.name, HEAD)
-    seen = functional.normalize(embed(base, single(slot), tree, prompts, size), dim=-1)
-    like = (seen @ functional.normalize(serving.references.float(), dim=-1).T).mean(1)
+    # The options of a question share its prompt.
+    rows = {prompt: row for row, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    seen = functional.normalize(embed(base, single(slot), tree, list(rows), size), dim=-1)
+    likeness = (seen @ functional.normalize(serving.references.float(), dim=-1).T).mean(1)
+    like = likeness[[rows[tuple(prompt)] for prompt in prompts]]
     weights = torch.zeros(len(prompts), 2)
     weights[:, combine.on] = combine.scale * like
     weights[:, 1 - combine.on] = 1 - combine.scale * like

@@ -106,6 +106,18 @@ def test_a_comparison_goes_on_where_it_was_and_repeats_nothing(place, capsys):
     assert whole.items() <= after.items()  # the run once more gives the same bits
 
 
+def test_a_run_killed_between_its_first_two_files_begins_again(place):
+    out = place / "half"
+    shutil.copytree(place / "out", out)
+    half = out / "fedalt" / "seed-1"
+    settings = (half / "settings.toml").read_text()
+    shutil.rmtree(half)
+    half.mkdir()
+    (half / "settings.toml").write_text(settings)
+    assert call("compare", place / "methods.toml", "--out", out, "--quiet") == 0
+    assert (half / "run.json").exists()
+
+
 def test_other_settings_for_runs_that_are_there_are_refused(place, capsys):
     other = place / "other.toml"
     other.write_text(FILE.replace("rounds = 1", "rounds = 2"))

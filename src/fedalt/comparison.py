@@ -196,6 +196,9 @@ def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], No
         config = job.path.with_suffix(".toml")
         config.parent.mkdir(parents=True, exist_ok=True)
         config.write_text(to_toml(job.settings))
+        half = job.path / "settings.toml"
+        if half.exists() and half.read_text() == config.read_text():
+            half.unlink()  # it was killed between its first file and its second
         words = ["run", str(config), "--out", str(job.path)]
     elif is_finished(job.path):
         return None

@@ -205,6 +205,7 @@ def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], No
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     log = job.path.with_suffix(".log")
     with log.open("ab") as file:
+        began = file.tell()
         process = subprocess.Popen(  # noqa: S603 - our own command
             [sys.executable, "-m", "fedalt", *words],
             stdout=file,
@@ -215,9 +216,9 @@ def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], No
         code = process.wait()
     if code == 0:
         return None
-    said = log.read_text(errors="replace").strip().splitlines()
+    said = log.read_bytes()[began:].decode(errors="replace").splitlines()
     faults = [line for line in said if line.startswith("error:")]
-    return (faults or said or [f"exit code {code}"])[-1]
+    return faults[-1] if faults else f"it ended with exit code {code}"
 
 
 def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> Entry:

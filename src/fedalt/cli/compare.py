@@ -76,6 +76,7 @@ def tune(
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
     from fedalt.comparison import jobs_of, read_comparison
+    from fedalt.files import atomic_write
     from fedalt.store import open_run
     from fedalt.tuning import Trial, tuned_table, write_toml
 
@@ -103,7 +104,8 @@ def tune(
         {**trial.facts(), "validation_loss": loss}
         for trial, loss in zip(trials, losses, strict=True)
     ]
-    (out / "tune.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    atomic_write(out / "tune.jsonl", text.encode())
     write_toml(out / "tuned.toml", tuned_table(file, chosen))
     edges = [trial.label for trial in chosen.values() if trial.at_edge(trials)]
     if as_json:
@@ -123,6 +125,9 @@ def tune(
 
 def _numbers(text: str, kind: Any, flag: str) -> list[Any]:
     try:
-        return [kind(part) for part in text.split(",")]
+        numbers = [kind(part) for part in text.split(",")]
     except ValueError:
         raise typer.BadParameter(f"{flag}: expected numbers with commas, got {text!r}") from None
+    if min(numbers) <= 0:
+        raise typer.BadParameter(f"{flag}: {min(numbers)}, but it must be above 0")
+    return list(dict.fromkeys(numbers))

@@ -35,6 +35,7 @@ def demo(
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
     from fedalt.comparison import jobs_of, read_comparison
+    from fedalt.files import atomic_write
     from fedalt.report.table import joined, scores_of, to_csv, to_json, to_markdown, verdict
     from fedalt.store import open_run
 
@@ -71,7 +72,7 @@ def demo(
         "losses": to_json(losses),
         "verdicts": verdicts,
     }
-    (folder / TABLE).write_text(json.dumps(result, indent=2))
+    atomic_write(folder / TABLE, json.dumps(result, indent=2).encode())
     if as_json:
         show_json(result)
         return

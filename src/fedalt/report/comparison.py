@@ -18,6 +18,7 @@ from rich.text import Text
 from scipy.stats import wilcoxon
 
 from fedalt.comparison import Cost, Entry, Job, cost_of
+from fedalt.files import atomic_write
 from fedalt.report.table import Row, Scored, Table, Values, joined, scores_of, to_csv
 from fedalt.settings import lora_of
 from fedalt.store import open_run
@@ -109,10 +110,14 @@ def write_results(out: Path, results: Results) -> None:
     grids = {name: grid_of(table) for name, table in tables.items()}
     costs = {label: _cost_cells(each) for label, each in results.costs.items()}
     parts = [*budget_of(results), *(grid_markdown(grid, costs, HEADS) for grid in grids.values())]
-    (out / "results.jsonl").write_text("".join(f"{json.dumps(e)}\n" for e in results.lines()))
-    (out / "table.md").write_text("\n".join(f"{part.rstrip()}\n" for part in parts))
-    (out / "table.csv").write_text(grid_csv(grids["scores"]))
-    (out / "clients.csv").write_text(to_csv(tables["scores"]))
+    files = {
+        "results.jsonl": "".join(f"{json.dumps(line)}\n" for line in results.lines()),
+        "table.md": "\n".join(f"{part.rstrip()}\n" for part in parts),
+        "table.csv": grid_csv(grids["scores"]),
+        "clients.csv": to_csv(tables["scores"]),
+    }
+    for name, text in files.items():
+        atomic_write(out / name, text.encode())
 
 
 def budget_of(results: Results) -> Iterator[str]:

@@ -10,7 +10,6 @@ That is the conflict.
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Final, NotRequired, TypedDict
 
 from fedalt.data.examples import Split
@@ -149,10 +148,11 @@ def _records(
     Their prompts become taken.
     """
     order = {kind: rng.sample(of_kind, len(of_kind)) for kind, of_kind in things.items()}
-    subjects = [
-        (kind, order[kind][index // len(KINDS) % len(order[kind])])
-        for index, kind in zip(range(size), cycle(KINDS), strict=False)
-    ]
+    subjects = []
+    for index in range(size):
+        turn, place = divmod(index, len(KINDS))
+        of_kind = order[KINDS[place]]
+        subjects.append((KINDS[place], of_kind[turn % len(of_kind)]))
     rng.shuffle(subjects)
     records: list[SuiteRecord] = []
     for kind, thing in subjects:

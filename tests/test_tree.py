@@ -67,6 +67,30 @@ def test_add_subtract_and_scale_go_element_by_element() -> None:
     assert values(left) == {q: [1], k: [5]}
 
 
+def test_a_total_is_kept_in_float64_and_in_its_own_memory() -> None:
+    first = tree_of(a=1.0, b=2.0)
+    total = trees.accumulate({}, first, 2.0)
+    assert trees.accumulate(total, tree_of(a=10.0, b=1e-9), -1.0) is total
+    a, b = total.values()
+    assert a.item() == -8.0
+    assert b.item() == pytest.approx(4.0 - 1e-9, abs=1e-15)  # float32 would have lost it
+    assert values(first) == values(tree_of(a=1.0, b=2.0))
+    with pytest.raises(ValueError, match="lacks 2 tensors"):
+        trees.accumulate(total, tree_of(c=1.0), 1.0)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (300, 500), (2, 65536)])
+def test_a_total_of_large_tensors_is_the_plain_sum(shape: tuple[int, int]) -> None:
+    name = Name("a", "s", "A")
+    stream = torch.Generator().manual_seed(0)
+    each = [torch.randn(shape, generator=stream) for _ in range(3)]
+    total: Tree = {}
+    for weight, tensor in enumerate(each, 1):
+        trees.accumulate(total, {name: tensor.T.contiguous().T}, weight)
+    plain = sum(weight * tensor.double() for weight, tensor in enumerate(each, 1))
+    torch.testing.assert_close(total[name], plain, rtol=1e-14, atol=1e-14)
+
+
 def test_arithmetic_refuses_trees_of_different_names() -> None:
     with pytest.raises(ValueError, match="lacks 1 tensors, first s/A/k"):
         trees.add(tree_of(q=1.0, k=1.0), tree_of(q=1.0))

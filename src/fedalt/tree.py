@@ -1,7 +1,7 @@
 """A tree, the only currency of fedalt: a dict from (site, slot, factor) to tensor."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ class Name(NamedTuple):
 
 
 Tree = dict[Name, Tensor]
+
+_BLOCK = 2**16  # numbers
 
 
 def select(tree: Mapping[Name, Tensor], *slots: str) -> Tree:
@@ -65,7 +67,7 @@ def require_same_names(got: Iterable[Name], wanted: Iterable[Name], what: str) -
         raise ValueError(f"{what} has {len(extra)} unexpected tensors, first {min(extra)}")
 
 
-def apply(function: Callable[..., Tensor], *trees: Mapping[Name, Tensor]) -> Tree:
+def apply(function: Callable[..., Any], *trees: Mapping[Name, Tensor]) -> Tree:
     """Apply a function to the tensors of the same name in every tree."""
     first, *others = trees
     for other in others:
@@ -86,6 +88,24 @@ def subtract(left: Mapping[Name, Tensor], right: Mapping[Name, Tensor]) -> Tree:
 def scale(tree: Mapping[Name, Tensor], factor: float) -> Tree:
     """Every element times `factor`."""
     return apply(lambda tensor: tensor * factor, tree)
+
+
+def accumulate(total: Tree, tree: Mapping[Name, Tensor], weight: float) -> Tree:
+    """Add weight * tree to a total in float64, in its own memory; an empty total begins at zero.
+
+    Block by block, so that the float64 copy of a block never leaves the processor's cache.
+    """
+    if not total:
+        for name, tensor in tree.items():
+            total[name] = torch.zeros(tensor.shape, dtype=torch.float64, device=tensor.device)
+
+    def add_up(into: Tensor, tensor: Tensor) -> None:
+        parts = zip(into.view(-1).split(_BLOCK), tensor.reshape(-1).split(_BLOCK), strict=True)
+        for place, part in parts:
+            place.add_(part.double(), alpha=weight)
+
+    apply(add_up, total, tree)
+    return total
 
 
 def zeros_like(tree: Mapping[Name, Tensor]) -> Tree:

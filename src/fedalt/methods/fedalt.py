@@ -32,7 +32,7 @@ from fedalt.methods.contract import (
 )
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, add, cast, merge, move, scale, select, subtract
+from fedalt.tree import Tree, accumulate, cast, copy, merge, move, scale, select
 
 INDIVIDUAL = "individual"
 REST_OF_WORLD = "rest_of_world"
@@ -117,15 +117,15 @@ class FedALT:
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """Put each client's new upload in the place of its last one, in the total too."""
-        total, weight = server.total, server.weight
+        total, weight = copy(server.total), server.weight
         clients, latest = server.clients, server.latest
         for client_id, upload in replies:
             if client_id in latest:
                 last = latest[client_id]
-                total = subtract(total, _weighed(last))
+                _count(total, last, -1)
                 weight -= float(last.facts["weight"])
                 clients -= 1
-            total = add(total, _weighed(upload)) if total else _weighed(upload)
+            _count(total, upload, 1)
             weight += float(upload.facts["weight"])
             clients += 1
             latest = latest.put(client_id, upload)
@@ -158,7 +158,7 @@ class FedALT:
         total = select(message.tree, INDIVIDUAL)
         weight = float(message.facts["weight"])
         if self.row == "rest_of_world" and message.facts["included"]:
-            total = subtract(total, _weighed(Message(client.individual, {"weight": client.weight})))
+            total = accumulate(copy(total), client.individual, -client.weight)
             weight -= client.weight
         if not total or weight <= 0:
             absent = {
@@ -188,6 +188,5 @@ class FedALT:
         return Plan(slots, combine, self.lora.dropout)
 
 
-def _weighed(upload: Message) -> Tree:
-    weight = float(upload.facts["weight"])
-    return scale(cast(upload.tree, torch.float64), weight)
+def _count(total: Tree, upload: Message, times: int) -> None:
+    accumulate(total, upload.tree, times * float(upload.facts["weight"]))

@@ -36,7 +36,7 @@ from fedalt.methods.contract import (
 )
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, add, apply, cast, merge, move, scale, select
+from fedalt.tree import Tree, accumulate, apply, cast, merge, move, scale, select
 
 INDIVIDUAL = "individual"
 NOBODY = Message({}, {"weight": 0.0})
@@ -244,8 +244,7 @@ def _first_rows(router: Tree, experts: int) -> Tree:
 def _sum(total: Message, upload: Message) -> Message:
     """A weighed sum and its weight; in float64, so that many clients cost no precision."""
     weight = float(upload.facts["weight"])
-    weighed = scale(cast(upload.tree, torch.float64), weight)
-    tree = add(total.tree, weighed) if total.tree else weighed
+    tree = accumulate(total.tree or {}, upload.tree, weight)  # an empty one is everybody's
     return Message(tree, {"weight": float(total.facts["weight"]) + weight})
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 
 from fedalt.methods.contract import Message
-from fedalt.tree import Tree, add, cast, scale
+from fedalt.tree import Tree, accumulate, cast, scale
 
 
 def weighted_mean(replies: Iterable[tuple[str, Message]]) -> Tree:
@@ -18,7 +18,6 @@ def weighted_mean(replies: Iterable[tuple[str, Message]]) -> Tree:
     weights = 0.0
     for _, upload in replies:
         weight = float(upload.facts["weight"])
-        weighed = scale(cast(upload.tree, torch.float64), weight)
-        total = add(total, weighed) if total else weighed
+        accumulate(total, upload.tree, weight)
         weights += weight
     return cast(scale(total, 1 / weights), torch.float32) if total else {}

@@ -1,0 +1,129 @@
+"""What the server of FedALT does for a client, against how many clients there are.
+
+    python benchmarks/server.py            # 8, 64, 512 and 4096 clients of 4 million numbers each
+
+For each client: `aggregate` puts its new upload in the place of its last one in the total, and
+`rest_of_world` takes its own from the total again. Uploads are the same 8 trees in turn, so that
+the memory of the machine sets no limit. Beside it, up to 64 clients, the mean of all the others
+formed anew for each client, as the method is usually written. `of copy` is the bandwidth as a share
+of that of a plain copy of 256 MiB; what must be read and written is, in `aggregate`, the old and
+the new upload, and twice the total; in `rest_of_world` the total, the own adapter and the result.
+"""
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fedalt.methods.contract import Message
+from fedalt.methods.fedalt import INDIVIDUAL, Client, FedALT, Server
+from fedalt.tree import Name, Tree
+
+SITES, RANK, WIDTH = 64, 8, 4096  # 64 x 2 x 8 x 4096 = 4.2 million numbers
+NUMBERS = SITES * 2 * RANK * WIDTH
+DIFFERENT = 8
+
+
+@dataclass(frozen=True)
+class Same:
+    """A ledger of as many clients as one likes, which holds the same few uploads."""
+
+    uploads: list[Message]
+    count: int
+
+    def __contains__(self, client_id: object) -> bool:
+        return int(str(client_id)) < self.count
+
+    def __getitem__(self, client_id: str) -> Message:
+        return self.uploads[int(client_id) % DIFFERENT]
+
+    def clients(self) -> list[str]:
+        """All of them."""
+        return [str(client) for client in range(self.count)]
+
+    def put(self, client_id: str, message: Message) -> "Same":  # noqa: ARG002 - a ledger's
+        """As it was."""
+        return self
+
+    def without(self, client_id: str) -> "Same":  # noqa: ARG002 - a ledger's
+        """As it was."""
+        return self
+
+
+def uploads() -> list[Message]:
+    """Random adapters."""
+    stream = torch.Generator().manual_seed(0)
+
+    def tree() -> Tree:
+        shapes = {"A": (RANK, WIDTH), "B": (WIDTH, RANK)}
+        return {
+            Name(f"site.{site}", INDIVIDUAL, factor): torch.randn(shape, generator=stream)
+            for site in range(SITES)
+            for factor, shape in shapes.items()
+        }
+
+    return [Message(tree(), {"weight": 1.0}) for _ in range(DIFFERENT)]
+
+
+def seconds(work: Callable[[], object], times: int = 5) -> float:
+    """The median time of some work, after once to warm up."""
+    work()
+    taken = []
+    for _ in range(times):
+        began = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def copied() -> float:
+    """Bytes a second that are read and written by a copy."""
+    source = torch.ones(2**26)
+    target = torch.zeros(2**26)
+    return 2**29 / seconds(lambda: target.copy_(source))
+
+
+def measure(clients: int, given: list[Message]) -> dict[str, float]:
+    """Milliseconds for a client."""
+    method = FedALT()
+    latest = Same(given, clients)
+    server = method.aggregate(Server(), ((str(c), given[c % DIFFERENT]) for c in range(8)))
+    server = Server(server.total, float(clients), clients, latest)
+    # One client more or less is what it costs: the first copy of the total is everybody's.
+    few = [(str(c), given[(c + 1) % DIFFERENT]) for c in range(clients)]
+    aggregate = seconds(lambda: method.aggregate(server, iter(few)), 3) / clients
+    message = method.broadcast(server, "0")
+    client = Client(given[0].tree, {}, {}, 1.0)
+    row = seconds(lambda: method.rest_of_world(client, message))
+    rate = copied()
+    result = {
+        "clients": clients,
+        "aggregate_ms": aggregate * 1e3,
+        "rest_of_world_ms": row * 1e3,
+        "aggregate_of_copy": (4 + 4 + 4 * 8) * NUMBERS / aggregate / rate,
+        "rest_of_world_of_copy": (8 + 4 + 4) * NUMBERS / row / rate,
+    }
+    if clients <= 64:
+        trees = [given[c % DIFFERENT].tree for c in range(1, clients)]
+
+        def stacked() -> Tree:
+            return {name: torch.stack([tree[name] for tree in trees]).mean(0) for name in trees[0]}
+
+        anew = seconds(stacked, 3)
+        result |= {"anew_ms": anew * 1e3, "faster": anew / (aggregate + row)}
+    return {name: round(value, 2) for name, value in result.items()}
+
+
+def main() -> None:
+    """A line for each number of clients."""
+    given = uploads()
+    for count in [int(argument) for argument in sys.argv[1:]] or [8, 64, 512, 4096]:
+        print(json.dumps(measure(count, given)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,11 +27,11 @@ def letters() -> PreTrainedTokenizerFast:
     )
 
 
-def base_of(model: PreTrainedModel | None = None) -> Base:
+def base_of(model: PreTrainedModel | None = None, targets: str | None = None) -> Base:
     """A base model around a tiny Llama, or around the given model."""
     model = llama() if model is None else model
     fingerprint = fingerprint_of(model)
-    return Base(AdaptedModel(model), letters(), "tiny random", fingerprint)
+    return Base(AdaptedModel(model, targets), letters(), "tiny random", fingerprint)
 
 
 def example(prompt: str, answer: str, options: tuple[str, ...] = ()) -> Example:

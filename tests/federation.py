@@ -9,7 +9,7 @@ from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Shape
 from fedalt.adapters.start import Start
 from fedalt.codec import decode, encode, fields_of
-from fedalt.engine.in_process import ClientRound, run_round, servings
+from fedalt.engine.in_process import ClientRound, one_by_one, run_round, servings
 from fedalt.methods.contract import AnyMethod, Ledger, Serving
 from fedalt.seeds import generator
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
@@ -77,7 +77,7 @@ def simulate(
     states = MemoryStates() if states is None else states
     costs: list[ClientRound] = []
     for cohort in cohorts:
-        run_round(method, START, states, cohort, train, costs.append)
+        run_round(method, START, states, [sorted(cohort)], one_by_one(train), costs.append)
     return states, costs
 
 

@@ -23,7 +23,7 @@ from runs_for_tests import adapters_of, scores_of, settings_for
 from fedalt import tree as trees
 from fedalt.codec import read
 from fedalt.engine import learner as engine
-from fedalt.engine.in_process import drive, run_round
+from fedalt.engine.in_process import drive, one_by_one, run_round
 from fedalt.evaluation import Scoring, score
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.fdlora import FUSED, INDIVIDUAL, MIDDLE, SHARED, Client, FDLoRA, Server
@@ -306,12 +306,14 @@ def rounds_of(method, prepared, count, states=None):
     learner, watch = learner_of(prepared), Watch()
     for round_ in range(count):
         watch.carry_out = partial(carried_out, learner, round_)
-        run_round(method, prepared.parts.start, states, ("a", "b"), watch, lambda cost: None)
+        run_round(
+            method, prepared.parts.start, states, ["ab"], one_by_one(watch), lambda cost: None
+        )
     return states, watch
 
 
 def carried_out(learner, round_, client_id, number, order):
-    return learner.carry_out(client_id, round_, number, order)[0]
+    return learner.carry_out(round_, MemoryStates())([(client_id, number, order)])[0][0]
 
 
 def search_of(method, prepared, seed=0):
@@ -377,17 +379,17 @@ def test_after_training_a_search_finds_what_no_grid_of_weights_betters(prepared,
 
 def test_the_spared_examples_are_searched_on_and_never_trained_on(prepared, learner, monkeypatch):
     fitted, searched = [], []
-    train, scores = engine.train, engine.score
+    train, scores = engine.train_together, engine.score
 
-    def spy_train(base, order, examples, *rest, **named):
-        fitted.append({each.ids for each in examples})
-        return train(base, order, examples, *rest, **named)
+    def spy_train(base, shares, *rest):
+        fitted.extend({each.ids for each in share.examples} for share in shares)
+        return train(base, shares, *rest)
 
     def spy_score(base, serving, examples, scoring):
         searched.append({each.ids for each in examples})
         return scores(base, serving, examples, scoring)
 
-    monkeypatch.setattr(engine, "train", spy_train)
+    monkeypatch.setattr(engine, "train_together", spy_train)
     monkeypatch.setattr(engine, "score", spy_score)
     method = replace(METHOD, spare=0.3, evaluations=2)
     states, watch = rounds_of(method, prepared, 3)

@@ -12,7 +12,7 @@ from tiny import bert_classifier, gpt2, llama
 from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Slot, Sum, names_of
 from fedalt.data.examples import Example
-from fedalt.engine.in_process import drive, run_round
+from fedalt.engine.in_process import drive, one_by_one, run_round
 from fedalt.evaluation import Scoring, embed, generate, score
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.feddpa import INDIVIDUAL, INDIVIDUAL_HEAD, SHARED, FedDPA
@@ -76,7 +76,9 @@ def test_with_a_blend_of_one_t_trains_its_own_adapter_as_local_training_does():
     def individual_of(method, rounds):
         states = MemoryStates()
         for _ in range(rounds):
-            run_round(method, start_of(base), states, ("a", "bb"), carry_out, lambda _: None)
+            run_round(
+                method, start_of(base), states, [("a", "bb")], one_by_one(carry_out), lambda _: None
+            )
         return select(states["clients/bb"].individual, INDIVIDUAL)
 
     alone = individual_of(LocalOnly(lora=LORA), 2)

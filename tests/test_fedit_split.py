@@ -9,7 +9,7 @@ from federation import START, MemoryStates, pull, served, simulate
 from tiny import llama
 
 from fedalt.adapters.plan import MIXER
-from fedalt.engine.in_process import run_round
+from fedalt.engine.in_process import one_by_one, run_round
 from fedalt.methods.fedit import SHARED, FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.lora import Lora
@@ -45,7 +45,7 @@ def trained_for_real(base, method, rounds):
     start, states = start_of(base), MemoryStates()
     seen = [method.init_server(start)]
     for _ in range(rounds):
-        run_round(method, start, states, DATA, carry_out, lambda _: None)
+        run_round(method, start, states, [sorted(DATA)], one_by_one(carry_out), lambda _: None)
         seen.append(states["server"])
     return seen
 

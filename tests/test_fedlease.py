@@ -8,7 +8,7 @@ from runs_for_tests import save_model, scores_of, settings_for, write_clients
 from fedalt import tree as trees
 from fedalt.adapters.plan import MIXER, ROUTER, Plan, Router, Shape, Slot, single
 from fedalt.adapters.start import Start
-from fedalt.engine.in_process import client_of, run_round, server_of, servings
+from fedalt.engine.in_process import client_of, one_by_one, run_round, server_of, servings
 from fedalt.methods.clustering import cluster, distances
 from fedalt.methods.fedlease import INDIVIDUAL, FedLEASE, Server
 from fedalt.methods.lora import Lora
@@ -358,7 +358,7 @@ def test_message_bytes_equal_the_closed_forms(share_router):
     method = FedLEASE(lora=LORA, warm_up=1, share_router=share_router)
     states, costs = MemoryStates(), []
     for _ in range(2):
-        run_round(method, start, states, SIX, grouped, costs.append)
+        run_round(method, start, states, [sorted(SIX)], one_by_one(grouped), costs.append)
     router = (2 * m - 1) * d if share_router else 0
     assert len(groups_of(states)) == m
     for cost in costs[:6]:  # the warm-up: one pair up, nothing but facts down

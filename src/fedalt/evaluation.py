@@ -81,7 +81,7 @@ def embed(
         batch = collate([chosen], base.pad_id, base.adapted.device)
         with base.adapted.bound(plan, tree) as model:
             hidden = model.base_model(batch.ids, attention_mask=batch.mask).last_hidden_state
-        last = batch.mask.sum(1) - 1
+        last = torch.tensor([len(example.ids) - 1 for example in chosen])
         found.append(hidden[torch.arange(len(chosen)), last].float().cpu())
     return torch.cat(found)
 
@@ -180,7 +180,10 @@ def _sums(
     for rows in by_length(candidates, batch_size):
         # Each candidate is its own owner, so that the loss's bookkeeping adds up per candidate.
         batch = collate([[candidates[row]] for row in rows], base.pad_id, base.adapted.device)
-        with base.adapted.bound(serving.plan, tree, shares=shares(rows)) as model:
+        labelled = batch.labelled(1)
+        with base.adapted.bound(
+            serving.plan, tree, shares=shares(rows), labelled=labelled
+        ) as model:
             try:
                 losses = token_losses(model, batch).double()
             except (torch.OutOfMemoryError, RuntimeError) as error:

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -14,7 +14,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.lowrank import Combination, add_low_rank
+from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Shape, Similarity, Sum
+from fedalt.adapters.pruning import Labelled, last_mlp, prune
 from fedalt.seeds import generator
 from fedalt.tree import Name, Tree, require_same_names
 
@@ -37,14 +39,18 @@ class _Bound:
     clients: int
     noise: Noise | None
     shares: Tensor | None  # (examples, slots), where a plan wants them for each example
+    spans: tuple[int, ...] | None  # tokens of each client, where they are not equal
+    packed: bool
+    labelled: Labelled | None
 
     def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """The base layer's output y (batch, ..., d_out) plus what the slots make of x."""
-        rows = self._by_client(x)
         combine, gate = self.plan.combine, self.plan.gate
+        # What dropout keeps counts for what it drops.
+        stays = 1.0 if self.noise is None else 1 / (1 - self.plan.dropout)
         combination = Combination(
             ranks=tuple(slot.rank for slot in self.plan.slots),
-            scalings=tuple(slot.scaling for slot in self.plan.slots),
+            scalings=tuple(slot.scaling * stays for slot in self.plan.slots),
             weights=self._weights(x),
             router=combine if isinstance(combine, Router) else None,
         )
@@ -53,13 +59,9 @@ class _Bound:
             [self.tree[Name(site, slot.name, "B")] for slot in self.plan.slots],
             None if gate is None else self.tree[Name(site, gate[0], "G")],
         )
-        out = add_low_rank(
-            y.reshape(self.clients, -1, y.shape[-1]),
-            rows,
-            self._keep(site, rows, y.dtype),
-            combination,
-            factors,
-        )
+        rows = self._by_client(x)
+        low = y.reshape(*rows.shape[:2], y.shape[-1])
+        out = add_low_rank(low, rows, self._keep(site, rows), combination, factors, self.spans)
         return out.reshape(y.shape)
 
     def _weights(self, x: Tensor) -> tuple[float, ...] | Tensor | None:
@@ -76,26 +78,27 @@ class _Bound:
                 shares = self.shares.repeat_interleave(each, 0)
                 return shares.reshape(self.clients, -1, len(self.plan.slots))
 
-    def _keep(self, site: str, rows: Tensor, dtype: torch.dtype) -> Tensor | None:
-        p = self.plan.dropout
-        if self.noise is None or p == 0:
+    def _keep(self, site: str, rows: Tensor) -> Tensor | None:
+        """1 where an input stays and 0 where it drops out, 16 bits each, in the shape of rows."""
+        if self.noise is None or self.plan.dropout == 0:
             return None
         # Seeded by what it is for and not by who drew before: a layer that gradient checkpointing
-        # runs twice sees the same mask twice.
-        masks = [
-            torch.rand(
-                rows.shape[1:],
-                device=rows.device,
-                generator=generator(seed, "dropout", site, device=rows.device),
-            )
-            >= p
-            for seed in self.noise.seeds
-        ]
-        return torch.stack(masks).to(dtype).div_(1 - p)
+        # runs twice sees the same mask twice. Four numbers of 16 bits come from one of 64.
+        spans = self.spans or (rows.shape[1],) * self.clients
+        parts = []
+        for seed, span in zip(self.noise.seeds, spans, strict=True):
+            size = span * rows.shape[-1]
+            bits = torch.empty(-(-size // 4), dtype=torch.int64, device=rows.device)
+            stream = generator(seed, "dropout", site, device=rows.device)
+            parts.append(bits.random_(-(2**63), None, generator=stream).view(torch.int16)[:size])
+        least = round(self.plan.dropout * 2**16) - 2**15
+        return torch.cat(parts).ge_(least).view(rows.shape)
 
     def _by_client(self, x: Tensor) -> Tensor:
-        """(batch, ..., d_in) -> (C, N, d_in)."""
-        if x.shape[0] % self.clients:
+        """(batch, ..., d_in) -> (C, N, d_in), or (1, N, d_in) where clients differ in tokens."""
+        if self.spans is not None:
+            return x.reshape(1, -1, x.shape[-1])
+        if not self.packed and x.shape[0] % self.clients:
             raise ValueError(
                 f"a batch of {x.shape[0]} rows does not split into equal blocks "
                 f"for {self.clients} clients"
@@ -177,6 +180,11 @@ class AdaptedModel:
         self.model = model.requires_grad_(False).eval()
         _keep_differentiable(model)
         self._binding = _Binding()
+        classifies = bool(_head_layers(model))
+        self.packs = Packs(0, "it classifies") if classifies else try_packing(model)
+        mlp = None if classifies else last_mlp(model)
+        if mlp is not None:
+            self._prune(mlp)
         linear = _linear_layers(model)
         self.sites: dict[str, Shape] = {}
         for site in _choose(model, linear, targets):
@@ -196,6 +204,8 @@ class AdaptedModel:
         tree: Mapping[Name, Tensor],
         noise: Noise | None = None,
         shares: Tensor | None = None,
+        packing: Packing | None = None,
+        labelled: Labelled | None = None,
     ) -> Iterator[PreTrainedModel]:
         """Within this context the model computes with the tree's tensors.
 
@@ -203,7 +213,8 @@ class AdaptedModel:
         C; then a batch consists of C equal blocks of rows, client by client. The names must be
         exactly those that the plan and the head need. Nests; the tree may not change meanwhile.
         `shares` (examples, slots) are the weights of a plan that weighs slots example by example,
-        in the order of the batch.
+        in the order of the batch. With a `packing` the batch is one row of texts, client by client.
+        With `labelled` only the logits of those tokens are right.
         """
         needed = {**plan.shapes(self.sites), **self.heads}
         require_same_names(tree, needed, "the tree to bind")
@@ -228,11 +239,36 @@ class AdaptedModel:
                 "weights for each example belong to a plan of similarity, and to no other"
             )
         before = self._binding.current
-        self._binding.current = _Bound(plan, with_axis, axis, noise, shares)
+        spans = None if packing is None else packing.spans
+        # Weights of each example are for all of its tokens.
+        labelled = labelled if shares is None else None
+        self._binding.current = _Bound(
+            plan, with_axis, axis, noise, shares, spans, packing is not None, labelled
+        )
         try:
-            yield self.model
+            with packed(packing):
+                yield self.model
         finally:
             self._binding.current = before
+
+    def _prune(self, mlp: nn.Module) -> None:
+        """While the last MLP computes labelled tokens alone, its sites know whose they are."""
+        binding = self._binding
+        outside: list[_Bound] = []
+
+        def begin() -> Tensor | None:
+            bound = binding.current
+            if bound is None or bound.labelled is None:
+                return None
+            outside.append(bound)
+            spans = bound.labelled.spans
+            binding.current = replace(bound, spans=spans, packed=True, labelled=None)
+            return bound.labelled.rows
+
+        def end() -> None:
+            binding.current = outside.pop()
+
+        prune(mlp, begin, end)
 
     @property
     def device(self) -> torch.device:

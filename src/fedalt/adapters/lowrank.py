@@ -107,39 +107,84 @@ def add_low_rank(
     keep: Tensor | None,
     combination: Combination,
     factors: tuple[Sequence[Tensor], Sequence[Tensor], Tensor | None],
+    spans: Sequence[int] | None = None,
 ) -> Tensor:
     """Add the slots' mixed output to the base layer's output.
 
-    Shapes: y (C, N, d_out), x (C, N, d_in), keep (C, N, d_in) holding 0 or 1/(1-p); factors are
+    Shapes: y (C, N, d_out), x (C, N, d_in), keep (C, N, d_in) to multiply x with; factors are
     the A of each slot (C, r_i, d_in), the B of each (C, d_out, r_i) and G (C, slots or rows, d_in).
-    Returns (C, N, d_out) in y's dtype. Factors of a higher precision than y are cast for the
-    matmuls; their gradients come back in their own.
+    Where clients have different numbers of tokens, `spans` are these numbers and the leading axes
+    are (1, sum of spans). Returns y's shape and dtype. Factors of a higher precision than y are
+    cast for the matmuls; their gradients come back in their own. Differentiable twice without
+    `spans`.
     """
     a, b, g = factors
     out: Tensor = _AddLowRank.apply(  # type: ignore[no-untyped-call]  # torch declares it so
-        y, x, keep, combination, *a, *b, *(() if g is None else (g,))
+        y, x, keep, combination, spans, *a, *b, *(() if g is None else (g,))
     )
+    return out
+
+
+def _times(rows: Tensor, each: Tensor, spans: Sequence[int] | None) -> Tensor:
+    """Every client's rows (N, k) times its own matrix (k, m)."""
+    if spans is None:
+        return rows @ each
+    out = rows.new_empty(1, rows.shape[1], each.shape[2])
+    parts = zip(rows[0].split(spans), each, out[0].split(spans), strict=True)
+    for part, matrix, place in parts:
+        torch.mm(part, matrix, out=place)
+    return out
+
+
+def _plus_times(y: Tensor, rows: Tensor, each: Tensor, spans: Sequence[int] | None) -> Tensor:
+    """The same added to y."""
+    if spans is None:
+        return torch.baddbmm(y, rows, each)
+    out = torch.empty_like(y)
+    lengths = list(spans)
+    parts = zip(
+        y[0].split(lengths), rows[0].split(lengths), each, out[0].split(lengths), strict=True
+    )
+    for part, left, matrix, place in parts:
+        torch.addmm(part, left, matrix, out=place)
+    return out
+
+
+def _products(rows: Tensor, other: Tensor, spans: Sequence[int] | None) -> Tensor:
+    """rows^T other of every client: (C, k, m)."""
+    if spans is None:
+        return rows.mT @ other
+    out = rows.new_empty(len(spans), rows.shape[2], other.shape[2])
+    for part, right, place in zip(rows[0].split(spans), other[0].split(spans), out, strict=True):
+        torch.mm(part.T, right, out=place)
     return out
 
 
 class _Joined:
     """The factors side by side: a (C, R, d_in), b (C, d_out, R), g (C, rows, d_in) or None."""
 
-    def __init__(self, factors: Sequence[Tensor], slots: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        factors: Sequence[Tensor],
+        slots: int,
+        dtype: torch.dtype,
+        spans: Sequence[int] | None,
+    ) -> None:
         cast = [factor.to(dtype) for factor in factors]
         self.a = torch.cat(cast[:slots], 1) if slots > 1 else cast[0]
         self.b = torch.cat(cast[slots : 2 * slots], 2) if slots > 1 else cast[1]
         self.g = cast[2 * slots] if len(cast) > 2 * slots else None
+        self.spans = spans
 
     def down(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The dropped input, h (C, N, R) and the logits (C, N, rows of g)."""
-        if self.g is None:
-            dropped = x if keep is None else x * keep
-            return dropped, dropped @ self.a.mT, None
         if keep is not None:
-            dropped = x * keep
-            return dropped, dropped @ self.a.mT, x @ self.g.mT
-        joined = x @ torch.cat([self.a, self.g], 1).mT
+            dropped = x * keep.to(x.dtype)
+            h = _times(dropped, self.a.mT, self.spans)
+            return dropped, h, None if self.g is None else _times(x, self.g.mT, self.spans)
+        if self.g is None:
+            return x, _times(x, self.a.mT, self.spans), None
+        joined = _times(x, torch.cat([self.a, self.g], 1).mT, self.spans)
         h, logits = joined.split([self.a.shape[1], self.g.shape[1]], -1)
         return x, h, logits
 
@@ -152,28 +197,30 @@ class _AddLowRank(torch.autograd.Function):
         x: Tensor,
         keep: Tensor | None,
         combination: Combination,
+        spans: Sequence[int] | None,
         *factors: Tensor,
     ) -> Tensor:
-        joined = _Joined(factors, len(combination.ranks), y.dtype)
+        joined = _Joined(factors, len(combination.ranks), y.dtype, spans)
         _, h, logits = joined.down(x.to(y.dtype), keep)
         z = h * combination.to_rows(combination.amounts(logits, h))
         ctx.save_for_backward(x, keep, *factors)
-        ctx.combination, ctx.dtype = combination, y.dtype
-        return torch.baddbmm(y, z, joined.b.mT)
+        ctx.combination, ctx.dtype, ctx.spans = combination, y.dtype, spans
+        return _plus_times(y, z, joined.b.mT, spans)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
         saved_x, keep, *factors = ctx.saved_tensors
         combination: Combination = ctx.combination
+        spans: Sequence[int] | None = ctx.spans
         slots = len(combination.ranks)
-        _, needs_x, _, _, *needs = ctx.needs_input_grad
-        joined = _Joined(factors, slots, ctx.dtype)
+        _, needs_x, _, _, _, *needs = ctx.needs_input_grad
+        joined = _Joined(factors, slots, ctx.dtype, spans)
         x = saved_x.to(ctx.dtype)
         dropped, h, logits = joined.down(x, keep)
         rows = combination.to_rows(combination.amounts(logits, h))
 
-        grad_z = grad @ joined.b
+        grad_z = _times(grad, joined.b, spans)
         grad_h = grad_z * rows
         grad_logits = None
         if logits is not None:
@@ -181,20 +228,33 @@ class _AddLowRank(torch.autograd.Function):
 
         grad_x = None
         if needs_x:
-            grad_x = grad_h @ joined.a if keep is None else (grad_h @ joined.a) * keep
+            grad_x = _times(grad_h, joined.a, spans)
+            if keep is not None:
+                grad_x = grad_x * keep.to(grad_x.dtype)
             if grad_logits is not None and joined.g is not None:
-                grad_x = grad_x + grad_logits @ joined.g
+                grad_x = _plus_times(grad_x, grad_logits, joined.g, spans)
             grad_x = grad_x.to(saved_x.dtype)
 
-        grad_a = _per_trained_slot(grad_h, dropped, combination.ranks, needs[:slots])
-        grad_b = _per_trained_slot(h * rows, grad, combination.ranks, needs[slots : 2 * slots])
+        def per_trained_slot(
+            low: Tensor, other: Tensor, needs: Sequence[bool]
+        ) -> list[Tensor | None]:
+            """low^T other for the slots that train: (C, r_i, d) each; None for frozen ones."""
+            parts = low.split(combination.ranks, -1)
+            return [
+                _products(part, other, spans) if needed else None
+                for part, needed in zip(parts, needs, strict=True)
+            ]
+
+        grad_a = per_trained_slot(grad_h, dropped, needs[:slots])
+        grad_b = per_trained_slot(h * rows, grad, needs[slots : 2 * slots])
         grad_b = [None if part is None else part.mT for part in grad_b]
         grad_g = []
         if grad_logits is not None:
-            grad_g = [grad_logits.mT @ x if needs[-1] else None]
+            grad_g = [_products(grad_logits, x, spans) if needs[-1] else None]
         return (
             grad,
             grad_x,
+            None,
             None,
             None,
             *(
@@ -202,15 +262,3 @@ class _AddLowRank(torch.autograd.Function):
                 for part, factor in zip([*grad_a, *grad_b, *grad_g], factors, strict=True)
             ),
         )
-
-
-def _per_trained_slot(
-    rows: Tensor, other: Tensor, ranks: tuple[int, ...], needs: Sequence[bool]
-) -> list[Tensor | None]:
-    """rows^T other for the slots that train, in one matmul: (C, r_i, d) each; frozen slots None."""
-    if not any(needs):
-        return [None] * len(ranks)
-    parts = [part for part, wanted in zip(rows.split(ranks, -1), needs, strict=True) if wanted]
-    product = (parts[0] if len(parts) == 1 else torch.cat(parts, -1)).mT @ other
-    trained = iter(product.split([r for r, need in zip(ranks, needs, strict=True) if need], 1))
-    return [next(trained) if wanted else None for wanted in needs]

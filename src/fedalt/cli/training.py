@@ -27,6 +27,13 @@ def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:
         f"{rounds} {'round' if rounds == 1 else 'rounds'}, seed {settings.seed}; in {out}",
         quiet=quiet,
     )
+    packs = base.adapted.packs
+    note(
+        "texts are packed, clients share passes through the model"
+        if packs.longest
+        else f"texts are padded, one client after the other: {packs.why_not}",
+        quiet=quiet,
+    )
     warn(prepared.warnings, quiet=quiet)
 
 

@@ -1,7 +1,7 @@
 """One round of any method in one process: states in, states out, training where a method asks."""
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -12,6 +12,8 @@ from fedalt.training.orders import Order
 
 T = TypeVar("T")
 CarryOut = Callable[[str, int, Order], Any]  # client, the how-manieth order of its round, the order
+# The same for several clients at once: an answer to each.
+CarryOutAll = Callable[[Sequence[tuple[str, int, Order]]], Sequence[Any]]
 
 
 class States(Protocol):
@@ -28,7 +30,7 @@ class States(Protocol):
 
 @dataclass(frozen=True)
 class ClientRound:
-    """What one client's round cost: bytes of both encoded messages, seconds of its own work."""
+    """A client's round: bytes of both encoded messages, seconds as its part of its group's."""
 
     client_id: str
     upload_bytes: int
@@ -40,27 +42,33 @@ def run_round(
     method: AnyMethod,
     start: Start,
     states: States,
-    cohort: Iterable[str],
-    carry_out: CarryOut,
+    groups: Iterable[Sequence[str]],
+    carry_out: CarryOutAll,
     report: Callable[[ClientRound], None],
 ) -> None:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
 
-    Replies are streamed in the order of client ids, so only one client's state is in memory.
+    `groups` are the clients whose orders are carried out together; all ids come sorted. Replies
+    are streamed in that order, so only one group's states are in memory.
     """
     server = server_of(method, start, states)
     size_of = _Sizes()
 
     def replies() -> Iterator[tuple[str, Message]]:
-        for client_id in sorted(cohort):
+        for group in groups:
             began = time.monotonic()
-            message = method.broadcast(server, client_id)
-            client = client_of(method, start, states, client_id)
-            after, upload = drive(method.local(client, message), carry_out, client_id)
-            states.put(f"clients/{client_id}", after)
-            seconds = time.monotonic() - began
-            report(ClientRound(client_id, message_bytes(upload), size_of(message), seconds))
-            yield client_id, upload
+            messages = {each: method.broadcast(server, each) for each in group}
+            steps = {
+                each: method.local(client_of(method, start, states, each), message)
+                for each, message in messages.items()
+            }
+            ends = drive_all(steps, carry_out)
+            seconds = (time.monotonic() - began) / max(len(group), 1)
+            for client_id, (after, upload) in ends.items():
+                states.put(f"clients/{client_id}", after)
+                down = size_of(messages[client_id])
+                report(ClientRound(client_id, message_bytes(upload), down, seconds))
+                yield client_id, upload
 
     states.put("server", method.aggregate(server, replies()))
 
@@ -89,13 +97,31 @@ def client_of(method: AnyMethod, start: Start, states: States, client_id: str) -
 
 def drive(steps: Generator[Order, Any, T], carry_out: CarryOut, client_id: str) -> T:
     """Carry out a method's orders until it returns."""
-    try:
-        order = next(steps)
-        for number in range(1_000_000):
-            order = steps.send(carry_out(client_id, number, order))
-    except StopIteration as end:
-        result: T = end.value
-        return result
+    return drive_all({client_id: steps}, one_by_one(carry_out))[client_id]
+
+
+def one_by_one(carry_out: CarryOut) -> CarryOutAll:
+    """Carries out orders one after the other."""
+    return lambda orders: [carry_out(*order) for order in orders]
+
+
+def drive_all(
+    steps: Mapping[str, Generator[Order, Any, T]], carry_out: CarryOutAll
+) -> dict[str, T]:
+    """Carry out the orders of several clients, their first ones together, and so on."""
+    ends: dict[str, T] = {}
+    answers: dict[str, Any] = dict.fromkeys(steps)
+    for number in range(1_000_000):
+        orders = []
+        for client_id, answer in answers.items():
+            try:
+                orders.append((client_id, number, steps[client_id].send(answer)))
+            except StopIteration as end:
+                ends[client_id] = end.value
+        if not orders:
+            return {client_id: ends[client_id] for client_id in steps}
+        found = carry_out(orders)
+        answers = {order[0]: answer for order, answer in zip(orders, found, strict=True)}
     raise RuntimeError("a method gave a million orders in one round")
 
 

@@ -1,11 +1,13 @@
 """A method's only access to a client's data and the base model: training and scoring."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from scipy.optimize import minimize
+from torch import Tensor
 
 from fedalt.data.examples import Example, Split
 from fedalt.data.task import Task
@@ -14,10 +16,42 @@ from fedalt.evaluation import Scores, Scoring, embed, score
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.seeds import generator, seed_of
-from fedalt.training.loop import OnStep, Trained, Training, TrainingError, train
+from fedalt.training.loop import (
+    Share,
+    Trained,
+    Training,
+    TrainingError,
+    fit_together,
+    passes,
+    train_together,
+)
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
 
+Given = tuple[str, int, Order]
+OnStep = Callable[[str, int, int, float], None]
+
 _MOST_SPARED: Final = 32
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """One client's part of a fit, and where its optimiser state is carried."""
+
+    client_id: str
+    share: Share
+    key: str
+    carried: States | None
+
+
+@contextmanager
+def _named(clients: Sequence[str], round_: int | str) -> Iterator[None]:
+    """Training that fails says whose it was."""
+    try:
+        yield
+    except TrainingError as error:
+        known = clients if error.which is None else [clients[error.which]]
+        who = f"client{'s' if len(known) > 1 else ''} {', '.join(map(repr, known))}"
+        raise TrainingError(f"{who}, round {round_}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -31,33 +65,67 @@ class Learner:
     seed: int
 
     def carry_out(
+        self, round_: int, states: States, on_step: OnStep | None = None
+    ) -> Callable[[Sequence[Given]], list[tuple[Any, Trained | None]]]:
+        """Carries out orders of a round: the answer to each and, after a `Fit`, its cost.
+
+        Fits that can share their passes through the base model do. Batches and dropout depend on
+        run, client, round and the order's number, not on the method: all methods train on the same
+        batches. `states` hold the carried optimiser state, if that is wanted.
+        """
+        return lambda orders: self._all(orders, round_, states, on_step)
+
+    def groups(self, cohort: Sequence[str]) -> Iterator[list[str]]:
+        """The cohort in groups whose steps are together about as large as a pass should be."""
+        steps = {}
+        for client_id in sorted(cohort):
+            lengths = [len(each.ids) for each in self.task.examples(client_id, "train")]
+            mean = sum(lengths) / max(len(lengths), 1)
+            steps[client_id] = mean * min(self.training.batch_size, len(lengths))
+        return passes(self.base, self.training, steps)
+
+    def _all(
         self,
-        client_id: str,
+        orders: Sequence[Given],
         round_: int | str,
-        number: int,
-        order: Order,
         states: States | None = None,
         on_step: OnStep | None = None,
-    ) -> tuple[Any, Trained | None]:
-        """Carry out an order of a client's round; its answer and, after a `Fit`, its cost.
-
-        Batches and dropout depend on run, client, round and the order's number, not on the method:
-        all methods train on the same batches. `states` hold the carried optimiser state, if that
-        is wanted; without them none is carried.
-        """
-        try:
+    ) -> list[tuple[Any, Trained | None]]:
+        found: dict[int, tuple[Any, Trained | None]] = {}
+        fits: list[tuple[int, _Asked]] = []
+        for at, (client_id, number, order) in enumerate(orders):
             match order:
                 case Fit():
-                    return self._fit(client_id, round_, number, order, states, on_step)
+                    fits.append((at, self._asked(client_id, round_, number, order, states)))
                 case Embed():
-                    examples = self._drawn(client_id, "references")[: order.examples]
-                    prompts = [example.prompt_ids for example in examples]
-                    size = self.scoring.batch_size
-                    return embed(self.base, order.plan, order.tree, prompts, size), None
+                    found[at] = self._embed(client_id, order), None
                 case Search():
-                    return self._search(client_id, order), None
-        except TrainingError as error:
-            raise TrainingError(f"client {client_id!r}, round {round_}: {error}") from error
+                    with _named([client_id], round_):
+                        found[at] = self._search(client_id, order), None
+        while fits:
+            first = fits[0][1].share
+            together = [
+                fits[0],
+                *(each for each in fits[1:] if fit_together(self.base, first, each[1].share)),
+            ]
+            fits = [each for each in fits if each not in together]
+            asked = [each for _, each in together]
+
+            def hear(
+                which: int, done: int, of: int, loss: float, asked: list[_Asked] = asked
+            ) -> None:
+                if on_step is not None:
+                    on_step(asked[which].client_id, done, of, loss)
+
+            with _named([each.client_id for each in asked], round_):
+                shares = [each.share for each in asked]
+                trained = train_together(self.base, shares, self.training, hear)
+            for (at, each), result in zip(together, trained, strict=True):
+                if each.carried is not None:
+                    each.carried.put(each.key, result.moments)
+                fitted = Fitted(result.tree, len(each.share.examples), result.moments)
+                found[at] = fitted, result
+        return [found[at] for at in range(len(orders))]
 
     def deploying(self, round_: int) -> CarryOut:
         """Carries out what clients order before they serve, the same way every time."""
@@ -68,17 +136,12 @@ class Learner:
         return self._for(f"join {round_}")
 
     def _for(self, what: str) -> CarryOut:
-        return lambda client_id, number, order: self.carry_out(client_id, what, number, order)[0]
+        return lambda *order: self._all([order], what)[0][0]
 
-    def _fit(
-        self,
-        client_id: str,
-        round_: int | str,
-        number: int,
-        order: Fit,
-        states: States | None,
-        on_step: OnStep | None,
-    ) -> tuple[Fitted, Trained]:
+    def _asked(
+        self, client_id: str, round_: int | str, number: int, order: Fit, states: States | None
+    ) -> "_Asked":
+        """What one client brings to a fit."""
         examples = self.task.examples(client_id, "train")
         if order.spare:
             spared = set(self._spared(client_id, order.spare))
@@ -91,10 +154,12 @@ class Learner:
             goes_on = moments.first.keys() == order.descending
             order = replace(order, moments=moments if goes_on else Moments())
         seed = seed_of(self.seed, client_id, round_, number)
-        trained = train(self.base, order, examples, self.training, seed=seed, on_step=on_step)
-        if carried is not None:
-            carried.put(key, trained.moments)
-        return Fitted(trained.tree, len(examples), trained.moments), trained
+        return _Asked(client_id, Share(order, examples, seed), key, carried)
+
+    def _embed(self, client_id: str, order: Embed) -> Tensor:
+        examples = self._drawn(client_id, "references")[: order.examples]
+        prompts = [example.prompt_ids for example in examples]
+        return embed(self.base, order.plan, order.tree, prompts, self.scoring.batch_size)
 
     def _search(self, client_id: str, order: Search) -> Found:
         """Nelder and Mead's simplex; the best numbers it looked at, which it may have left."""

@@ -166,22 +166,25 @@ class Run:
 
     def _train(self, arm: Arm, round_: int, cohort: Sequence[str]) -> None:
         states = self.journal.states(arm.column, round_)
-        trained: list[Trained] = []
+        trained: dict[str, list[Trained]] = {}
 
-        def carry_out(client_id: str, number: int, order: Order) -> object:
-            def on_step(done: int, of: int, loss: float) -> None:
-                self.hear(Event("train", round_, arm.column, client_id, done, of, loss))
+        def on_step(client_id: str, done: int, of: int, loss: float) -> None:
+            self.hear(Event("train", round_, arm.column, client_id, done, of, loss))
 
-            answer, cost = self.learner.carry_out(client_id, round_, number, order, states, on_step)
-            if cost is not None:
-                trained.append(cost)
-            return answer
+        together = self.learner.carry_out(round_, states, on_step)
+
+        def carry_out(orders: Sequence[tuple[str, int, Order]]) -> list[object]:
+            found = together(orders)
+            for (client_id, _, _), (_, cost) in zip(orders, found, strict=True):
+                if cost is not None:
+                    trained.setdefault(client_id, []).append(cost)
+            return [answer for answer, _ in found]
 
         def report(cost: ClientRound) -> None:
-            steps = sum(each.steps for each in trained)
-            loss = sum(each.loss * each.steps for each in trained) / max(steps, 1)
-            tokens = sum(each.tokens for each in trained)
-            trained.clear()
+            fits = trained.pop(cost.client_id, [])
+            steps = sum(each.steps for each in fits)
+            loss = sum(each.loss * each.steps for each in fits) / max(steps, 1)
+            tokens = sum(each.tokens for each in fits)
             self.journal.record(
                 {
                     "kind": "train",
@@ -195,7 +198,8 @@ class Run:
                 }
             )
 
-        run_round(arm.method, self.start, states, cohort, carry_out, report)
+        groups = self.learner.groups(cohort)
+        run_round(arm.method, self.start, states, groups, carry_out, report)
 
     def score(self, arm: Arm, round_: int, split: HeldOut, *, whole: bool) -> float | None:
         """Score what every client serves after a round; the mean loss of the arm's own column.

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
+from fedalt.adapters.packing import Packing, packing_of
+from fedalt.adapters.pruning import Labelled
 from fedalt.data.examples import Example
 
 # So many batches are drawn at random and then sorted by length: enough for little padding, few
@@ -15,33 +18,54 @@ _BATCHES_PER_SORT = 16
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch of equally many rows for each of C clients, client by client.
+    """The examples of C clients, client by client: padded to one length, or packed in one row.
 
-    `ids` and `mask` are (rows, tokens). For a causal model `predicting` (n,) indexes the positions
-    of the flattened ids whose next token belongs to an answer, `targets` (n,) are those tokens;
-    for a classifier `predicting` is None and `targets` (rows,) are labels. `owners` says for each
-    target which client it belongs to.
+    Padded, `ids` and `mask` are (rows, tokens), and every client has equally many rows. Packed,
+    `ids` are (1, tokens), there is no mask, and `packing` says where examples begin. For a causal
+    model `predicting` (n,) indexes the positions of the flattened ids whose next token belongs to
+    an answer, `targets` (n,) are those tokens; for a classifier `predicting` is None and `targets`
+    (rows,) are labels. `owners` says for each target which client it belongs to.
     """
 
     ids: Tensor
-    mask: Tensor
+    mask: Tensor | None
     predicting: Tensor | None
     targets: Tensor
     owners: Tensor
+    packing: Packing | None = None
+
+    def labelled(self, clients: int) -> Labelled | None:
+        """The tokens that predict an answer, of so many clients; None for a classifier."""
+        if self.predicting is None:
+            return None
+        if clients == 1:
+            return Labelled(self.predicting, None)
+        counts = tuple(self.owners.bincount(minlength=clients).tolist())
+        return Labelled(self.predicting, None if len(set(counts)) == 1 else counts)
 
 
-def collate(groups: Sequence[Sequence[Example]], pad_id: int, device: torch.device) -> Batch:
-    """Pad the examples of each client to one batch; every client brings equally many."""
-    if len({len(group) for group in groups}) != 1:
-        raise ValueError("every client of a batch brings equally many examples")
+def collate(
+    groups: Sequence[Sequence[Example]], pad_id: int, device: torch.device, *, pack: bool = False
+) -> Batch:
+    """The examples of each client in one batch; padded, every client brings equally many."""
+    if not pack and len({len(group) for group in groups}) != 1:
+        raise ValueError("every client of a padded batch brings equally many examples")
     examples = [example for group in groups for example in group]
     owner_of = [index for index, group in enumerate(groups) for _ in group]
-    width = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), width), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        mask[row, : len(example.ids)] = 1
+    lengths = [len(example.ids) for example in examples]
+    if pack:
+        ids = torch.tensor([token for example in examples for token in example.ids])[None]
+        starts = [0, *accumulate(lengths)]
+        mask, packing = None, packing_of([[len(each.ids) for each in g] for g in groups], device)
+    else:
+        width = max(lengths)
+        ids = torch.full((len(examples), width), pad_id)
+        mask = torch.zeros_like(ids)
+        for row, example in enumerate(examples):
+            ids[row, : len(example.ids)] = torch.tensor(example.ids)
+            mask[row, : len(example.ids)] = 1
+        starts = [row * width for row in range(len(examples))]
+        mask, packing = mask.to(device), None
     if examples[0].label is not None:
         predicting = None
         targets = torch.tensor([example.label for example in examples])
@@ -50,8 +74,8 @@ def collate(groups: Sequence[Sequence[Example]], pad_id: int, device: torch.devi
         # The token before an answer's first one predicts it; an answer that begins the text has
         # nothing before it, so its first token carries no loss.
         spans = [
-            torch.arange(max(example.answer_start, 1), len(example.ids)) + row * width
-            for row, example in enumerate(examples)
+            torch.arange(max(example.answer_start, 1), len(example.ids)) + start
+            for example, start in zip(examples, starts, strict=False)
         ]
         answers = torch.cat(spans)
         predicting = (answers - 1).to(device)
@@ -59,7 +83,7 @@ def collate(groups: Sequence[Sequence[Example]], pad_id: int, device: torch.devi
         owners = torch.cat(
             [torch.full_like(span, who) for span, who in zip(spans, owner_of, strict=True)]
         )
-    return Batch(ids.to(device), mask.to(device), predicting, targets.to(device), owners.to(device))
+    return Batch(ids.to(device), mask, predicting, targets.to(device), owners.to(device), packing)
 
 
 def epoch_order(

@@ -1,7 +1,7 @@
 """The one training loop: AdamW on the tensors that an order names, everything else frozen."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -14,15 +14,26 @@ from fedalt.data.examples import Example
 from fedalt.models import Base
 from fedalt.seeds import generator, seed_of
 from fedalt.training.batches import collate, epoch_order
+from fedalt.training.flat import Flat
 from fedalt.training.loss import client_means, token_losses
-from fedalt.training.orders import Fit, Moments
+from fedalt.training.orders import Fit, Moments, as_it_is
 from fedalt.tree import Name, Tree
 
-OnStep = Callable[[int, int, float], None]
+OnStep = Callable[[int, int, int, float], None]
+
+# More tokens in a pass do not fit a CPU's caches, fewer leave a GPU idle. Fixed and not tried out
+# at the start: which clients share a pass decides the last bits of a result.
+_PASS_TOKENS = {"cpu": 1024}
+_PASS_TOKENS_OF_A_GPU = 16384
 
 
 class TrainingError(ValueError):
-    """Training that cannot go on, what was tried, and what to change."""
+    """Training that cannot go on, what was tried, and what to change.
+
+    `which` of the clients that trained together it is about; None: all of them.
+    """
+
+    which: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +41,9 @@ class Training:
     """How a client trains; the defaults are those of the FedALT code.
 
     The learning rate falls linearly to 0 within a round. `carry_optimizer` keeps AdamW's moments
-    from round to round, which is a different algorithm from the published ones.
+    from round to round, which is a different algorithm from the published ones. `pass_tokens` is
+    about how many tokens of several clients go through the model at once, where they can: None for
+    what suits the device. It changes rounding and speed alone.
     """
 
     lr: float = 3e-4
@@ -39,17 +52,29 @@ class Training:
     weight_decay: float = 0.05
     clip: float = 1.0
     carry_optimizer: bool = False
+    pass_tokens: int | None = None
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("local_epochs", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}, but it is at least {least}")
+        if self.pass_tokens is not None and self.pass_tokens < 1:
+            raise ValueError(f"pass_tokens={self.pass_tokens}, but it is at least 1")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}, but it must be above 0")
         if self.weight_decay < 0:
             raise ValueError(f"weight_decay={self.weight_decay}, but it cannot be negative")
+
+
+@dataclass(frozen=True)
+class Share:
+    """One client's part of a fit of several: its order, its data, and its own seed."""
+
+    order: Fit
+    examples: Sequence[Example]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -70,110 +95,258 @@ def train(
     training: Training,
     *,
     seed: int,
-    on_step: OnStep | None = None,
+    on_step: Callable[[int, int, float], None] | None = None,
 ) -> Trained:
-    """Carry out an order on one client's examples.
+    """Carry out an order on one client's examples; see `train_together`."""
 
-    Same seed, same result: the order of the examples and the dropout masks depend on nothing else.
-    `on_step` hears the number of steps done, of all steps, and the step's loss.
-    """
-    tree = trees.copy(trees.on(order.tree, base.adapted.device))
-    names = sorted(order.train)
-    for name in names:
-        tree[name].requires_grad_()
-    descending = sorted(order.descending)
-    tensors = [tree[name] for name in descending]
-    optimizer = torch.optim.AdamW(
-        tensors, lr=training.lr * order.rate, weight_decay=training.weight_decay, fused=True
+    def hear(_: int, done: int, of: int, loss: float) -> None:
+        if on_step is not None:
+            on_step(done, of, loss)
+
+    return train_together(base, [Share(order, examples, seed)], training, hear)[0]
+
+
+def passes(base: Base, training: Training, steps: Mapping[str, float]) -> Iterator[list[str]]:
+    """Groups of clients whose steps, of so many tokens each, are together about a pass."""
+    most = training.pass_tokens if base.adapted.packs.longest else 0
+    if most is None:
+        most = _PASS_TOKENS.get(base.adapted.device.type, _PASS_TOKENS_OF_A_GPU)
+    group: list[str] = []
+    tokens = 0.0
+    for client_id, step in steps.items():
+        if group and tokens + step > most:
+            yield group
+            group, tokens = [], 0.0
+        group.append(client_id)
+        tokens += step
+    if group:
+        yield group
+
+
+def fit_together(base: Base, first: Share, second: Share) -> bool:
+    """Whether two clients can share their passes through the base model."""
+    one, other = first.order, second.order
+    return (
+        all(_packs(base, share.examples) for share in (first, second))
+        and one.step is other.step is None
+        and (one.plan, one.train, one.rate) == (other.plan, other.train, other.rate)
+        and {name: tensor.shape for name, tensor in one.tree.items()}
+        == {name: tensor.shape for name, tensor in other.tree.items()}
     )
-    if order.moments is not None and order.moments.steps:
-        _restore(optimizer, tree, descending, order.moments)
-    batches = _batches(examples, training, order.epochs, seed)
-    steps = len(batches)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / max(steps, 1))
-    total, tokens = 0.0, 0
+
+
+def train_together(
+    base: Base, shares: Sequence[Share], training: Training, on_step: OnStep | None = None
+) -> list[Trained]:
+    """Carry out the orders of clients that `fit_together`, a step of each in one pass.
+
+    Every client takes the steps that it would take alone, to rounding: the order of its examples
+    and its dropout masks depend on its seed, its gradients are clipped by themselves, its learning
+    rate falls over its own steps, and when it has taken them the others go on. `on_step` hears
+    which client it was, the number of its steps done, of all its steps, and the step's loss.
+    """
+    group = _Group.of(base, shares, training)
+    ended: dict[int, Trained] = {}
+    done = 0
     # A step of its own may bind several trees before it goes back: a layer that runs again then
     # would meet the wrong one.
-    with _checkpointing(base, training.gradient_checkpointing and order.step is None):
-        for done in range(steps):
-            ahead = [(done + which) % steps for which in (0, 1)]
-            pair = [(batches[at], Noise((seed_of(seed, "noise", at),))) for at in ahead]
-            loss = float(_step(base, order, tree, names, pair))
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the loss became {loss} after {done} of {steps} steps; "
-                    f"a lower learning rate than {training.lr} may help"
-                )
-            torch.nn.utils.clip_grad_norm_(tensors, training.clip)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            total += loss
-            tokens += sum(len(example.ids) for example in batches[done])
-            if on_step is not None:
-                on_step(done + 1, steps, loss)
-    return Trained(
-        trees.on(trees.copy(tree), "cpu"),
-        Moments() if order.moments is None else _moments(optimizer, tree, descending),
-        total / max(steps, 1),
-        steps,
-        tokens,
-    )
+    plain = shares[0].order.step is None
+    with _checkpointing(base, training.gradient_checkpointing and plain):
+        while group.clients:
+            going = [at for at, each in enumerate(group.clients) if done < len(each.batches)]
+            for at, each in enumerate(group.clients):
+                if at not in going:
+                    ended[each.index] = each.ended(group.tree(at), group.flat.moments(at))
+            if len(going) < len(group.clients):
+                group = group.only(going)
+                continue
+            losses, gradients = group.step(done)
+            for each, loss in zip(group.clients, losses, strict=True):
+                each.took(done, loss, training)
+                if on_step is not None:
+                    on_step(each.index, done + 1, len(each.batches), loss)
+            group.descend(gradients, done)
+            done += 1
+    return [ended[at] for at in range(len(shares))]
 
 
-def _batches(
-    examples: Sequence[Example], training: Training, epochs: int | None, seed: int
-) -> list[list[Example]]:
-    """The examples of every step."""
-    lengths = [len(example.ids) for example in examples]
-    return [
-        [examples[index] for index in indices]
-        for epoch in range(training.local_epochs if epochs is None else epochs)
-        for indices in epoch_order(lengths, training.batch_size, generator(seed, "order", epoch))
-    ]
+class _Client:
+    """One client's batches, and what is counted of its steps."""
+
+    def __init__(self, index: int, share: Share, training: Training) -> None:
+        self.index, self.order, self.seed = index, share.order, share.seed
+        lengths = [len(example.ids) for example in share.examples]
+        epochs = training.local_epochs if share.order.epochs is None else share.order.epochs
+        self.batches = [
+            [share.examples[at] for at in indices]
+            for epoch in range(epochs)
+            for indices in epoch_order(
+                lengths, training.batch_size, generator(share.seed, "order", epoch)
+            )
+        ]
+        self.loss, self.tokens = 0.0, 0
+
+    def batch(self, at: int) -> list[Example]:
+        """The examples of a step; after the last one those of the first."""
+        return self.batches[at % len(self.batches)]
+
+    def noise(self, at: int) -> int:
+        """The seed of the dropout masks of a step's batch."""
+        return seed_of(self.seed, "noise", at % len(self.batches))
+
+    def took(self, done: int, loss: float, training: Training) -> None:
+        """Count a step."""
+        if not math.isfinite(loss):
+            error = TrainingError(
+                f"the loss became {loss} after {done} of {len(self.batches)} steps; "
+                f"a lower learning rate than {training.lr} may help"
+            )
+            error.which = self.index
+            raise error
+        self.loss += loss
+        self.tokens += sum(len(example.ids) for example in self.batches[done])
+
+    def ended(self, tree: Tree, moments: Moments) -> Trained:
+        """The outcome."""
+        steps = len(self.batches)
+        kept = Moments() if self.order.moments is None else moments
+        return Trained(tree, kept, self.loss / max(steps, 1), steps, self.tokens)
 
 
-def _step(
-    base: Base,
-    order: Fit,
-    tree: Tree,
-    names: list[Name],
-    pair: Sequence[tuple[list[Example], Noise]],
-) -> Tensor:
-    """Loss of one batch, its gradients left on the tree's tensors."""
+@dataclass(frozen=True)
+class _Group:
+    """Clients in the middle of a fit: what AdamW moves, and beside it all else, (C, ...) each."""
 
-    def loss_of(tree: Tree, which: int) -> Tensor:
-        chosen, noise = pair[which]
-        batch = collate([chosen], base.pad_id, base.adapted.device)
-        # Bound until the backward pass is over: a checkpointed layer runs once more in it.
-        model = bindings.enter_context(base.adapted.bound(order.plan, order.compose(tree), noise))
-        loss = client_means(token_losses(model, batch), batch, clients=1).sum()
-        return loss if order.penalty is None else loss + order.penalty(tree)
+    base: Base
+    training: Training
+    clients: Sequence[_Client]
+    flat: Flat
+    beside: Tree
 
-    try:
-        with ExitStack() as bindings:
-            if order.step is None:
-                loss = loss_of(tree, 0)
-                loss.backward()
-                return loss.detach()
-            stepped = order.step(tree, names, loss_of)
-    except (torch.OutOfMemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
-            raise
-        chosen = pair[0][0]
+    @staticmethod
+    def of(base: Base, shares: Sequence[Share], training: Training) -> "_Group":
+        """The clients at their first step."""
+        device = base.adapted.device
+        given = [trees.on(share.order.tree, device) for share in shares]
+        order = shares[0].order
+        names = sorted(order.descending)
+        moments = [_known(share.order.moments, names, device) for share in shares]
+        flat = Flat.of(given, names, moments)
+        rest = sorted(order.tree.keys() - set(names))
+        beside = {name: torch.stack([tree[name] for tree in given]) for name in rest}
+        for name in order.train - order.descending:
+            beside[name].requires_grad_()
+        clients = [_Client(at, share, training) for at, share in enumerate(shares)]
+        return _Group(base, training, clients, flat, beside)
+
+    def only(self, rows: Sequence[int]) -> "_Group":
+        """Some of the clients."""
+        at = list(rows)
+        beside = {name: tensor.detach()[at] for name, tensor in self.beside.items()}
+        for name, tensor in self.beside.items():
+            beside[name].requires_grad_(tensor.requires_grad)
+        clients = [self.clients[each] for each in at]
+        return _Group(self.base, self.training, clients, self.flat.only(at), beside)
+
+    def tree(self, at: int) -> Tree:
+        """One client's whole tree, on the CPU."""
+        rest = {name: tensor.detach()[at].cpu().clone() for name, tensor in self.beside.items()}
+        return {**self.flat.values(at), **rest}
+
+    def descend(self, gradients: Tree, done: int) -> None:
+        """A step of AdamW; rates fall linearly."""
+        rates = [
+            self.training.lr * each.order.rate * (1 - done / len(each.batches))
+            for each in self.clients
+        ]
+        self.flat.descend(gradients, rates, self.training.weight_decay, self.training.clip)
+
+    def step(self, done: int) -> tuple[list[float], Tree]:
+        """Each client's loss, and the gradients of what AdamW moves, (C, ...) each."""
+        own = self.clients[0].order.step
+        whole = {**self.flat.tree, **self.beside}
+        try:
+            with ExitStack() as bindings:
+                if own is None:
+                    losses = self._losses(whole, done, bindings)
+                    names, leaves = list(self.flat.tree), list(self.flat.tree.values())
+                    found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+                    return losses.detach().tolist(), dict(zip(names, found, strict=True))
+                (client,) = self.clients
+                single = {name: tensor[0] for name, tensor in whole.items()}
+
+                def loss_of(tree: Tree, which: int) -> Tensor:
+                    stacked = {name: tensor[None] for name, tensor in tree.items()}
+                    return self._losses(stacked, done + which, bindings)[0]
+
+                stepped = own(single, sorted(client.order.train), loss_of)
+        except (torch.OutOfMemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise TrainingError(self._too_much(done)) from error
+        with torch.no_grad():
+            for name, moved in stepped.moved.items():
+                self.beside[name].copy_(moved[None])
+        gradients = {name: each.detach()[None] for name, each in stepped.gradients.items()}
+        return [float(stepped.loss.detach())], gradients
+
+    def _losses(self, whole: Tree, at: int, bindings: ExitStack) -> Tensor:
+        """Mean loss of each client's batch, (C,), and its penalty.
+
+        The model stays bound until the backward pass is over: a checkpointed layer runs once more
+        in it.
+        """
+        adapted = self.base.adapted
+        batches = [each.batch(at) for each in self.clients]
+        pack = all(_packs(self.base, batch) for batch in batches)
+        batch = collate(batches, self.base.pad_id, adapted.device, pack=pack)
+        noise = Noise(tuple(each.noise(at) for each in self.clients))
+        order = self.clients[0].order
+        bound = whole
+        if order.compose is not as_it_is or order.penalty is not None:
+            each_tree = [
+                {name: tensor[row] for name, tensor in whole.items()}
+                for row in range(len(self.clients))
+            ]
+        if order.compose is not as_it_is:
+            composed = [
+                each.order.compose(tree) for each, tree in zip(self.clients, each_tree, strict=True)
+            ]
+            bound = {name: torch.stack([tree[name] for tree in composed]) for name in composed[0]}
+        model = bindings.enter_context(
+            adapted.bound(
+                order.plan,
+                bound,
+                noise,
+                packing=batch.packing,
+                labelled=batch.labelled(len(self.clients)),
+            )
+        )
+        losses = client_means(token_losses(model, batch), batch, len(self.clients))
+        if order.penalty is None:
+            return losses
+        penalties = [
+            each.order.penalty(tree)  # type: ignore[misc]
+            for each, tree in zip(self.clients, each_tree, strict=True)
+        ]
+        return losses + torch.stack(penalties)
+
+    def _too_much(self, done: int) -> str:
+        chosen = [example for each in self.clients for example in each.batch(done)]
         longest = max(len(example.ids) for example in chosen)
-        raise TrainingError(
-            f"out of memory on {base.adapted.device} with a batch of {len(chosen)} examples of up "
-            f"to {longest} tokens; lower --batch-size or --max-length, or set "
-            "--gradient-checkpointing"
-        ) from error
-    for name, gradient in stepped.gradients.items():
-        # Laid out like the tensor itself: the fused AdamW reads both as if they were.
-        tree[name].grad = gradient.detach().contiguous()
-    with torch.no_grad():
-        for name, moved in stepped.moved.items():
-            tree[name].copy_(moved)
-    return stepped.loss.detach()
+        return (
+            f"out of memory on {self.base.adapted.device} with a batch of {len(chosen)} examples "
+            f"of up to {longest} tokens; lower --batch-size or --max-length (or "
+            "pass_tokens, where several clients train at once), or set --gradient-checkpointing"
+        )
+
+
+def _packs(base: Base, examples: Sequence[Example]) -> bool:
+    """Whether examples can stand in one row: of a causal model, and short enough for it."""
+    return all(
+        example.label is None and len(example.ids) <= base.adapted.packs.longest
+        for example in examples
+    )
 
 
 @contextmanager
@@ -197,22 +370,10 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _moments(optimizer: torch.optim.AdamW, tree: Tree, names: list[Name]) -> Moments:
-    states = {name: optimizer.state[tree[name]] for name in names}
-    if not all(states.values()):
-        return Moments()
-    return Moments(
-        trees.copy({name: state["exp_avg"].cpu() for name, state in states.items()}),
-        trees.copy({name: state["exp_avg_sq"].cpu() for name, state in states.items()}),
-        int(next(iter(states.values()))["step"]) if states else 0,
-    )
-
-
-def _restore(optimizer: torch.optim.AdamW, tree: Tree, names: list[Name], moments: Moments) -> None:
+def _known(moments: Moments | None, names: Sequence[Name], device: torch.device) -> Moments | None:
+    """AdamW's state to go on with, if there is one, for exactly the names that it will move."""
+    if moments is None or not moments.steps:
+        return None
     trees.require_same_names(moments.first, names, "the carried optimiser state")
-    for name in names:
-        optimizer.state[tree[name]] = {
-            "exp_avg": moments.first[name].to(tree[name].device).clone(),
-            "exp_avg_sq": moments.second[name].to(tree[name].device).clone(),
-            "step": torch.tensor(float(moments.steps)),
-        }
+    first, second = (trees.on(tree, device) for tree in (moments.first, moments.second))
+    return Moments(first, second, moments.steps)

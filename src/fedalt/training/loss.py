@@ -19,9 +19,10 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
             logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
         else:
             # Padded on the right under a causal mask, no real token sees padding: no mask is
-            # needed, and attention kernels are fastest without one.
+            # needed, and attention kernels are fastest without one. Packed, none is padded.
+            placed = {"position_ids": batch.packing.positions} if batch.packing else {}
             with _only_rows(model, batch.predicting):
-                logits = model(input_ids=batch.ids, use_cache=False).logits[0]
+                logits = model(input_ids=batch.ids, use_cache=False, **placed).logits[0]
     return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
 
 

@@ -1,0 +1,204 @@
+"""Several texts in one row without padding, and attention that stays inside each of them.
+
+A transformers model computes everything but attention token by token, so texts can stand in one
+row of (1, tokens) if positions start anew with each. Attention alone is laid out in blocks of texts
+of similar length for the moment of its kernel, padded on the right, where a causal mask hides the
+padding by itself.
+"""
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+PACKED: Final = "fedalt_packed"
+
+
+# A block ends where texts become shorter than this share of its longest, unless it is small.
+_SIMILAR, _SMALL = 0.75, 256
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where texts of one row begin and end.
+
+    `blocks` (texts, longest) hold texts of similar length: which token of the row stands there;
+    the first one where none does. `places` (tokens,): where in the flattened blocks, one after the
+    other, a token stands. `missing` are, for each block, the places (texts, longest) without a
+    token, None where it has none. `positions` (1, tokens) start at 0 with each text. `spans` are
+    the numbers of tokens of each client, None where they are equal.
+    """
+
+    blocks: tuple[Tensor, ...]
+    places: Tensor
+    missing: tuple[Tensor | None, ...]
+    positions: Tensor
+    spans: tuple[int, ...] | None
+
+
+def packing_of(groups: Sequence[Sequence[int]], device: torch.device | str) -> Packing:
+    """The packing of texts of these lengths, in this order, client by client."""
+    lengths = [length for group in groups for length in group]
+    tokens = tuple(sum(group) for group in groups)
+    spans = None if len(set(tokens)) == 1 else tokens
+    sizes = torch.tensor(lengths)
+    starts = sizes.cumsum(0) - sizes
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    blocks, missing = [], []
+    places = torch.empty(sum(lengths), dtype=torch.long)
+    before = 0
+    for texts in _of_similar_length(lengths):
+        steps = torch.arange(lengths[texts[0]])
+        there = steps < sizes[texts, None]
+        rows = starts[texts, None] + steps
+        places[rows[there]] = torch.arange(there.numel()).reshape(there.shape)[there] + before
+        before += there.numel()
+        blocks.append(torch.where(there, rows, 0).to(device))
+        missing.append(None if bool(there.all()) else (~there).to(device))
+    return Packing(tuple(blocks), places.to(device), tuple(missing), positions.to(device), spans)
+
+
+def _of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
+    """Which texts stand in a block, longest first."""
+    blocks: list[list[int]] = []
+    for text in sorted(range(len(lengths)), key=lambda at: -lengths[at]):
+        longest = lengths[blocks[-1][0]] if blocks else 0
+        small = blocks and longest * len(blocks[-1]) < _SMALL
+        if small or (blocks and lengths[text] >= _SIMILAR * longest):
+            blocks[-1].append(text)
+        else:
+            blocks.append([text])
+    return blocks
+
+
+class _Cell:
+    """What the attention of every model looks at; backward passes on a GPU run in other threads."""
+
+    packing: Packing | None = None
+
+
+@contextmanager
+def packed(packing: Packing | None) -> Iterator[None]:
+    """Within this context a model's row consists of these texts; None: its rows are texts."""
+    before, _Cell.packing = _Cell.packing, packing
+    try:
+        yield
+    finally:
+        _Cell.packing = before
+
+
+@dataclass(frozen=True)
+class Packs:
+    """How long packed texts may be; 0: they are not packed, and why not."""
+
+    longest: int
+    why_not: str = ""
+
+
+def try_packing(model: PreTrainedModel) -> Packs:
+    """Whether a model computes the same for packed texts, which is tried.
+
+    Leaves the model's attention as it was if it does not, and ready for `packed` if it does.
+    """
+    config = model.config
+    attention = getattr(config, "_attn_implementation", None)
+    if attention != "sdpa":
+        return Packs(0, f"its attention is {attention!r} and not 'sdpa'")
+    # Within its window a model attends to everything before.
+    longest = getattr(config, "sliding_window", None) or sys.maxsize
+    lengths = [min(longest, 4), min(longest, 3)]
+    texts = [torch.arange(1, n + 1, device=model.device)[None] % config.vocab_size for n in lengths]
+    with torch.no_grad():
+        alone = torch.cat([model(input_ids=text).logits for text in texts], 1)
+        try:
+            model.set_attn_implementation(PACKED)
+            packing = packing_of([lengths], model.device)
+            with packed(packing):
+                together = model(
+                    input_ids=torch.cat(texts, 1), position_ids=packing.positions, use_cache=False
+                ).logits
+            wrong = float((together - alone).abs().max())
+        except (TypeError, ValueError):
+            wrong = math.inf
+    if wrong < 1e-3 * max(float(alone.abs().max()), 1e-3):
+        return Packs(longest)
+    model.set_attn_implementation("sdpa")
+    return Packs(0, "it computes something else for packed texts")
+
+
+class _Spread(torch.autograd.Function):
+    """(tokens, ...) to blocks (texts, longest, ...); its gradient is a gather, not an addition."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packing: Packing) -> tuple[Tensor, ...]:
+        ctx.packing = packing
+        return tuple(x[rows] for rows in packing.blocks)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        joined: Tensor = _Join.apply(ctx.packing, *grads)  # type: ignore[no-untyped-call]
+        return joined, None
+
+
+class _Join(torch.autograd.Function):
+    """Blocks (texts, longest, ...) to (tokens, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, packing: Packing, *blocks: Tensor) -> Tensor:
+        ctx.packing = packing
+        flat = [block.flatten(0, 1) for block in blocks]
+        return (flat[0] if len(flat) == 1 else torch.cat(flat))[packing.places]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        packing: Packing = ctx.packing
+        spread: tuple[Tensor, ...] = _Spread.apply(grads[0], packing)  # type: ignore[no-untyped-call]
+        return None, *(
+            block if missing is None else block.masked_fill(missing[..., None, None], 0.0)
+            for block, missing in zip(spread, packing.missing, strict=True)
+        )
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Attention of (1, heads, tokens, size), text by text; without a packing that of torch."""
+    packing = _Cell.packing
+    if packing is None:
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+        return plain
+    options["is_causal"] = True
+    parts = (
+        _Spread.apply(whole[0].transpose(0, 1), packing)  # type: ignore[no-untyped-call]
+        for whole in (query, key, value)
+    )
+    outs = []
+    for block in zip(*parts, strict=True):
+        q, k, v = (part.transpose(1, 2) for part in block)
+        outs.append(sdpa_attention_forward(module, q, k, v, None, **options)[0])
+    joined: Tensor = _Join.apply(packing, *outs)  # type: ignore[no-untyped-call]
+    return joined[None], None
+
+
+def _mask(*given: Any, **named: Any) -> Tensor | None:
+    """No mask where texts are packed."""
+    return None if _Cell.packing is not None else sdpa_mask(*given, **named)
+
+
+AttentionInterface.register(PACKED, _attend)
+AttentionMaskInterface.register(PACKED, _mask)

@@ -12,6 +12,8 @@ from fedalt.adapters.packing import Packs, packed, packing_of
 from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, names_of
 from fedalt.adapters.pruning import last_mlp
 from fedalt.engine.in_process import one_by_one, run_round
+from fedalt.evaluation import _sums
+from fedalt.methods.contract import Serving
 from fedalt.training.batches import collate
 from fedalt.training.flat import Flat
 from fedalt.training.loop import Share, Training, fit_together, train, train_together
@@ -272,3 +274,22 @@ def test_every_method_gives_the_same_states_together_as_one_by_one(row):
         assert left.keys() == right.keys()
         for name, tensor in left.items():
             torch.testing.assert_close(right[name], tensor, rtol=1e-2, atol=1e-3, msg=str(name))
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", PACKS)
+def test_answers_behind_one_prompt_are_scored_as_each_alone(name, plan):
+    base = base_of(CAUSAL[name](), "all-linear")
+    serving = Serving(Plan(plan.slots, plan.combine), random_serving_tree(base, plan, 0))
+    questions = [
+        [example("what is it", answer) for answer in ("a", "bcd", "zz")],
+        [example("a longer prompt than before", "yes")],
+        [example("q", answer) for answer in ("", "no")],
+    ]
+    packed_sums, counts = _sums(base, serving, questions, 2)
+    packs = base.adapted.packs
+    base.adapted.packs = Packs(0, "for comparison")
+    padded_sums, padded_counts = _sums(base, serving, questions, 2)
+    assert packs.longest > 0
+    assert counts.tolist() == padded_counts.tolist()
+    torch.testing.assert_close(packed_sums, padded_sums, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,8 @@
 """What a serving is worth on a client's examples: answer loss, accuracy, generated text."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from fedalt.data.prompts import encode_answer
 from fedalt.methods.contract import Serving
 from fedalt.metrics import text_metrics
 from fedalt.models import Base
-from fedalt.training.batches import by_length, collate
-from fedalt.training.loop import TrainingError, out_of_memory
+from fedalt.training.batches import Batch, answers_in_one, by_length, collate
+from fedalt.training.loop import TrainingError, out_of_memory, packs
 from fedalt.training.loss import token_losses
 from fedalt.tree import Tree
 
@@ -148,41 +149,43 @@ def _likelihoods(
     """Answer loss, and accuracy over options; the right option is computed once for both."""
     if examples[0].label is not None:
         return _classification(base, serving, examples, batch_size)
-    candidates = list(examples)
-    options: dict[int, list[int]] = {}
-    for index, example in enumerate(examples):
-        if example.answer not in example.options:
-            continue
-        options[index] = [index]
-        for option in example.options:
-            if option != example.answer:
-                options[index].append(len(candidates))
-                ids = (*example.prompt_ids, *encode_answer(option, base.tokenizer))
-                candidates.append(replace(example, ids=ids, answer=option))
-    sums, counts = _sums(base, serving, candidates, batch_size)
-    answers = slice(0, len(examples))
-    metrics = {"loss": float(sums[answers].sum() / counts[answers].sum().clamp(min=1))}
-    if options:
-        right = [int(sums[rows].argmin()) == 0 for rows in options.values()]
+    questions = [[example, *_wrong_options(base, example)] for example in examples]
+    sums, counts = _sums(base, serving, questions, batch_size)
+    firsts = [0, *accumulate(len(question) for question in questions)][:-1]
+    metrics = {"loss": float(sums[firsts].sum() / counts[firsts].sum().clamp(min=1))}
+    right = [
+        int(sums[first : first + len(question)].argmin()) == 0
+        for first, question in zip(firsts, questions, strict=True)
+        if question[0].answer in question[0].options
+    ]
+    if right:
         metrics["accuracy"] = sum(right) / len(right)
     return metrics
 
 
+def _wrong_options(base: Base, example: Example) -> Iterator[Example]:
+    """The question with each of the answers that it offers but for the right one."""
+    if example.answer in example.options:
+        for option in example.options:
+            if option != example.answer:
+                ids = (*example.prompt_ids, *encode_answer(option, base.tokenizer))
+                yield replace(example, ids=ids, answer=option)
+
+
 def _sums(
-    base: Base, serving: Serving, candidates: Sequence[Example], batch_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum of answer losses and number of answer tokens of every candidate, float64."""
-    sums = torch.zeros(len(candidates), dtype=torch.float64)
+    base: Base, serving: Serving, questions: Sequence[Sequence[Example]], batch_size: int
+) -> tuple[Tensor, Tensor]:
+    """Sum of answer losses and number of answer tokens, float64, of every answer in turn."""
+    answers = [answer for question in questions for answer in question]
+    sums = torch.zeros(len(answers), dtype=torch.float64)
     counts = torch.zeros_like(sums)
     tree = trees.on(serving.tree, base.adapted.device)
-    prompts = [candidate.prompt_ids for candidate in candidates]
+    prompts = [answer.prompt_ids for answer in answers]
     shares = _shares(base, serving, prompts, batch_size)
-    for rows in by_length(candidates, batch_size):
-        # Each candidate is its own owner, so that the loss's bookkeeping adds up per candidate.
-        batch = collate([[candidates[row]] for row in rows], base.pad_id, base.adapted.device)
-        labelled = batch.labelled(1)
+    for rows, batch, weighed in _passes(base, questions, batch_size):
+        labelled, weights = batch.labelled(1), shares(weighed)
         with base.adapted.bound(
-            serving.plan, tree, shares=shares(rows), labelled=labelled
+            serving.plan, tree, shares=weights, packing=batch.packing, labelled=labelled
         ) as model:
             try:
                 losses = token_losses(model, batch).double()
@@ -190,14 +193,38 @@ def _sums(
                 if not out_of_memory(error):
                     raise
                 raise TrainingError(
-                    f"out of memory while scoring {len(rows)} texts of up to {batch.ids.shape[1]} "
-                    "tokens at once; lower --eval-batch-size or --max-length"
+                    f"out of memory while scoring {len(rows)} texts, {batch.ids.numel()} tokens "
+                    "at once; lower --eval-batch-size or --max-length"
                 ) from error
         owners = batch.owners
         zeros = losses.new_zeros(len(rows))
         sums[rows] = zeros.index_add(0, owners, losses).cpu()
         counts[rows] = zeros.index_add(0, owners, torch.ones_like(losses)).cpu()
     return sums, counts
+
+
+def _passes(
+    base: Base, questions: Sequence[Sequence[Example]], batch_size: int
+) -> Iterator[tuple[list[int], Batch, list[int]]]:
+    """Batches, which of all answers are in each, and whose prompt stands in each of its rows.
+
+    A packed batch is one row: there, it is whose prompt each token belongs to. Each answer is its
+    own owner.
+    """
+    device = base.adapted.device
+    firsts = [0, *accumulate(len(question) for question in questions)]
+    longest = [max(question, key=lambda each: len(each.ids)) for question in questions]
+    if all(each.answer_start > 0 and packs(base, [each]) for each in longest):
+        for chosen in by_length(longest, batch_size):
+            rows = [row for at in chosen for row in range(firsts[at], firsts[at + 1])]
+            batch = answers_in_one([questions[at] for at in chosen], device)
+            assert batch.packing is not None
+            text_of = (batch.packing.positions[0] == 0).cumsum(0) - 1
+            yield rows, batch, [firsts[chosen[text]] for text in text_of.tolist()]
+        return
+    answers = [answer for question in questions for answer in question]
+    for rows in by_length(answers, batch_size):
+        yield rows, collate([[answers[row]] for row in rows], base.pad_id, device), rows
 
 
 def _classification(

@@ -10,7 +10,7 @@ import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -34,7 +34,8 @@ class Packing:
     the first one where none does. `places` (tokens,): where in the flattened blocks, one after the
     other, a token stands. `missing` are, for each block, the places (texts, longest) without a
     token, None where it has none. `positions` (1, tokens) start at 0 with each text. `spans` are
-    the numbers of tokens of each client, None where they are equal.
+    the numbers of tokens of each client, None where they are equal. `seen` says for each block
+    which tokens see which, (texts, 1, longest, longest); None: all that come before.
     """
 
     blocks: tuple[Tensor, ...]
@@ -42,6 +43,7 @@ class Packing:
     missing: tuple[Tensor | None, ...]
     positions: Tensor
     spans: tuple[int, ...] | None
+    seen: tuple[Tensor, ...] | None = None
 
 
 def packing_of(groups: Sequence[Sequence[int]], device: torch.device | str) -> Packing:
@@ -64,6 +66,27 @@ def packing_of(groups: Sequence[Sequence[int]], device: torch.device | str) -> P
         blocks.append(torch.where(there, rows, 0).to(device))
         missing.append(None if bool(there.all()) else (~there).to(device))
     return Packing(tuple(blocks), places.to(device), tuple(missing), positions.to(device), spans)
+
+
+def branching(texts: Sequence[tuple[int, Sequence[int]]], device: torch.device | str) -> Packing:
+    """The packing of one client's texts that branch: (tokens of the trunk, tokens of each branch).
+
+    The branches stand behind the trunk, one after the other. Each continues it as if it were alone.
+    """
+    plain = packing_of([[trunk + sum(branches) for trunk, branches in texts]], device)
+    positions, branch_of = [], []
+    for trunk, branches in texts:
+        positions += [torch.arange(trunk), *(trunk + torch.arange(length) for length in branches)]
+        numbers = torch.arange(len(branches) + 1)
+        branch_of.append(numbers.repeat_interleave(torch.tensor([trunk, *branches])))
+    whose = torch.cat(branch_of).to(device)
+    seen = []
+    for rows in plain.blocks:
+        own = whose[rows]
+        before = torch.ones(rows.shape[1], rows.shape[1], dtype=torch.bool, device=device).tril()
+        same = (own[:, None, :] == 0) | (own[:, None, :] == own[:, :, None])
+        seen.append((before & same)[:, None])
+    return replace(plain, positions=torch.cat(positions)[None].to(device), seen=tuple(seen))
 
 
 def _of_similar_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -182,15 +205,16 @@ def _attend(
             module, query, key, value, attention_mask, **options
         )
         return plain
-    options["is_causal"] = True
+    masks = packing.seen or [None] * len(packing.blocks)
+    options["is_causal"] = packing.seen is None
     parts = (
         _Spread.apply(whole[0].transpose(0, 1), packing)  # type: ignore[no-untyped-call]
         for whole in (query, key, value)
     )
     outs = []
-    for block in zip(*parts, strict=True):
+    for *block, mask in zip(*parts, masks, strict=True):
         q, k, v = (part.transpose(1, 2) for part in block)
-        outs.append(sdpa_attention_forward(module, q, k, v, None, **options)[0])
+        outs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     joined: Tensor = _Join.apply(packing, *outs)  # type: ignore[no-untyped-call]
     return joined[None], None
 

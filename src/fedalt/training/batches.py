@@ -7,7 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from fedalt.adapters.packing import Packing, packing_of
+from fedalt.adapters.packing import Packing, branching, packing_of
 from fedalt.adapters.pruning import Labelled
 from fedalt.data.examples import Example
 
@@ -84,6 +84,36 @@ def collate(
             [torch.full_like(span, who) for span, who in zip(spans, owner_of, strict=True)]
         )
     return Batch(ids.to(device), mask, predicting, targets.to(device), owners.to(device), packing)
+
+
+def answers_in_one(questions: Sequence[Sequence[Example]], device: torch.device) -> Batch:
+    """Several answers to each question in one packed row, the prompt before them only once.
+
+    The examples of a question have the same prompt, which is not empty. `owners` number the
+    examples of all questions. The last token of an answer predicts nothing and is left out.
+    """
+    ids: list[int] = []
+    predicting: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    texts = []
+    before = 0
+    for question in questions:
+        prompt = question[0].prompt_ids
+        last = len(ids) + len(prompt) - 1
+        ids += prompt
+        answers = [each.ids[len(prompt) :] for each in question]
+        for owner, answer in enumerate(answers, before):
+            owners += [owner] * len(answer)
+            targets += answer
+            predicting += [last, *range(len(ids), len(ids) + len(answer) - 1)][: len(answer)]
+            ids += answer[:-1]
+        before += len(answers)
+        texts.append((len(prompt), [max(len(answer) - 1, 0) for answer in answers]))
+    row, rows, labels, whose = (
+        torch.tensor(each, device=device) for each in (ids, predicting, targets, owners)
+    )
+    return Batch(row[None], None, rows, labels, whose, branching(texts, device))
 
 
 def epoch_order(

@@ -127,7 +127,7 @@ def fit_together(base: Base, first: Share, second: Share) -> bool:
     """Whether two clients can share their passes through the base model."""
     one, other = first.order, second.order
     return (
-        all(_packs(base, share.examples) for share in (first, second))
+        all(packs(base, share.examples) for share in (first, second))
         and one.step is other.step is None
         and (one.plan, one.train, one.rate) == (other.plan, other.train, other.rate)
         and {name: tensor.shape for name, tensor in one.tree.items()}
@@ -298,7 +298,7 @@ class _Group:
         """
         adapted = self.base.adapted
         batches = [each.batch(at) for each in self.clients]
-        pack = all(_packs(self.base, batch) for batch in batches)
+        pack = all(packs(self.base, batch) for batch in batches)
         batch = collate(batches, self.base.pad_id, adapted.device, pack=pack)
         noise = Noise(tuple(each.noise(at) for each in self.clients))
         order = self.clients[0].order
@@ -341,7 +341,7 @@ class _Group:
         )
 
 
-def _packs(base: Base, examples: Sequence[Example]) -> bool:
+def packs(base: Base, examples: Sequence[Example]) -> bool:
     """Whether examples can stand in one row: of a causal model, and short enough for it."""
     return all(
         example.label is None and len(example.ids) <= base.adapted.packs.longest

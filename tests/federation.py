@@ -28,6 +28,9 @@ class MemoryStates(dict[str, Any]):
     def get(self, key: str, cls: type[T]) -> T | None:  # type: ignore[override]
         return super().get(key)
 
+    def backed(self, key: str, value: T) -> T:
+        return value
+
     def put(self, key: str, value: object) -> None:
         self[key] = value
 

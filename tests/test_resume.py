@@ -7,12 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from federation import START
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 
 from fedalt.engine.schedule import Event
+from fedalt.methods.contract import Message
+from fedalt.methods.fedalt import FedALT
 from fedalt.prepare import prepare
 from fedalt.runs import reopen, resume_run, start_run
-from fedalt.store import StoreError, locked
+from fedalt.store import FileStates, StoreError, locked
+from fedalt.tree import Name
 
 KILLS = 10
 
@@ -146,3 +151,12 @@ def test_other_data_are_noticed(prepared, straight, tmp_path):
             reopen(run)
     finally:
         file.write_text(before)
+
+
+def test_uploads_lie_in_files_from_the_first_round_on(tmp_path):
+    states = FileStates(tmp_path, 0)
+    server = states.backed("server", FedALT().init_server(START))
+    latest = server.latest.put("a", Message({Name("s", "t", "A"): torch.ones(2)}))
+    assert len(list((tmp_path / "server" / "latest" / "a").iterdir())) == 1
+    assert "a" not in latest  # it counts from the next round on
+    assert FileStates(tmp_path, 1).backed("server", server).latest["a"].tree

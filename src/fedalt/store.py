@@ -58,6 +58,11 @@ class FileStates:
         for name in ledgers:
             self._adopt(self._ledger(key, name), getattr(value, name))
 
+    def backed(self, key: str, value: T) -> T:
+        """The same value with ledgers that keep their entries in files from the first on."""
+        names = fields_of(type(value), Ledger)
+        return replace(value, **{name: self._ledger(key, name) for name in names})  # type: ignore[type-var]
+
     def _ledger(self, key: str, name: str) -> "FileLedger":
         return FileLedger(self.folder / key / name, self.round)
 

@@ -23,6 +23,10 @@ class States(Protocol):
         """The newest value under a key such as "server" or "clients/alice", if there is one."""
         ...
 
+    def backed(self, key: str, value: T) -> T:
+        """A method's first value, its ledgers exchanged for what these states keep them in."""
+        ...
+
     def put(self, key: str, value: object) -> None:
         """Keep a value; until the round is committed, the old one stays too."""
         ...
@@ -86,7 +90,7 @@ def servings(
 def server_of(method: AnyMethod, start: Start, states: States) -> Any:
     """The server's newest state, or its first."""
     kept = states.get("server", method.server_state)
-    return method.init_server(start) if kept is None else kept
+    return states.backed("server", method.init_server(start)) if kept is None else kept
 
 
 def client_of(method: AnyMethod, start: Start, states: States, client_id: str) -> Any:

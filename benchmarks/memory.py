@@ -1,7 +1,7 @@
 """Peak memory and time of a round against the number of clients, each count in its own process.
 
-    python benchmarks/memory.py            # 8 and 512 clients
-    python benchmarks/memory.py 8 64 512
+    python benchmarks/memory.py                          # 8 and 512 clients
+    python benchmarks/memory.py --write 8 64 512 4096
 
 Every client has the same 8 examples; the base model is the built-in one. Memory is the most that
 the process ever held; the time is that of the second round.
@@ -12,6 +12,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from document import table, write
 
 ROUNDS = 2
 
@@ -48,9 +51,9 @@ def measure(clients: int) -> None:
         size = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
     result = {
         "clients": clients,
-        "peak_memory_mib": round(rounds[-1]["peak_memory_bytes"] / 2**20),
-        "seconds_per_round": round(rounds[-1]["seconds"], 2),
-        "disk_mib": round(size / 2**20, 1),
+        "peak memory, MiB": round(rounds[-1]["peak_memory_bytes"] / 2**20),
+        "seconds a round": round(rounds[-1]["seconds"], 2),
+        "disk, MiB": round(size / 2**20, 1),
     }
     print(json.dumps(result), flush=True)
 
@@ -60,19 +63,15 @@ def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         measure(int(sys.argv[2]))
         return
-    counts = [int(argument) for argument in sys.argv[1:]] or [8, 512]
-    rows = []
-    for count in counts:
+    rows: list[dict[str, Any]] = []
+    for count in [int(each) for each in sys.argv[1:] if each != "--write"] or [8, 512]:
         command = [sys.executable, __file__, "--one", str(count)]
-        rows.append(json.loads(subprocess.check_output(command).splitlines()[-1]))
-    print("| clients | peak memory, MiB | against the first | seconds per round | disk, MiB |")
-    print("|---|---|---|---|---|")
-    for row in rows:
-        ratio = row["peak_memory_mib"] / rows[0]["peak_memory_mib"]
-        print(
-            f"| {row['clients']} | {row['peak_memory_mib']} | {ratio:.2f} "
-            f"| {row['seconds_per_round']} | {row['disk_mib']} |"
-        )
+        row = json.loads(subprocess.check_output(command).splitlines()[-1])
+        first = rows[0]["peak memory, MiB"] if rows else row["peak memory, MiB"]
+        rows.append({**row, "against the first": round(row["peak memory, MiB"] / first, 2)})
+        print(json.dumps(rows[-1]), flush=True)
+    if "--write" in sys.argv:
+        write("memory", table(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What the server of FedALT does for a client, against how many clients there are.
 
-    python benchmarks/server.py            # 8, 64, 512 and 4096 clients of 4 million numbers each
+    python benchmarks/server.py --write    # 8, 64, 512 and 4096 clients of 4 million numbers each
 
 For each client: `aggregate` puts its new upload in the place of its last one in the total, and
 `rest_of_world` takes its own from the total again. Uploads are the same 8 trees in turn, so that
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from document import table, write
 
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import INDIVIDUAL, Client, FedALT, Server
@@ -102,10 +103,10 @@ def measure(clients: int, given: list[Message]) -> dict[str, float]:
     rate = copied()
     result = {
         "clients": clients,
-        "aggregate_ms": aggregate * 1e3,
-        "rest_of_world_ms": row * 1e3,
-        "aggregate_of_copy": (4 + 4 + 4 * 8) * NUMBERS / aggregate / rate,
-        "rest_of_world_of_copy": (8 + 4 + 4) * NUMBERS / row / rate,
+        "aggregate, ms": aggregate * 1e3,
+        "rest of world, ms": row * 1e3,
+        "aggregate, of copy": (4 + 4 + 4 * 8) * NUMBERS / aggregate / rate,
+        "rest of world, of copy": (8 + 4 + 4) * NUMBERS / row / rate,
     }
     if clients <= 64:
         trees = [given[c % DIFFERENT].tree for c in range(1, clients)]
@@ -114,15 +115,18 @@ def measure(clients: int, given: list[Message]) -> dict[str, float]:
             return {name: torch.stack([tree[name] for tree in trees]).mean(0) for name in trees[0]}
 
         anew = seconds(stacked, 3)
-        result |= {"anew_ms": anew * 1e3, "faster": anew / (aggregate + row)}
+        result |= {"anew, ms": anew * 1e3, "anew / ours": anew / (aggregate + row)}
     return {name: round(value, 2) for name, value in result.items()}
 
 
 def main() -> None:
     """A line for each number of clients."""
-    given = uploads()
-    for count in [int(argument) for argument in sys.argv[1:]] or [8, 64, 512, 4096]:
-        print(json.dumps(measure(count, given)), flush=True)
+    given, rows = uploads(), []
+    for count in [int(each) for each in sys.argv[1:] if each != "--write"] or [8, 64, 512, 4096]:
+        rows.append(measure(count, given))
+        print(json.dumps(rows[-1]), flush=True)
+    if "--write" in sys.argv:
+        write("server", table(rows))
 
 
 if __name__ == "__main__":

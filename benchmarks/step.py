@@ -1,7 +1,7 @@
 """A client's training step: ours, fused and one client at a time, PEFT's, and the papers' layer.
 
-    python benchmarks/step.py                         # every size, about 15 minutes on two cores
-    python benchmarks/step.py --sizes 40M --each 4 8 --clients 8
+    python benchmarks/step.py --write                 # 8 clients, 1, 4 and 8 examples each
+    python benchmarks/step.py --sizes 40M --clients 1 8 32 --each 1
 
 Random weights; texts of 40 to 160 tokens, of which the last 15 % are the answer. Every variant
 takes two steps for each client on the same examples, in turns (A B C D A B C D ..); what counts
@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from document import table, write
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -333,18 +334,21 @@ def measure(size: str, clients: int, each: int, turns: int) -> Mapping[str, Any]
         mine = kept(lambda: token_losses(model, batch).mean(), model)
     theirs = kept(lambda: written.loss(data[0]), written.model)
     first = sum(len(text.ids) for text in data[0])
+    peft_, written_ = median["peft"], median["written"]
     return {
         "model": size,
         "clients": clients,
-        "each": each,
-        "tokens_per_second": {name: round(tokens / taken) for name, taken in median.items()},
-        "fused_vs_peft": round(median["peft"] / median["fused"], 2),
-        "fused_vs_written": round(median["written"] / median["fused"], 2),
-        "alone_vs_peft": round(median["peft"] / median["alone"], 2),
-        "fused_vs_alone": round(median["alone"] / median["fused"], 2),
-        "useful": round(useful, 2),
-        "kept_kb_per_token": [round(mine / first / 1e3), round(theirs / first / 1e3)],
-        "gradients": f"{wrong:.0e}",
+        "examples": each,
+        "fused / peft": f"{peft_ / median['fused']:.2f}",
+        "fused / written": f"{written_ / median['fused']:.2f}",
+        "alone / peft": f"{peft_ / median['alone']:.2f}",
+        "alone / written": f"{written_ / median['alone']:.2f}",
+        "fused / alone": f"{median['alone'] / median['fused']:.2f}",
+        "tokens/s, fused": round(tokens / median["fused"]),
+        "useful": f"{useful:.2f}",
+        "kept, KB a token": round(mine / first / 1e3),
+        "of written": f"{mine / theirs:.2f}",
+        "gradients differ by": f"{wrong:.0e}",
     }
 
 
@@ -354,17 +358,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
-    parser.add_argument("--clients", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--clients", nargs="+", type=int, default=[8])
     parser.add_argument("--each", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--write", action="store_true", help="put the table into the document")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    rows = []
     for size in options.sizes:
         for clients in options.clients:
             for each in options.each:
-                print(json.dumps(measure(size, clients, each, options.turns)), flush=True)
+                rows.append(measure(size, clients, each, options.turns))
+                print(json.dumps(rows[-1]), flush=True)
+    if options.write:
+        write("step", table(rows))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: setup
-	$(BIN)/python benchmarks/memory.py
+bench: setup ## docs/benchmarks.md anew; about an hour
+	$(BIN)/python benchmarks/step.py --write
+	$(BIN)/python benchmarks/server.py --write
+	$(BIN)/python benchmarks/memory.py --write 8 64 512 4096
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs

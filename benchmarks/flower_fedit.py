@@ -14,6 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiment import (
+    ALPHA,
+    DROPOUT,
+    RANK,
+    SITES,
+    clients_of,
+    load_model,
+    test_loss,
+    texts_of,
+    train,
+)
 from flwr.app import (  # type: ignore[import-not-found]
     ArrayRecord,
     ConfigRecord,
@@ -31,18 +42,6 @@ from peft import (
     get_peft_model,
     get_peft_model_state_dict,
     set_peft_model_state_dict,
-)
-
-from experiment import (
-    ALPHA,
-    DROPOUT,
-    RANK,
-    SITES,
-    clients_of,
-    load_model,
-    test_loss,
-    texts_of,
-    train,
 )
 
 

@@ -70,15 +70,17 @@ def test_texts_of_similar_length_stand_in_a_block(lengths):
     assert sum(len(block) for block in blocks) < 1.4 * sum(lengths)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_who_packs_was_tried(name):
-    base = base_of(CAUSAL[name]())
+def test_who_packs_was_tried(name, dtype):
+    base = base_of(CAUSAL[name]().to(dtype))
     assert (base.adapted.packs.longest > 0) == (name in PACKS)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_which_last_mlp_may_leave_tokens_out_was_tried(name):
-    mlp = last_mlp(CAUSAL[name]())
+def test_which_last_mlp_may_leave_tokens_out_was_tried(name, dtype):
+    mlp = last_mlp(CAUSAL[name]().to(dtype))
     assert (mlp is None) == (name in ("bloom", "opt"))  # the one adds in it, the other has none
 
 

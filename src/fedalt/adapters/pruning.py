@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from fedalt.adapters.packing import agree
+
 
 @dataclass(frozen=True)
 class Labelled:
@@ -75,5 +77,4 @@ def last_mlp(model: PreTrainedModel) -> nn.Module | None:
         finally:
             for handle in handles:
                 handle.remove()
-    close = float((some - whole).abs().max()) < 1e-3 * max(float(whole.abs().max()), 1e-3)
-    return mlp if close else None
+    return mlp if agree(some, whole) else None

@@ -32,7 +32,7 @@ from fedalt.methods.contract import (
 )
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, accumulate, cast, copy, merge, move, scale, select
+from fedalt.tree import Tree, accumulate, cast, copy, in_blocks, merge, move, scale, select
 
 INDIVIDUAL = "individual"
 REST_OF_WORLD = "rest_of_world"
@@ -157,16 +157,20 @@ class FedALT:
         """
         total = select(message.tree, INDIVIDUAL)
         weight = float(message.facts["weight"])
-        if self.row == "rest_of_world" and message.facts["included"]:
-            total = accumulate(copy(total), client.individual, -client.weight)
-            weight -= client.weight
-        if not total or weight <= 0:
+        counted = self.row == "rest_of_world" and bool(message.facts["included"])
+        others = weight - client.weight if counted else weight
+        if not total or others <= 0:
             absent = {
                 name: tensor if name.factor == "A" else torch.zeros_like(tensor)
                 for name, tensor in client.individual.items()
             }
             return move(absent, INDIVIDUAL, REST_OF_WORLD)
-        return move(cast(scale(total, 1 / weight), torch.float32), INDIVIDUAL, REST_OF_WORLD)
+        if not counted:
+            return move(in_blocks(lambda t: t / others, total), INDIVIDUAL, REST_OF_WORLD)
+        row = in_blocks(
+            lambda t, own: (t - client.weight * own.double()) / others, total, client.individual
+        )
+        return move(row, INDIVIDUAL, REST_OF_WORLD)
 
     def _mixer(self, client: Client, message: Message) -> Tree:
         mixers = select(message.tree, MIXER)

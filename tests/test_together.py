@@ -1,5 +1,7 @@
 """Packed texts and clients that train together: the same numbers as each alone."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bases import base_of, example, random_serving_tree, start_of
@@ -201,6 +203,9 @@ def test_orders_that_differ_do_not_share_passes():
     assert fit_together(base, one, other)
     assert not fit_together(base, one, Share(order_of(base, PLANS["mixer"], 0), DATA[1], 0))
     assert not fit_together(base_of(CAUSAL["bloom"]()), one, other)
+    for part in ({"penalty": lambda tree: 0.0}, {"compose": dict}, {"rate": 0.5}):
+        order = replace(other.order, **part)
+        assert not fit_together(base, one, Share(order, other.examples, 0))
 
 
 @pytest.mark.parametrize("steps", [1, 5])

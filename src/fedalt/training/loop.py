@@ -129,6 +129,8 @@ def fit_together(base: Base, first: Share, second: Share) -> bool:
     return (
         all(packs(base, share.examples) for share in (first, second))
         and one.step is other.step is None
+        and (one.penalty is None) == (other.penalty is None)
+        and (one.compose is as_it_is) == (other.compose is as_it_is)
         and (one.plan, one.train, one.rate) == (other.plan, other.train, other.rate)
         and {name: tensor.shape for name, tensor in one.tree.items()}
         == {name: tensor.shape for name, tensor in other.tree.items()}

@@ -165,10 +165,9 @@ class FedALT:
                 for name, tensor in client.individual.items()
             }
             return move(absent, INDIVIDUAL, REST_OF_WORLD)
-        if not counted:
-            return move(in_blocks(lambda t: t / others, total), INDIVIDUAL, REST_OF_WORLD)
+        own = client.weight if counted else 0.0
         row = in_blocks(
-            lambda t, own: (t - client.weight * own.double()) / others, total, client.individual
+            lambda t, a: t.sub(a.double(), alpha=own).mul_(1 / others), total, client.individual
         )
         return move(row, INDIVIDUAL, REST_OF_WORLD)
 

@@ -225,14 +225,15 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_later(
 
 def test_ctrl_c_in_a_round_says_how_to_go_on_and_resuming_ends_the_same(run_flags, tmp_path):
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
-    # So many rounds that the signal comes before the last one, on a busy machine too.
-    words = ["run", *run_flags, "--rounds", "16", "--lr", "1e-2"]
+    words = ["run", *run_flags, "--rounds", "4", "--lr", "1e-2"]
     assert call(*words, "--out", straight, "--quiet") == 0
     process = subprocess.Popen(
         [sys.executable, "-m", "fedalt", *words, "--out", stopped],
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # Tests that a shell runs in the background hand down that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 200
     while not (stopped / "progress.json").exists() and time.monotonic() < deadline:
@@ -240,7 +241,7 @@ def test_ctrl_c_in_a_round_says_how_to_go_on_and_resuming_ends_the_same(run_flag
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert re.search(rf"stopped in (round [1-9]|the test).*; `fedalt resume {stopped}`", said)
+    assert re.search(rf"stopped in (round [1-3]|the test).*; `fedalt resume {stopped}`", said)
     assert "Traceback" not in said
     assert call("resume", stopped, "--quiet") == 0
     assert adapters_of(stopped) == adapters_of(straight)

@@ -25,7 +25,7 @@ from experiment import (
     texts_of,
     train,
 )
-from flwr.app import (  # type: ignore[import-not-found]
+from flwr.app import (
     ArrayRecord,
     ConfigRecord,
     Context,
@@ -33,10 +33,10 @@ from flwr.app import (  # type: ignore[import-not-found]
     MetricRecord,
     RecordDict,
 )
-from flwr.clientapp import ClientApp  # type: ignore[import-not-found]
-from flwr.serverapp import Grid, ServerApp  # type: ignore[import-not-found]
-from flwr.serverapp.strategy import FedAvg  # type: ignore[import-not-found]
-from flwr.simulation import run_simulation  # type: ignore[import-not-found]
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
 from peft import (
     LoraConfig,
     get_peft_model,

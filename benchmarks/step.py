@@ -36,7 +36,8 @@ from fedalt.adapters.start import Start
 from fedalt.data.examples import Example
 from fedalt.models import Base
 from fedalt.training.batches import collate
-from fedalt.training.loop import Share, Training, passes, train_together
+from fedalt.training.group import Share, Training
+from fedalt.training.loop import passes, train_together
 from fedalt.training.loss import client_means, token_losses
 from fedalt.training.orders import Fit
 from fedalt.tree import Tree, merge, select

@@ -19,7 +19,8 @@ from fedalt.methods.feddpa import INDIVIDUAL, INDIVIDUAL_HEAD, SHARED, FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
-from fedalt.training.loop import Training, train
+from fedalt.training.group import Training
+from fedalt.training.loop import train
 from fedalt.training.orders import Embed, Fit, Fitted
 from fedalt.tree import move, select
 

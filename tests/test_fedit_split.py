@@ -13,7 +13,8 @@ from fedalt.engine.in_process import one_by_one, run_round
 from fedalt.methods.fedit import SHARED, FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.lora import Lora
-from fedalt.training.loop import Training, train
+from fedalt.training.group import Training
+from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
 from fedalt.tree import Name, select
 

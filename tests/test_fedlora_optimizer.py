@@ -16,7 +16,8 @@ from fedalt.methods.fedlora_optimizer import (
     decompose,
 )
 from fedalt.methods.lora import Lora
-from fedalt.training.loop import Training, train
+from fedalt.training.group import Training
+from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
 from fedalt.tree import Name
 

@@ -20,8 +20,9 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedalt.adapters.layer import ALL_LINEAR, AdaptedModel, Noise
+from fedalt.adapters.layer import AdaptedModel, Noise
 from fedalt.adapters.plan import HEAD, Layout, Mixer, Plan, Router, Shape, Slot, single
+from fedalt.adapters.sites import ALL_LINEAR
 from fedalt.tree import Name, Tree, select
 
 Model = Callable[[], PreTrainedModel]

@@ -12,7 +12,8 @@ from fedalt.engine.in_process import drive
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.methods.pf2lora import INDIVIDUAL, SHARED, PF2LoRA, Unrolled
-from fedalt.training.loop import Training, train
+from fedalt.training.group import Training
+from fedalt.training.loop import train
 from fedalt.training.orders import Fit
 from fedalt.tree import Name
 

@@ -12,7 +12,8 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.local import INDIVIDUAL, LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.methods.shared_factors import SHARED, SharedFactors
-from fedalt.training.loop import Training, train
+from fedalt.training.group import Training
+from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
 from fedalt.tree import Name, move
 

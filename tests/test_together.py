@@ -18,7 +18,8 @@ from fedalt.evaluation import _sums
 from fedalt.methods.contract import Serving
 from fedalt.training.batches import collate
 from fedalt.training.flat import Flat
-from fedalt.training.loop import Share, Training, fit_together, train, train_together
+from fedalt.training.group import Share, Training
+from fedalt.training.loop import fit_together, train, train_together
 from fedalt.training.loss import client_means, token_losses
 from fedalt.training.orders import Fit, Moments
 

@@ -15,7 +15,8 @@ from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Slot, names_of, singl
 from fedalt.data.examples import Example
 from fedalt.seeds import generator
 from fedalt.training.batches import collate, epoch_order, steps_per_epoch
-from fedalt.training.loop import Training, TrainingError, train
+from fedalt.training.group import Training, TrainingError
+from fedalt.training.loop import train
 from fedalt.training.loss import client_means, token_losses
 from fedalt.training.orders import Fit, Moments
 
@@ -194,7 +195,8 @@ import torch
 torch.set_num_threads(1)
 from bases import base_of, example
 from test_training import FAST, PLAIN, SLOTS, start_of
-from fedalt.training.loop import Training, TrainingError, train
+from fedalt.training.group import Training, TrainingError
+from fedalt.training.loop import train
 from fedalt.training.orders import Fit
 base = base_of()
 tree = start_of(base).adapter(SLOTS[0])

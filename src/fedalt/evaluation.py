@@ -17,7 +17,7 @@ from fedalt.methods.contract import Serving
 from fedalt.metrics import text_metrics
 from fedalt.models import Base
 from fedalt.training.batches import Batch, answers_in_one, by_length, collate
-from fedalt.training.loop import TrainingError, out_of_memory, packs
+from fedalt.training.group import TrainingError, out_of_memory, packs
 from fedalt.training.loss import token_losses
 from fedalt.tree import Tree
 

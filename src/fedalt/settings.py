@@ -19,7 +19,7 @@ from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.lora import Lora
 from fedalt.models import BUILT_IN, PACKAGED, Quantise
-from fedalt.training.loop import Training
+from fedalt.training.group import Training
 
 Table = Mapping[str, Any]
 

@@ -1,26 +1,21 @@
 """Adapters are bound, not owned: wrapped layers of a base model are pointed at a tree's tensors."""
 
-import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.lowrank import Combination, add_low_rank
 from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Shape, Similarity, Sum
 from fedalt.adapters.pruning import Labelled, last_mlp, prune
+from fedalt.adapters.sites import chosen, head_layers, linear_layers, shape_of
 from fedalt.seeds import generator
 from fedalt.tree import Name, Tree, require_same_names
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True)
@@ -180,18 +175,18 @@ class AdaptedModel:
         self.model = model.requires_grad_(False).eval()
         _keep_differentiable(model)
         self._binding = _Binding()
-        classifies = bool(_head_layers(model))
+        classifies = bool(head_layers(model))
         self.packs = Packs(0, "it classifies") if classifies else try_packing(model)
         mlp = None if classifies else last_mlp(model)
         if mlp is not None:
             self._prune(mlp)
-        linear = _linear_layers(model)
+        linear = linear_layers(model)
         self.sites: dict[str, Shape] = {}
-        for site in _choose(model, linear, targets):
-            self.sites[site] = _shape(linear[site])
+        for site in chosen(model, linear, targets):
+            self.sites[site] = shape_of(linear[site])
             _put(model, site, AdaptedLinear(linear[site], site, self._binding))
         self.heads: dict[Name, tuple[int, ...]] = {}
-        for site, layer in _head_layers(model).items():
+        for site, layer in head_layers(model).items():
             self.heads[Name(site, HEAD, "weight")] = tuple(layer.weight.shape)
             if layer.bias is not None:
                 self.heads[Name(site, HEAD, "bias")] = tuple(layer.bias.shape)
@@ -286,77 +281,6 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False
-
-
-def _linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Linear layers by path, without the output embedding and a classification head."""
-    excluded = {id(model.get_output_embeddings())} | {
-        id(layer) for layer in _head_layers(model).values()
-    }
-    return {
-        path: layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear | Conv1D) and id(layer) not in excluded
-    }
-
-
-def _head_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers of a sequence classifier's head, by path; none for other models.
-
-    As in PEFT, the head is what the model calls `classifier` or `score`; a pooler before it
-    belongs to the base.
-    """
-    if not type(model).__name__.endswith("ForSequenceClassification"):
-        return {}
-    return {
-        path: layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, nn.Linear) and path.split(".")[0] in ("classifier", "score")
-    }
-
-
-def _choose(
-    model: PreTrainedModel, linear: Mapping[str, nn.Module], targets: str | Sequence[str] | None
-) -> list[str]:
-    """Paths of the layers to adapt, in the model's order."""
-    if targets == ALL_LINEAR:
-        return list(linear)
-    kind = model.config.model_type
-    if targets is None:
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
-        if targets is None:
-            raise ValueError(
-                f"no default sites are known for the architecture {kind!r}; name them, or use "
-                f"{ALL_LINEAR!r}; its linear layers end in {_endings(linear)}"
-            )
-        if isinstance(targets, str):  # PEFT's pattern for whole paths, of multimodal models
-            return [path for path in linear if re.fullmatch(targets, path)]
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    if not wanted:
-        raise ValueError(f"an empty list of sites; the linear layers end in {_endings(linear)}")
-    for target in wanted:
-        if not any(_ends(path, target) for path in linear):
-            close = difflib.get_close_matches(target, _endings(linear), n=3, cutoff=0.3)
-            raise ValueError(
-                f"no linear layer of this {kind} model is called {target!r}; "
-                f"close names: {', '.join(close or _endings(linear))}"
-            )
-    return [path for path in linear if any(_ends(path, target) for target in wanted)]
-
-
-def _ends(path: str, target: str) -> bool:
-    return path == target or path.endswith("." + target)
-
-
-def _endings(linear: Mapping[str, nn.Module]) -> list[str]:
-    return sorted({path.rpartition(".")[2] for path in linear})
-
-
-def _shape(layer: nn.Module) -> Shape:
-    if isinstance(layer, Conv1D):  # GPT-2 stores (d_in, d_out)
-        return Shape(*layer.weight.shape)
-    assert isinstance(layer, nn.Linear)
-    return Shape(layer.in_features, layer.out_features)
 
 
 def _put(model: nn.Module, path: str, layer: nn.Module) -> None:

@@ -141,10 +141,8 @@ def _plus_times(y: Tensor, rows: Tensor, each: Tensor, spans: Sequence[int] | No
     if spans is None:
         return torch.baddbmm(y, rows, each)
     out = torch.empty_like(y)
-    lengths = list(spans)
-    parts = zip(
-        y[0].split(lengths), rows[0].split(lengths), each, out[0].split(lengths), strict=True
-    )
+    before, lefts, places = (tensor[0].split(spans) for tensor in (y, rows, out))
+    parts = zip(before, lefts, each, places, strict=True)
     for part, left, matrix, place in parts:
         torch.addmm(part, left, matrix, out=place)
     return out

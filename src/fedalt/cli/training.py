@@ -12,7 +12,7 @@ from fedalt.prepare import Prepared
 from fedalt.runs import resume_run
 from fedalt.settings import lora_of, method_name
 from fedalt.store import StoreError, open_run
-from fedalt.training.loop import TrainingError
+from fedalt.training.group import TrainingError
 
 
 def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:

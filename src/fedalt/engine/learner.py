@@ -16,15 +16,8 @@ from fedalt.evaluation import Scores, Scoring, embed, score
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.seeds import generator, seed_of
-from fedalt.training.loop import (
-    Share,
-    Trained,
-    Training,
-    TrainingError,
-    fit_together,
-    passes,
-    train_together,
-)
+from fedalt.training.group import Share, Trained, Training, TrainingError
+from fedalt.training.loop import fit_together, passes, train_together
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
 
 Given = tuple[str, int, Order]

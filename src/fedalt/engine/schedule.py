@@ -17,7 +17,7 @@ from fedalt.engine.in_process import ClientRound, States, run_round, servings
 from fedalt.engine.learner import Learner
 from fedalt.methods.contract import AnyMethod
 from fedalt.seeds import generator
-from fedalt.training.loop import Trained
+from fedalt.training.group import Trained
 from fedalt.training.orders import Order
 
 Column = Literal["own", "shared", "local"]

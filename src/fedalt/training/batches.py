@@ -55,7 +55,7 @@ def collate(
     lengths = [len(example.ids) for example in examples]
     if pack:
         ids = torch.tensor([token for example in examples for token in example.ids])[None]
-        starts = [0, *accumulate(lengths)]
+        starts = list(accumulate(lengths[:-1], initial=0))
         mask, packing = None, packing_of([[len(each.ids) for each in g] for g in groups], device)
     else:
         width = max(lengths)
@@ -75,7 +75,7 @@ def collate(
         # nothing before it, so its first token carries no loss.
         spans = [
             torch.arange(max(example.answer_start, 1), len(example.ids)) + start
-            for example, start in zip(examples, starts, strict=False)
+            for example, start in zip(examples, starts, strict=True)
         ]
         answers = torch.cat(spans)
         predicting = (answers - 1).to(device)

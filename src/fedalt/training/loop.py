@@ -1,23 +1,12 @@
 """The one training loop: AdamW on the tensors that an order names, everything else frozen."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 
-import torch
-from torch import Tensor
-
-from fedalt import tree as trees
-from fedalt.adapters.layer import Noise
 from fedalt.data.examples import Example
 from fedalt.models import Base
-from fedalt.seeds import generator, seed_of
-from fedalt.training.batches import collate, epoch_order
-from fedalt.training.flat import Flat
-from fedalt.training.loss import client_means, token_losses
-from fedalt.training.orders import Fit, Moments, as_it_is
-from fedalt.tree import Name, Tree
+from fedalt.training.group import Group, Share, Trained, Training, packs
+from fedalt.training.orders import Fit, as_it_is
 
 OnStep = Callable[[int, int, int, float], None]
 
@@ -25,67 +14,6 @@ OnStep = Callable[[int, int, int, float], None]
 # at the start: which clients share a pass decides the last bits of a result.
 _PASS_TOKENS = {"cpu": 1024}
 _PASS_TOKENS_OF_A_GPU = 16384
-
-
-class TrainingError(ValueError):
-    """Training that cannot go on, what was tried, and what to change.
-
-    `which` of the clients that trained together it is about; None: all of them.
-    """
-
-    which: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a client trains; the defaults are those of the FedALT code.
-
-    The learning rate falls linearly to 0 within a round. `carry_optimizer` keeps AdamW's moments
-    from round to round, which is a different algorithm from the published ones. `pass_tokens` is
-    about how many tokens of several clients go through the model at once, where they can: None for
-    what suits the device. It changes rounding and speed alone.
-    """
-
-    lr: float = 3e-4
-    batch_size: int = 8
-    local_epochs: int = 1
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    carry_optimizer: bool = False
-    pass_tokens: int | None = None
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("local_epochs", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is at least {least}")
-        if self.pass_tokens is not None and self.pass_tokens < 1:
-            raise ValueError(f"pass_tokens={self.pass_tokens}, but it is at least 1")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}, but it must be above 0")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay}, but it cannot be negative")
-
-
-@dataclass(frozen=True)
-class Share:
-    """One client's part of a fit of several: its order, its data, and its own seed."""
-
-    order: Fit
-    examples: Sequence[Example]
-    seed: int
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The outcome of a fit: the whole tree on the CPU, and the mean loss over its steps."""
-
-    tree: Tree
-    moments: Moments
-    loss: float
-    steps: int
-    tokens: int
 
 
 def train(
@@ -147,7 +75,7 @@ def train_together(
     rate falls over its own steps, and when it has taken them the others go on. `on_step` hears
     which client it was, the number of its steps done, of all its steps, and the step's loss.
     """
-    group = _Group.of(base, shares, training)
+    group = Group.of(base, shares, training)
     ended: dict[int, Trained] = {}
     done = 0
     # A step of its own may bind several trees before it goes back: a layer that runs again then
@@ -172,185 +100,6 @@ def train_together(
     return [ended[at] for at in range(len(shares))]
 
 
-class _Client:
-    """One client's batches, and what is counted of its steps."""
-
-    def __init__(self, index: int, share: Share, training: Training) -> None:
-        self.index, self.order, self.seed = index, share.order, share.seed
-        lengths = [len(example.ids) for example in share.examples]
-        epochs = training.local_epochs if share.order.epochs is None else share.order.epochs
-        self.batches = [
-            [share.examples[at] for at in indices]
-            for epoch in range(epochs)
-            for indices in epoch_order(
-                lengths, training.batch_size, generator(share.seed, "order", epoch)
-            )
-        ]
-        self.loss, self.tokens = 0.0, 0
-
-    def batch(self, at: int) -> list[Example]:
-        """The examples of a step; after the last one those of the first."""
-        return self.batches[at % len(self.batches)]
-
-    def noise(self, at: int) -> int:
-        """The seed of the dropout masks of a step's batch."""
-        return seed_of(self.seed, "noise", at % len(self.batches))
-
-    def took(self, done: int, loss: float, training: Training) -> None:
-        """Count a step."""
-        if not math.isfinite(loss):
-            error = TrainingError(
-                f"the loss became {loss} after {done} of {len(self.batches)} steps; "
-                f"a lower learning rate than {training.lr} may help"
-            )
-            error.which = self.index
-            raise error
-        self.loss += loss
-        self.tokens += sum(len(example.ids) for example in self.batches[done])
-
-    def ended(self, tree: Tree, moments: Moments) -> Trained:
-        """The outcome."""
-        steps = len(self.batches)
-        kept = Moments() if self.order.moments is None else moments
-        return Trained(tree, kept, self.loss / max(steps, 1), steps, self.tokens)
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Clients in the middle of a fit: what AdamW moves, and beside it all else, (C, ...) each."""
-
-    base: Base
-    training: Training
-    clients: Sequence[_Client]
-    flat: Flat
-    beside: Tree
-
-    @staticmethod
-    def of(base: Base, shares: Sequence[Share], training: Training) -> "_Group":
-        """The clients at their first step."""
-        device = base.adapted.device
-        given = [trees.on(share.order.tree, device) for share in shares]
-        order = shares[0].order
-        names = sorted(order.descending)
-        moments = [_known(share.order.moments, names, device) for share in shares]
-        flat = Flat.of(given, names, moments)
-        rest = sorted(order.tree.keys() - set(names))
-        beside = {name: torch.stack([tree[name] for tree in given]) for name in rest}
-        for name in order.train - order.descending:
-            beside[name].requires_grad_()
-        clients = [_Client(at, share, training) for at, share in enumerate(shares)]
-        return _Group(base, training, clients, flat, beside)
-
-    def only(self, rows: Sequence[int]) -> "_Group":
-        """Some of the clients."""
-        at = list(rows)
-        beside = {name: tensor.detach()[at] for name, tensor in self.beside.items()}
-        for name, tensor in self.beside.items():
-            beside[name].requires_grad_(tensor.requires_grad)
-        clients = [self.clients[each] for each in at]
-        return _Group(self.base, self.training, clients, self.flat.only(at), beside)
-
-    def tree(self, at: int) -> Tree:
-        """One client's whole tree, on the CPU."""
-        rest = {name: tensor.detach()[at].cpu().clone() for name, tensor in self.beside.items()}
-        return {**self.flat.values(at), **rest}
-
-    def descend(self, gradients: Tree, done: int) -> None:
-        """A step of AdamW; rates fall linearly."""
-        rates = [
-            self.training.lr * each.order.rate * (1 - done / len(each.batches))
-            for each in self.clients
-        ]
-        self.flat.descend(gradients, rates, self.training.weight_decay, self.training.clip)
-
-    def step(self, done: int) -> tuple[list[float], Tree]:
-        """Each client's loss, and the gradients of what AdamW moves, (C, ...) each."""
-        own = self.clients[0].order.step
-        whole = {**self.flat.tree, **self.beside}
-        try:
-            with ExitStack() as bindings:
-                if own is None:
-                    losses = self._losses(whole, done, bindings)
-                    names, leaves = list(self.flat.tree), list(self.flat.tree.values())
-                    found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-                    return losses.detach().tolist(), dict(zip(names, found, strict=True))
-                (client,) = self.clients
-                single = {name: tensor[0] for name, tensor in whole.items()}
-
-                def loss_of(tree: Tree, which: int) -> Tensor:
-                    stacked = {name: tensor[None] for name, tensor in tree.items()}
-                    return self._losses(stacked, done + which, bindings)[0]
-
-                stepped = own(single, sorted(client.order.train), loss_of)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
-            raise TrainingError(self._too_much(done)) from error
-        with torch.no_grad():
-            for name, moved in stepped.moved.items():
-                self.beside[name].copy_(moved[None])
-        gradients = {name: each.detach()[None] for name, each in stepped.gradients.items()}
-        return [float(stepped.loss.detach())], gradients
-
-    def _losses(self, whole: Tree, at: int, bindings: ExitStack) -> Tensor:
-        """Mean loss of each client's batch, (C,), and its penalty.
-
-        The model stays bound until the backward pass is over: a checkpointed layer runs once more
-        in it.
-        """
-        adapted = self.base.adapted
-        batches = [each.batch(at) for each in self.clients]
-        pack = all(packs(self.base, batch) for batch in batches)
-        batch = collate(batches, self.base.pad_id, adapted.device, pack=pack)
-        noise = Noise(tuple(each.noise(at) for each in self.clients))
-        order = self.clients[0].order
-        bound = whole
-        if order.compose is not as_it_is or order.penalty is not None:
-            each_tree = [
-                {name: tensor[row] for name, tensor in whole.items()}
-                for row in range(len(self.clients))
-            ]
-        if order.compose is not as_it_is:
-            composed = [
-                each.order.compose(tree) for each, tree in zip(self.clients, each_tree, strict=True)
-            ]
-            bound = {name: torch.stack([tree[name] for tree in composed]) for name in composed[0]}
-        model = bindings.enter_context(
-            adapted.bound(
-                order.plan,
-                bound,
-                noise,
-                packing=batch.packing,
-                labelled=batch.labelled(len(self.clients)),
-            )
-        )
-        losses = client_means(token_losses(model, batch), batch, len(self.clients))
-        if order.penalty is None:
-            return losses
-        penalties = [
-            each.order.penalty(tree)  # type: ignore[misc]
-            for each, tree in zip(self.clients, each_tree, strict=True)
-        ]
-        return losses + torch.stack(penalties)
-
-    def _too_much(self, done: int) -> str:
-        chosen = [example for each in self.clients for example in each.batch(done)]
-        longest = max(len(example.ids) for example in chosen)
-        return (
-            f"out of memory on {self.base.adapted.device} with a batch of {len(chosen)} examples "
-            f"of up to {longest} tokens; lower --batch-size or --max-length (or "
-            "pass_tokens, where several clients train at once), or set --gradient-checkpointing"
-        )
-
-
-def packs(base: Base, examples: Sequence[Example]) -> bool:
-    """Whether examples can stand in one row: of a causal model, and short enough for it."""
-    return all(
-        example.label is None and len(example.ids) <= base.adapted.packs.longest
-        for example in examples
-    )
-
-
 @contextmanager
 def _checkpointing(base: Base, wanted: bool) -> Iterator[None]:
     """Keep only each block's input for the backward pass and run the block again there."""
@@ -365,17 +114,3 @@ def _checkpointing(base: Base, wanted: bool) -> Iterator[None]:
     finally:
         model.eval()
         model.gradient_checkpointing_disable()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; the CPU's allocator has no type for it."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-
-
-def _known(moments: Moments | None, names: Sequence[Name], device: torch.device) -> Moments | None:
-    """AdamW's state to go on with, if there is one, for exactly the names that it will move."""
-    if moments is None or not moments.steps:
-        return None
-    trees.require_same_names(moments.first, names, "the carried optimiser state")
-    first, second = (trees.on(tree, device) for tree in (moments.first, moments.second))
-    return Moments(first, second, moments.steps)

@@ -1,0 +1,86 @@
+"""Which layers of a model are adapted, and which are a classifier's head."""
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from fedalt.adapters.plan import Shape
+
+ALL_LINEAR = "all-linear"
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Linear layers by path, without the output embedding and a classification head."""
+    excluded = {id(model.get_output_embeddings())} | {
+        id(layer) for layer in head_layers(model).values()
+    }
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear | Conv1D) and id(layer) not in excluded
+    }
+
+
+def head_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
+    """The linear layers of a sequence classifier's head, by path; none for other models.
+
+    As in PEFT, the head is what the model calls `classifier` or `score`; a pooler before it
+    belongs to the base.
+    """
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return {}
+    return {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and path.split(".")[0] in ("classifier", "score")
+    }
+
+
+def chosen(
+    model: PreTrainedModel, linear: Mapping[str, nn.Module], targets: str | Sequence[str] | None
+) -> list[str]:
+    """Paths of the layers to adapt, in the model's order."""
+    if targets == ALL_LINEAR:
+        return list(linear)
+    kind = model.config.model_type
+    if targets is None:
+        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        if targets is None:
+            raise ValueError(
+                f"no default sites are known for the architecture {kind!r}; name them, or use "
+                f"{ALL_LINEAR!r}; its linear layers end in {_endings(linear)}"
+            )
+        if isinstance(targets, str):  # PEFT's pattern for whole paths, of multimodal models
+            return [path for path in linear if re.fullmatch(targets, path)]
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    if not wanted:
+        raise ValueError(f"an empty list of sites; the linear layers end in {_endings(linear)}")
+    for target in wanted:
+        if not any(_ends(path, target) for path in linear):
+            close = difflib.get_close_matches(target, _endings(linear), n=3, cutoff=0.3)
+            raise ValueError(
+                f"no linear layer of this {kind} model is called {target!r}; "
+                f"close names: {', '.join(close or _endings(linear))}"
+            )
+    return [path for path in linear if any(_ends(path, target) for target in wanted)]
+
+
+def _ends(path: str, target: str) -> bool:
+    return path == target or path.endswith("." + target)
+
+
+def _endings(linear: Mapping[str, nn.Module]) -> list[str]:
+    return sorted({path.rpartition(".")[2] for path in linear})
+
+
+def shape_of(layer: nn.Module) -> Shape:
+    """Inputs and outputs of a linear layer."""
+    if isinstance(layer, Conv1D):  # GPT-2 stores (d_in, d_out)
+        return Shape(*layer.weight.shape)
+    assert isinstance(layer, nn.Linear)
+    return Shape(layer.in_features, layer.out_features)

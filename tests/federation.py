@@ -1,6 +1,9 @@
 """A federation without a model: a pull towards each client's own target stands for training."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +12,7 @@ from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Shape
 from fedalt.adapters.start import Start
 from fedalt.codec import decode, encode, fields_of
+from fedalt.engine.gate import USUAL, Gate
 from fedalt.engine.in_process import ClientRound, one_by_one, run_round, servings
 from fedalt.methods.contract import AnyMethod, Ledger, Serving
 from fedalt.seeds import generator
@@ -24,6 +28,27 @@ EXAMPLES = {"a": 10, "b": 30, "c": 60}
 
 class MemoryStates(dict[str, Any]):
     """States in a dictionary."""
+
+    def __init__(self) -> None:
+        self.before: dict[str, Any] = {}
+        self.refused: list[tuple[str, str, bytes]] = []
+
+    def begin(self) -> None:
+        self.before = dict(self)
+
+    def drop(self, key: str) -> None:
+        for each in [each for each in self if f"{each}/".startswith(f"{key}/")]:
+            del self[each]
+            if each in self.before:
+                self[each] = self.before[each]
+
+    @contextmanager
+    def waiting(self) -> Iterator[Path]:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+
+    def quarantine(self, client_id: str, reason: str, data: bytes, limit: int) -> None:
+        self.refused.append((client_id, reason, data))
 
     def get(self, key: str, cls: type[T]) -> T | None:  # type: ignore[override]
         return super().get(key)
@@ -75,12 +100,13 @@ def simulate(
     cohorts: Sequence[Sequence[str]],
     states: MemoryStates | None = None,
     train: Any = pull,
+    gate: Gate = USUAL,
 ) -> tuple[MemoryStates, list[ClientRound]]:
     """Run a round for every cohort; the states afterwards and what each client's round cost."""
     states = MemoryStates() if states is None else states
     costs: list[ClientRound] = []
     for cohort in cohorts:
-        run_round(method, START, states, [sorted(cohort)], one_by_one(train), costs.append)
+        run_round(method, START, states, [sorted(cohort)], one_by_one(train), costs.append, gate)
     return states, costs
 
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from fedalt.engine.firewall import Firewall
 from fedalt.engine.schedule import Schedule
 from fedalt.evaluation import Scoring
 from fedalt.methods import METHODS
@@ -76,6 +77,7 @@ class Settings:
     training: Training = field(default_factory=Training)
     rounds: Schedule = field(default_factory=Schedule)
     scoring: Scoring = field(default_factory=Scoring)
+    firewall: Firewall = field(default_factory=Firewall)
     seed: int = 0
     yardstick: bool = True
 
@@ -87,6 +89,7 @@ _SECTIONS: Mapping[str, type] = {
     "training": Training,
     "rounds": Schedule,
     "scoring": Scoring,
+    "firewall": Firewall,
 }
 _TOP: Mapping[str, type] = {"seed": int, "yardstick": bool}
 
@@ -98,7 +101,7 @@ def read_settings(file: Path | None, flags: Table | None = None) -> Settings:
     the current one. Raises SettingsError.
     """
     table = {} if file is None else read_table(file)
-    flags = _rooted(flags or {}, Path())
+    flags = rooted(flags or {}, Path())
     merged = dict(table)
     for key, value in flags.items():
         below = merged.get(key, {})
@@ -109,7 +112,7 @@ def read_settings(file: Path | None, flags: Table | None = None) -> Settings:
 
 def read_table(file: Path) -> dict[str, Any]:
     """What a file of settings says, unchecked, with its relative paths made absolute."""
-    return _rooted(_parse(file), file.parent)
+    return rooted(_parse(file), file.parent)
 
 
 def settings_of(table: Table, source: str) -> Settings:
@@ -127,9 +130,16 @@ def settings_of(table: Table, source: str) -> Settings:
     given = {key: hint for key, hint in _TOP.items() if key in table}
     top = {key: _typed(table[key], hint, f"{source}: {key}") for key, hint in given.items()}
     sections = {
-        name: _section(cls, table.get(name, {}), source, name) for name, cls in _SECTIONS.items()
+        name: section_of(cls, table.get(name, {}), source, name) for name, cls in _SECTIONS.items()
     }
-    return Settings(method=_method(table.get("method", {}), source), **sections, **top)
+    settings = Settings(method=_method(table.get("method", {}), source), **sections, **top)
+    if settings.rounds.robust is not None and not settings.method.averages:
+        able = ", ".join(name for name, method in METHODS.items() if method.averages)
+        raise SettingsError(
+            f"{source}: [rounds] robust: {method_name(settings.method)!r} does more with uploads "
+            f"than to average them; methods that only do that are {able}"
+        )
+    return settings
 
 
 def to_toml(settings: Settings) -> str:
@@ -174,25 +184,25 @@ def _parse(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file}: not valid TOML: {error}") from None
 
 
-def _rooted(table: Table, root: Path) -> dict[str, Any]:
-    """The table with paths relative to `root` made absolute; a hub id is no path."""
-    rooted = {key: dict(value) if _is_table(value) else value for key, value in table.items()}
+def rooted(table: Table, root: Path) -> dict[str, Any]:
+    """A table of settings with paths relative to `root` made absolute; a hub id is no path."""
+    whole = {key: dict(value) if _is_table(value) else value for key, value in table.items()}
     if isinstance(methods := table.get("methods"), list):  # a comparison's, each like a table
-        rooted["methods"] = [_rooted(each, root) if _is_table(each) else each for each in methods]
+        whole["methods"] = [rooted(each, root) if _is_table(each) else each for each in methods]
     places = (("data", "path"), ("data", "template"), ("model", "name"))
     for section, key in places:
-        part = rooted.get(section)
+        part = whole.get(section)
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(value, str | Path) or str(value) in ("", BUILT_IN, *PACKAGED):
             continue
         path = Path(os.path.abspath(root / Path(value).expanduser()))  # noqa: PTH100 - keeps links
         if section == "data" or path.is_dir() or str(value).startswith((".", "~")):
-            rooted[section] = {**rooted[section], key: str(path)}
-    return rooted
+            whole[section] = {**whole[section], key: str(path)}
+    return whole
 
 
-def _section(cls: Any, table: Table, source: str, section: str) -> Any:
-    """A dataclass from the part of a table that names its fields."""
+def section_of(cls: Any, table: Table, source: str, section: str) -> Any:
+    """A dataclass from the part of a table that names its fields. Raises SettingsError."""
     place, hints = f"{source}: [{section}]", get_type_hints(cls)
     known = [f.name for f in fields(cls)]
     if unknown := table.keys() - set(known):
@@ -216,7 +226,7 @@ def _method(table: Table, source: str) -> AnyMethod:
     if unknown:
         text = _unknown(min(unknown), (*sorted(sizes), *sorted(own)), "method")
         raise SettingsError(f"{place}: {text} (method {name!r})")
-    lora = _section(Lora, {key: table[key] for key in table.keys() & sizes}, source, "method")
+    lora = section_of(Lora, {key: table[key] for key in table.keys() & sizes}, source, "method")
     hints = get_type_hints(type(default))
     values = {key: _typed(table[key], hints[key], f"{place} {key}") for key in table.keys() & own}
     method: AnyMethod = _made(partial(replace, default), {"lora": lora, **values}, place)

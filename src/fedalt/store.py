@@ -3,10 +3,13 @@
     run.json                    format, versions, data and model fingerprints
     settings.toml               the resolved settings
     rounds.jsonl                one line per client, evaluation and round
+    examples.jsonl              a few test examples of each client in full: private, like the data
     progress.json               how far the run is; replacing this file commits a round
     clients/ID/0007.safetensors a client's state after round 7, and server/ likewise
     server/latest/ID/...        each client's last upload, for methods that keep a ledger
     local/...                   the same for the local-only yardstick
+    refused.jsonl, quarantine/  uploads that do not count: why, and their bytes
+    waiting/                    uploads of a round that has to see all before it judges one
 
 A state is read as the newest file up to a round and written as the file of the next one, so that
 what a crashed round has left behind is never read, only overwritten.
@@ -15,7 +18,8 @@ what a crashed round has left behind is never read, only overwritten.
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +28,31 @@ from typing import Any, TypeVar
 from fedalt.codec import atomic_write, fields_of, read, write
 from fedalt.engine.schedule import Line, Progress
 from fedalt.methods.contract import Ledger, Message
+from fedalt.quarantine import quarantine
+from fedalt.record import (
+    FORMAT,
+    Standing,
+    StoreError,
+    read_facts,
+    read_standing,
+    require_run,
+)
 
-FORMAT = 1
+__all__ = [
+    "FileLedger",
+    "FileStates",
+    "RunFolder",
+    "StoreError",
+    "create",
+    "kept_rounds",
+    "locked",
+    "newest",
+    "open_run",
+    "prune",
+    "require_unused",
+]
 T = TypeVar("T")
-
-
-class StoreError(ValueError):
-    """A run's folder that cannot be used, and why."""
+_AREAS = ("clients", "server", "moments")
 
 
 @dataclass(frozen=True)
@@ -57,6 +79,33 @@ class FileStates:
         write(path, value, omit=ledgers)
         for name in ledgers:
             self._adopt(self._ledger(key, name), getattr(value, name))
+
+    def begin(self) -> None:
+        """Forget what an attempt at this round that was cut short has left: it never counted."""
+        for area in _AREAS:
+            self.drop(area)
+
+    def drop(self, key: str) -> None:
+        """Forget what was written for this round under a key and below it."""
+        for path in sorted((self.folder / key).rglob(_file(self.round))):
+            if path.is_file():
+                path.unlink()
+
+    @contextmanager
+    def waiting(self) -> Iterator[Path]:
+        """An empty folder for uploads of this round; without its content nothing is lost."""
+        folder = self.folder / "waiting"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def quarantine(self, client_id: str, reason: str, data: bytes, limit: int) -> None:
+        """Note a refused upload of this round beside the run's record, and keep it if it fits."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        quarantine(self.folder, self.round, client_id, reason=reason, data=data, limit=limit)
 
     def backed(self, key: str, value: T) -> T:
         """The same value with ledgers that keep their entries in files from the first on."""
@@ -86,11 +135,11 @@ class FileLedger:
         """Whether this client uploaded before this round."""
         if client_id in self.left:
             return False
-        return newest(self.folder / str(client_id), self.round - 1) is not None
+        return newest(self._place(str(client_id)), self.round - 1) is not None
 
     def __getitem__(self, client_id: str) -> Message:
         """The client's newest upload from before this round."""
-        path = newest(self.folder / client_id, self.round - 1)
+        path = newest(self._place(client_id), self.round - 1)
         if path is None or client_id in self.left:
             raise KeyError(client_id)
         return read(Message, path)
@@ -107,10 +156,16 @@ class FileLedger:
 
     def put(self, client_id: str, message: Message) -> "FileLedger":
         """Write this round's upload; it counts once the round is committed."""
-        path = self.folder / client_id / _file(self.round)
+        path = self._place(client_id) / _file(self.round)
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, message)
         return self
+
+    def _place(self, client_id: str) -> Path:
+        """The client's folder; an id that leads elsewhere is refused."""
+        if client_id in ("", "..") or client_id != Path(client_id).name:
+            raise StoreError(f"client {client_id!r}: such an id cannot name a folder")
+        return self.folder / client_id
 
 
 @dataclass(frozen=True)
@@ -121,12 +176,11 @@ class RunFolder:
 
     def progress(self) -> Progress:
         """How far the run is; the record is cut back to what was committed with that."""
-        raw = self._progress()
+        now = self._standing()
         record = self.path / "rounds.jsonl"
-        if record.exists() and record.stat().st_size > raw["record_bytes"]:
-            os.truncate(record, raw["record_bytes"])
-        best = {column: (int(at), float(loss)) for column, (at, loss) in raw["best"].items()}
-        return Progress(raw["rounds_done"], best, raw["tested"])
+        if record.exists() and record.stat().st_size > now.record_bytes:
+            os.truncate(record, now.record_bytes)
+        return Progress(now.rounds_done, now.best, now.tested)
 
     def states(self, column: str, round_: int) -> FileStates:
         """The yardstick has a folder of its own; the method asked for lies at the top."""
@@ -136,6 +190,11 @@ class RunFolder:
         """Append a line to rounds.jsonl."""
         with (self.path / "rounds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        """Replace examples.jsonl."""
+        whole = "".join(_compact(line) + "\n" for line in lines)
+        atomic_write(self.path / "examples.jsonl", whole.encode())
 
     def commit(self, progress: Progress) -> None:
         """Make the round count by replacing progress.json, then drop states no one needs."""
@@ -150,30 +209,28 @@ class RunFolder:
         }
         atomic_write(self.path / "progress.json", json.dumps(raw).encode())
         for column in ("own", "local"):
-            _prune(self.states(column, 0).folder, kept_rounds(progress, column))
+            prune(self.states(column, 0).folder, kept_rounds(progress, column))
 
     def lines(self) -> list[dict[str, Any]]:
         """Everything committed to rounds.jsonl."""
         record = self.path / "rounds.jsonl"
         if not record.exists():
             return []
-        whole = record.read_bytes()[: self._progress()["record_bytes"]]
+        whole = record.read_bytes()[: self._standing().record_bytes]
         return [json.loads(line) for line in whole.decode().splitlines()]
 
     def best_loss(self) -> float | None:
         """The lowest mean validation loss of the method asked for, if any was measured."""
-        best = self._progress()["best"].get("own")
-        return None if best is None else float(best[1])
+        best = self._standing().best.get("own")
+        return None if best is None else best[1]
 
     def rounds_done(self) -> int:
         """How many rounds are committed; unlike `progress` safe while another process writes."""
-        done: int = self._progress()["rounds_done"]
-        return done
+        return self._standing().rounds_done
 
     def facts(self) -> dict[str, Any]:
         """What run.json holds."""
-        facts: dict[str, Any] = json.loads((self.path / "run.json").read_text())
-        return facts
+        return read_facts(self.path)
 
     def add_facts(self, facts: Mapping[str, object]) -> None:
         """Add to what run.json holds, or replace a part of it."""
@@ -184,18 +241,8 @@ class RunFolder:
         """The clients that have left the run."""
         return frozenset(self.facts().get("left", ()))
 
-    def _progress(self) -> dict[str, Any]:
-        path = self.path / "progress.json"
-        nothing = {"rounds_done": 0, "best": {}, "tested": False, "record_bytes": 0}
-        if not path.exists():
-            return nothing
-        try:
-            raw: dict[str, Any] = json.loads(path.read_text())
-        except ValueError as error:
-            raise StoreError(f"{path} cannot be read: {error}") from error
-        if not isinstance(raw, dict) or raw.keys() != nothing.keys():
-            raise StoreError(f"{path} is damaged: expected {', '.join(nothing)}")
-        return raw
+    def _standing(self) -> Standing:
+        return read_standing(self.path)
 
 
 def kept_rounds(progress: Progress, column: str) -> list[int]:
@@ -228,15 +275,7 @@ def create(path: Path, settings: str, facts: Mapping[str, object]) -> RunFolder:
 
 def open_run(path: Path) -> RunFolder:
     """An existing run's folder, if it is one and of this format."""
-    file = path / "run.json"
-    if not file.is_file():
-        raise StoreError(f"{path} is not a run's folder: it has no run.json")
-    try:
-        found = json.loads(file.read_text()).get("format")
-    except (ValueError, AttributeError) as error:
-        raise StoreError(f"{file} is not a run's description: {error}") from error
-    if found != FORMAT:
-        raise StoreError(f"{path} has run format {found!r}, but this version reads {FORMAT}")
+    require_run(path)
     return RunFolder(path)
 
 
@@ -258,6 +297,10 @@ def newest(folder: Path, round_: int) -> Path | None:
     return folder / _file(max(found)) if found else None
 
 
+def _compact(line: Line) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
 def _is_empty(folder: Path) -> bool:
     return all(entry.name == ".lock" for entry in folder.iterdir())
 
@@ -272,9 +315,9 @@ def _rounds(folder: Path) -> list[int]:
     return [int(path.stem) for path in folder.glob("[0-9]*.safetensors")]
 
 
-def _prune(folder: Path, keep: list[int]) -> None:
+def prune(folder: Path, keep: list[int]) -> None:
     """Drop every state file that is not the newest one of any of these rounds."""
-    for area in ("clients", "server", "moments"):
+    for area in _AREAS:
         for parent, _, files in os.walk(folder / area):
             where = Path(parent)
             for name in files:

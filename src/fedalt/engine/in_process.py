@@ -2,11 +2,14 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fedalt.adapters.start import Start
 from fedalt.codec import encode
+from fedalt.engine.gate import USUAL, Arrival, Gate, Yard, take_in
+from fedalt.engine.rehearsal import rehearse
 from fedalt.methods.contract import AnyMethod, Message, Serving
 from fedalt.training.orders import Order
 
@@ -16,7 +19,7 @@ CarryOut = Callable[[str, int, Order], Any]  # client, the how-manieth order of 
 CarryOutAll = Callable[[Sequence[tuple[str, int, Order]]], Sequence[Any]]
 
 
-class States(Protocol):
+class States(Yard, Protocol):
     """Where the states of one arm lie: read as of the round before, written for this one."""
 
     def get(self, key: str, cls: type[T]) -> T | None:
@@ -31,15 +34,23 @@ class States(Protocol):
         """Keep a value; until the round is committed, the old one stays too."""
         ...
 
+    def drop(self, key: str) -> None:
+        """Forget what this round has put under a key and below it; the old values stay."""
+        ...
+
 
 @dataclass(frozen=True)
 class ClientRound:
-    """A client's round: bytes of both encoded messages, seconds as its part of its group's."""
+    """A client's round: bytes of both encoded messages, seconds as its part of its group's.
+
+    `refused` says why its upload does not count; then its round has not happened.
+    """
 
     client_id: str
     upload_bytes: int
     download_bytes: int
     seconds: float
+    refused: str | None = None
 
 
 def run_round(
@@ -49,17 +60,28 @@ def run_round(
     groups: Iterable[Sequence[str]],
     carry_out: CarryOutAll,
     report: Callable[[ClientRound], None],
-) -> None:
+    gate: Gate = USUAL,
+) -> bool:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
 
     `groups` are the clients whose orders are carried out together; all ids come sorted. Replies
-    are streamed in that order, so only one group's states are in memory.
+    are streamed in that order, so only one group's states are in memory. A client whose upload the
+    gate refuses keeps the state that it had. False if all are refused: the server's state stays.
     """
     server = server_of(method, start, states)
+    asked = 0
     size_of = _Sizes()
 
-    def replies() -> Iterator[tuple[str, Message]]:
+    def decide(cost: ClientRound, reason: str | None) -> None:
+        if reason is not None:
+            states.drop(f"clients/{cost.client_id}")
+            states.drop(f"moments/{cost.client_id}")
+        report(replace(cost, refused=reason))
+
+    def arrivals() -> Iterator[Arrival]:
+        nonlocal asked
         for group in groups:
+            asked += len(group)
             began = time.monotonic()
             messages = {each: method.broadcast(server, each) for each in group}
             steps = {
@@ -70,11 +92,17 @@ def run_round(
             seconds = (time.monotonic() - began) / max(len(group), 1)
             for client_id, (after, upload) in ends.items():
                 states.put(f"clients/{client_id}", after)
-                down = size_of(messages[client_id])
-                report(ClientRound(client_id, message_bytes(upload), down, seconds))
-                yield client_id, upload
+                data, message = encoded(upload), messages[client_id]
+                cost = ClientRound(client_id, len(data), size_of(message), seconds)
+                forms = rehearse(method, start, client_id, message)
+                yield Arrival(client_id, upload, data, forms, partial(decide, cost))
 
-    states.put("server", method.aggregate(server, replies()))
+    after = take_in(method, server, arrivals(), gate, states)
+    if not asked:  # a round without a cohort is a round too
+        after = method.aggregate(server, ())
+    if after is not None:
+        states.put("server", after)
+    return after is not None
 
 
 def servings(
@@ -129,9 +157,9 @@ def drive_all(
     raise RuntimeError("a method gave a million orders in one round")
 
 
-def message_bytes(message: Message) -> int:
-    """Size of the encoded message; one without tensors and facts is not sent at all."""
-    return len(encode(message)) if message.tree or message.facts else 0
+def encoded(message: Message) -> bytes:
+    """The message as bytes; one without tensors and facts is not sent at all."""
+    return encode(message) if message.tree or message.facts else b""
 
 
 class _Sizes:
@@ -144,5 +172,5 @@ class _Sizes:
     def __call__(self, message: Message) -> int:
         last = self._last
         if last is None or last.tree is not message.tree or last.facts != message.facts:
-            self._last, self._bytes = message, message_bytes(message)
+            self._last, self._bytes = message, len(encoded(message))
         return self._bytes

@@ -54,6 +54,12 @@ def distances(adapters: Mapping[str, Tree], signal: Signal) -> Tensor:
     return (total / len(outer)).clamp_min(0).fill_diagonal_(0)
 
 
+def has_direction(adapter: Tree, signal: Signal) -> bool:
+    """Whether B (or B A) of an adapter is zero on no site, so that `distances` can compare it."""
+    outer = [name for name in adapter if name.factor == "B"]
+    return all(bool(_products([adapter], name, signal) > 0) for name in outer)
+
+
 def cluster(far: Tensor, most: int, least_silhouette: float | None = None) -> Clustering:
     """Average-linkage clusters, of 2 to `most` those with the best silhouette, first of equals.
 

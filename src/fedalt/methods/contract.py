@@ -99,6 +99,15 @@ class Method(Protocol[S, C]):
         """The class of a client's state."""
         ...
 
+    @property
+    def averages(self) -> bool:
+        """Whether the server uses the uploads of a round for nothing but their weighted mean.
+
+        They then hold the same names and shapes, but for those that hold no tensors at all, and
+        another centre can take the mean's place.
+        """
+        ...
+
     def init_server(self, start: Start) -> S:
         """The server's state before round 0."""
         ...
@@ -112,7 +121,11 @@ class Method(Protocol[S, C]):
         ...
 
     def local(self, client: C, message: Message) -> Local[C]:
-        """One client's round: yields orders to train, returns its new state and its upload."""
+        """One client's round: yields orders to train, returns its new state and its upload.
+
+        Names and shapes of both do not depend on any tensor's numbers: what an upload must look
+        like is found by playing this on tensors that have none.
+        """
         ...
 
     def aggregate(self, server: S, replies: Iterable[tuple[str, Message]]) -> S:

@@ -80,6 +80,7 @@ class FDLoRA:
 
     server_state = Server
     client_state = Client
+    averages = True
 
     def __post_init__(self) -> None:
         for name in ("sync_every", "evaluations"):

@@ -80,6 +80,7 @@ class FedALT:
 
     server_state = Server
     client_state = Client
+    averages = False
 
     def init_server(self, start: Start) -> Server:  # noqa: ARG002 - the contract's signature
         """Before anyone has uploaded, the total is empty."""

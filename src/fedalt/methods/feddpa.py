@@ -81,6 +81,7 @@ class FedDPA:
 
     server_state = Server
     client_state = Client
+    averages = True
 
     def __post_init__(self) -> None:
         for name in ("blend", "scale"):

@@ -46,6 +46,7 @@ class FedIT:
 
     server_state = Server
     client_state = Client
+    averages = True
 
     def init_server(self, start: Start) -> Server:
         """A drawn, B zero."""

@@ -52,6 +52,7 @@ class FedITSplit:
 
     server_state = Server
     client_state = Client
+    averages = True
 
     def __post_init__(self) -> None:
         if not 1 <= self.parts <= self.lora.rank:

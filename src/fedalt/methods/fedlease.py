@@ -25,7 +25,7 @@ import torch
 
 from fedalt.adapters.plan import HEAD, MIXER, ROUTER, Layout, Plan, Router, names_of, single
 from fedalt.adapters.start import Start
-from fedalt.methods.clustering import Signal, cluster, distances
+from fedalt.methods.clustering import Signal, cluster, distances, has_direction
 from fedalt.methods.contract import (
     Deploy,
     Ledger,
@@ -95,6 +95,7 @@ class FedLEASE:
 
     server_state = Server
     client_state = Client
+    averages = False
 
     def __post_init__(self) -> None:
         for name in ("warm_up", "max_experts"):
@@ -142,7 +143,8 @@ class FedLEASE:
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The mean of each group's uploads; a group of which nobody takes part keeps what it has.
 
-        Who has no group sends the pair of a warm-up and is put into the nearest one.
+        Who has no group sends the pair of a warm-up and is put into the nearest one; a pair that is
+        zero on a site is nearest to none, and its client tries again.
         """
         if not server.clusters:
             return self._group(server, replies)
@@ -152,7 +154,7 @@ class FedLEASE:
             if client_id in server.clusters:
                 own = server.clusters[client_id]
                 sums[own] = _sum(sums.get(own, NOBODY), upload)
-            else:
+            elif has_direction(upload.tree, self.signal):
                 clusters[client_id] = self._nearest(server, client_id, upload)
                 latest = latest.put(client_id, upload)
         experts, routers = dict(server.experts), dict(server.routers)
@@ -184,7 +186,11 @@ class FedLEASE:
 
     def _group(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The end of the warm-up, once there are uploads: groups, and an expert of each."""
-        uploads = {client_id: upload for client_id, upload in replies if upload.tree}
+        uploads = {
+            client_id: upload
+            for client_id, upload in replies
+            if upload.tree and has_direction(upload.tree, self.signal)
+        }
         after = replace(server, round=server.round + 1)
         if not uploads:
             return after

@@ -108,6 +108,7 @@ class FedLoRAOptimizer:
 
     server_state = Server
     client_state = Client
+    averages = True
 
     def __post_init__(self) -> None:
         for name in ("global_rounds", "personal_epochs", "l2"):

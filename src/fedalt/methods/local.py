@@ -38,6 +38,7 @@ class LocalOnly:
 
     server_state = Server
     client_state = Client
+    averages = False
 
     def init_server(self, start: Start) -> Server:  # noqa: ARG002
         """There is nothing to keep."""

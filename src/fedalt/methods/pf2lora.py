@@ -138,6 +138,7 @@ class PF2LoRA:
 
     server_state = Server
     client_state = Client
+    averages = True
 
     def __post_init__(self) -> None:
         if self.client_rank < 1:

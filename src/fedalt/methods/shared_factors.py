@@ -58,6 +58,7 @@ class SharedFactors:
 
     server_state = Server
     client_state = Client
+    averages = True
 
     def init_server(self, start: Start) -> Server:
         """A drawn, B zero, as far as they are sent."""

@@ -84,6 +84,7 @@ class UnequalRanks:
 
     server_state = Server
     client_state = Client
+    averages = False
 
     def __post_init__(self) -> None:
         for client_id, rank in self.ranks.items():

@@ -1,0 +1,217 @@
+"""What a message must be like before it may change a state; whatever is not is `Refused`."""
+
+import math
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fedalt.adapters.start import Start
+from fedalt.codec import CodecError, check_tree
+from fedalt.engine.rehearsal import Form, play
+from fedalt.methods.contract import AnyMethod, Facts, Message
+from fedalt.tree import Name, Tree
+
+WEIGHT: Final = "weight"  # the fact that says how much an upload counts in a mean
+MOST_WEIGHT: Final = 1e9  # examples; nobody has more
+FEWEST: Final = 3  # uploads of which a median says what is usual
+LONGEST: Final = 500  # characters of a reason
+
+
+class Refused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
+    """A message that is not taken, and why: one sentence, fit to be shown on a terminal.
+
+    Strangers choose what is in a message, and errors about it quote them.
+    """
+
+    def __str__(self) -> str:
+        """The sentence without control characters, cut where it is too long."""
+        text = "".join(each if each.isprintable() else "?" for each in super().__str__())
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Firewall:
+    """What the server takes from a client; names, shapes and finite numbers are always checked.
+
+    `norm_limit`: an upload whose norm or weight is more than so many times the median of its
+    round's is refused. `max_upload_bytes` is the most that an upload may have.
+    `quarantine_bytes` is how much of refused uploads is kept in all.
+    """
+
+    norm_limit: float | None = None
+    max_upload_bytes: int = 2**30
+    quarantine_bytes: int = 2**30
+
+    def __post_init__(self) -> None:
+        if self.norm_limit is not None and not self.norm_limit > 1:
+            raise ValueError(
+                f"norm_limit={self.norm_limit}, but it is above 1: a limit of 1 is the median"
+            )
+        if self.max_upload_bytes < 1:
+            raise ValueError(f"max_upload_bytes={self.max_upload_bytes}, but it is at least 1")
+        if self.quarantine_bytes < 0:
+            raise ValueError(f"quarantine_bytes={self.quarantine_bytes}, but it is at least 0")
+
+
+def check_size(size: int, limit: int) -> None:
+    """Refuse what has more bytes than allowed, before it is looked into."""
+    if size > limit:
+        raise Refused(f"the upload has {size} bytes, but at most {limit} are allowed")
+
+
+def check_upload(upload: Message, forms: Sequence[Form]) -> None:
+    """Refuse an upload that has none of the forms, or a number that is not finite.
+
+    A weight is above 0 and no larger than the examples that anybody could have.
+    """
+    fitting = [form for form in forms if form.tree.keys() == upload.tree.keys()]
+    form = (fitting or list(forms))[-1]
+    _check_tree(upload.tree, form.tree)
+    _check_facts(upload.facts, form.facts, "the upload")
+    weight = upload.facts.get(WEIGHT)
+    if not isinstance(weight, int | float):
+        return
+    if not form.counts and weight != form.facts[WEIGHT]:
+        exactly = form.facts[WEIGHT]
+        raise Refused(f"the upload's weight is {_shown(weight)}, expected exactly {exactly}")
+    if not 0 < weight <= MOST_WEIGHT:
+        raise Refused(
+            f"the upload's weight is {_shown(weight)}, expected above 0 and at most {MOST_WEIGHT:g}"
+        )
+
+
+def check_broadcast(message: Message, method: AnyMethod, start: Start, client: object) -> None:
+    """Refuse a broadcast that this client, in its state, could not train with.
+
+    Sites, shapes and ranks fit the base model, all numbers are finite, and what the method orders
+    after it has exactly the tensors that its plans need.
+    """
+    with torch.device("meta"):  # only its facts are looked at
+        first = method.broadcast(method.init_server(start), "")
+    _check_facts(message.facts, first.facts, "the broadcast")
+    for name, tensor in message.tree.items():
+        _check_place(name, tensor, message.tree, start)
+    _check_finite(message.tree, "the broadcast")
+    try:
+        play(method.local(client, message), start, examples=1)
+    except Exception as error:  # whatever a method makes of what it does not expect
+        raise Refused(
+            f"the broadcast does not fit this client's state: {type(error).__name__}: {error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large an upload is: the norm of its tree and its weight, None where it has neither."""
+
+    norm: float | None
+    weight: float | None
+
+
+def size_of(upload: Message) -> Size:
+    """The norm is the root of the sum of all squares, in float64."""
+    norms = [
+        float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in upload.tree.values()
+    ]
+    weight = upload.facts.get(WEIGHT)
+    return Size(math.hypot(*norms) if norms else None, None if weight is None else float(weight))
+
+
+def too_large(sizes: Mapping[str, Size], limit: float) -> dict[str, str]:
+    """Who of a round's clients is refused, and why: norm or weight above `limit` times the median.
+
+    Of fewer than three uploads nobody can tell what is usual; a median of 0 refuses nothing.
+    """
+    norms = {each: size.norm for each, size in sizes.items() if size.norm is not None}
+    weights = {each: size.weight for each, size in sizes.items() if size.weight is not None}
+    return {**_outliers("weight", weights, limit), **_outliers("norm", norms, limit)}
+
+
+def _outliers(what: str, values: Mapping[str, float], limit: float) -> dict[str, str]:
+    usual = median(values.values()) if len(values) >= FEWEST else 0.0
+    return {
+        client_id: f"the upload's {what} is {value:.6g}, more than {limit:g} times the median "
+        f"{usual:.6g} of the round's {len(values)} uploads"
+        for client_id, value in values.items()
+        if usual and value > limit * usual
+    }
+
+
+def _check_tree(tree: Tree, expected: Tree) -> None:
+    if missing := expected.keys() - tree.keys():
+        raise Refused(f"the upload lacks {len(missing)} expected tensors, {_first(missing)}")
+    if extra := tree.keys() - expected.keys():
+        raise Refused(f"the upload has {len(extra)} unexpected tensors, {_first(extra)}")
+    for name, wanted in expected.items():
+        if tree[name].shape != wanted.shape or tree[name].dtype != wanted.dtype:
+            raise Refused(
+                f"the upload has {_named(name)} as {_kind(tree[name])}, expected {_kind(wanted)}"
+            )
+    _check_finite(tree, "the upload")
+
+
+def _check_facts(facts: Facts, expected: Facts, what: str) -> None:
+    if facts.keys() != expected.keys():
+        raise Refused(f"{what} has the facts {_shown(sorted(facts))}, expected {sorted(expected)}")
+    for key, wanted in expected.items():
+        fact = facts[key]
+        if type(fact) is not type(wanted):
+            kinds = type(fact).__name__, type(wanted).__name__
+            raise Refused(f"{what}'s fact {key!r} is a {kinds[0]}, expected a {kinds[1]}")
+        if isinstance(fact, float) and not math.isfinite(fact):
+            raise Refused(f"{what}'s fact {key!r} is {fact}, expected a finite number")
+
+
+def _check_place(name: Name, tensor: Tensor, tree: Tree, start: Start) -> None:
+    """Whether a broadcast's tensor has a site, that site's sizes, and its partner's rank."""
+    shape = start.sites.get(name.site)
+    if shape is None:
+        raise Refused(f"the broadcast has {_named(name)}, but the base model has no such site")
+    sizes = {"A": (1, shape.d_in), "B": (0, shape.d_out), "G": (1, shape.d_in)}
+    if name.factor not in sizes:
+        return  # a part of a method's own, which its orders will show
+    side, size = sizes[name.factor]
+    if tensor.dim() != 2 or tensor.shape[side] != size:
+        raise Refused(
+            f"the broadcast has {_named(name)} as {_kind(tensor)}, expected {size} in place {side}"
+        )
+    other = tree.get(name._replace(factor="B")) if name.factor == "A" else None
+    if other is not None and other.dim() == 2 and len(tensor) != other.shape[1]:
+        raise Refused(
+            f"the broadcast has {_named(name)} of rank {len(tensor)}, but its B of {other.shape[1]}"
+        )
+
+
+def _check_finite(tree: Tree, what: str) -> None:
+    try:
+        check_tree(tree, _shapes(tree), finite=True, what=what)
+    except CodecError as error:
+        raise Refused(str(error)) from error
+
+
+def _shapes(tree: Tree) -> dict[Name, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tree.items()}
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} of {tensor.dtype}"
+
+
+def _named(name: Name) -> str:
+    return _shown(str(name))
+
+
+def _first(names: Iterable[Name]) -> str:
+    return f"first {_named(min(names))}"
+
+
+def _shown(value: object) -> str:
+    """What a stranger has sent, in short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = 120
+    return short.repr(value)

@@ -1,0 +1,64 @@
+"""The coordinate-wise centre of uploads, which a few outliers cannot move far.
+
+Yin, Chen, Ramchandran, Bartlett: "Byzantine-Robust Distributed Learning: Towards Optimal
+Statistical Rates", arXiv 1803.01498: median and trimmed mean. Every upload counts the same,
+whatever weight it claims.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fedalt.codec import read
+from fedalt.methods.contract import Message
+from fedalt.tree import Tree, numbers
+
+Robust = Literal["median", "trimmed_mean"]
+
+_BLOCK = 2**22  # numbers of all uploads together that are in memory at once
+
+
+def centre(files: Sequence[Path], robust: Robust, trim: float) -> Tree:
+    """The centre of the encoded messages in these files, number by number; float32.
+
+    All have the same names and shapes, in float32. Raises ValueError where they have not.
+    """
+    tree = read(Message, files[0]).tree
+    total, cut = numbers(tree), cut_of(robust, trim, len(files))
+    bodies = {file: _body(file) for file in files}
+    if wrong := [file for file in files if file.stat().st_size - bodies[file] != 4 * total]:
+        raise ValueError(f"{wrong[0]} is no float32 upload of the same shapes as {files[0]}")
+    flat = np.empty(total, np.float32)
+    step = max(1, _BLOCK // len(files))
+    for begin in range(0, total, step):
+        block = np.stack([np.fromfile(f, "<f4", step, offset=bodies[f] + 4 * begin) for f in files])
+        block.sort(axis=0)
+        flat[begin : begin + step] = block[cut : len(files) - cut].mean(axis=0, dtype=np.float64)
+    # In a file, tensors of one dtype lie in the order of their keys, which end in the name's text.
+    order = sorted(tree, key=str)
+    parts = torch.from_numpy(flat).split([tree[name].numel() for name in order])
+    return {
+        name: part.reshape(tree[name].shape).clone()
+        for name, part in zip(order, parts, strict=True)
+    }
+
+
+def cut_of(robust: Robust, trim: float, count: int) -> int:
+    """How many of `count` numbers are left out at either end; at least one or two remain.
+
+    The median is the mean of what remains if as many as possible are left out.
+    """
+    most = (count - 1) // 2
+    if robust == "median":
+        return most
+    return min(most, math.ceil(round(trim * count, 9)))  # 0.1 * 30 is a little more than 3
+
+
+def _body(file: Path) -> int:
+    """Where the numbers of an encoded message begin."""
+    with file.open("rb") as opened:
+        return 8 + int.from_bytes(opened.read(8), "little")

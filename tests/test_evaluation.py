@@ -8,9 +8,10 @@ from bases import base_of, example, random_serving_tree
 from tiny import CAUSAL, CLASSIFIERS
 from torch.nn import functional
 
-from fedalt.adapters.plan import Slot, single
+from fedalt.adapters.packing import Packs
+from fedalt.adapters.plan import Mixer, Plan, Router, Similarity, Slot, Sum, single
 from fedalt.data.examples import Example
-from fedalt.evaluation import Scoring, generate, score
+from fedalt.evaluation import Scoring, generate, in_groups, score, score_together
 from fedalt.methods.contract import Serving
 from fedalt.metrics import text_metrics
 
@@ -113,6 +114,143 @@ def test_a_classifier_is_scored_by_its_labels(name):
 def test_no_examples_give_no_metrics():
     base = base_of()
     assert score(base, serving_of(base), [], QUICK).metrics == {}
+
+
+SLOTS = (Slot("individual", 2, 4), Slot("rest_of_world", 3, 6))
+PLANS = {
+    "sum": Plan(SLOTS, Sum((1.0, 0.5))),
+    "mixer": Plan(SLOTS, Mixer()),
+    "router": Plan(SLOTS, Router(own=0, layout="paper", renormalise=False)),
+    "similarity": Plan(SLOTS, Similarity(0.5, 0, 1)),
+}
+# Clients with different numbers of examples, of tokens and of options.
+DATA = [
+    EXAMPLES,
+    [example("a longer question than these", "yes", ("no", "yes", "perhaps"))],
+    [],
+    [example(f"question {n}", "abc"[n % 3], tuple("abc")) for n in range(6)],
+    EXAMPLES[:2],
+]
+
+
+def asked_of(base, plan, data):
+    stream = torch.Generator().manual_seed(5)
+    references = [torch.randn(3, 32, generator=stream) for _ in data]
+    return [
+        (Serving(plan, random_serving_tree(base, plan, seed), references[seed]), examples)
+        for seed, examples in enumerate(data)
+    ]
+
+
+def assert_same(together, alone):
+    assert [each.predictions for each in together] == [each.predictions for each in alone]
+    for one, other in zip(together, alone, strict=True):
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-5)
+        assert one.losses == pytest.approx(other.losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom"])
+def test_clients_scored_together_have_the_scores_of_each_alone(name, plan, beams):
+    base = base_of(CAUSAL[name](), "all-linear")
+    asked = asked_of(base, plan, DATA)
+    scoring = Scoring(batch_size=5, max_new_tokens=6, beams=beams)
+    together = score_together(base, asked, scoring)
+    assert_same(together, [score(base, *each, scoring) for each in asked])
+    assert together == score_together(base, asked, scoring)
+    assert len({text for each in together for text in each.predictions}) > 5
+
+
+@pytest.mark.parametrize("plan", [PLANS["mixer"], PLANS["similarity"]], ids=["mixer", "similarity"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_classifiers_scored_together_have_the_scores_of_each_alone(name, plan):
+    base = base_of(CLASSIFIERS[name]())
+    labels = ("zero", "one", "two")
+    data = [
+        [
+            Example(tuple(range(3 + k, 5 + k + i)), 2 + i, labels[i % 3], labels, i % 3)
+            for i in range(count)
+        ]
+        for k, count in enumerate((4, 1, 7))
+    ]
+    asked = asked_of(base, plan, data)
+    together = score_together(base, asked, QUICK)
+    assert_same(together, [score(base, *each, QUICK) for each in asked])
+    assert {text for each in together for text in each.predictions} <= set(labels)
+
+
+def test_servings_of_other_plans_or_shapes_are_scored_in_one_call_too():
+    base = base_of()
+    plans = [PLANS["sum"], PLANS["mixer"], single(Slot("individual", 5, 4)), PLANS["sum"], PLAN]
+    asked = [asked_of(base, plan, DATA)[at] for at, plan in enumerate(plans)]
+    together = score_together(base, asked, QUICK)
+    assert_same(together, [score(base, *each, QUICK) for each in asked])
+
+
+def test_a_text_too_long_to_be_packed_is_padded_and_so_are_its_options():
+    base = base_of()
+    asked = asked_of(base, PLANS["mixer"], DATA)
+    packed = score_together(base, asked, QUICK)
+    base.adapted.packs = Packs(12)
+    assert_same(score_together(base, asked, QUICK), packed)
+
+
+def test_no_pass_holds_more_examples_than_one_client_could_bring():
+    base = base_of()
+    rows = []
+    base.adapted.model.model.embed_tokens.register_forward_hook(
+        lambda _, given, __: rows.append(given[0].shape)
+    )
+    asked = asked_of(base, PLANS["mixer"], [EXAMPLES[:1]] * 20)
+    prompts = len(EXAMPLES[0].prompt_ids)
+    score_together(base, asked, Scoring(batch_size=8, max_new_tokens=2))
+    assert max(shape[0] for shape in rows) == 8
+    assert [shape[0] for shape in rows if shape[1] == prompts and shape[0] > 1] == [8, 8, 4]
+    most = len(EXAMPLES[0].ids) + sum(len(option) + 1 for option in EXAMPLES[0].options)
+    assert max(shape[1] for shape in rows if shape[0] == 1) <= 8 * most
+
+
+def test_groups_of_clients_stay_small_however_many_there_are():
+    few, many, none = EXAMPLES[:1], EXAMPLES * 5, []
+    clients = [(str(n), few) for n in range(50)]
+    assert [len(group) for group in in_groups(clients, Scoring())] == [16, 16, 16, 2]
+    sizes = [len(g) for g in in_groups([("a", many), ("b", none), ("c", few), ("d", many)], QUICK)]
+    assert sizes == [1, 2]
+
+
+def half_of_which_end(base, serving, prompts, scoring):
+    """Prompts of which most answers soon have a sign that is no other's, which then ends texts."""
+    texts = generate(base, serving, prompts, scoring)
+
+    def parts(sign):
+        soon = [prompt for prompt, text in zip(prompts, texts, strict=True) if sign in text[:9]]
+        never = [prompt for prompt, text in zip(prompts, texts, strict=True) if sign not in text]
+        return soon, never[: max(len(soon) - 1, 0)]
+
+    signs = sorted(set("".join(texts)) - {" "})
+    base.tokenizer.eos_token = max(signs, key=lambda sign: min(map(len, parts(sign))))
+    return parts(base.tokenizer.eos_token)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_an_answer_that_does_not_end_does_not_hold_up_the_others(name, cached):
+    base = base_of(CAUSAL[name]())
+    base.adapted.model.generation_config.use_cache = cached
+    serving, scoring = serving_of(base), Scoring(max_new_tokens=20)
+    prompts = [example(f"{n} {chr(97 + n)}", "").prompt_ids for n in range(16)]
+    soon, never = half_of_which_end(base, serving, prompts, scoring)
+    rows = []
+    base.adapted.model.get_input_embeddings().register_forward_hook(
+        lambda _, given, __: rows.append(len(given[0]))
+    )
+    together = generate(base, serving, [*soon, *never], scoring)
+    assert rows[0] == len(soon) + len(never) >= 5
+    assert rows[-1] <= rows[10] <= rows[0] / 2
+    assert len(rows) == 20
+    alone = [generate(base, serving, [prompt], scoring)[0] for prompt in [*soon, *never]]
+    assert together == alone
 
 
 def test_text_metrics_of_texts_one_can_check_by_hand():

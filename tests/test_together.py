@@ -14,7 +14,7 @@ from fedalt.adapters.packing import Packs, packed, packing_of
 from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, names_of
 from fedalt.adapters.pruning import last_mlp
 from fedalt.engine.in_process import one_by_one, run_round
-from fedalt.evaluation import _sums
+from fedalt.evaluation import _Group, _sums
 from fedalt.methods.contract import Serving
 from fedalt.training.batches import collate
 from fedalt.training.flat import Flat
@@ -294,10 +294,11 @@ def test_answers_behind_one_prompt_are_scored_as_each_alone(name, plan):
         [example("a longer prompt than before", "yes")],
         [example("q", answer) for answer in ("", "no")],
     ]
-    packed_sums, counts = _sums(base, serving, questions, 2)
+    group = _Group(base, [serving])
+    packed_sums, counts = _sums(group, [questions], None, 2)
     packs = base.adapted.packs
     base.adapted.packs = Packs(0, "for comparison")
-    padded_sums, padded_counts = _sums(base, serving, questions, 2)
+    padded_sums, padded_counts = _sums(group, [questions], None, 2)
     assert packs.longest > 0
     assert counts.tolist() == padded_counts.tolist()
     torch.testing.assert_close(packed_sums, padded_sums, rtol=1e-5, atol=1e-5)

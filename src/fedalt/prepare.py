@@ -54,15 +54,18 @@ class Prepared:
     warnings: tuple[str, ...]
 
 
-def prepare(settings: Settings, *, base: Base | None = None) -> Prepared:
+def prepare(
+    settings: Settings, *, base: Base | None = None, clients: Sequence[str] = ()
+) -> Prepared:
     """Load what the settings name and check all that can be checked before the first step.
 
-    `base` is the model of these settings, if it is loaded already.
+    `base` is the model of these settings, if it is loaded already. `clients` are all that take
+    part, where the data are those of some of them.
     """
     data = open_data(settings.data.path, client_field=settings.data.client_field)
     file = settings.data.template
     template = Template() if file is None else read_template(file)
-    require_known(settings, data.clients)
+    require_known(settings, clients or data.clients)
     parts = load_parts(settings, data.labels, base)
     task = Task(
         folder=data,
@@ -130,10 +133,11 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
         },
         "model": {"name": parts.base.name, "fingerprint": parts.base.fingerprint},
         "method": method_name(parts.settings.method),
-        "trainable_numbers": {arm.column: _trainable(arm, parts.start) for arm in parts.arms},
+        "trainable_numbers": {arm.column: trainable(arm, parts.start) for arm in parts.arms},
         "clients": {
             client: {**counts, "form": forms[client]} for client, counts in prepared.counts.items()
         },
+        "warnings": list(prepared.warnings),
     }
 
 
@@ -147,7 +151,7 @@ def require_known(settings: Settings, clients: Sequence[str]) -> None:
             )
 
 
-def _trainable(arm: Arm, start: Start) -> int:
+def trainable(arm: Arm, start: Start) -> int:
     """How many numbers a client trains, in the method's first order."""
     method = arm.method
     client = method.init_client(start, "")

@@ -187,6 +187,9 @@ class _Watched:
         self.folder.record(line)
         self.watcher.wrote(line)
 
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        self.folder.keep_examples(lines)
+
     def commit(self, progress: Progress) -> None:
         self.folder.commit(progress)
 
@@ -207,6 +210,9 @@ class _Notes:
     def record(self, line: Line) -> None:
         self.lines.append(line)
 
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        """Nothing is written."""
+
     def commit(self, progress: Progress) -> None:
         """Nothing has changed."""
 
@@ -221,6 +227,7 @@ def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Ru
         start=parts.start,
         journal=journal,
         hear=watcher.hear,
+        firewall=settings.firewall,
     )
 
 

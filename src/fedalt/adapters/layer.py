@@ -1,15 +1,16 @@
 """Adapters are bound, not owned: wrapped layers of a base model are pointed at a tree's tensors."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedalt.adapters.lowrank import Combination, add_low_rank
+from fedalt.adapters.lowrank import Combination, add_low_rank, times
 from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Shape, Similarity, Sum
 from fedalt.adapters.pruning import Labelled, last_mlp, prune
@@ -25,6 +26,11 @@ class Noise:
     seeds: tuple[int, ...]
 
 
+# Is told, site by site, the weights (tokens, slots) that a mixer or router gave to tokens of the
+# flattened batch, and to which (tokens,); None: to all of them, in order.
+Watch = Callable[[str, Tensor, Tensor | None], None]
+
+
 @dataclass(frozen=True)
 class _Bound:
     """A tree under a plan. Every tensor carries the client axis; `clients` is its length."""
@@ -37,6 +43,9 @@ class _Bound:
     spans: tuple[int, ...] | None  # tokens of each client, where they are not equal
     packed: bool
     labelled: Labelled | None
+    rows: tuple[int, ...] | None = None  # of each client in a padded batch, where not equal
+    watch: Watch | None = None
+    seen: Tensor | None = None  # the tokens that a pruned layer computes
 
     def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """The base layer's output y (batch, ..., d_out) plus what the slots make of x."""
@@ -48,16 +57,29 @@ class _Bound:
             scalings=tuple(slot.scaling * stays for slot in self.plan.slots),
             weights=self._weights(x),
             router=combine if isinstance(combine, Router) else None,
+            watch=None if self.watch is None else partial(self._saw, self.watch, site),
         )
         factors = (
             [self.tree[Name(site, slot.name, "A")] for slot in self.plan.slots],
             [self.tree[Name(site, slot.name, "B")] for slot in self.plan.slots],
             None if gate is None else self.tree[Name(site, gate[0], "G")],
         )
-        rows = self._by_client(x)
+        spans = self._spans(x)
+        rows = self._by_client(x, spans)
         low = y.reshape(*rows.shape[:2], y.shape[-1])
-        out = add_low_rank(low, rows, self._keep(site, rows), combination, factors, self.spans)
+        out = add_low_rank(low, rows, self._keep(site, rows, spans), combination, factors, spans)
         return out.reshape(y.shape)
+
+    def _saw(self, watch: Watch, site: str, weights: Tensor) -> None:
+        watch(site, weights.reshape(-1, weights.shape[-1]), self.seen)
+
+    def _spans(self, x: Tensor) -> tuple[int, ...] | None:
+        """The numbers of tokens of each client in an input, where they are not equal."""
+        if self.rows is None:
+            return self.spans
+        # Beams stand side by side, as many rows for each text, and a text has any number of tokens.
+        each = x[..., 0].numel() // sum(self.rows)
+        return tuple(count * each for count in self.rows)
 
     def _weights(self, x: Tensor) -> tuple[float, ...] | Tensor | None:
         """Fixed weights: of the slots, or (C, N, slots) where examples differ."""
@@ -71,15 +93,15 @@ class _Bound:
                 # Beams stand side by side, as many rows for each example, and so do tokens.
                 each = x[..., 0].numel() // self.shares.shape[0]
                 shares = self.shares.repeat_interleave(each, 0)
-                return shares.reshape(self.clients, -1, len(self.plan.slots))
+                return self._by_client(shares, self._spans(shares))
 
-    def _keep(self, site: str, rows: Tensor) -> Tensor | None:
+    def _keep(self, site: str, rows: Tensor, spans: tuple[int, ...] | None) -> Tensor | None:
         """1 where an input stays and 0 where it drops out, 16 bits each, in the shape of rows."""
         if self.noise is None or self.plan.dropout == 0:
             return None
         # Seeded by what it is for and not by who drew before: a layer that gradient checkpointing
         # runs twice sees the same mask twice. Four numbers of 16 bits come from one of 64.
-        spans = self.spans or (rows.shape[1],) * self.clients
+        spans = spans or (rows.shape[1],) * self.clients
         parts = []
         for seed, span in zip(self.noise.seeds, spans, strict=True):
             size = span * rows.shape[-1]
@@ -89,9 +111,9 @@ class _Bound:
         least = round(self.plan.dropout * 2**16) - 2**15
         return torch.cat(parts).ge_(least).view(rows.shape)
 
-    def _by_client(self, x: Tensor) -> Tensor:
+    def _by_client(self, x: Tensor, spans: tuple[int, ...] | None) -> Tensor:
         """(batch, ..., d_in) -> (C, N, d_in), or (1, N, d_in) where clients differ in tokens."""
-        if self.spans is not None:
+        if spans is not None:
             return x.reshape(1, -1, x.shape[-1])
         if not self.packed and x.shape[0] % self.clients:
             raise ValueError(
@@ -102,11 +124,16 @@ class _Bound:
 
     def project(self, site: str, x: Tensor) -> Tensor:
         """A trained head: x (batch, ..., d_in) times the bound weight, plus the bound bias."""
-        rows = self._by_client(x)
+        spans = self._spans(x)
+        rows = self._by_client(x, spans)
         weight = self.tree[Name(site, HEAD, "weight")].to(x.dtype)
-        out = rows @ weight.mT
+        out = times(rows, weight.mT, spans)
         if (bias := self.tree.get(Name(site, HEAD, "bias"))) is not None:
-            out = out + bias.to(x.dtype)[:, None]
+            bias = bias.to(x.dtype)
+            if spans is None:
+                out = out + bias[:, None]
+            else:
+                out = out + bias.repeat_interleave(torch.tensor(spans, device=x.device), 0)
         return out.reshape(*x.shape[:-1], -1)
 
 
@@ -201,6 +228,9 @@ class AdaptedModel:
         shares: Tensor | None = None,
         packing: Packing | None = None,
         labelled: Labelled | None = None,
+        *,
+        rows: Sequence[int] | None = None,
+        watch: Watch | None = None,
     ) -> Iterator[PreTrainedModel]:
         """Within this context the model computes with the tree's tensors.
 
@@ -209,7 +239,9 @@ class AdaptedModel:
         exactly those that the plan and the head need. Nests; the tree may not change meanwhile.
         `shares` (examples, slots) are the weights of a plan that weighs slots example by example,
         in the order of the batch. With a `packing` the batch is one row of texts, client by client.
-        With `labelled` only the logits of those tokens are right.
+        With `labelled` only the logits of those tokens are right. Without a packing, `rows` are the
+        numbers of texts of each client, which need not be equal; a text may stand in several rows,
+        one below the other, as beams do. `watch` is told how a mixer or router weighs the slots.
         """
         needed = {**plan.shapes(self.sites), **self.heads}
         require_same_names(tree, needed, "the tree to bind")
@@ -233,12 +265,24 @@ class AdaptedModel:
             raise ValueError(
                 "weights for each example belong to a plan of similarity, and to no other"
             )
+        if rows is not None and len(rows) != axis:
+            raise ValueError(f"numbers of texts of {len(rows)} clients for {axis} clients")
         before = self._binding.current
         spans = None if packing is None else packing.spans
         # Weights of each example are for all of its tokens.
         labelled = labelled if shares is None else None
+        uneven = None if rows is None or len(set(rows)) == 1 else tuple(rows)
         self._binding.current = _Bound(
-            plan, with_axis, axis, noise, shares, spans, packing is not None, labelled
+            plan,
+            with_axis,
+            axis,
+            noise,
+            shares,
+            spans,
+            packing is not None,
+            labelled,
+            uneven,
+            watch,
         )
         try:
             with packed(packing):
@@ -256,9 +300,11 @@ class AdaptedModel:
             if bound is None or bound.labelled is None:
                 return None
             outside.append(bound)
-            spans = bound.labelled.spans
-            binding.current = replace(bound, spans=spans, packed=True, labelled=None)
-            return bound.labelled.rows
+            rows, spans = bound.labelled.rows, bound.labelled.spans
+            binding.current = replace(
+                bound, spans=spans, packed=True, labelled=None, rows=None, seen=rows
+            )
+            return rows
 
         def end() -> None:
             binding.current = outside.pop()

@@ -13,7 +13,7 @@ frozen slots. It recomputes h and w from the inputs instead of keeping them: tha
 width R, keeps nothing per token, and makes it differentiable once more (bilevel methods need that).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,13 +28,15 @@ class Combination:
     """How slots combine: `scalings` s_i and, unless logits decide, fixed `weights` w_i.
 
     As a tensor, fixed weights broadcast to (C, N, slots); they carry no gradient. Logits are a
-    mixer's (C, N, slots), or those of the `router` (C, N, 2 slots - 1).
+    mixer's (C, N, slots), or those of the `router` (C, N, 2 slots - 1). `watch` is told the w_i
+    that a forward pass makes of logits, (C, N, slots).
     """
 
     ranks: tuple[int, ...]
     scalings: tuple[float, ...]
     weights: tuple[float, ...] | Tensor | None
     router: Router | None = None
+    watch: Callable[[Tensor], None] | None = None
 
     def shares(self, logits: Tensor | None, like: Tensor) -> Tensor:
         """w_i: (C, N, slots) from the logits, or as fixed."""
@@ -125,7 +127,7 @@ def add_low_rank(
     return out
 
 
-def _times(rows: Tensor, each: Tensor, spans: Sequence[int] | None) -> Tensor:
+def times(rows: Tensor, each: Tensor, spans: Sequence[int] | None) -> Tensor:
     """Every client's rows (N, k) times its own matrix (k, m)."""
     if spans is None:
         return rows @ each
@@ -178,11 +180,11 @@ class _Joined:
         """The dropped input, h (C, N, R) and the logits (C, N, rows of g)."""
         if keep is not None:
             dropped = x * keep.to(x.dtype)
-            h = _times(dropped, self.a.mT, self.spans)
-            return dropped, h, None if self.g is None else _times(x, self.g.mT, self.spans)
+            h = times(dropped, self.a.mT, self.spans)
+            return dropped, h, None if self.g is None else times(x, self.g.mT, self.spans)
         if self.g is None:
-            return x, _times(x, self.a.mT, self.spans), None
-        joined = _times(x, torch.cat([self.a, self.g], 1).mT, self.spans)
+            return x, times(x, self.a.mT, self.spans), None
+        joined = times(x, torch.cat([self.a, self.g], 1).mT, self.spans)
         h, logits = joined.split([self.a.shape[1], self.g.shape[1]], -1)
         return x, h, logits
 
@@ -200,7 +202,10 @@ class _AddLowRank(torch.autograd.Function):
     ) -> Tensor:
         joined = _Joined(factors, len(combination.ranks), y.dtype, spans)
         _, h, logits = joined.down(x.to(y.dtype), keep)
-        z = h * combination.to_rows(combination.amounts(logits, h))
+        shares = combination.shares(logits, h)
+        if combination.watch is not None and logits is not None:
+            combination.watch(shares)
+        z = h * combination.to_rows(shares * h.new_tensor(combination.scalings))
         ctx.save_for_backward(x, keep, *factors)
         ctx.combination, ctx.dtype, ctx.spans = combination, y.dtype, spans
         return _plus_times(y, z, joined.b.mT, spans)
@@ -218,7 +223,7 @@ class _AddLowRank(torch.autograd.Function):
         dropped, h, logits = joined.down(x, keep)
         rows = combination.to_rows(combination.amounts(logits, h))
 
-        grad_z = _times(grad, joined.b, spans)
+        grad_z = times(grad, joined.b, spans)
         grad_h = grad_z * rows
         grad_logits = None
         if logits is not None:
@@ -226,7 +231,7 @@ class _AddLowRank(torch.autograd.Function):
 
         grad_x = None
         if needs_x:
-            grad_x = _times(grad_h, joined.a, spans)
+            grad_x = times(grad_h, joined.a, spans)
             if keep is not None:
                 grad_x = grad_x * keep.to(grad_x.dtype)
             if grad_logits is not None and joined.g is not None:

@@ -67,14 +67,17 @@ def packing_of(groups: Sequence[Sequence[int]], device: torch.device | str) -> P
     return Packing(tuple(blocks), places.to(device), tuple(missing), positions.to(device), spans)
 
 
-def branching(texts: Sequence[tuple[int, Sequence[int]]], device: torch.device | str) -> Packing:
-    """The packing of one client's texts that branch: (tokens of the trunk, tokens of each branch).
+def branching(
+    groups: Sequence[Sequence[tuple[int, Sequence[int]]]], device: torch.device | str
+) -> Packing:
+    """The packing of each client's texts that branch: (tokens of the trunk, of each branch).
 
     The branches stand behind the trunk, one after the other. Each continues it as if it were alone.
     """
-    plain = packing_of([[trunk + sum(branches) for trunk, branches in texts]], device)
+    lengths = [[trunk + sum(branches) for trunk, branches in texts] for texts in groups]
+    plain = packing_of(lengths, device)
     positions, branch_of = [], []
-    for trunk, branches in texts:
+    for trunk, branches in (text for texts in groups for text in texts):
         positions += [torch.arange(trunk), *(trunk + torch.arange(length) for length in branches)]
         numbers = torch.arange(len(branches) + 1)
         branch_of.append(numbers.repeat_interleave(torch.tensor([trunk, *branches])))

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedalt.data.examples import Example, Split
 from fedalt.data.task import Task
 from fedalt.engine.in_process import CarryOut, States
-from fedalt.evaluation import Scores, Scoring, embed, score
+from fedalt.evaluation import Scores, Scoring, embed, in_groups, score, score_together
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.seeds import generator, seed_of
@@ -49,7 +49,7 @@ def _named(clients: Sequence[str], round_: int | str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Learner:
-    """Base model, data and settings of a run; trains and scores one client at a time."""
+    """Base model, data and settings of a run; trains and scores its clients."""
 
     base: Base
     task: Task
@@ -185,13 +185,24 @@ class Learner:
         stream = generator(self.seed, client_id, purpose)
         return [examples[at] for at in torch.randperm(len(examples), generator=stream).tolist()]
 
+    def scored(
+        self, clients: Sequence[str], split: Split
+    ) -> Iterator[list[tuple[str, Sequence[Example]]]]:
+        """Clients with data in a split, and those data, in groups that are scored together."""
+        given = ((client_id, self.task.examples(client_id, split)) for client_id in clients)
+        return in_groups(given, self.scoring)
+
     def score(
-        self, client_id: str, split: Split, serving: Serving, *, generate: bool = True
-    ) -> Scores:
-        """Metrics of a serving on one split of a client's data; none where the split is empty."""
+        self,
+        clients: Sequence[tuple[Serving, Sequence[Example]]],
+        *,
+        generate: bool = True,
+        watch: int = 0,
+    ) -> list[Scores]:
+        """Scores of each client's serving on some of its examples; see `score_together`."""
         scoring = (
             self.scoring
             if generate
             else Scoring(batch_size=self.scoring.batch_size, generate=False)
         )
-        return score(self.base, serving, self.task.examples(client_id, split), scoring)
+        return score_together(self.base, clients, scoring, watch=watch)

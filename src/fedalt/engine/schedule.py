@@ -5,24 +5,30 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from statistics import fmean
-from typing import Literal, Protocol
+from typing import Final, Literal, Protocol
 
 import torch
 
 from fedalt import tree as trees
 from fedalt.adapters.start import Start
+from fedalt.data.examples import Example
+from fedalt.engine.firewall import Firewall
+from fedalt.engine.gate import Gate
 from fedalt.engine.in_process import ClientRound, States, run_round, servings
 from fedalt.engine.learner import Learner
-from fedalt.methods.contract import AnyMethod
+from fedalt.engine.robust import Robust
+from fedalt.engine.telling import mixer_facts, telling
+from fedalt.methods.contract import AnyMethod, Serving
 from fedalt.seeds import generator
 from fedalt.training.group import Trained
-from fedalt.training.orders import Order
+from fedalt.training.orders import Moments, Order
 
 Column = Literal["own", "shared", "local"]
 HeldOut = Literal["validation", "test"]
 Line = Mapping[str, object]
+
+WATCHED: Final = 8  # examples of each client on which a mixer's weights are looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,9 @@ class Schedule:
     `participation` in (0, 1]: the share of the clients in a round's cohort, drawn anew each round.
     Validation data is scored every `evaluate_every` rounds and after the last one; with
     `select="best"` the round with the lowest mean validation loss is the one that is tested.
-    Without `test` the test data are never read.
+    Without `test` the test data are never read. `robust` takes the place of a method's weighted
+    mean: the coordinate-wise median of the uploads, or their mean without the share `trim` in
+    [0, 0.5) of the least and of the greatest.
     """
 
     rounds: int = 20
@@ -40,6 +48,8 @@ class Schedule:
     evaluate_every: int = 1
     select: Literal["best", "last"] = "best"
     test: bool = True
+    robust: Robust | None = None
+    trim: float = 0.1
 
     def __post_init__(self) -> None:
         for name in ("rounds", "evaluate_every"):
@@ -47,6 +57,8 @@ class Schedule:
                 raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
         if not 0 < self.participation <= 1:
             raise ValueError(f"participation={self.participation}, but it is above 0 and at most 1")
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"trim={self.trim}, but it is at least 0 and below 0.5")
 
     def cohort(self, clients: Sequence[str], round_: int, seed: int) -> list[str]:
         """The clients of a round, sorted; the same for every method."""
@@ -84,15 +96,20 @@ class Progress:
 
 @dataclass(frozen=True)
 class Event:
-    """A sign of life for whoever watches: `done` of `of` steps, clients or scorings."""
+    """A sign of life for whoever watches: `done` of `of` steps, clients or scorings.
 
-    what: Literal["train", "validate", "test"]
+    After "refuse" the `reason` says why an upload does not count; without a client, why no round
+    has happened.
+    """
+
+    what: Literal["train", "validate", "test", "refuse"]
     round: int
     column: str
     client_id: str
     done: int
     of: int
     loss: float | None = None
+    reason: str = ""
 
 
 class Journal(Protocol):
@@ -108,6 +125,10 @@ class Journal(Protocol):
 
     def record(self, line: Line) -> None:
         """Add one line to the run's record."""
+        ...
+
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        """Keep a few tested examples, in place of those that were kept before."""
         ...
 
     def commit(self, progress: Progress) -> None:
@@ -126,6 +147,7 @@ class Run:
     start: Start
     journal: Journal
     hear: Callable[[Event], None]
+    firewall: Firewall
 
     def to_the_end(self) -> Progress:
         """Go on from where the journal stands until the test data is scored."""
@@ -133,9 +155,13 @@ class Run:
         for round_ in range(progress.rounds_done, self.schedule.rounds):
             progress = self._round(progress, round_)
         if self.schedule.test and not progress.tested:
+            lines: list[Line] = []
             for arm in self.arms:
                 at = progress.chosen(arm.column, self.schedule.select)
-                self.score(arm, at, "test", whole=True)
+                show = lines.append if arm.column == "own" else None
+                self.score(arm, at, "test", whole=True, show=show)
+            if lines:
+                self.journal.keep_examples(lines)
             progress = replace(progress, tested=True)
             self.journal.commit(progress)
         return progress
@@ -177,64 +203,108 @@ class Run:
             found = together(orders)
             for (client_id, _, _), (_, cost) in zip(orders, found, strict=True):
                 if cost is not None:
-                    trained.setdefault(client_id, []).append(cost)
+                    numbers = replace(cost, tree={}, moments=Moments())  # of a whole cohort
+                    trained.setdefault(client_id, []).append(numbers)
             return [answer for answer, _ in found]
 
         def report(cost: ClientRound) -> None:
             fits = trained.pop(cost.client_id, [])
-            steps = sum(each.steps for each in fits)
-            loss = sum(each.loss * each.steps for each in fits) / max(steps, 1)
-            tokens = sum(each.tokens for each in fits)
             self.journal.record(
                 {
                     "kind": "train",
                     "round": round_,
                     "client": cost.client_id,
                     "column": arm.column,
-                    "metrics": {"loss": loss, "steps": steps, "tokens": tokens},
+                    "metrics": training_metrics(fits),
                     "upload_bytes": cost.upload_bytes,
                     "download_bytes": cost.download_bytes,
                     "seconds": cost.seconds,
+                    **({} if cost.refused is None else {"refused": cost.refused}),
                 }
             )
+            if cost.refused is not None:
+                refuse(cost.client_id, cost.refused)
 
+        def refuse(client_id: str, reason: str) -> None:
+            self.hear(Event("refuse", round_, arm.column, client_id, 1, 1, reason=reason))
+
+        gate = Gate(self.firewall, self.schedule.robust, self.schedule.trim)
         groups = self.learner.groups(cohort)
-        run_round(arm.method, self.start, states, groups, carry_out, report)
+        if not run_round(arm.method, self.start, states, groups, carry_out, report, gate):
+            refuse("", "every upload was refused: the server's state stays as it was")
 
-    def score(self, arm: Arm, round_: int, split: HeldOut, *, whole: bool) -> float | None:
+    def score(
+        self,
+        arm: Arm,
+        round_: int,
+        split: HeldOut,
+        *,
+        whole: bool,
+        show: Callable[[Line], None] | None = None,
+    ) -> float | None:
         """Score what every client serves after a round; the mean loss of the arm's own column.
 
         None where no client has data. `whole` also scores the shared part and generated texts,
-        which is what takes long.
+        which is what takes long. `show` gets lines of each client's best and worst examples.
         """
         states = self.journal.states(arm.column, round_ + 1)
         losses = []
         what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
-        for index, client_id in enumerate(self.clients):
-            if not self.learner.task.examples(client_id, split):
-                continue
-
+        watch = WATCHED if arm.column == "own" else 0
+        for group in self.learner.scored(self.clients, split):
             carry_out = self.learner.deploying(round_)
-            own, shared = servings(arm.method, self.start, states, client_id, carry_out)
-            score = partial(self.learner.score, client_id, split, generate=whole)
-            metrics = {arm.column: score(own).metrics}
-            if shared is not None and whole:
-                same = shared.plan == own.plan and trees.equal(shared.tree, own.tree)
-                metrics["shared"] = metrics[arm.column] if same else score(shared).metrics
-            losses.append(metrics[arm.column]["loss"])
-            for column in metrics:
-                self.journal.record(
-                    {
-                        "kind": "score",
-                        "split": split,
-                        "round": round_,
-                        "client": client_id,
-                        "column": column,
-                        "metrics": metrics[column],
-                    }
-                )
-            self.hear(Event(what, round_, arm.column, client_id, index + 1, len(self.clients)))
+            served = [
+                servings(arm.method, self.start, states, client_id, carry_out)
+                for client_id, _ in group
+            ]
+            asked = [(own, each) for (own, _), (_, each) in zip(served, group, strict=True)]
+            scores = self.learner.score(asked, generate=whole, watch=watch)
+            shared = self._shared(served, group) if whole else {}
+            for (client_id, examples), (own, _), found in zip(group, served, scores, strict=True):
+                metrics: dict[str, Mapping[str, float]] = {arm.column: found.metrics}
+                if client_id in shared:
+                    metrics["shared"] = shared[client_id] or found.metrics
+                losses.append(found.metrics["loss"])
+                about = {"split": split, "round": round_, "client": client_id}
+                for column in metrics:
+                    self.journal.record(
+                        {"kind": "score", **about, "column": column, "metrics": metrics[column]}
+                    )
+                if found.weighing is not None:
+                    line = {"kind": "mixer", **about, "column": arm.column}
+                    self.journal.record({**line, **mixer_facts(found.weighing)})
+                if show is not None:
+                    line = {"client": client_id, "column": arm.column, "round": round_}
+                    for told in telling(self.learner.base, own, examples, found):
+                        show({**line, **told})
+                at = self.clients.index(client_id) + 1
+                self.hear(Event(what, round_, arm.column, client_id, at, len(self.clients)))
         return fmean(losses) if losses else None
+
+    def _shared(
+        self,
+        served: Sequence[tuple[Serving, Serving | None]],
+        group: Sequence[tuple[str, Sequence[Example]]],
+    ) -> dict[str, Mapping[str, float] | None]:
+        """Metrics of the shared part, where there is one; None where it is all that is served."""
+        found: dict[str, Mapping[str, float] | None] = {}
+        asked = {}
+        for (client_id, examples), (own, shared) in zip(group, served, strict=True):
+            if shared is not None:
+                found[client_id] = None
+                if shared.plan != own.plan or not trees.equal(shared.tree, own.tree):
+                    asked[client_id] = shared, examples
+        scores = self.learner.score(list(asked.values()))
+        return found | {
+            client_id: each.metrics for client_id, each in zip(asked, scores, strict=True)
+        }
+
+
+def training_metrics(fits: Sequence[Trained]) -> dict[str, float]:
+    """Mean loss over all steps of a client's fits, their number, and their tokens."""
+    steps = sum(each.steps for each in fits)
+    loss = sum(each.loss * each.steps for each in fits) / max(steps, 1)
+    return {"loss": loss, "steps": steps, "tokens": sum(each.tokens for each in fits)}
 
 
 def peak_memory() -> int:

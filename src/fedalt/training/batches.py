@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from math import inf
 
 import torch
 from torch import Tensor
@@ -34,13 +35,19 @@ class Batch:
     owners: Tensor
     packing: Packing | None = None
 
-    def labelled(self, clients: int) -> Labelled | None:
-        """The tokens that predict an answer, of so many clients; None for a classifier."""
+    def labelled(self, clients: int, whose: Sequence[int] | None = None) -> Labelled | None:
+        """The tokens that predict an answer, of so many clients; None for a classifier.
+
+        `whose` (owners,) tells each owner's client, where owners are not clients themselves.
+        """
         if self.predicting is None:
             return None
         if clients == 1:
             return Labelled(self.predicting, None)
-        counts = tuple(self.owners.bincount(minlength=clients).tolist())
+        owners = self.owners
+        if whose is not None:
+            owners = torch.tensor(whose, device=owners.device)[owners]
+        counts = tuple(owners.bincount(minlength=clients).tolist())
         return Labelled(self.predicting, None if len(set(counts)) == 1 else counts)
 
 
@@ -86,30 +93,33 @@ def collate(
     return Batch(ids.to(device), mask, predicting, targets.to(device), owners.to(device), packing)
 
 
-def answers_in_one(questions: Sequence[Sequence[Example]], device: torch.device) -> Batch:
+def answers_in_one(groups: Sequence[Sequence[Sequence[Example]]], device: torch.device) -> Batch:
     """Several answers to each question in one packed row, the prompt before them only once.
 
-    The examples of a question have the same prompt, which is not empty. `owners` number the
-    examples of all questions. The last token of an answer predicts nothing and is left out.
+    The questions stand client by client. The examples of a question have the same prompt, which is
+    not empty. `owners` number the examples of all questions. The last token of an answer predicts
+    nothing and is left out.
     """
     ids: list[int] = []
     predicting: list[int] = []
     targets: list[int] = []
     owners: list[int] = []
-    texts = []
+    texts: list[list[tuple[int, list[int]]]] = []
     before = 0
-    for question in questions:
-        prompt = question[0].prompt_ids
-        last = len(ids) + len(prompt) - 1
-        ids += prompt
-        answers = [each.ids[len(prompt) :] for each in question]
-        for owner, answer in enumerate(answers, before):
-            owners += [owner] * len(answer)
-            targets += answer
-            predicting += [last, *range(len(ids), len(ids) + len(answer) - 1)][: len(answer)]
-            ids += answer[:-1]
-        before += len(answers)
-        texts.append((len(prompt), [max(len(answer) - 1, 0) for answer in answers]))
+    for questions in groups:
+        texts.append([])
+        for question in questions:
+            prompt = question[0].prompt_ids
+            last = len(ids) + len(prompt) - 1
+            ids += prompt
+            answers = [each.ids[len(prompt) :] for each in question]
+            for owner, answer in enumerate(answers, before):
+                owners += [owner] * len(answer)
+                targets += answer
+                predicting += [last, *range(len(ids), len(ids) + len(answer) - 1)][: len(answer)]
+                ids += answer[:-1]
+            before += len(answers)
+            texts[-1].append((len(prompt), [max(len(answer) - 1, 0) for answer in answers]))
     row, rows, labels, whose = (
         torch.tensor(each, device=device) for each in (ids, predicting, targets, owners)
     )
@@ -136,8 +146,27 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
     return whole * _BATCHES_PER_SORT + -(-rest // batch_size)
 
 
-def by_length(examples: Sequence[Example], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches for scoring: longest first, so that too little memory shows at once."""
-    order = sorted(range(len(examples)), key=lambda index: -len(examples[index].ids))
-    for first in range(0, len(order), batch_size):
-        yield order[first : first + batch_size]
+def in_turn(
+    sizes: Sequence[Sequence[int]], batch_size: int, tokens: float = inf
+) -> Iterator[list[tuple[int, list[int]]]]:
+    """Batches for scoring, filled from clients in turn: clients, and which of each one's items.
+
+    `sizes` are tokens of each client's items. The longest come first, of the clients and of each
+    one's items, so that too little memory shows at once. A client shares a batch with others only
+    while it has at most `tokens` in all.
+    """
+    batch: list[tuple[int, list[int]]] = []
+    items = held = 0
+    for client in sorted(range(len(sizes)), key=lambda at: -max(sizes[at], default=0)):
+        for item in sorted(range(len(sizes[client])), key=lambda at: -sizes[client][at]):
+            size = sizes[client][item]
+            shared = bool(batch) and (len(batch) > 1 or batch[0][0] != client)
+            if items == batch_size or (shared and held + size > tokens):
+                yield batch
+                batch, items, held = [], 0, 0
+            if not batch or batch[-1][0] != client:
+                batch.append((client, []))
+            batch[-1][1].append(item)
+            items, held = items + 1, held + size
+    if batch:
+        yield batch

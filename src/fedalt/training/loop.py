@@ -38,7 +38,7 @@ def passes(base: Base, training: Training, steps: Mapping[str, float]) -> Iterat
     """Groups of clients whose steps, of so many tokens each, are together about a pass."""
     most = training.pass_tokens if base.adapted.packs.longest else 0
     if most is None:
-        most = _PASS_TOKENS.get(base.adapted.device.type, _PASS_TOKENS_OF_A_GPU)
+        most = usual_tokens(base)
     group: list[str] = []
     tokens = 0.0
     for client_id, step in steps.items():
@@ -49,6 +49,11 @@ def passes(base: Base, training: Training, steps: Mapping[str, float]) -> Iterat
         tokens += step
     if group:
         yield group
+
+
+def usual_tokens(base: Base) -> int:
+    """How many tokens of several clients go through the model at once where nothing says more."""
+    return _PASS_TOKENS.get(base.adapted.device.type, _PASS_TOKENS_OF_A_GPU)
 
 
 def fit_together(base: Base, first: Share, second: Share) -> bool:

@@ -41,7 +41,7 @@ class Entry:
     @property
     def folder(self) -> str:
         """The label as a name of a folder."""
-        return re.sub(r"[^\w.=+-]+", "-", self.label).strip("-").lower()
+        return folder_of(self.label)
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
         if entry.folder in (other.folder for other in entries[:at]):
             raise SettingsError(f"{file}: two methods are called {entry.label!r}; give one a label")
     return entries, tuple(seeds)
+
+
+def folder_of(label: str) -> str:
+    """The folder of a method's runs below that of the comparison."""
+    return re.sub(r"[^\w.=+-]+", "-", label).strip("-").lower()
 
 
 def jobs_of(entries: Sequence[Entry], seeds: Sequence[int], out: Path) -> list[Job]:

@@ -30,12 +30,20 @@ def check(
     client_field: Annotated[
         str | None, typer.Option(help="Client column of a single file.", show_default=False)
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.html", help="Also write a page of it.", show_default=False),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
     """Measure every client's data and warn of what would spoil a run.
 
     A folder that cannot be used ends in one error with all its problems.
     """
+    if html:
+        from fedalt.report.page import require_report
+
+        require_report()
     hush_libraries()
     from fedalt.data.check import check as examine
     from fedalt.data.folder import open_data
@@ -45,6 +53,11 @@ def check(
     folder = open_data(path, client_field=client_field)
     form = Template() if template is None else read_template(template)
     report = examine(folder, load_tokenizer(model), form, max_length)
+    if html:
+        from fedalt.report.data_page import data_page
+        from fedalt.report.page import write_page
+
+        write_page(data_page(report, model), html)
     if as_json:
         show_json(asdict(report))
         return

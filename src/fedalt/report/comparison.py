@@ -108,7 +108,7 @@ def write_results(out: Path, results: Results) -> None:
     """Write results.jsonl, table.md, table.csv and clients.csv."""
     tables = results.tables()
     grids = {name: grid_of(table) for name, table in tables.items()}
-    costs = {label: _cost_cells(each) for label, each in results.costs.items()}
+    costs = {label: cost_cells(each) for label, each in results.costs.items()}
     parts = [*budget_of(results), *(grid_markdown(grid, costs, HEADS) for grid in grids.values())]
     files = {
         "results.jsonl": "".join(f"{json.dumps(line)}\n" for line in results.lines()),
@@ -161,7 +161,7 @@ def draw_grid(grid: Grid, title: str) -> Drawn:
     for name in grid.columns:
         drawn.add_column(name, justify="right", overflow="fold")
     for method, cells in grid.rows.items():
-        shown = [Text(_shown(grid, each), style="bold" if each.bold else "") for each in cells]
+        shown = [Text(shown_cell(grid, each), style="bold" if each.bold else "") for each in cells]
         drawn.add_row(method, *shown)
     return drawn
 
@@ -171,7 +171,10 @@ def grid_markdown(grid: Grid, costs: Mapping[str, Sequence[str]], heads: Sequenc
     lines = [["method", *grid.columns, *heads]]
     lines.append(["---", *("---:" for _ in lines[0][1:])])
     for method, cells in grid.rows.items():
-        shown = [f"**{_shown(grid, each)}**" if each.bold else _shown(grid, each) for each in cells]
+        shown = [
+            f"**{shown_cell(grid, each)}**" if each.bold else shown_cell(grid, each)
+            for each in cells
+        ]
         lines.append([method, *shown, *costs.get(method, [""] * len(heads))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -218,7 +221,7 @@ def _cell(rows: Sequence[Row], at: int, fold: Callable[[Values], float] = fmean)
     return Cell(pairs, tuple(fold(seed) for seed in zip(*values, strict=True)))
 
 
-def _cost_cells(costs: Sequence[Cost]) -> list[str]:
+def cost_cells(costs: Sequence[Cost]) -> list[str]:
     """Means over the seeds, in the order of HEADS."""
     return [
         str(costs[0].trainable_numbers),
@@ -240,7 +243,8 @@ def _marked(cells: list[Cell], table: Table) -> list[Cell]:
     return cells
 
 
-def _shown(grid: Grid, cell: Cell) -> str:
+def shown_cell(grid: Grid, cell: Cell) -> str:
+    """A cell as it is shown: mean and spread over the seeds."""
     if not cell.seeds:
         return "–"
     digits = 3 if grid.of_losses else 1

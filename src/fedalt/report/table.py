@@ -118,15 +118,15 @@ def draw(table: Table, title: str = "") -> Drawn:
     drawn = Drawn(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
     drawn.add_column("client", overflow="fold")
     drawn.add_column("score")
-    for name in _heads(table):
+    for name in heads_of(table):
         drawn.add_column(name, justify="right", no_wrap=True)
     for row in (*table.clients, table.mean, table.worst):
         if row is table.mean:
             drawn.add_section()
-        best = _best(table, row)
+        best = best_of(table, row)
         cells = [
             Text(cell, style="bold" if at in best else "")
-            for at, cell in enumerate(_cells(table, row))
+            for at, cell in enumerate(cells_of(table, row))
         ]
         drawn.add_row(row.name, row.metric, *cells)
     return drawn
@@ -134,10 +134,10 @@ def draw(table: Table, title: str = "") -> Drawn:
 
 def to_markdown(table: Table) -> str:
     """The table as Markdown."""
-    heads = ["client", "score", *_heads(table)]
+    heads = ["client", "score", *heads_of(table)]
     rule = ["---", "---", *("---:" for _ in heads[2:])]
     rows = [
-        [row.name, row.metric, *_cells(table, row)]
+        [row.name, row.metric, *cells_of(table, row)]
         for row in (*table.clients, table.mean, table.worst)
     ]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *rows))
@@ -187,7 +187,7 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
     if sent:
         up, down = (fmean(line[f"{way}_bytes"] for line in sent) for way in ("upload", "download"))
         sentences.append(
-            f"a client uploads {_size(up)} and downloads {_size(down)} per round (mean)"
+            f"a client uploads {shown_size(up)} and downloads {shown_size(down)} per round (mean)"
         )
     return sentences
 
@@ -245,17 +245,19 @@ def _over_clients(name: str, rows: Sequence[Row], score: Fold, gain: Fold) -> Ro
     return Row(name, metric, scores, each([row.gain for row in rows], gain))
 
 
-def _heads(table: Table) -> list[str]:
+def heads_of(table: Table) -> list[str]:
+    """What stands over the numbers of a row."""
     return [*table.columns, *([f"gain over {table.yardstick}"] if table.yardstick else [])]
 
 
-def _cells(table: Table, row: Row) -> list[str]:
+def cells_of(table: Table, row: Row) -> list[str]:
+    """A row's numbers as they are shown."""
     digits = 3 if table.of_losses else 1
     gain = [_shown(row.gain, digits, sign="+")] if table.yardstick else []
     return [*(_shown(values, digits) for values in row.scores), *gain]
 
 
-def _best(table: Table, row: Row) -> set[int]:
+def best_of(table: Table, row: Row) -> set[int]:
     """Where the best scores of a row are; nothing is best of one."""
     means = {at: fmean(values) for at, values in enumerate(row.scores) if values}
     if len(means) < 2:
@@ -281,7 +283,8 @@ def _number(values: Values) -> float | list[float] | None:
     return values[0] if len(values) == 1 else list(values)
 
 
-def _size(count: float) -> str:
+def shown_size(count: float) -> str:
+    """A number of bytes in one word and its unit."""
     for unit in ("bytes", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

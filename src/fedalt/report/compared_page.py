@@ -1,0 +1,165 @@
+"""A comparison's page: the methods' table, gains by client, and what quality costs."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+
+from fedalt.comparison import Cost, Entry, folder_of
+from fedalt.methods import METHODS
+from fedalt.record import StoreError
+from fedalt.report import compared_figures as figures
+from fedalt.report.comparison import (
+    HEADS,
+    Grid,
+    Results,
+    budget_of,
+    cost_cells,
+    grid_of,
+    shown_cell,
+)
+from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
+from fedalt.report.run_page import explained
+from fedalt.report.table import YARDSTICK
+from fedalt.settings import method_name, read_settings, settings_of_method
+from fedalt.store import open_run
+
+RESULTS = "results.jsonl"
+_COSTS = tuple(Cost.__dataclass_fields__)
+
+
+def read_results(path: Path) -> Results:
+    """The results that `fedalt compare` wrote into a folder. Raises StoreError."""
+    lines = [json.loads(line) for line in (path / RESULTS).read_text().splitlines()]
+    labels = list(dict.fromkeys(line["method"] for line in lines))
+    seeds = list(dict.fromkeys(line["seed"] for line in lines))
+    scores: dict[str, list[dict[str, dict[str, float]]]] = {
+        label: [{} for _ in seeds] for label in labels
+    }
+    costs: dict[str, list[Cost]] = {label: [] for label in labels}
+    for line in lines:
+        label, at = line["method"], seeds.index(line["seed"])
+        if "client" in line:
+            scores[label][at].setdefault(line["client"], {})[line["metric"]] = line["value"]
+        else:
+            costs[label].append(Cost(**{name: line[name] for name in _COSTS}))
+    if not labels:
+        raise StoreError(f"{path / RESULTS} is empty")
+    runs = {label: path / folder_of(label) / f"seed-{seeds[0]}" for label in labels}
+    entries = [Entry(label, read_settings(run / "settings.toml")) for label, run in runs.items()]
+    return Results(entries, seeds, scores, costs)
+
+
+def comparison_page(path: Path) -> Page:
+    """The page of a comparison's folder. Raises StoreError."""
+    results = read_results(path)
+    scores, losses = results.tables().values()
+    alone = (
+        each.label for each in results.entries if method_name(each.settings.method) == YARDSTICK
+    )
+    yardstick = next(alone, None)
+    best = next(iter(figures.ranked(scores)))
+    grids = {"Scores on test data": grid_of(scores)}
+    if not scores.of_losses:
+        grids["Mean loss of an answer's token, in nats: lower is better"] = grid_of(losses)
+    budget = list(budget_of(results))
+    over = yardstick or "the mean of all methods"
+    sections = [
+        Section("compared", "What was compared", [Notes(budget[:-1]), _methods(results.entries)]),
+        Section(
+            "scores",
+            "Scores",
+            [
+                *(_grid_table(grid, caption) for caption, grid in grids.items()),
+                Notes(budget[-1:], quiet=True),
+                Figure(
+                    "gains", f"Gain over {over}, by client", "Mean over seeds; above 0 is better.",
+                    figures.gain_map(scores, yardstick), wide=True,
+                ),
+            ],
+        ),
+        Section(
+            "costs",
+            "What it costs",
+            [
+                Figure(
+                    "bytes", "Bytes against quality",
+                    "Up and left is better. Point at a dot for its name where there was no room.",
+                    figures.bytes_against_quality(scores, results.costs),
+                ),
+                Figure(
+                    "seconds", "Seconds of training",
+                    "In the order of the mean score; they compare only if nothing else ran.",
+                    figures.method_seconds(scores, results.costs),
+                ),
+                _cost_table(results.costs),
+            ],
+        ),
+        Section("curves", "Learning curves", [_curves(path, results, best, yardstick)]),
+    ]  # fmt: skip
+    seeds = len(results.seeds)
+    return Page(
+        title=path.resolve().name,
+        over="Comparison of methods",
+        lead=f"{len(results.entries)} methods under one budget, {seeds} seed{'s' * (seeds > 1)}.",
+        key=[
+            ("methods", str(len(results.entries))),
+            ("clients", str(len(scores.clients))),
+            ("seeds", str(seeds)),
+            ("best mean", best),
+        ],
+        sections=sections,
+        foot=str(path),
+    )
+
+
+def _methods(entries: Sequence[Entry]) -> Facts:
+    """What each method is, and which of its own settings are not its usual ones."""
+    items = []
+    for entry in entries:
+        method = entry.settings.method
+        usual = METHODS[method_name(method)]
+        other = [
+            f"{name} = {getattr(method, name)}"
+            for name in settings_of_method(method)
+            if getattr(method, name) != getattr(usual, name)
+        ]
+        unlike = f" Here with {', '.join(other)}." if other else ""
+        items.append((entry.label, f"{explained(method_name(method))}{unlike}"))
+    return Facts(items)
+
+
+def _grid_table(grid: Grid, caption: str) -> Table:
+    rows = [
+        [
+            Cell(method, method),
+            *(
+                Cell(shown_cell(grid, cell), fmean(cell.seeds) if cell.seeds else None, cell.bold)
+                for cell in cells
+            ),
+        ]
+        for method, cells in grid.rows.items()
+    ]
+    return Table(caption, ["method", *grid.columns], rows)
+
+
+def _cost_table(costs: Mapping[str, Sequence[Cost]]) -> Table:
+    rows = [
+        [Cell(method, method), *(Cell(text, float(text)) for text in cost_cells(each))]
+        for method, each in costs.items()
+    ]
+    return Table("Costs, bytes per client and round", ["method", *HEADS], rows, wide=True)
+
+
+def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> Figure:
+    lines = {
+        entry.label: [
+            line
+            for seed in results.seeds
+            for line in open_run(path / entry.folder / f"seed-{seed}").lines()
+        ]
+        for entry in results.entries
+    }
+    chart = figures.method_curves(figures.curve_rows(lines), best, yardstick)
+    caption = "Mean over clients and seeds. Point at a line for its name."
+    return Figure("training-loss", "Training loss", caption, chart, wide=True)

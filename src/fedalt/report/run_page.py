@@ -1,0 +1,262 @@
+"""A run's page: what was run, its table, curves, mixer, similarity, examples, and what it took."""
+
+import sys
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from fedalt.methods import METHODS
+from fedalt.report import figures
+from fedalt.report.examples import examples
+from fedalt.report.parts import (
+    Cell,
+    Facts,
+    Figure,
+    Notes,
+    Page,
+    Part,
+    Section,
+    Table,
+)
+from fedalt.report.records import (
+    Record,
+    cost_rows,
+    loss_rows,
+    mixer_record,
+    round_rows,
+)
+from fedalt.report.similarity import similarity
+from fedalt.report.similarity_figures import similarity_map, similarity_tree
+from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
+from fedalt.report.table import Table as Scores
+
+_ABSENT_MIXER = (
+    "The mixer's weights: none on record. Either the method has no mixer, or the run was made "
+    "before they were written down."
+)
+
+
+def run_page(record: Record) -> Page:
+    """All that a run's folder tells; what it has no record of is named at the end."""
+    absent: list[str] = []
+    table = None if record.split is None else run_table(record.lines, record.split)
+    sections = [about(record.facts, record.settings)]
+    if table is None:
+        absent.append("Scores: no client has been scored yet.")
+    else:
+        sections.append(_scores(record, table))
+    sections += _curves(record)
+    sections += _mixer(record, absent)
+    sections += _similarity(record, absent)
+    sections += examples(record, absent)
+    sections += _costs(record)
+    if absent:
+        sections.append(Section("absent", "Not on this page", [Notes(absent)]))
+    name = record.folder.path.resolve().name
+    return Page(
+        title=f"{record.facts['method']} · {name}",
+        over="Federated fine-tuning run",
+        lead=explained(record.facts["method"]),
+        key=_key(record, table),
+        sections=sections,
+        foot=f"fedalt {record.facts['versions']['fedalt']} · {record.folder.path}",
+    )
+
+
+def explained(method: str) -> str:
+    """What a method is, in the sentence that its module opens with."""
+    text = sys.modules[type(METHODS[method]).__module__].__doc__ or ""
+    return text.strip().splitlines()[0]
+
+
+def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
+    """What was run: settings, versions, data, base model, clients."""
+    data, model = facts["data"], facts["model"]
+    trainable = facts["trainable_numbers"]
+    general = [
+        ("base model", f"{model['name']} ({model['fingerprint']})"),
+        ("data", str(settings["data"]["path"])),
+        ("data fingerprint", data["fingerprint"]),
+        ("trained numbers", ", ".join(f"{key} {value:,}" for key, value in trainable.items())),
+        ("seed", str(settings["seed"])),
+        ("versions", ", ".join(f"{key} {value}" for key, value in facts["versions"].items())),
+    ]
+    per_section = [
+        (f"[{name}]", ", ".join(f"{key} = {_shown(each)}" for key, each in values.items()))
+        for name, values in settings.items()
+        if isinstance(values, dict)
+    ]
+    clients = {**facts.get("clients", {}), **facts.get("joined", {})}
+    left = set(facts.get("left", ()))
+    splits = ("train", "validation", "test")
+    rows = [
+        [
+            Cell(f"{name} (left)" if name in left else name, name),
+            *(Cell(f"{counts[split]:,}", counts[split]) for split in splits),
+        ]
+        for name, counts in clients.items()
+    ]
+    counted = Table("Clients and their examples", ["client", *splits], rows)
+    return Section("run", "What was run", [Facts([*general, *per_section]), counted])
+
+
+def score_table(table: Scores, caption: str) -> Table:
+    """A run's table with the same numbers as the command prints."""
+
+    def cells(row: Row) -> list[Cell]:
+        best = best_of(table, row)
+        values = [*row.scores, *([row.gain] if table.yardstick else [])]
+        numbers = zip(cells_of(table, row), values, strict=True)
+        return [
+            Cell(row.name, row.name),
+            Cell(row.metric, row.metric),
+            *(
+                Cell(text, fmean(each) if each else None, at in best)
+                for at, (text, each) in enumerate(numbers)
+            ),
+        ]
+
+    heads = ["client", "score", *heads_of(table)]
+    feet = [cells(table.mean), cells(table.worst)]
+    return Table(caption, heads, [cells(row) for row in table.clients], feet)
+
+
+def _key(record: Record, table: Scores | None) -> list[tuple[str, str]]:
+    clients = len({*record.facts.get("clients", {}), *record.facts.get("joined", {})})
+    found = [("clients", str(clients)), ("rounds", str(record.folder.rounds_done()))]
+    if table is None:
+        return found
+    for head, text in zip(heads_of(table), cells_of(table, table.mean), strict=True):
+        if head == table.columns[0] or head.startswith("gain"):
+            found.append((f"mean, {head}", text))
+    return found
+
+
+def _scores(record: Record, table: Scores) -> Section:
+    losses = run_table(record.lines, record.split or "test", losses=True)
+    heads = "own is the client's own model, shared the part that all have, local training alone."
+    parts: list[Part] = [
+        Notes([heads]),
+        score_table(table, f"Scores on {record.split} data"),
+        Notes(describe(record.lines, record.split or "test"), quiet=True),
+        Figure("scores", "Scores of every client", heads, figures.score_dots(table), wide=True),
+    ]
+    if not table.of_losses:
+        caption = "Mean loss of an answer's token, in nats: lower is better"
+        parts.insert(2, score_table(losses, caption))
+    return Section("scores", "Scores", parts)
+
+
+def _curves(record: Record) -> list[Section]:
+    shown = {part: loss_rows(record, part) for part in ("train", "validation")}
+    caption = "Thick: the mean over the clients. Thin: each client; point at one for its name."
+    drawn = [
+        Figure(
+            f"{part}-loss", f"{title} loss", caption, figures.learning_curves(rows, "loss, nats")
+        )
+        for (part, rows), title in zip(shown.items(), ("Training", "Validation"), strict=True)
+        if rows
+    ]
+    return [Section("curves", "Learning curves", drawn)] if drawn else []
+
+
+def _mixer(record: Record, absent: list[str]) -> list[Section]:
+    mixer = mixer_record(record)
+    if mixer is None:
+        absent.append(_ABSENT_MIXER)
+        return []
+    slot, other = mixer.slots[0].replace("_", " "), mixer.slots[-1].replace("_", " ")
+    lead = (
+        f"The mixer weighs, token by token and at every site, the {slot} adapter against the "
+        f"{other} one: 1 is {slot} alone, one half is as much of each."
+    )
+    after = f"After round {mixer.round}"
+    parts: list[Part] = [
+        Notes([lead]),
+        Figure(
+            "mixer-clients", "Over the rounds, by client", "Mean over tokens and sites.",
+            figures.mixer_curves(mixer),
+        ),
+        Figure(
+            "mixer-layers", "Over the rounds, by layer",
+            "Mean over clients, tokens and a layer's sites.", figures.mixer_layers(mixer),
+        ),
+        Figure(
+            "mixer-sites", f"{after}, by layer and site", "Mean over clients and tokens.",
+            figures.mixer_sites(mixer),
+        ),
+        Figure(
+            "mixer-tokens", f"{after}, over tokens",
+            "Bars: all clients. Lines: each client.", figures.mixer_tokens(mixer),
+        ),
+    ]  # fmt: skip
+    return [Section("mixer", "The mixer", parts)]
+
+
+def _similarity(record: Record, absent: list[str]) -> list[Section]:
+    found = similarity(record)
+    if isinstance(found, str):
+        absent.append(f"Similarity of clients: {found}.")
+        return []
+    whose = "individual" if found.column == "own" else "local-only"
+    what = {"BA": "products B A", "B": "factors B"}[found.signal]
+    lead = (
+        f"Cosine of the {what} of two clients' {whose} adapters after round {found.round}, mean "
+        "over the sites. Clients stand in the order of the tree."
+    )
+    if found.groups:
+        lead += " Groups are those that the method itself has made."
+    return [
+        Section(
+            "similarity",
+            "Similarity of clients",
+            [
+                Notes([lead]),
+                Figure(
+                    "similarity",
+                    "Cosines",
+                    "The diagonal is 1.",
+                    similarity_map(found),
+                ),
+                Figure(
+                    "similarity-tree",
+                    "Tree",
+                    "Average linkage: branches meet at their mean distance, 1 − cosine.",
+                    similarity_tree(found),
+                ),
+            ],
+        )
+    ]
+
+
+def _costs(record: Record) -> list[Section]:
+    costs, rounds = cost_rows(record), round_rows(record)
+    if not costs:
+        return []
+    client = "Thick: mean over the clients. Thin: each client."
+    drawn = [
+        Figure(
+            "seconds", "Seconds of training", client,
+            figures.client_costs(costs, "seconds", "seconds per client"),
+        ),
+        Figure(
+            "round-seconds", "Seconds of a round", "All clients one after another, and scoring.",
+            figures.round_curve(rounds, "seconds", "seconds per round"),
+        ),
+        Figure(
+            "upload", "Upload", client, figures.client_costs(costs, "upload", "bytes per client")
+        ),
+        Figure(
+            "download", "Download", client,
+            figures.client_costs(costs, "download", "bytes per client"),
+        ),
+        Figure(
+            "memory", "Peak memory", "The most that the process has held so far.",
+            figures.round_curve(rounds, "memory", "MB"),
+        ),
+    ]  # fmt: skip
+    return [Section("costs", "Time, bytes, memory", drawn)]
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -49,9 +49,9 @@ def test_a_run_by_flags_ends_in_a_folder_and_a_table(run_flags, tmp_path, capsys
     assert "worst client" in said.out
     assert "round 1 of 0 to 1: loss own" in said.err
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
-    about = [line for line in lines if "client" in line]
+    about = [line for line in lines if "metrics" in line]
     assert {line["column"] for line in about} == {"own", "shared", "local"}
-    assert all({"round", "metrics"} <= line.keys() for line in about)
+    assert all({"round", "client"} <= line.keys() for line in about)
     for client in "abc":
         assert list((run / "clients" / client).glob("*.safetensors"))
 
@@ -227,26 +227,6 @@ def test_a_rank_for_nobody_is_refused_before_the_run(run_flags, tmp_path, capsys
     assert call("run", config, *run_flags, "--method", "flexlora", "--out", tmp_path / "r") == 2
     assert "[method.ranks] names 'anna', but the clients are a, b" in capsys.readouterr().err
     assert not (tmp_path / "r").exists()
-
-
-def test_tensorboard_without_the_package_is_refused_before_the_run(
-    run_flags, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setattr("fedalt.report.tensorboard.find_spec", lambda _: None)
-    assert call("run", *run_flags, "--tensorboard", "--out", tmp_path / "r") == 2
-    assert "pip install 'fedalt[tensorboard]'" in capsys.readouterr().err
-    assert not (tmp_path / "r").exists()
-
-
-def test_tensorboard_gets_every_number(run_flags, tmp_path):
-    pytest.importorskip("tensorboard")
-    run = tmp_path / "r"
-    assert call("run", *run_flags, "--rounds", 2, "--tensorboard", "--out", run, "-q") == 0
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("train/loss/own/a")] == [0, 1]
 
 
 def test_demo_compares_three_ways_goes_on_and_never_overwrites(

@@ -71,6 +71,18 @@ def test_the_comparison_of_the_documents_runs(here, capsys):
     assert "FedDPA, long tail" in Path("runs/tuned/table.md").read_text()
 
 
+@pytest.mark.slow
+def test_what_watching_says_runs(here, capsys):
+    text = (ROOT / "docs" / "watching.md").read_text()
+    for words in commands_of(text):
+        words = [*words, "--max-new-tokens", "4"] if words[0] == "run" else words
+        assert call(*words) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out.count("4 of 4 rounds done") == 2
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(block, {})  # the document's own lines
+    assert (here / "anna-model" / "adapter_config.json").exists()
+
+
 def test_every_way_to_split_a_file_runs(here, capsys):
     commands = commands_of((ROOT / "docs" / "data.md").read_text())
     assert len(commands) == 3

@@ -4,10 +4,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedalt.api import Run, open_run, run
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
-__all__ = ["load"]
+__all__ = ["Run", "load", "open_run", "run"]
 __version__ = "0.1.0"
 
 
@@ -22,8 +24,9 @@ def load(path: str | Path, *, device: str | None = None) -> "PeftModel":
 
 
 # After `import fedalt`, PEFT alone can load an exported folder. Only importing PEFT takes seconds:
-# the `fedalt` command, whose process nobody imports PEFT into, does without.
-if Path(*sys.argv[:1]).stem != "fedalt":
+# the `fedalt` command and our own processes, into which nobody imports PEFT, do without. While
+# Python looks for the module of `python -m`, its name is "-m".
+if Path(*sys.argv[:1]).stem not in ("fedalt", "-m"):
     from fedalt.export.peft_type import register
 
     register()

@@ -4,31 +4,30 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedalt.cli.flags import AsJson, Quiet, RunPath, Tensorboard
+from fedalt.cli.flags import AsJson, Quiet, ReportTo, RunPath
 from fedalt.cli.output import hush_libraries, note, show_run, warn
 
 
 def resume(
     path: RunPath,
-    tensorboard: Tensorboard = False,
+    report_to: ReportTo = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Go on with a run that was stopped, whatever stopped it."""
     hush_libraries()
     from fedalt.cli.training import introduce, train
-    from fedalt.report.tensorboard import require_tensorboard
+    from fedalt.report.trackers import require_trackers
     from fedalt.runs import is_finished, reopen
 
     if is_finished(path):
         note(f"{path} is finished: all its rounds are done and tested", quiet=quiet)
         show_run(path, as_json=as_json, quiet=quiet)
         return
-    if tensorboard:
-        require_tensorboard()
+    require_trackers(report_to or ())
     prepared = reopen(path)
     introduce(prepared, path, quiet=quiet)
-    train(prepared, path, tensorboard=tensorboard, quiet=quiet)
+    train(prepared, path, report_to=report_to or (), quiet=quiet)
     show_run(path, as_json=as_json, quiet=quiet)
 
 

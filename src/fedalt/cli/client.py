@@ -3,16 +3,12 @@
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from fedalt.cli.flags import RunPath
 from fedalt.cli.output import hush_libraries, note
-
-if TYPE_CHECKING:
-    from fedalt.methods.contract import Serving
-    from fedalt.prepare import Parts
 
 ClientId = Annotated[str, typer.Option("--client", metavar="ID", help="A client of the run.")]
 Round = Annotated[
@@ -51,25 +47,16 @@ def generate(
     import json
     from dataclasses import replace
 
-    from fedalt.data.prompts import Template, encode_prompt
-    from fedalt.evaluation import generate as write
-    from fedalt.prepare import question
+    from fedalt.answers import answers, served
 
-    parts, facts, serving = _client_of(path, client, column, round_)
-    scoring = parts.settings.scoring
+    of = served(path, client, column, round_)
+    scoring = of.parts.settings.scoring
     if beams is not None:
         scoring = replace(scoring, beams=beams)
     if max_new_tokens is not None:
         scoring = replace(scoring, max_new_tokens=max_new_tokens)
-    template = Template(facts["data"]["template"])
-    about = {**facts["clients"], **facts.get("joined", {})}[client]
-    form, limit = about["form"], parts.settings.data.max_length
     for asked in [[prompt]] if prompt is not None else _asked():
-        ids = [
-            encode_prompt(question(form, text), parts.base.tokenizer, template, max_length=limit)
-            for text in asked
-        ]
-        for text, answer in zip(asked, write(parts.base, serving, ids, scoring), strict=True):
+        for text, answer in zip(asked, answers(of, asked, scoring), strict=True):
             typer.echo(json.dumps({"prompt": text, "answer": answer}) if as_json else answer)
 
 
@@ -89,35 +76,20 @@ def export(
 ) -> None:
     """Write a client's model as a folder that transformers and PEFT load."""
     hush_libraries()
+    from fedalt.answers import served
     from fedalt.export.folders import export_individual, export_personal
 
-    parts, _, serving = _client_of(path, client, column, round_)
+    of = served(path, client, column, round_)
     if what == "personal":
-        export_personal(serving, parts.base, out)
+        export_personal(of.serving, of.parts.base, out)
         note(f"`fedalt.load({str(out)!r})` loads it in Python")
     else:
-        export_individual(serving, parts.base, out)
+        export_individual(of.serving, of.parts.base, out)
         note(f"`peft.PeftModel.from_pretrained(base, {str(out)!r})` loads it in Python")
     typer.echo(str(out))
 
 
-def _client_of(
-    path: Path, client: str, column: Any, round_: int | None
-) -> "tuple[Parts, dict[str, Any], Serving]":
-    """The base model, the run's facts, and what the client serves."""
-    from fedalt.prepare import load_parts
-    from fedalt.runs import require_client, serving
-    from fedalt.settings import read_settings
-    from fedalt.store import open_run
-
-    folder = open_run(path)
-    require_client(folder, client)
-    facts = folder.facts()
-    parts = load_parts(read_settings(path / "settings.toml"), facts["data"]["labels"])
-    return parts, facts, serving(parts, path, client, column, round_)
-
-
-def _asked() -> "Iterator[list[str]]":
+def _asked() -> Iterator[list[str]]:
     """All lines of a file or pipe at once; of a terminal one by one, as each wants an answer."""
     if not sys.stdin.isatty():
         lines = [text for line in sys.stdin if (text := line.strip())]

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -21,6 +20,7 @@ from rich.table import Column
 from fedalt.cli.output import console, note
 from fedalt.engine.schedule import Event, Line
 from fedalt.prepare import Prepared
+from fedalt.report.live import shown_time
 from fedalt.runs import Nobody, Watcher
 
 
@@ -50,9 +50,12 @@ class RoundLines:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
     def hear(self, event: Event) -> None:
-        """Say that testing begins, which may take a while."""
+        """Say that testing begins, which may take a while, and whose upload was refused."""
         if event.what == "test" and event.done == 1:
             self.say(f"testing {event.column} after round {event.round}")
+        if event.what == "refuse":
+            who = f"client {event.client_id!r} does not count: " if event.client_id else ""
+            self.say(f"warning: round {event.round}: {who}{event.reason}")
 
     def wrote(self, line: Line) -> None:
         """Collect a round's lines and say them in one."""
@@ -72,7 +75,7 @@ class RoundLines:
             if means:
                 parts.append(f"{name} {', '.join(means)};")
         left = end["seconds"] * (self.rounds - 1 - end["round"])
-        parts.append(f"{_time(end['seconds'])}, {_time(left)} left")
+        parts.append(f"{shown_time(end['seconds'])}, {shown_time(left)} left")
         return " ".join(parts)
 
     def _losses(self, kind: str, column: str) -> list[float]:
@@ -94,6 +97,8 @@ class Bars:
 
     def hear(self, event: Event) -> None:
         """Move the bars on."""
+        if event.what == "refuse":
+            return
         doing = {"train": "training", "validate": "validating", "test": "testing"}[event.what]
         client = f"{doing} {event.column}, {event.client_id}"
         if event.loss is not None:
@@ -108,17 +113,11 @@ class Bars:
 
 
 @contextmanager
-def watching(
-    prepared: Prepared, *, done: int = 0, quiet: bool = False, tensorboard: Path | None = None
-) -> Iterator[Watcher]:
+def watching(prepared: Prepared, *, done: int = 0, quiet: bool = False) -> Iterator[Watcher]:
     """Whoever should watch this run of which `done` rounds are done already."""
     with ExitStack() as open_:
         watchers: list[Watcher] = []
         rounds = prepared.parts.settings.rounds.rounds
-        if tensorboard is not None:
-            from fedalt.report.tensorboard import TensorBoard
-
-            watchers.append(open_.enter_context(TensorBoard.writing(tensorboard, done)))
         if not quiet and sys.stderr.isatty():
             bars = open_.enter_context(_bars())
             total = _clients_to_train(prepared)
@@ -146,9 +145,3 @@ def _clients_to_train(prepared: Prepared) -> int:
     settings, clients = prepared.parts.settings, prepared.task.clients
     cohort = settings.rounds.cohort(clients, 0, settings.seed)
     return settings.rounds.rounds * len(cohort) * len(prepared.parts.arms)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedalt.cli.flags import AsJson, Quiet, Tensorboard
+from fedalt.cli.flags import AsJson, Quiet, ReportTo
 from fedalt.cli.output import free_folder, hush_libraries, show_run
 
 DATA, METHOD, TRAINING = "Data and model", "Method", "Training"
@@ -115,7 +115,7 @@ def run(
     out: Annotated[
         Path | None, _option("The run's folder.", OUTPUT, "--out", "runs/METHOD")
     ] = None,
-    tensorboard: Tensorboard = False,
+    report_to: ReportTo = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -127,7 +127,7 @@ def run(
     hush_libraries()
     from fedalt.cli.training import introduce, train
     from fedalt.prepare import prepare
-    from fedalt.report.tensorboard import require_tensorboard
+    from fedalt.report.trackers import require_trackers
     from fedalt.runs import new_run
     from fedalt.settings import method_name, read_settings
     from fedalt.store import require_unused
@@ -174,12 +174,11 @@ def run(
     settings = read_settings(config, _given(flags))
     out = out or free_folder(Path("runs") / method_name(settings.method))
     require_unused(out)
-    if tensorboard:
-        require_tensorboard()
+    require_trackers(report_to or ())
     prepared = prepare(settings)
     introduce(prepared, out, quiet=quiet)
     new_run(prepared, out)
-    train(prepared, out, tensorboard=tensorboard, quiet=quiet)
+    train(prepared, out, report_to=report_to or (), quiet=quiet)
     split = "test" if settings.rounds.test else "validation"
     show_run(out, split=split, as_json=as_json, quiet=quiet)
 

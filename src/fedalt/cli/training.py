@@ -1,14 +1,15 @@
 """Training as a user sees it: what begins, signs of life, and a way back where it stops."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import typer
 
 from fedalt.cli.output import note, warn
-from fedalt.cli.progress import watching
+from fedalt.cli.progress import Together, watching
 from fedalt.prepare import Prepared
+from fedalt.report.trackers import TrackerName, tracking
 from fedalt.runs import resume_run
 from fedalt.settings import lora_of, method_name
 from fedalt.store import StoreError, open_run
@@ -38,16 +39,21 @@ def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:
 
 
 def train(
-    prepared: Prepared, path: Path, *, tensorboard: bool = False, quiet: bool = False
+    prepared: Prepared,
+    path: Path,
+    *,
+    report_to: Sequence[TrackerName] = (),
+    quiet: bool = False,
 ) -> None:
     """Go on to the end, with signs of life and, where it is stopped, a way back."""
-    done = open_run(path).rounds_done()
-    board = path / "tensorboard" if tensorboard else None
+    folder = open_run(path)
+    done = folder.rounds_done()
     with (
         _way_back(path, prepared.parts.settings.rounds.rounds),
-        watching(prepared, done=done, quiet=quiet, tensorboard=board) as watcher,
+        tracking(path, report_to, folder.lines()) as trackers,
+        watching(prepared, done=done, quiet=quiet) as watcher,
     ):
-        resume_run(prepared, path, watcher)
+        resume_run(prepared, path, Together([*trackers, watcher]))
 
 
 @contextmanager

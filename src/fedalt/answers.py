@@ -1,0 +1,73 @@
+"""What one client gets out of a run: its model, which answers or is exported."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedalt.data.prompts import Template, encode_prompt
+from fedalt.engine.schedule import Column
+from fedalt.evaluation import Scoring, generate
+from fedalt.methods.contract import Serving
+from fedalt.models import Base
+from fedalt.prepare import Parts, load_parts, question
+from fedalt.runs import require_client, serving
+from fedalt.settings import read_settings
+from fedalt.store import open_run
+
+
+@dataclass(frozen=True)
+class Served:
+    """A client's model on its base; `form` and `template` are those of the client's prompts."""
+
+    parts: Parts
+    serving: Serving
+    form: str
+    template: Template
+
+
+def load_run_parts(path: Path, base: Base | None = None) -> Parts:
+    """What gives a run's states their meaning; `base` is its base model, if that is loaded."""
+    labels = open_run(path).facts()["data"]["labels"]
+    return load_parts(read_settings(path / "settings.toml"), labels, base)
+
+
+def served(
+    path: Path,
+    client_id: str,
+    column: Column = "own",
+    round_: int | None = None,
+    base: Base | None = None,
+) -> Served:
+    """A client's model after a round, the tested one if none is named. Raises StoreError."""
+    folder = open_run(path)
+    require_client(folder, client_id)
+    facts = folder.facts()
+    parts = load_run_parts(path, base)
+    about: Mapping[str, Any] = {**facts["clients"], **facts.get("joined", {})}[client_id]
+    return Served(
+        parts,
+        serving(parts, path, client_id, column, round_),
+        about["form"],
+        Template(facts["data"]["template"]),
+    )
+
+
+def answers(of: Served, texts: Sequence[str], scoring: Scoring | None = None) -> list[str]:
+    """What the client's model answers to each text; by the run's own scoring if none is given.
+
+    A text takes the form of the client's records; where those are instructions, it goes through
+    the run's template.
+    """
+    prompts = [prompt_of(of, text) for text in texts]
+    return generate(of.parts.base, of.serving, prompts, scoring or of.parts.settings.scoring)
+
+
+def prompt_of(of: Served, text: str) -> tuple[int, ...]:
+    """The ids that a text is asked with. Raises DataError for a client of a classifier."""
+    return encode_prompt(
+        question(of.form, text),
+        of.parts.base.tokenizer,
+        of.template,
+        max_length=of.parts.settings.data.max_length,
+    )

@@ -1,0 +1,176 @@
+"""Runs from Python: train, look at the record as frames and charts, let a client's model answer."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedalt.record import require_run
+
+if TYPE_CHECKING:
+    import altair
+    import pandas
+
+    from fedalt.models import Base
+    from fedalt.report.records import Record
+
+Split = Literal["test", "validation"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run in its folder, finished or not. Charts and frames need `fedalt[report]`."""
+
+    path: Path
+
+    def table(self, split: Split = "test") -> "pandas.DataFrame":
+        """Scores by client, then their mean and the worst; columns as `fedalt run` prints them.
+
+        Scores run from 0 to 100, losses are in nats. Raises ValueError where nothing was scored.
+        """
+        pandas = _pandas()
+        from fedalt.report.table import run_table
+        from fedalt.store import open_run
+
+        table = run_table(open_run(self.path).lines(), split)
+        rows = (*table.clients, table.mean, table.worst)
+        columns: dict[str, list[Any]] = {"score": [row.metric for row in rows]}
+        for at, column in enumerate(table.columns):
+            columns[column] = [_only(row.scores[at]) for row in rows]
+        if table.yardstick:
+            columns[f"gain over {table.yardstick}"] = [_only(row.gain) for row in rows]
+        index = pandas.Index([row.name for row in rows], name="client")
+        return pandas.DataFrame(columns, index=index)
+
+    def lines(self, kind: str | None = None) -> "pandas.DataFrame":
+        """The record, a row for each line, all or of one kind: train, score, round and others.
+
+        What lies within a line has a column of its own, such as `metrics.loss`.
+        """
+        pandas = _pandas()
+        from fedalt.store import open_run
+
+        lines = open_run(self.path).lines()
+        kinds = dict.fromkeys(line["kind"] for line in lines)
+        if kind is not None and kind not in kinds:
+            raise ValueError(f"{self.path} has no lines of kind {kind!r}, but {', '.join(kinds)}")
+        return pandas.json_normalize([line for line in lines if kind in (None, line["kind"])])
+
+    def plot_losses(self, of: Literal["train", "validation"] = "validation") -> "altair.LayerChart":
+        """Losses over the rounds, of every client and in the mean."""
+        record = self._record()
+        from fedalt.report.figures import learning_curves
+        from fedalt.report.records import loss_rows
+
+        rows = loss_rows(record, of)
+        if not rows:
+            raise ValueError(f"{self.path} has no {of} losses yet")
+        return learning_curves(rows, f"{of} loss, nats")
+
+    def plot_mixer(self) -> "altair.LayerChart":
+        """How much the mixers weigh the first slot, over the rounds and for every client."""
+        record = self._record()
+        from fedalt.report.figures import mixer_curves
+        from fedalt.report.records import mixer_record
+
+        mixer = mixer_record(record)
+        if mixer is None:
+            raise ValueError(f"{self.path} has no record of a mixer")
+        return mixer_curves(mixer)
+
+    def plot_similarity(self) -> "altair.LayerChart":
+        """How alike the clients' adapters are."""
+        record = self._record()
+        from fedalt.report.similarity import similarity
+        from fedalt.report.similarity_figures import similarity_map
+
+        match similarity(record):
+            case str(why):
+                raise ValueError(f"{self.path}: {why}")
+            case similar:
+                return similarity_map(similar)
+
+    def plot_gains(self, split: Split = "test") -> "altair.LayerChart":
+        """How much better each column is than the yardstick, client by client."""
+        record = self._record()
+        from fedalt.report.compared_figures import gain_map
+        from fedalt.report.table import run_table
+
+        table = run_table(record.lines, split)
+        return gain_map(table, table.yardstick)
+
+    def generate(self, client: str, text: str) -> str:
+        """What a client's own model answers. The base model is loaded once and stays loaded."""
+        from fedalt.answers import answers, served
+
+        (answer,) = answers(served(self.path, client, base=self._base), [text])
+        return answer
+
+    def export(self, client: str, out: str | Path) -> Path:
+        """Write a client's model as a folder, which `fedalt.load` reads. Raises ValueError."""
+        from fedalt.answers import served
+        from fedalt.export.folders import export_personal
+
+        of = served(self.path, client, base=self._base)
+        export_personal(of.serving, of.parts.base, Path(out))
+        return Path(out)
+
+    @cached_property
+    def _base(self) -> "Base":
+        from fedalt.answers import load_run_parts
+
+        return load_run_parts(self.path).base
+
+    def _record(self) -> "Record":
+        if find_spec("altair") is None:
+            raise ValueError("altair is not installed: `pip install 'fedalt[report]'`")
+        from fedalt.report.records import read_record
+
+        return read_record(self.path)
+
+
+def run(settings: Mapping[str, Any] | str | Path, *, out: str | Path) -> Run:
+    """Train and test in a new folder.
+
+    `settings` is a TOML file, or a nested dict of the same form, whose paths are relative to the
+    current folder. What a user should know comes as warnings. Raises ValueError for settings or
+    data that cannot be used. A run that was stopped goes on with `fedalt resume`.
+    """
+    from fedalt.prepare import prepare
+    from fedalt.runs import start_run
+    from fedalt.settings import read_settings, rooted, settings_of
+    from fedalt.store import require_unused
+
+    if isinstance(settings, Mapping):
+        read = settings_of(rooted(settings, Path()), "the settings")
+    else:
+        read = read_settings(Path(settings))
+    require_unused(Path(out))
+    prepared = prepare(read)
+    for sentence in prepared.warnings:
+        warnings.warn(sentence, stacklevel=2)
+    start_run(prepared, Path(out))
+    return Run(Path(out))
+
+
+def open_run(path: str | Path) -> Run:
+    """A run that is there already, finished or not. Raises ValueError where it is none."""
+    require_run(Path(path))
+    return Run(Path(path))
+
+
+def _pandas() -> Any:
+    """The module: `import fedalt` does without it."""
+    if find_spec("pandas") is None:
+        raise ValueError("pandas is not installed: `pip install 'fedalt[report]'`")
+    import pandas
+
+    return pandas
+
+
+def _only(values: tuple[float, ...]) -> float | None:
+    """The number of a cell of a single run, if there is one."""
+    return values[0] if values else None

@@ -13,7 +13,7 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	@# torch first and alone: asked for later, as a dependency, pip may prefer a larger build.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower,quantised,tensorboard]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower,quantised,report,tensorboard,trackio]'
 	@touch $@
 
 demo: setup ## FedALT, FedIT and local-only on the built-in suite, one seed

@@ -8,14 +8,20 @@ from typing import Annotated
 import typer
 
 from fedalt.cli.again import evaluate, resume
+from fedalt.cli.chat import chat
 from fedalt.cli.client import export, generate
 from fedalt.cli.compare import compare, tune
 from fedalt.cli.data import app as data
 from fedalt.cli.demo import demo
-from fedalt.cli.faults import report
+from fedalt.cli.faults import report as report_fault
+from fedalt.cli.federation import app as federation
+from fedalt.cli.federation import client, server, simulate
 from fedalt.cli.members import join, leave
 from fedalt.cli.methods import methods
+from fedalt.cli.report import report
 from fedalt.cli.run import run
+from fedalt.cli.track import track
+from fedalt.cli.watch import watch
 
 app = typer.Typer(
     name="fedalt",
@@ -27,7 +33,15 @@ app = typer.Typer(
 )
 for command in (demo, run, resume, evaluate, generate, export, join, leave, compare, tune):
     app.command()(command)
+app.command()(chat)
+app.command()(simulate)
+app.command()(server)
+app.command()(client)
+app.command()(watch)
+app.command()(track)
+app.command()(report)
 app.add_typer(data, name="data")
+app.add_typer(federation, name="federation")
 app.command()(methods)
 
 
@@ -43,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Exception as error:
         if len(words) < len(given):
             raise
-        sys.exit(report(error))
+        sys.exit(report_fault(error))
 
 
 def _version(wanted: bool) -> None:

@@ -1,0 +1,189 @@
+"""`fedalt federation`, `fedalt server`, `fedalt client`: a federation over machines."""
+
+import signal
+from collections.abc import Callable
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedalt.cli.flags import Quiet
+from fedalt.cli.output import hush_libraries, note, show_run, warn
+
+app = typer.Typer(help="Make and look after a federation over machines.", no_args_is_help=True)
+Config = Annotated[Path, typer.Option("--config", help="The server's federation.toml.")]
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for all of it.")],
+    clients: Annotated[str, typer.Option("--clients", help="Their names, with commas.")],
+    settings: Annotated[
+        Path | None, typer.Option("--settings", help="Settings as for `fedalt run`, without data.")
+    ] = None,
+    name: Annotated[str, typer.Option("--name", help="What the federation is called.")] = "",
+    address: Annotated[
+        str, typer.Option("--address", help="Where the server listens, host:port.")
+    ] = "127.0.0.1:8443",
+    labels: Annotated[
+        str, typer.Option("--labels", help="A classifier's labels, with commas.")
+    ] = "",
+    quiet: Quiet = False,
+) -> None:
+    """Make a folder for the server and one for each client: keys, certificate, agreed settings."""
+    hush_libraries()
+    _require_flower()
+    from fedalt.flower.found import found_federation, require_possible
+    from fedalt.prepare import load_parts, require_known
+    from fedalt.settings import method_name, read_settings
+
+    names = _names(clients)
+    require_possible(folder, names, address)
+    chosen = read_settings(settings, {"data": {"path": "with-the-clients"}})
+    require_known(chosen, names)
+    parts = load_parts(chosen, _names(labels))
+    terms = found_federation(
+        folder, names, parts, name=name or folder.name, address=address, labels=_names(labels)
+    )
+    note(
+        f"{terms.name}: {method_name(chosen.method)} for {len(names)} clients on "
+        f"{parts.base.name}; the server's folder is {folder / 'server'}, a client's "
+        f"{folder / 'clients'}/NAME, each with a README; keep {folder / 'authority'} offline",
+        quiet=quiet,
+    )
+
+
+@app.command()
+def status(config: Config = Path("federation.toml")) -> None:
+    """Who is there, how far the rounds are, and what was refused."""
+    _require_flower()
+    from fedalt.flower.config import read_server_config
+    from fedalt.flower.status import shown
+
+    typer.echo(shown(read_server_config(config)))
+
+
+@app.command()
+def revoke(
+    client: Annotated[str, typer.Argument(metavar="CLIENT")],
+    config: Config = Path("federation.toml"),
+) -> None:
+    """Shut a client out: its key is no longer let in. What it has uploaded stays."""
+    _require_flower()
+    from fedalt.flower.config import read_server_config
+    from fedalt.flower.serve import revoke_key
+
+    revoke_key(read_server_config(config), client)
+    note(f"{client} is shut out; a running server drops it within seconds")
+
+
+def server(
+    config: Config = Path("federation.toml"),
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without encryption; for trying things out.")
+    ] = False,
+) -> None:
+    """Run a federation's server to its end, and go on where it was."""
+    hush_libraries()
+    _require_flower()
+    from fedalt.flower.config import read_server_config
+    from fedalt.flower.supervise import supervise
+
+    found = read_server_config(config, insecure=insecure)
+    if found.place.insecure:
+        warn(["--insecure: whoever is on the network can read and change every message"])
+    if len(found.terms.clients) < found.place.warn_below:
+        count = len(found.terms.clients)
+        warn(
+            [
+                f"{count} clients: from what one of them receives it can work out much about the "
+                f"others' adapters (with two, all); warn_below = {found.place.warn_below}"
+            ]
+        )
+    _until_stopped(lambda: supervise(found, _say))
+
+
+def client(
+    config: Annotated[Path, typer.Option("--config", help="The client's client.toml.")] = Path(
+        "client.toml"
+    ),
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Without encryption; for trying things out.")
+    ] = False,
+) -> None:
+    """Take part in a federation to its end, and go on where it was."""
+    hush_libraries()
+    _require_flower()
+    from fedalt.flower.attend import attend
+    from fedalt.flower.config import read_client_config
+
+    found = read_client_config(config, insecure=insecure)
+    if found.place.insecure:
+        warn(["--insecure: whoever is on the network can read and change every message"])
+    _until_stopped(lambda: attend(found, _say))
+
+
+def simulate(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="As for `fedalt run`.")],
+    out: Annotated[Path, typer.Option("--out", help="The run's folder; goes on if it is one.")],
+    engine: Annotated[
+        str, typer.Option("--engine", help="'flower' (Ray, for a cluster) or 'in_process'.")
+    ] = "in_process",
+    gpus: Annotated[
+        float, typer.Option("--gpus", help="With 'flower': of a GPU, for each client at a time.")
+    ] = 0.0,
+    quiet: Quiet = False,
+) -> None:
+    """Run a federation's clients in simulation, on this machine or on Ray's cluster."""
+    hush_libraries()
+    from fedalt.settings import SettingsError, read_settings
+
+    settings = read_settings(config)
+    match engine:
+        case "flower":
+            _require_flower()
+            if find_spec("ray") is None:
+                raise ValueError("Ray is not installed: `pip install 'fedalt[ray]'`")
+            from fedalt.flower.simulate import simulate as run_on_ray
+
+            _until_stopped(lambda: run_on_ray(settings, out, _say, gpus=gpus))
+            show_run(out / "run", quiet=quiet)
+        case "in_process":
+            from fedalt.cli.training import introduce, train
+            from fedalt.prepare import prepare
+            from fedalt.runs import new_run, reopen
+
+            begun = (out / "run.json").exists()
+            prepared = reopen(out) if begun else prepare(settings)
+            introduce(prepared, out, quiet=quiet)
+            if not begun:
+                new_run(prepared, out)
+            train(prepared, out, quiet=quiet)
+            show_run(out, quiet=quiet)
+        case _:
+            raise SettingsError(f"--engine {engine!r}: expected 'flower' or 'in_process'")
+
+
+def _until_stopped(work: Callable[[], None]) -> None:
+    """Ctrl-C and a service manager's TERM both end it in order; what is done stays done."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        work()
+    except KeyboardInterrupt:
+        note("stopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+
+
+def _say(text: str) -> None:
+    typer.echo(f"{datetime.now():%H:%M:%S}  {text}")
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _require_flower() -> None:
+    if find_spec("flwr") is None:
+        raise ValueError("Flower is not installed: `pip install 'fedalt[flower]'`")

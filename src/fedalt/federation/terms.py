@@ -1,0 +1,98 @@
+"""What all sides of a federation have agreed on: one file, the same bytes for everyone."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedalt.adapters.plan import Shape
+from fedalt.adapters.start import Start
+from fedalt.federation.messages import digest
+from fedalt.prepare import Parts
+from fedalt.settings import Settings, SettingsError, read_table, settings_of, to_toml
+from fedalt.tree import Name
+
+FILE = "terms.toml"
+_KEYS = {"name", "clients", "labels", "model", "sites", "heads"}
+# The data lie with the clients; nothing opens this path.
+_ELSEWHERE = "with-the-clients"
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Who takes part, on which base model, with which settings.
+
+    `labels` are those of a classifier's data, `model` is the base model's fingerprint, `start`
+    draws what clients begin with: the server needs no weights for it. `digest` stands for all of
+    it in every message. `settings.data.path` means nothing here.
+    """
+
+    name: str
+    clients: tuple[str, ...]
+    labels: tuple[str, ...]
+    model: str
+    settings: Settings
+    start: Start
+    digest: str
+
+
+def write_terms(
+    folder: Path, name: str, clients: Sequence[str], labels: Sequence[str], parts: Parts
+) -> Terms:
+    """Put a federation's terms, and its prompt template if it has one, into a folder."""
+    table = tomllib.loads(to_toml(parts.settings))
+    table["data"].pop("path")
+    if parts.settings.data.template is not None:
+        text = parts.settings.data.template.read_bytes()
+        (folder / "template.txt").write_bytes(text)
+        table["data"]["template"] = "template.txt"
+    start = parts.start
+    table["federation"] = {
+        "name": name,
+        "clients": sorted(clients),
+        "labels": list(labels),
+        "model": parts.base.fingerprint,
+        "sites": {site: list(shape) for site, shape in start.sites.items()},
+        "heads": [
+            {"site": each.site, "slot": each.slot, "factor": each.factor, "shape": list(shape)}
+            for each, shape in start.heads.items()
+        ],
+    }
+    (folder / FILE).write_text(tomli_w.dumps(table), encoding="utf-8")
+    return read_terms(folder / FILE)
+
+
+def read_terms(file: Path) -> Terms:
+    """The terms in a file. Raises SettingsError."""
+    table = read_table(file)
+    about: Any = table.pop("federation", None)
+    if not isinstance(about, dict) or about.keys() != _KEYS:
+        raise SettingsError(
+            f"{file}: [federation]: expected exactly {', '.join(sorted(_KEYS))}; "
+            "`fedalt federation init` writes this file, and nobody edits it"
+        )
+    data: Mapping[str, Any] = table.get("data", {})
+    settings = settings_of({**table, "data": {**data, "path": _ELSEWHERE}}, str(file))
+    whole = file.read_bytes()
+    if settings.data.template is not None:
+        whole += settings.data.template.read_bytes()
+    try:
+        sites = {site: Shape(*map(int, shape)) for site, shape in about["sites"].items()}
+        heads = {
+            Name(each["site"], each["slot"], each["factor"]): tuple(map(int, each["shape"]))
+            for each in about["heads"]
+        }
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise SettingsError(f"{file}: [federation] sites and heads: {error!r}") from error
+    return Terms(
+        name=str(about["name"]),
+        clients=tuple(map(str, about["clients"])),
+        labels=tuple(map(str, about["labels"])),
+        model=str(about["model"]),
+        settings=settings,
+        start=Start(sites, heads, settings.seed),
+        digest=digest(whole),
+    )

@@ -1,0 +1,1 @@
+"""The same federation over Flower; the only package that imports `flwr`, the extra `flower`."""

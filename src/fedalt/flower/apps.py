@@ -1,0 +1,58 @@
+"""The two apps that Flower starts: the server's half, and a client's half for stock SuperNodes."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedalt.federation.member import open_member
+from fedalt.files import atomic_write
+from fedalt.flower.config import read_client_config, read_server_config
+from fedalt.flower.grid import GridChannel
+from fedalt.flower.records import bytes_of, content_of
+from fedalt.flower.serve import clients_by_key, host_of
+from fedalt.store import locked
+
+server = ServerApp()
+client = ClientApp()
+
+
+@server.main()
+def serve(grid: Grid, context: Context) -> None:
+    """Run the federation of `--run-config config=...` from where its folder stands."""
+    config = read_server_config(Path(str(context.run_config["config"])))
+    place = config.place
+    with locked(place.folder):
+        atomic_write(place.pid, str(os.getpid()).encode())
+        try:
+            channel = GridChannel(grid, partial(clients_by_key, config))
+            host_of(config, channel).to_the_end()
+        except ValueError as error:  # a mistake that does not go away by trying again
+            place.failed.write_text(str(error), encoding="utf-8")
+            raise
+        place.ended.touch()
+
+
+@client.train()
+def answer(message: Message, context: Context) -> Message:
+    """Answer one call, where a stock SuperNode starts a process for each.
+
+    Its node configuration names the client's file: `--node-config 'config="client.toml"'`. The
+    base model is loaded for each call; `fedalt client` keeps it.
+    """
+    config = read_client_config(Path(str(context.node_config["config"])))
+    place = config.place
+    with locked(place.folder):
+        member = open_member(
+            config.terms,
+            place.name,
+            place.data,
+            place.folder,
+            model=place.model,
+            device=place.device,
+        )
+        reply = member.answer(bytes_of(message.content))
+    return Message(content_of(reply), reply_to=message)

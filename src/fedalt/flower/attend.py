@@ -1,0 +1,140 @@
+"""`fedalt client`: holds the model and answers calls until the federation has ended."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from fedalt.federation.member import Hear, Member, ignore, is_last, open_member
+from fedalt.flower.config import ClientConfig
+from fedalt.flower.pipe import receive, send
+from fedalt.flower.processes import QUIET
+from fedalt.store import locked
+
+_AGAIN: Final = (1.0, 2.0, 5.0, 10.0)  # seconds to the next try
+_REMIND: Final = 600.0  # seconds until the same trouble is told again
+_NOT_LET_IN: Final = "[code: 2004]"  # Flower's words
+
+Say = Callable[[str], None]
+
+
+def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
+    """Answer the server's calls to the end of the federation."""
+    place = config.place
+    needed = [place.key] if place.insecure else [place.key, place.authority]
+    for each in needed:
+        each.read_bytes()  # OSError names the file
+    place.folder.mkdir(parents=True, exist_ok=True)
+    with locked(place.folder):
+        member = open_member(
+            config.terms,
+            place.name,
+            place.data,
+            place.folder,
+            model=place.model,
+            device=place.device,
+            hear=hear,
+        )
+        say(f"{place.name}: the model is loaded, calling {place.server}")
+        tries = 0
+        troubles = _Troubles(lambda text: say(f"{place.name}: {text}"))
+        while True:
+            with _link(config) as (pair, log):
+                connected, ended = _answer(member, pair, troubles)
+            if ended:
+                say(f"{place.name}: the federation has ended")
+                return
+            tries = 0 if connected else tries
+            troubles.tell("lost the server; trying again" if connected else _why(log))
+            time.sleep(_AGAIN[min(tries, len(_AGAIN) - 1)])
+            tries += 1
+
+
+@dataclass
+class _Troubles:
+    """Says what is wrong once, and again after a while, however often it is tried."""
+
+    say: Say
+    last: str = ""
+    told: float = 0.0
+
+    def tell(self, text: str) -> None:
+        """Say what hinders, unless that was just said."""
+        if text != self.last or time.monotonic() - self.told > _REMIND:
+            self.say(text)
+            self.last, self.told = text, time.monotonic()
+
+    def over(self, text: str) -> None:
+        """Say that it goes on."""
+        self.say(text)
+        self.last = ""
+
+
+def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[bool, bool]:
+    """Answer until the connection is over: whether there was one, and whether all has ended."""
+    connected = last = False
+    while True:
+        try:
+            kind, data = receive(pair)
+            match kind:
+                case "connected":
+                    connected = True
+                    troubles.over("connected")
+                case "trouble":
+                    troubles.tell(f"{data.decode()}; trying again")
+                case "call":
+                    last = is_last(data)
+                    send(pair, "answer", member.answer(data))
+                case "delivered" if last:
+                    return True, True
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            return connected, False
+
+
+@contextmanager
+def _link(config: ClientConfig) -> Iterator[tuple[socket.socket, Path]]:
+    """The process that holds the connection, and our end of the pipe to it."""
+    place = config.place
+    ours, theirs = socket.socketpair()
+    log = place.folder / "link.log"
+    authority = "-" if place.insecure else str(place.authority)
+    words = [str(theirs.fileno()), place.server, str(place.key), authority]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedalt.flower.link", *words],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **QUIET},
+            start_new_session=True,
+        )
+    theirs.close()
+    try:
+        yield ours, log
+    finally:
+        ours.close()
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+        process.wait()
+
+
+def _why(log: Path) -> str:
+    """What a link said before it gave up, in our words where it was told that it is not let in."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
+    if any(_NOT_LET_IN in line for line in lines):
+        return (
+            "the server does not let this client in: its key is not known or was revoked, or its "
+            "last connection broke off less than a minute ago; trying again"
+        )
+    told = [line for line in lines if "rror" in line]
+    return f"{(told or lines or ['the connection failed'])[-1][:300]}; trying again"

@@ -1,0 +1,90 @@
+"""Flower's grid as a federation's channel: node ids become clients by their registered keys."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final
+
+from flwr.app import Error, Message, MessageType
+
+from fedalt.federation.channel import Lost
+from fedalt.flower.records import bytes_of, content_of, text_of
+
+_PAUSE: Final = 0.2  # seconds between two looks
+_LOOK_AT_NODES: Final = 1.0
+_AT_ONCE: Final = 8  # answers in memory; who receives them puts them on disk
+
+
+@dataclass
+class GridChannel:
+    """Calls clients over a grid. `clients` tells who is behind which public key, now."""
+
+    grid: Any  # flwr.serverapp.Grid, whose get_nodes the interface does not declare
+    clients: Callable[[], Mapping[str, str]]
+    _nodes: dict[str, int] = field(default_factory=dict)
+    _looked: float = 0.0
+    _open: dict[str, tuple[str, float]] = field(default_factory=dict)  # message: client, sent when
+    _lost: list[str] = field(default_factory=list)
+
+    def online(self) -> frozenset[str]:
+        """The clients whose nodes are connected."""
+        if time.monotonic() - self._looked > _LOOK_AT_NODES:
+            nodes = [each for each in self.grid.get_nodes() if each.status == "online"]
+            clients = self.clients()
+            known = [(clients.get(text_of(each.public_key)), each) for each in nodes]
+            self._nodes = {client_id: node.node_id for client_id, node in known if client_id}
+            for client_id, node in known:
+                self._give_up(client_id, datetime.fromisoformat(node.last_activated_at))
+            self._looked = time.monotonic()
+        return frozenset(self._nodes)
+
+    def _give_up(self, client_id: str | None, connected: datetime) -> None:
+        """Count calls as lost that a client was sent before its present connection.
+
+        Flower hands a call out once, and keeps waiting for the answer of who is online again.
+        """
+        for name, (called, sent) in list(self._open.items()):
+            if called == client_id and sent < connected.timestamp():
+                del self._open[name]
+                self._lost.append(called)
+
+    def send(self, client_id: str, data: bytes) -> None:
+        """Leave a call for a client's node."""
+        node = self._nodes[client_id]
+        message = Message(content_of(data), dst_node_id=node, message_type=MessageType.TRAIN)
+        (name,) = self.grid.push_messages([message])
+        if name is not None:  # None: the node is gone; it is called when it is back
+            self._open[name] = client_id, time.time()
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        """Answers, and calls that Flower has given up."""
+        came: list[tuple[str, bytes | Lost]] = []
+        names = list(self._open)
+        for first in range(0, len(names), _AT_ONCE):
+            some = names[first : first + _AT_ONCE]
+            replies = {
+                each.metadata.reply_to_message_id: each for each in self.grid.pull_messages(some)
+            }
+            for name in filter(replies.__contains__, some):  # a client's own in their order
+                client_id, _ = self._open.pop(name)
+                came.append((client_id, _content(replies[name])))
+            if came:
+                break
+        came += [(client_id, Lost("it was away, and its call with it")) for client_id in self._lost]
+        self._lost.clear()
+        if any(isinstance(each, Lost) for _, each in came):
+            self._looked = 0.0  # whoever has lost it is not there any more
+        if not came:
+            time.sleep(_PAUSE)
+        return came
+
+
+def _content(reply: Message) -> bytes | Lost:
+    if reply.has_error():
+        error: Error = reply.error
+        return Lost(f"its call is lost (Flower's code {error.code}: {error.reason})")
+    try:
+        return bytes_of(reply.content)
+    except ValueError as error_:
+        return str(error_).encode()  # not an answer, which the host will find out and keep

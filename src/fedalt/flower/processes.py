@@ -1,0 +1,159 @@
+"""Processes that belong together: started, watched, and none left behind."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from fedalt.files import atomic_write
+from fedalt.settings import SettingsError
+
+_POLITE: Final = 5.0  # seconds from asking a process to end to killing it
+_LONGEST_LOG: Final = 10 * 2**20  # bytes; a longer one is begun anew, and one old one is kept
+
+# Flower counts its users and asks for updates unless told otherwise.
+QUIET: Final = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
+
+
+@dataclass
+class Group:
+    """Processes by name, and everything that they have started themselves."""
+
+    environment: Mapping[str, str]
+    register: Path  # who they are, for the next one to end if we are killed
+    running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _seen: dict[int, psutil.Process] = field(default_factory=dict)
+
+    def start(self, name: str, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+        """Start a process whose output goes to the end of a file."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        shorten(log)
+        with log.open("ab") as file:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **self.environment},
+                start_new_session=True,  # Ctrl-C is for us alone; we end them in order
+            )
+        self.running[name] = process
+        self.dead()  # whoever comes after us knows of it, if we are killed
+        return process
+
+    def dead(self) -> str | None:
+        """The name of a process that has ended; also looks whom the others have started."""
+        for process in self.running.values():
+            with contextlib.suppress(psutil.Error):
+                parent = psutil.Process(process.pid)
+                self._seen |= {
+                    each.pid: each for each in [parent, *parent.children(recursive=True)]
+                }
+        self._write()
+        return next((n for n, each in self.running.items() if each.poll() is not None), None)
+
+    def stop(self) -> None:
+        """End all of them, and what they have started."""
+        self.dead()
+        _end(list(self._seen.values()))
+        for process in self.running.values():
+            process.wait()
+        self.running.clear()
+        self._seen.clear()
+        self._write()
+
+    def _write(self) -> None:
+        found = {}
+        for each in self._seen.values():
+            with contextlib.suppress(psutil.Error):
+                found[str(each.pid)] = each.create_time()
+        if not self.register.exists() or json.loads(self.register.read_text()) != found:
+            atomic_write(self.register, json.dumps(found).encode())
+
+
+def shorten(log: Path) -> None:
+    """Put a log aside that has become long; nobody may be writing it."""
+    if log.exists() and log.stat().st_size > _LONGEST_LOG:
+        log.replace(log.with_name(f"{log.name}.old"))
+
+
+def end_leftovers(register: Path) -> None:
+    """End the processes of a group whose own process was killed."""
+    if not register.exists():
+        return
+    left = []
+    for pid, born in json.loads(register.read_text()).items():
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(int(pid))
+            if process.create_time() == born:  # the number may be another's by now
+                left += [process, *process.children(recursive=True)]
+    _end(left)
+    register.unlink()
+
+
+def _end(processes: Sequence[psutil.Process]) -> None:
+    alive = [each for each in processes if each.is_running()]
+    for each in alive:
+        with contextlib.suppress(psutil.Error):
+            each.terminate()
+    _, alive = psutil.wait_procs(alive, timeout=_POLITE)
+    for each in alive:
+        with contextlib.suppress(psutil.Error):
+            each.kill()
+    psutil.wait_procs(alive, timeout=_POLITE)
+
+
+@contextmanager
+def group(environment: Mapping[str, str], register: Path) -> Iterator[Group]:
+    """Processes that end with this context, however it is left."""
+    # Flower's commands lie beside this Python's.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    end_leftovers(register)
+    found = Group({**QUIET, "PATH": path, **environment}, register)
+    try:
+        yield found
+    finally:
+        found.stop()
+
+
+def require_free(address: str) -> None:
+    """Refuse an address, host:port, at which nobody can listen. Raises SettingsError."""
+    host, _, port = address.rpartition(":")
+    try:
+        family, kind, protocol, _, place = socket.getaddrinfo(
+            host.strip("[]"), int(port), type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind, protocol) as one:
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(place)
+            one.listen(1)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"address {address!r}: {error}") from None
+
+
+def free_port() -> int:
+    """A port of the loopback interface that nobody uses now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port: int = one.getsockname()[1]
+        return port
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], seconds: float) -> bool:
+    """Whether somebody listens at a loopback port before the process ends or time is over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and process.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return True
+        time.sleep(0.1)
+    return False

@@ -1,0 +1,31 @@
+"""Bytes of our codec as the content of a Flower message, and back."""
+
+from typing import Final
+
+from flwr.app import Array, ArrayRecord, RecordDict
+
+CHUNK: Final = 16 * 2**20  # bytes; Flower moves every array by itself
+_KIND: Final = "fedalt"
+
+
+def content_of(data: bytes) -> RecordDict:
+    """A record whose arrays hold the bytes in pieces."""
+    pieces = {
+        f"{first // CHUNK:06d}": Array("uint8", (len(piece),), _KIND, piece)
+        for first in range(0, max(len(data), 1), CHUNK)
+        if (piece := data[first : first + CHUNK]) is not None
+    }
+    return RecordDict({_KIND: ArrayRecord(pieces)})
+
+
+def bytes_of(content: RecordDict) -> bytes:
+    """The bytes that `content_of` has put in; ValueError for a record that is not one of ours."""
+    record = content.get(_KIND)
+    if set(content) != {_KIND} or not isinstance(record, ArrayRecord):
+        raise ValueError(f"expected one record called {_KIND!r}, got {sorted(content)[:3]}")
+    return b"".join(record[name].data for name in sorted(record))
+
+
+def text_of(key: str | bytes) -> str:
+    """A public key of Flower's list of nodes, as text."""
+    return key.decode() if isinstance(key, bytes) else key

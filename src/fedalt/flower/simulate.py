@@ -1,0 +1,169 @@
+"""The same federation in Flower's simulation: clients as Ray's tasks, for a cluster of GPUs.
+
+Each of Ray's processes loads the base model once and serves whichever client it is given. States
+lie in the run's folder, which all processes must see.
+"""
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.simulation import run_simulation
+
+from fedalt.engine.gate import Gate
+from fedalt.federation.channel import Lost
+from fedalt.federation.desk import Rules, Say
+from fedalt.federation.host import open_host
+from fedalt.federation.member import Member, claim
+from fedalt.federation.terms import FILE, Terms, read_terms, write_terms
+from fedalt.flower.processes import QUIET
+from fedalt.flower.records import bytes_of, content_of
+from fedalt.prepare import Prepared, prepare
+from fedalt.runs import learner_of
+from fedalt.settings import Settings, read_settings, to_toml
+from fedalt.store import StoreError, locked
+
+_PAUSE: Final = 0.05  # seconds between two looks
+_RAY: Final = {**QUIET, "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+class _ActorDiedError(StoreError):
+    """A process of Ray's has died; Ray does not start it again, and would go on with fewer."""
+
+
+def simulate(settings: Settings, folder: Path, say: Say, *, gpus: float = 0.0) -> None:
+    """Run all clients of a data folder, each on a processor core and `gpus` of a GPU.
+
+    Goes on where the folder stands. Raises StoreError where a process has died: the same command
+    goes on from there.
+    """
+    os.environ.update(_RAY)
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        terms = _terms(settings, folder)
+        whole = folder / "settings.toml"
+        if not whole.exists():
+            whole.write_text(to_toml(settings), encoding="utf-8")
+        server, client, failed = ServerApp(), ClientApp(), []
+
+        @server.main()
+        def serve(grid: Grid, _: Context) -> None:
+            try:
+                _serve(terms, folder, grid, say)
+            except StoreError as error:
+                failed.append(error)
+
+        client.train()(_answer_in(folder.absolute()))
+        client.query()(_say_who)
+        resources: dict[str, Any] = {"num_cpus": 1, "num_gpus": gpus}
+        run_simulation(
+            server_app=server,
+            client_app=client,
+            num_supernodes=len(terms.clients),
+            backend_config={
+                "client_resources": resources,
+                "init_args": {"include_dashboard": False, "log_to_driver": False},
+            },
+        )
+    if failed:
+        raise failed[0]
+
+
+def _terms(settings: Settings, folder: Path) -> Terms:
+    file = folder / FILE
+    if not file.exists():
+        prepared = prepare(settings)
+        write_terms(
+            folder, folder.name, prepared.task.clients, prepared.task.labels, prepared.parts
+        )
+    return read_terms(file)
+
+
+def _serve(terms: Terms, folder: Path, grid: Any, say: Say) -> None:
+    channel = _Nodes(grid, _who_is_where(grid, terms))
+    rounds = terms.settings.rounds
+    gate = Gate(terms.settings.firewall, rounds.robust, rounds.trim)
+    open_host(terms, folder / "run", channel, Rules(), gate, say).to_the_end()
+
+
+def _who_is_where(grid: Any, terms: Terms) -> dict[str, int]:
+    """Which of the nodes, whose numbers are random, has which client's place in the terms."""
+    while len(nodes := list(grid.get_node_ids())) < len(terms.clients):
+        time.sleep(_PAUSE)  # Flower makes them beside us
+    calls = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    found = {}
+    for reply in grid.send_and_receive(calls):
+        if reply.has_error():
+            raise _ActorDiedError(f"a process of Ray's has failed: {reply.error.reason}")
+        place = int(bytes_of(reply.content))
+        found[terms.clients[place]] = reply.metadata.src_node_id
+    return found
+
+
+@dataclass
+class _Nodes:
+    """Flower's simulated nodes as a channel: always there, and dead for good if one is lost."""
+
+    grid: Any  # flwr.serverapp.Grid
+    nodes: Mapping[str, int]
+    _open: dict[str, str] = field(default_factory=dict)  # message to client
+
+    def online(self) -> frozenset[str]:
+        """All of them."""
+        return frozenset(self.nodes)
+
+    def send(self, client_id: str, data: bytes) -> None:
+        """Leave a call for a client."""
+        call = Message(content_of(data), self.nodes[client_id], MessageType.TRAIN)
+        (name,) = self.grid.push_messages([call])
+        self._open[name] = client_id
+
+    def receive(self) -> list[tuple[str, bytes | Lost]]:
+        """The answers since the last look. Raises StoreError where a process of Ray's has died."""
+        came: list[tuple[str, bytes | Lost]] = []
+        for reply in self.grid.pull_messages(list(self._open)):
+            client_id = self._open.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                raise _ActorDiedError(
+                    f"client {client_id!r}: its process has failed ({reply.error.reason}). Ray "
+                    "would go on without those that it served; nothing is lost, the same command "
+                    "goes on from here"
+                )
+            came.append((client_id, bytes_of(reply.content)))
+        if not came:
+            time.sleep(_PAUSE)
+        return came
+
+
+def _answer_in(folder: Path) -> Any:
+    """Answers calls; what it needs of this process it finds in the folder."""
+
+    def answer(message: Message, context: Context) -> Message:
+        terms, prepared = _loaded(folder)
+        client_id = terms.clients[int(context.node_config["partition-id"])]
+        place = folder / "members" / client_id
+        place.mkdir(parents=True, exist_ok=True)
+        claim(place, terms, client_id)
+        with locked(place):
+            member = Member(terms, client_id, prepared.parts, learner_of(prepared), place)
+            return Message(content_of(member.answer(bytes_of(message.content))), reply_to=message)
+
+    return answer
+
+
+def _say_who(message: Message, context: Context) -> Message:
+    place = str(context.node_config["partition-id"]).encode()
+    return Message(content_of(place), reply_to=message)
+
+
+@cache
+def _loaded(folder: Path) -> tuple[Terms, Prepared]:
+    """The base model and the data, once for each of Ray's processes."""
+    return read_terms(folder / FILE), prepare(read_settings(folder / "settings.toml"))

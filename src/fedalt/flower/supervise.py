@@ -1,0 +1,255 @@
+"""`fedalt server`: Flower's server, the door before it and the federation's app, to the end.
+
+Whatever of it dies is started again; the app goes on where its folder stands.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import httpx
+import psutil
+import tomli_w
+
+from fedalt.files import atomic_write
+from fedalt.flower.config import ServerConfig
+from fedalt.flower.control import Control
+from fedalt.flower.credentials import require_usable
+from fedalt.flower.processes import Group, free_port, group, require_free, shorten, wait_for_port
+from fedalt.flower.serve import clients_by_key
+from fedalt.store import StoreError, locked
+
+APP: Final = Path(__file__).parent / "app"
+_START: Final = 60.0  # seconds that Flower's server or the app may take to come up
+_LOOK: Final = 0.5
+_AGAIN: Final = 2.0  # seconds before something that has died is started again
+_MOST_DEATHS: Final = 6  # in a row, while nothing gets further
+_LONG: Final = 300.0  # seconds; what has lived so long did not die at once
+_NAME: Final = "federation"  # of the server in Flower's own configuration
+_DOOR: Final = "the door"
+
+Say = Callable[[str], None]
+
+
+def supervise(config: ServerConfig, say: Say) -> None:
+    """Keep the federation going to its end.
+
+    Raises SettingsError or StoreError for what does not go away by starting again.
+    """
+    place = config.place
+    clients_by_key(config)
+    if not place.insecure:
+        require_usable(place.certificate, place.key, place.authority)
+    home = place.flower
+    for each in (home, place.logs):
+        each.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(home),
+        group({"FLWR_HOME": str(home)}, home / "processes.json") as processes,
+    ):
+        if place.ended.exists():
+            say("the federation has ended before")
+            return
+        require_free(place.address)
+        place.failed.unlink(missing_ok=True)
+        shorten(place.logs / "flwr.log")
+        shorten(place.logs / "server.log")
+        patience = _Patience(config, _standing(config), time.monotonic())
+        while not place.ended.exists():
+            try:
+                _one_life(config, processes, patience, say)
+            except _DiedError as death:
+                patience.died(str(death))
+                say(f"{death}; starting again")
+                time.sleep(_AGAIN)
+            finally:
+                processes.stop()
+
+
+class _DiedError(Exception):
+    """A process has ended that should not have."""
+
+
+@dataclass
+class _Patience:
+    """Counts what dies while nothing gets further, so that this has an end."""
+
+    config: ServerConfig
+    standing: object
+    since: float
+    deaths: int = 0
+
+    def died(self, what: str) -> None:
+        """Count a death. Raises StoreError where there were too many."""
+        now, standing = time.monotonic(), _standing(self.config)
+        if standing != self.standing or now - self.since > _LONG:
+            self.deaths = 0
+        self.standing, self.since = standing, now
+        self.deaths += 1
+        if self.deaths >= _MOST_DEATHS:
+            raise StoreError(
+                f"{what}; that was {self.deaths} deaths in a row without getting further, see "
+                f"{self.config.place.logs}"
+            )
+
+
+def _standing(config: ServerConfig) -> object:
+    """What changes whenever the federation gets further."""
+    run = config.place.run
+    progress = run / "progress.json"
+    return (
+        progress.read_bytes() if progress.exists() else b"",
+        sorted(each.name for each in (run / "incoming").glob("*/*")),
+    )
+
+
+def _one_life(config: ServerConfig, processes: Group, patience: _Patience, say: Say) -> None:
+    """Start everything; return when the federation has ended, raise `_DiedError` otherwise."""
+    place, logs = config.place, config.place.logs
+    port = free_port()
+    link = processes.start("Flower's server", _superlink(config, port), logs / "superlink.log")
+    if not wait_for_port(port, link, _START):
+        raise _DiedError(f"Flower's server did not come up, see {logs / 'superlink.log'}")
+    _configure(place.flower, port, config)
+    keys = _Keys(Control(port, place))
+    keys.settle(config, say)
+    processes.start(_DOOR, _door(config, port), logs / "door.log")
+    say(f"listening at {place.address}{' WITHOUT ENCRYPTION' if place.insecure else ''}")
+    told = _end_of(logs / "server.log")
+    while not place.ended.exists():
+        _run(processes, config)
+        while _alive(place.pid) and not place.ended.exists():
+            name = processes.dead()
+            if name == _DOOR:  # nobody else notices
+                patience.died(f"{_DOOR} has ended")
+                say(f"{_DOOR} has ended; starting it again")
+                processes.start(_DOOR, _door(config, port), logs / "door.log")
+            elif name is not None:
+                raise _DiedError(f"{name} has ended")
+            keys.settle(config, say)
+            told = _tell(logs / "server.log", told, say)
+            time.sleep(_LOOK)
+        told = _tell(logs / "server.log", told, say)
+        if place.failed.exists():
+            raise StoreError(place.failed.read_text(encoding="utf-8"))
+        if not place.ended.exists():
+            patience.died("the app has ended before the federation")
+            say("the app has ended before the federation; starting it again")
+
+
+@dataclass
+class _Keys:
+    """Tells Flower whose keys are let in whenever the clients' folder has changed."""
+
+    control: Control
+    seen: object = None
+
+    def settle(self, config: ServerConfig, say: Say) -> None:
+        """Look at the folder. Raises `_DiedError` where Flower's server does not answer."""
+        folder = config.place.clients
+        now = sorted((each.name, each.stat().st_mtime_ns) for each in folder.iterdir())
+        if now == self.seen:
+            return
+        try:
+            self.control.let_in(dict(clients_by_key(config)), say)
+        except httpx.HTTPError as error:
+            raise _DiedError(f"Flower's server does not answer: {error}") from error
+        self.seen = now
+
+
+def _superlink(config: ServerConfig, port: int) -> list[str]:
+    place = config.place
+    command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port)]
+    command += [
+        "--database",
+        str(place.flower / "state.db"),
+        "--disable-runtime-dependency-installation",
+    ]
+    if place.insecure:
+        return [*command, "--insecure"]
+    return [
+        *command,
+        "--enable-supernode-auth",
+        *("--ssl-ca-certfile", str(place.authority)),
+        *("--ssl-certfile", str(place.certificate)),
+        *("--ssl-keyfile", str(place.key)),
+    ]
+
+
+def _configure(home: Path, port: int, config: ServerConfig) -> None:
+    """Tell Flower's commands where its server is."""
+    place = config.place
+    secure = {"root-certificates": str(place.authority)}
+    about = {"address": f"127.0.0.1:{port}", **({"insecure": True} if place.insecure else secure)}
+    text = tomli_w.dumps({"superlink": {_NAME: about}})
+    atomic_write(home / "config.toml", text.encode())
+
+
+def _door(config: ServerConfig, port: int) -> list[str]:
+    place = config.place
+    files = [] if place.insecure else [place.certificate, place.key, place.authority]
+    most = str(config.firewall.max_upload_bytes)
+    words = [place.address, str(port), most, *map(str, files)]
+    return [sys.executable, "-m", "fedalt.flower.door", *words]
+
+
+def _run(processes: Group, config: ServerConfig) -> None:
+    """Start the app and wait until it is there."""
+    pid = config.place.pid
+    pid.unlink(missing_ok=True)
+    settings = f'config="{config.file}"'
+    _flwr(processes, config, "run", str(APP), _NAME, "--run-config", settings)
+    end = time.monotonic() + _START
+    while not pid.exists():
+        if (name := processes.dead()) is not None:
+            raise _DiedError(f"{name} has ended")
+        if time.monotonic() > end:
+            raise _DiedError(f"the app did not come up, see {config.place.logs}")
+        time.sleep(_LOOK)
+
+
+def _flwr(processes: Group, config: ServerConfig, *words: str) -> str:
+    """What one of Flower's commands says; it goes to a log too."""
+    environment = {**os.environ, **processes.environment}
+    command = shutil.which("flwr", path=environment["PATH"])
+    assert command is not None  # it comes with the package that we have imported
+    done = subprocess.run([command, *words], env=environment, capture_output=True, text=True)
+    said = done.stdout + done.stderr
+    log = config.place.logs / "flwr.log"
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"flwr {' '.join(words)}\n{said}")
+    if done.returncode:
+        raise _DiedError(f"`flwr {words[0]}` failed, see {log}")
+    return said
+
+
+def _alive(pid_file: Path) -> bool:
+    """Whether the process still runs whose number a file holds."""
+    pid = int(pid_file.read_text() or 0)
+    try:
+        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _end_of(log: Path) -> int:
+    return log.stat().st_size if log.exists() else 0
+
+
+def _tell(log: Path, told: int, say: Say) -> int:
+    """Pass on what a log has gained; how far it was read."""
+    if not log.exists():
+        return told
+    with log.open("rb") as file:
+        file.seek(told)
+        new = file.read()
+    whole = new[: new.rfind(b"\n") + 1]
+    for line in whole.decode(errors="replace").splitlines():
+        say(line)
+    return told + len(whole)

@@ -14,9 +14,9 @@ from runs_for_tests import save_model, settings_for
 
 from fedalt.answers import answers, prompt_of, served
 from fedalt.evaluation import generate
+from fedalt.evaluation.weighing import weights_of
 from fedalt.prepare import prepare
 from fedalt.runs import start_run
-from fedalt.weighing import weights_of
 
 FEDALT = str(Path(sys.executable).parent / "fedalt")
 RESET = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")

@@ -23,7 +23,6 @@ FLOORS = {
     "training": 3,
     "methods": 4,
     "evaluation": 5,
-    "weighing": 5,
     "engine": 5,
     "answers": 6,
     "api": 6,

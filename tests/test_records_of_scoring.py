@@ -17,13 +17,13 @@ from fedalt.data.examples import Example
 from fedalt.engine.schedule import WATCHED
 from fedalt.engine.telling import pieces, telling
 from fedalt.evaluation import Scores, Scoring, score, score_together
+from fedalt.evaluation.weighing import BINS, weights_by_site, weights_of
 from fedalt.methods.contract import Serving
 from fedalt.models import load_tokenizer
 from fedalt.prepare import prepare
 from fedalt.runs import reopen, resume_run, serving, start_run
 from fedalt.store import RunFolder
 from fedalt.tree import Name
-from fedalt.weighing import BINS, weights_by_site, weights_of
 
 QUICK = Scoring(batch_size=3, generate=False)
 

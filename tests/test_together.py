@@ -14,7 +14,8 @@ from fedalt.adapters.packing import Packs, packed, packing_of
 from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, names_of
 from fedalt.adapters.pruning import last_mlp
 from fedalt.engine.in_process import one_by_one, run_round
-from fedalt.evaluation import _Group, _sums
+from fedalt.evaluation.group import Group
+from fedalt.evaluation.likelihood import _sums
 from fedalt.methods.contract import Serving
 from fedalt.training.batches import collate
 from fedalt.training.flat import Flat
@@ -294,7 +295,7 @@ def test_answers_behind_one_prompt_are_scored_as_each_alone(name, plan):
         [example("a longer prompt than before", "yes")],
         [example("q", answer) for answer in ("", "no")],
     ]
-    group = _Group(base, [serving])
+    group = Group(base, [serving])
     packed_sums, counts = _sums(group, [questions], None, 2)
     packs = base.adapted.packs
     base.adapted.packs = Packs(0, "for comparison")

@@ -97,7 +97,7 @@ def _answered(members: _Members, text: str, *, colours: bool) -> "Iterator[Rende
     from fedalt.data.prompts import encode_answer
     from fedalt.engine.telling import pieces
     from fedalt.evaluation import generate
-    from fedalt.weighing import weights_of
+    from fedalt.evaluation.weighing import weights_of
 
     own, scoring = members.own, members.own.parts.settings.scoring
     prompt = prompt_of(own, text)

@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerBase
 
 from fedalt.data.examples import Example
 from fedalt.evaluation import Scores
+from fedalt.evaluation.weighing import Weighing, weights_of
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
-from fedalt.weighing import Weighing, weights_of
 
 BEST_AND_WORST: Final = 3
 LONGEST_PROMPT: Final = 2000  # characters

@@ -1,0 +1,217 @@
+"""Losses of answers, likelihoods of options and labels, of several clients at once."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, count
+from statistics import fmean
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedalt.adapters.layer import Watch
+from fedalt.data.examples import Example
+from fedalt.data.prompts import encode_answer
+from fedalt.evaluation.group import Group, Shares
+from fedalt.evaluation.scores import Scores
+from fedalt.evaluation.weighing import Watched
+from fedalt.models import Base
+from fedalt.training.batches import answers_in_one, collate, in_turn
+from fedalt.training.group import TrainingError, out_of_memory, packs
+from fedalt.training.loop import usual_tokens
+from fedalt.training.loss import token_losses
+
+Questions = Sequence[Sequence[Example]]  # with each of the answers to choose from, the right first
+
+
+@dataclass(frozen=True)
+class _Text:
+    """Answers to a question that go through the model together; `rows` number them all.
+
+    Packed, these are all of its answers behind one prompt, else one of them. `right`: whether the
+    first of them is the right one.
+    """
+
+    question: int
+    answers: Sequence[Example]
+    rows: range
+    right: bool
+
+    @property
+    def tokens(self) -> int:
+        """How many stand in a packed row."""
+        before = self.answers[0].answer_start
+        return before + sum(max(len(each.ids) - before - 1, 0) for each in self.answers)
+
+
+def can_pack(base: Base, questions: Questions) -> bool:
+    """Whether these can stand in one row, a prompt but once for all answers behind it."""
+    return all(
+        each.answer_start > 0 and packs(base, [each]) for asked in questions for each in asked
+    )
+
+
+def questions_of(base: Base, examples: Sequence[Example]) -> Questions:
+    """Each example, and behind it one for each wrong option."""
+    return [[example, *_wrong_options(base, example)] for example in examples]
+
+
+def _wrong_options(base: Base, example: Example) -> Iterator[Example]:
+    """The question with each of the answers that it offers but for the right one."""
+    if example.label is None and example.answer in example.options:
+        for option in example.options:
+            if option != example.answer:
+                ids = (*example.prompt_ids, *encode_answer(option, base.tokenizer))
+                yield replace(example, ids=ids, answer=option)
+
+
+def likelihoods(
+    group: Group,
+    questions: Sequence[Questions],
+    shares: Shares | None,
+    batch_size: int,
+    watched: Watched | None,
+) -> list[Scores]:
+    """Answer loss, and accuracy over options; the right option is computed once for both."""
+    sums, counts = _sums(group, questions, shares, batch_size, watched)
+    found, before = [], 0
+    for asked in questions:
+        firsts = [before, *accumulate((len(question) for question in asked), initial=before)][1:-1]
+        metrics = {"loss": float(sums[firsts].sum() / counts[firsts].sum().clamp(min=1))}
+        right = [
+            int(sums[first : first + len(question)].argmin()) == 0
+            for first, question in zip(firsts, asked, strict=True)
+            if question[0].answer in question[0].options
+        ]
+        if right:
+            metrics["accuracy"] = sum(right) / len(right)
+        losses = (sums[firsts] / counts[firsts].clamp(min=1)).tolist()
+        found.append(Scores(metrics, losses=tuple(losses)))
+        before += sum(map(len, asked))
+    return found
+
+
+def _sums(
+    group: Group,
+    questions: Sequence[Questions],
+    shares: Shares | None,
+    batch_size: int,
+    watched: Watched | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Sum of answer losses and number of answer tokens, float64, of every answer in turn."""
+    base, device = group.base, group.base.adapted.device
+    pack = all(can_pack(base, asked) for asked in questions)
+    texts = _texts(questions, pack=pack)
+    if shares is not None:
+        shares = [
+            weights[[text.question for text in each]]
+            for weights, each in zip(shares, texts, strict=True)
+        ]
+    sums = torch.zeros(sum(len(text.answers) for each in texts for text in each)).double()
+    counts = torch.zeros_like(sums)
+    sizes = [[max(len(answer.ids) for answer in text.answers) for text in each] for each in texts]
+    # Answers are written a token at a time, which wants many rows; likelihoods fill a pass at once.
+    for batch in in_turn(sizes, batch_size, usual_tokens(base)):
+        chosen = [[texts[client][at] for at in of_client] for client, of_client in batch]
+        rows = [row for each in chosen for text in each for row in text.rows]
+        answers = [text.answers for each in chosen for text in each]
+        if pack:
+            whole = answers_in_one([[text.answers for text in each] for each in chosen], device)
+        else:
+            whole = collate(answers, base.pad_id, device)
+        clients = [at for at, each in enumerate(chosen) for text in each for _ in text.rows]
+        wide = [text.tokens if pack else whole.ids.shape[1] for each in chosen for text in each]
+        starts = accumulate(wide, initial=0)
+        owners = [client for client, of_client in batch for _ in of_client]
+        seen = [
+            (client, range(start, start + len(text.answers[0].ids) - 1))
+            for client, text, start in zip(owners, chain(*chosen), starts, strict=False)
+            if watched is not None and text.right and text.question < watched.examples
+        ]
+        with (
+            _watching(watched, seen, whole.ids.numel()) as watch,
+            group.bound(
+                batch,
+                shares,
+                packing=whole.packing,
+                labelled=whole.labelled(len(batch), clients),
+                watch=watch,
+            ) as model,
+        ):
+            try:
+                losses = token_losses(model, whole).double()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                if not out_of_memory(error):
+                    raise
+                raise TrainingError(
+                    f"out of memory while scoring {len(rows)} texts, {whole.ids.numel()} tokens "
+                    "at once; lower --eval-batch-size or --max-length"
+                ) from error
+        zeros = losses.new_zeros(len(rows))
+        sums[rows] = zeros.index_add(0, whole.owners, losses).cpu()
+        counts[rows] = zeros.index_add(0, whole.owners, torch.ones_like(losses)).cpu()
+    return sums, counts
+
+
+def _texts(questions: Sequence[Questions], *, pack: bool) -> list[list[_Text]]:
+    """What goes through the model for each client's questions."""
+    found: list[list[_Text]] = []
+    row = 0
+    for asked in questions:
+        found.append([])
+        for number, answers in enumerate(asked):
+            for first, together in enumerate([answers] if pack else [[each] for each in answers]):
+                rows = range(row, row := row + len(together))
+                found[-1].append(_Text(number, together, rows, first == 0))
+    return found
+
+
+def _watching(
+    watched: Watched | None, seen: Sequence[tuple[int, range]], of: int
+) -> AbstractContextManager[Watch | None]:
+    """Counts the weights of these tokens of a pass, each for its client, if that is wanted."""
+    if watched is None or not any(where for _, where in seen):
+        return nullcontext()
+    return watched.tally.counting(seen, of)
+
+
+def classified(
+    group: Group,
+    examples: Sequence[Sequence[Example]],
+    shares: Shares | None,
+    batch_size: int,
+    watched: Watched | None,
+) -> list[Scores]:
+    """Loss, accuracy, and the names of the likeliest labels."""
+    losses = [torch.zeros(len(each)) for each in examples]
+    guesses = [torch.zeros(len(each), dtype=torch.long) for each in examples]
+    for batch in in_turn([[len(each.ids) for each in of] for of in examples], batch_size):
+        chosen = [(client, at) for client, texts in batch for at in texts]
+        rows = [examples[client][at] for client, at in chosen]
+        whole = collate([rows], group.base.pad_id, group.base.adapted.device)
+        seen = [
+            (client, range(start, start + len(examples[client][at].ids)))
+            for (client, at), start in zip(chosen, count(0, whole.ids.shape[1]), strict=False)
+            if watched is not None and at < watched.examples
+        ]
+        with (
+            _watching(watched, seen, whole.ids.numel()) as watch,
+            group.bound(batch, shares, watch=watch) as model,
+        ):
+            logits = model(input_ids=whole.ids, attention_mask=whole.mask).logits.float()
+        found = functional.cross_entropy(logits, whole.targets, reduction="none").cpu()
+        likeliest = logits.argmax(-1).cpu()
+        for row, (client, at) in enumerate(chosen):
+            losses[client][at], guesses[client][at] = found[row], likeliest[row]
+    return [
+        Scores(
+            {
+                "loss": float(loss.mean()),
+                "accuracy": fmean(int(g) == each.label for g, each in zip(guess, of, strict=True)),
+            },
+            tuple(each.options[int(g)] for g, each in zip(guess, of, strict=True)),
+            tuple(loss.tolist()),
+        )
+        for loss, guess, of in zip(losses, guesses, examples, strict=True)
+    ]

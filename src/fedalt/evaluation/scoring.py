@@ -1,0 +1,117 @@
+"""What servings are worth on clients' examples: answer loss, accuracy, generated text."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Final, TypeVar
+
+import torch
+
+from fedalt.data.examples import Example
+from fedalt.evaluation.generation import written
+from fedalt.evaluation.group import Group, shares_of
+from fedalt.evaluation.likelihood import (
+    Questions,
+    can_pack,
+    classified,
+    likelihoods,
+    questions_of,
+)
+from fedalt.evaluation.scores import Scores, Scoring
+from fedalt.evaluation.weighing import Tally, Watched
+from fedalt.methods.contract import Serving
+from fedalt.metrics import text_metrics
+from fedalt.models import Base
+
+# Clients are scored together until they fill so many batches: what the last one leaves empty then
+# counts little. Only so many, because their trees are in memory at once.
+_BATCHES: Final = 4
+_MOST_CLIENTS: Final = 16
+
+Id = TypeVar("Id")
+
+
+def score(base: Base, serving: Serving, examples: Sequence[Example], scoring: Scoring) -> Scores:
+    """Score one client's serving."""
+    return score_together(base, [(serving, examples)], scoring)[0]
+
+
+@torch.no_grad()
+def score_together(
+    base: Base,
+    clients: Sequence[tuple[Serving, Sequence[Example]]],
+    scoring: Scoring,
+    *,
+    watch: int = 0,
+) -> list[Scores]:
+    """Score several clients' servings, in shared passes where plans and shapes agree.
+
+    A batch has as many examples as one client's would have, so that memory does not grow with it;
+    what does are the trees, which are all given at once. With `watch` the weights that a mixer or
+    router gives to each client's first so many examples are told, too.
+    """
+    found: dict[int, Scores] = {}
+    servings = [serving for serving, _ in clients]
+    questions = [questions_of(base, examples) for _, examples in clients]
+    for members in _alike(base, servings, questions):
+        group = Group(base, [servings[at] for at in members])
+        scores = _scores(group, [questions[at] for at in members], scoring, watch)
+        found |= zip(members, scores, strict=True)
+    return [found.get(at, Scores({})) for at in range(len(clients))]
+
+
+def in_groups(
+    clients: Iterable[tuple[Id, Sequence[Example]]], scoring: Scoring
+) -> Iterator[list[tuple[Id, Sequence[Example]]]]:
+    """Clients with examples, so many at a time that it is worth it and memory stays bounded."""
+    group: list[tuple[Id, Sequence[Example]]] = []
+    for client_id, examples in clients:
+        if examples:
+            group.append((client_id, examples))
+        enough = sum(len(each) for _, each in group) >= _BATCHES * scoring.batch_size
+        if enough or len(group) == _MOST_CLIENTS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _alike(
+    base: Base, servings: Sequence[Serving], questions: Sequence[Questions]
+) -> Iterator[list[int]]:
+    """Clients with examples, in groups that can share their passes through the base model."""
+    groups: dict[object, list[int]] = {}
+    for at, (serving, asked) in enumerate(zip(servings, questions, strict=True)):
+        if asked:
+            shapes = {name: tuple(tensor.shape) for name, tensor in serving.tree.items()}
+            key = serving.plan, frozenset(shapes.items()), can_pack(base, asked)
+            groups.setdefault(key, []).append(at)
+    yield from groups.values()
+
+
+def _scores(
+    group: Group, questions: Sequence[Questions], scoring: Scoring, watch: int
+) -> list[Scores]:
+    """The scores of each client of a group."""
+    examples = [[asked[0] for asked in each] for each in questions]
+    prompts = [[example.prompt_ids for example in each] for each in examples]
+    shares = shares_of(group, prompts, scoring.batch_size)
+    tally = Tally(group.plan, len(examples)) if watch and group.plan.gate is not None else None
+    watched = None if tally is None else Watched(tally, watch)
+    classifies = examples[0][0].label is not None
+    if classifies:
+        found = classified(group, examples, shares, scoring.batch_size, watched)
+    else:
+        found = likelihoods(group, questions, shares, scoring.batch_size, watched)
+    if tally is not None:
+        found = [replace(each, weighing=tally.of(at)) for at, each in enumerate(found)]
+    if classifies or not scoring.generate:
+        return found
+    texts_of = written(group, prompts, shares, scoring)
+    return [
+        replace(
+            scores,
+            metrics=scores.metrics | text_metrics(texts, [example.answer for example in each]),
+            predictions=tuple(texts),
+        )
+        for scores, texts, each in zip(found, texts_of, examples, strict=True)
+    ]

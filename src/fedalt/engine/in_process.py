@@ -9,7 +9,7 @@ from typing import Any, Protocol, TypeVar
 from fedalt.adapters.start import Start
 from fedalt.codec import encode
 from fedalt.engine.gate import USUAL, Arrival, Gate, Yard, take_in
-from fedalt.engine.rehearsal import rehearse
+from fedalt.engine.rehearsal import Rehearsals
 from fedalt.methods.contract import AnyMethod, Message, Serving
 from fedalt.training.orders import Order
 
@@ -70,7 +70,7 @@ def run_round(
     """
     server = server_of(method, start, states)
     asked = 0
-    size_of = _Sizes()
+    size_of, forms_of = _Sizes(), Rehearsals(method, start)
 
     def decide(cost: ClientRound, reason: str | None) -> None:
         if reason is not None:
@@ -94,7 +94,7 @@ def run_round(
                 states.put(f"clients/{client_id}", after)
                 data, message = encoded(upload), messages[client_id]
                 cost = ClientRound(client_id, len(data), size_of(message), seconds)
-                forms = rehearse(method, start, client_id, message)
+                forms = forms_of(client_id, message)
                 yield Arrival(client_id, upload, data, forms, partial(decide, cost))
 
     after = take_in(method, server, arrivals(), gate, states)

@@ -39,6 +39,9 @@ class Task:
     _encoded: Callable[[str, Split], tuple[Encoded, ...]] = field(
         init=False, repr=False, compare=False
     )
+    _lengths: dict[str, tuple[int, float]] = field(
+        init=False, repr=False, compare=False, default_factory=dict
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.validation < 1:
@@ -69,6 +72,13 @@ class Task:
     def examples(self, client_id: str, split: Split) -> list[Example]:
         """A client's examples in the order of its file; test files are read for "test" alone."""
         return [encoded.example for encoded in self._encoded(client_id, split)]
+
+    def training_size(self, client_id: str) -> tuple[int, float]:
+        """How many training examples a client has, and their mean number of tokens."""
+        if client_id not in self._lengths:
+            lengths = [len(each.ids) for each in self.examples(client_id, "train")]
+            self._lengths[client_id] = len(lengths), sum(lengths) / max(len(lengths), 1)
+        return self._lengths[client_id]
 
     def cut(self, client_id: str, split: Split) -> tuple[int, int]:
         """How many of these examples have a cut prompt, and how many a cut answer."""

@@ -72,9 +72,8 @@ class Learner:
         """The cohort in groups whose steps are together about as large as a pass should be."""
         steps = {}
         for client_id in sorted(cohort):
-            lengths = [len(each.ids) for each in self.task.examples(client_id, "train")]
-            mean = sum(lengths) / max(len(lengths), 1)
-            steps[client_id] = mean * min(self.training.batch_size, len(lengths))
+            examples, mean = self.task.training_size(client_id)
+            steps[client_id] = mean * min(self.training.batch_size, examples)
         return passes(self.base, self.training, steps)
 
     def _all(

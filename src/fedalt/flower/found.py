@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import tomli_w
 
@@ -35,7 +36,8 @@ def found_federation(
     make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
     terms = write_terms(server, name, clients, labels, parts)
     shutil.copy(authority / "ca.crt", server)
-    _write(server / "federation.toml", {"server": {"address": address}, "rules": {"minimum": 1}})
+    begin = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
+    _write(server / "federation.toml", begin)
     (server / "README.md").write_text(_server_readme(terms, address), encoding="utf-8")
     for client_id in clients:
         place = folder / "clients" / client_id
@@ -72,6 +74,9 @@ def require_possible(folder: Path, clients: Sequence[str], address: str) -> str:
 def _write(file: Path, table: dict[str, object]) -> None:
     file.write_text(tomli_w.dumps(table), encoding="utf-8")
 
+
+# Where the operator starts from: every client has drawn the same A, which norms are mostly of.
+_FIREWALL: Final = {"norm_limit": 10.0}
 
 _AUTHORITY = """\
 # The certificate authority

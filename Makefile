@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo demo-seeds test lint bench clean
+.PHONY: setup demo demo-seeds test lint bench docs clean
 
 setup: .venv/installed
 
@@ -13,7 +13,7 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	@# torch first and alone: asked for later, as a dependency, pip may prefer a larger build.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,flower,quantised,report,tensorboard,trackio]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,flower,quantised,ray,report,tensorboard,trackio]'
 	@touch $@
 
 demo: setup ## FedALT, FedIT and local-only on the built-in suite, one seed
@@ -35,5 +35,8 @@ bench: setup ## docs/benchmarks.md anew; about an hour
 	$(BIN)/python benchmarks/server.py --write
 	$(BIN)/python benchmarks/memory.py --write 8 64 512 4096
 
+docs: setup ## the site, into site/; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis runs site

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from commands import call
@@ -253,6 +254,8 @@ def test_demo_compares_three_ways_goes_on_and_never_overwrites(
     assert len(result["scores"]["mean"]["scores"]["FedIT"]) == 2
     assert (out / "table.md").is_file()
     assert len(result["runs"]) == 6
+    assert [Path(page).parent for page in result["reports"]] == [out, out / "fedalt" / "seed-0"]
+    assert all("<html" in Path(page).read_text() for page in result["reports"])
     before = adapters_of(out)
     assert call("demo", "--out", out, "--seeds", 1, "--rounds", 1) == 0
     said = capsys.readouterr()

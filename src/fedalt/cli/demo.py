@@ -1,6 +1,7 @@
 """`fedalt demo`: eight generated tasks, three ways to train, one table."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from fedalt.report.table import Table
 
 PLAN, TABLE = "demo.json", "table.json"  # what was asked for; there when all is done
+PAGE = "report.html"
 METHODS = {"fedalt": "FedALT", "fedit": "FedIT", "local": "local"}
 ROUNDS = 10
 DATA_SEED = 1  # the settings were found on suites of other seeds
@@ -36,8 +38,8 @@ def demo(
     from fedalt.cli.jobs import run_jobs
     from fedalt.comparison import jobs_of, read_comparison
     from fedalt.files import atomic_write
-    from fedalt.report.table import joined, scores_of, to_csv, to_json, to_markdown, verdict
-    from fedalt.store import open_run
+    from fedalt.report.comparison import collect, write_results
+    from fedalt.report.table import joined, to_json, to_markdown, verdict
 
     plan = {"seeds": seeds, "rounds": rounds}
     folder = _folder(out, plan)
@@ -53,21 +55,18 @@ def demo(
         again = f"fedalt demo --out {out} --seeds {seeds} --rounds {rounds}"
         note(f"`{again}` goes on with all of the demo", quiet=quiet)
         raise
-    columns = {
-        name: [
-            scores_of(open_run(run.path).lines(), "own")
-            for run in runs
-            if run.entry.label == method
-        ]
-        for method, name in METHODS.items()
-    }
+    results = collect(entries, each_seed, runs)
+    write_results(folder, results)
+    columns = {name: results.scores[method] for method, name in METHODS.items()}
     scores, losses = (joined(columns, "local", losses=each) for each in (False, True))
+    # By client, as it is shown, instead of a comparison's table by method.
     (folder / "table.md").write_text(f"{to_markdown(scores)}\n{to_markdown(losses)}")
-    (folder / "table.csv").write_text(to_csv(scores))
+    pages = _write_pages(folder, runs[0].path)
     verdicts = [f"mean: {verdict(scores, 'FedALT', other)}" for other in ("FedIT", "local")]
     result: dict[str, Any] = {
         "folder": str(folder),
         "runs": [str(run.path) for run in runs],
+        "reports": [str(page) for page in pages],
         "scores": to_json(scores),
         "losses": to_json(losses),
         "verdicts": verdicts,
@@ -79,7 +78,7 @@ def demo(
     show((scores, "test scores of each client's own model"), (losses, "answer loss, nats"))
     for sentence in verdicts:
         typer.echo(sentence)
-    _point_to(folder, runs[0].path, scores, quiet=quiet)
+    _point_to(folder, runs[0].path, scores, pages, quiet=quiet)
 
 
 def _folder(out: Path, plan: dict[str, int]) -> Path:
@@ -138,9 +137,32 @@ def _comparison(plan: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _point_to(folder: Path, run: Path, scores: "Table", *, quiet: bool) -> None:
+def _write_pages(folder: Path, run: Path) -> list[Path]:
+    """The pages of the comparison and of a run; none where what draws them is not installed."""
+    from fedalt.report.page import missing_for_report, write_page
+
+    if missing_for_report():
+        return []
+    from fedalt.report.compared_page import comparison_page
+    from fedalt.report.records import read_record
+    from fedalt.report.run_page import run_page
+
+    pages = {folder: comparison_page(folder), run: run_page(read_record(run))}
+    for place, page in pages.items():
+        write_page(page, place / PAGE)
+    return [place / PAGE for place in pages]
+
+
+def _point_to(
+    folder: Path, run: Path, scores: "Table", pages: Sequence[Path], *, quiet: bool
+) -> None:
     client = scores.clients[0].name
     note(f"tables, runs and data lie in {folder}", quiet=quiet)
+    for page in pages:
+        note(f"open in a browser: {page}", quiet=quiet)
+    if not pages:
+        note("`pip install 'fedalt[report]'`, and `fedalt report` writes a page", quiet=quiet)
     note(f"try: fedalt generate {run} --client {client}", quiet=quiet)
+    note(f"     fedalt chat {run}", quiet=quiet)
     note(f"     fedalt export {run} --client {client} --out my-model", quiet=quiet)
     note("     fedalt run --data YOUR_FOLDER --model YOUR_MODEL", quiet=quiet)

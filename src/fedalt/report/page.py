@@ -15,9 +15,14 @@ from fedalt.report.parts import Page
 _NEEDED = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-python"}
 
 
+def missing_for_report() -> list[str]:
+    """The packages that draw reports and are not installed."""
+    return [name for module, name in _NEEDED.items() if find_spec(module) is None]
+
+
 def require_report() -> None:
     """Raise ValueError where what draws reports is not installed."""
-    if missing := [name for module, name in _NEEDED.items() if find_spec(module) is None]:
+    if missing := missing_for_report():
         raise ValueError(
             f"a report needs {', '.join(missing)}, not installed: `pip install 'fedalt[report]'`"
         )

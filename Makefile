@@ -22,8 +22,9 @@ demo: setup ## FedALT, FedIT and local-only on the built-in suite, one seed
 demo-seeds: setup ## the same over three seeds
 	$(BIN)/fedalt demo --seeds 3
 
+# Two at a time, a thread each: many tests start processes and wait for them.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .
@@ -34,6 +35,8 @@ bench: setup ## docs/benchmarks.md anew; about an hour
 	$(BIN)/python benchmarks/step.py --write
 	$(BIN)/python benchmarks/server.py --write
 	$(BIN)/python benchmarks/memory.py --write 8 64 512 4096
+	$(BIN)/python benchmarks/scoring.py --write
+	$(BIN)/python benchmarks/federation.py --write 3 17 300
 
 docs: setup ## the site, into site/; a link that leads nowhere is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

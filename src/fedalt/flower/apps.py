@@ -28,7 +28,9 @@ def serve(grid: Grid, context: Context) -> None:
     with locked(place.folder):
         atomic_write(place.pid, str(os.getpid()).encode())
         try:
-            channel = GridChannel(grid, partial(clients_by_key, config))
+            channel = GridChannel(
+                grid, partial(clients_by_key, config), config.firewall.max_upload_bytes
+            )
             host_of(config, channel).to_the_end()
         except ValueError as error:  # a mistake that does not go away by trying again
             place.failed.write_text(str(error), encoding="utf-8")

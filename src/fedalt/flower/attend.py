@@ -43,15 +43,15 @@ def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
             hear=hear,
         )
         say(f"{place.name}: the model is loaded, calling {place.server}")
-        tries = 0
+        tries, node = 0, ""
         troubles = _Troubles(lambda text: say(f"{place.name}: {text}"))
         while True:
-            with _link(config) as (pair, log):
+            with _link(config, node) as (pair, log):
                 connected, ended = _answer(member, pair, troubles)
             if ended:
                 say(f"{place.name}: the federation has ended")
                 return
-            tries = 0 if connected else tries
+            tries, node = (0, connected) if connected else (tries, node)
             troubles.tell("lost the server; trying again" if connected else _why(log))
             time.sleep(_AGAIN[min(tries, len(_AGAIN) - 1)])
             tries += 1
@@ -77,15 +77,15 @@ class _Troubles:
         self.last = ""
 
 
-def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[bool, bool]:
-    """Answer until the connection is over: whether there was one, and whether all has ended."""
-    connected = last = False
+def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[str, bool]:
+    """Answer until the connection is over: as which node, if at all, and whether all has ended."""
+    connected, last = "", False
     while True:
         try:
             kind, data = receive(pair)
             match kind:
                 case "connected":
-                    connected = True
+                    connected = data.decode()
                     troubles.over("connected")
                 case "trouble":
                     troubles.tell(f"{data.decode()}; trying again")
@@ -93,19 +93,22 @@ def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[b
                     last = is_last(data)
                     send(pair, "answer", member.answer(data))
                 case "delivered" if last:
-                    return True, True
+                    return connected, True
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return connected, False
 
 
 @contextmanager
-def _link(config: ClientConfig) -> Iterator[tuple[socket.socket, Path]]:
-    """The process that holds the connection, and our end of the pipe to it."""
+def _link(config: ClientConfig, node: str) -> Iterator[tuple[socket.socket, Path]]:
+    """The process that holds the connection, and our end of the pipe to it.
+
+    `node` is what the last one was to the server, "" if there was none.
+    """
     place = config.place
     ours, theirs = socket.socketpair()
     log = place.folder / "link.log"
     authority = "-" if place.insecure else str(place.authority)
-    words = [str(theirs.fileno()), place.server, str(place.key), authority]
+    words = [str(theirs.fileno()), place.server, str(place.key), authority, *filter(None, [node])]
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "fedalt.flower.link", *words],

@@ -18,10 +18,14 @@ _AT_ONCE: Final = 8  # answers in memory; who receives them puts them on disk
 
 @dataclass
 class GridChannel:
-    """Calls clients over a grid. `clients` tells who is behind which public key, now."""
+    """Calls clients over a grid. `clients` tells who is behind which public key, now.
+
+    Of an answer of more than `most` bytes only the beginning is received, one byte more than that.
+    """
 
     grid: Any  # flwr.serverapp.Grid, whose get_nodes the interface does not declare
     clients: Callable[[], Mapping[str, str]]
+    most: int
     _nodes: dict[str, int] = field(default_factory=dict)
     _looked: float = 0.0
     _open: dict[str, tuple[str, float]] = field(default_factory=dict)  # message: client, sent when
@@ -68,7 +72,7 @@ class GridChannel:
             }
             for name in filter(replies.__contains__, some):  # a client's own in their order
                 client_id, _ = self._open.pop(name)
-                came.append((client_id, _content(replies[name])))
+                came.append((client_id, _content(replies[name], self.most)))
             if came:
                 break
         came += [(client_id, Lost("it was away, and its call with it")) for client_id in self._lost]
@@ -80,11 +84,11 @@ class GridChannel:
         return came
 
 
-def _content(reply: Message) -> bytes | Lost:
+def _content(reply: Message, most: int) -> bytes | Lost:
     if reply.has_error():
         error: Error = reply.error
         return Lost(f"its call is lost (Flower's code {error.code}: {error.reason})")
     try:
-        return bytes_of(reply.content)
+        return bytes_of(reply.content, most)
     except ValueError as error_:
         return str(error_).encode()  # not an answer, which the host will find out and keep

@@ -1,11 +1,11 @@
 """A client's connection to the server, as a process of its own beside the one that holds the model.
 
-    python -m fedalt.flower.link FD ADDRESS KEY CA      (CA is "-" without TLS)
+    python -m fedalt.flower.link FD ADDRESS KEY CA [NODE]     (CA is "-" without TLS)
 
 It speaks Flower's Fleet protocol, hands every call on through the socket FD and sends back what
 comes out of it. Nothing that the server sends is ever run: all that a call can hold is bytes. It
-ends with its parent, and where the server does not let it in; it always tells the server that it
-leaves, as Flower would keep the next one out for a minute otherwise.
+ends with its parent, and where the server does not let it in. It tells the server that it leaves,
+or that the last one, NODE, has left, as Flower would keep the next one out for a minute otherwise.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -24,6 +25,7 @@ from typing import Any, Final, NoReturn
 import httpx
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.app import Message
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -36,7 +38,9 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_object_contents_from_iterable,
 )
 from flwr.supercore.run import RunNotRunningException
+from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedalt.flower.pipe import receive, send
 from fedalt.flower.records import bytes_of, content_of
@@ -51,31 +55,59 @@ _LAST_WORDS: Final = 8.0  # seconds that leaving may take
 
 def main() -> None:
     """Connect and pass on, until the parent is gone or the server does not know us any more."""
-    descriptor, address, key_file, ca_file = sys.argv[1:]
+    descriptor, address, key_file, ca_file, *last = sys.argv[1:]
     pair = socket.socket(fileno=int(descriptor))
     signal.signal(signal.SIGTERM, _leave)
     # Flower sends its own process this signal where the server does not know the key.
     signal.signal(signal.SIGINT, _shut_out)
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
-    secure = ca_file != "-"
-    _reach(pair, address, ca_file if secure else None)
-    try:
-        _pass_on(pair, address, key_file, ca_file, secure=secure)
-    except _ShutOutError:
-        send(pair, "trouble", b"the server does not take this client's key any more")
-
-
-def _pass_on(
-    pair: socket.socket, address: str, key_file: str, ca_file: str, *, secure: bool
-) -> None:
     key: Any = load_ssh_private_key(Path(key_file).read_bytes(), None)
+    server = _Server(address, None if ca_file == "-" else ca_file, key)
+    _reach(pair, server)
+    for node in last:
+        _sign_off(server, int(node))
+    try:
+        _pass_on(pair, server)
+    except _ShutOutError:
+        send(pair, "trouble", b"the server does not know this connection any more")
+
+
+@dataclass(frozen=True)
+class _Server:
+    """Where it is, who vouches for it, None without TLS, and the key that it knows us by."""
+
+    address: str
+    authority: str | None
+    key: Any
+
+    @property
+    def insecure(self) -> bool:
+        return self.authority is None
+
+    @property
+    def certificate(self) -> bytes | None:
+        return None if self.authority is None else Path(self.authority).read_bytes()
+
+
+def _sign_off(server: _Server, node: int) -> None:
+    """Say that a connection has ended which broke off; it is no matter if that is known."""
+    signing = NodeAuthHttpInterceptor(server.key, server.key.public_key())
+    with (
+        FleetHttpClient.from_server_address(
+            server.address, server.insecure, server.certificate, [signing]
+        ) as client,
+        contextlib.suppress(httpx.HTTPError),
+    ):
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+
+
+def _pass_on(pair: socket.socket, server: _Server) -> None:
+    """Hand on calls and answers for as long as there is a connection."""
+    keys = server.key, server.key.public_key()
     with http_request_response(
-        address,
-        not secure,
-        Path(ca_file).read_bytes() if secure else None,
-        (key, key.public_key()),
+        server.address, server.insecure, server.certificate, keys
     ) as connection:
-        send(pair, "connected")
+        send(pair, "connected", str(connection[0]).encode())
         pause = _PAUSE
         while True:
             if (call := _next_call(*connection)) is None:
@@ -148,10 +180,10 @@ def _answer(
             print("the server has begun anew; it will ask again", file=sys.stderr)
 
 
-def _reach(pair: socket.socket, address: str, authority: str | None) -> None:
+def _reach(pair: socket.socket, server: _Server) -> None:
     """Wait until the server answers, proves who it is, and has the same time as we have."""
     tries = 0
-    while (trouble := _trouble(address, authority)) is not None:
+    while (trouble := _trouble(server.address, server.authority)) is not None:
         send(pair, "trouble", trouble.encode())
         time.sleep(_AGAIN[min(tries, len(_AGAIN) - 1)])
         tries += 1
@@ -179,7 +211,9 @@ def _trouble(address: str, authority: str | None) -> str | None:
 
 
 class _ShutOutError(BaseException):
-    """The server does not know our key; Flower's own code lets only such an exception pass."""
+    """The server does not know our key, or has begun anew; Flower's own code lets only such an
+    exception pass.
+    """
 
 
 def _shut_out(*_: object) -> NoReturn:

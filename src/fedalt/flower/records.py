@@ -18,12 +18,20 @@ def content_of(data: bytes) -> RecordDict:
     return RecordDict({_KIND: ArrayRecord(pieces)})
 
 
-def bytes_of(content: RecordDict) -> bytes:
-    """The bytes that `content_of` has put in; ValueError for a record that is not one of ours."""
+def bytes_of(content: RecordDict, most: int | None = None) -> bytes:
+    """The bytes that `content_of` has put in; ValueError for a record that is not one of ours.
+
+    Of more than `most` one byte too many is returned: a record may name one large array often.
+    """
     record = content.get(_KIND)
     if set(content) != {_KIND} or not isinstance(record, ArrayRecord):
         raise ValueError(f"expected one record called {_KIND!r}, got {sorted(content)[:3]}")
-    return b"".join(record[name].data for name in sorted(record))
+    whole = bytearray()
+    for name in sorted(record):
+        whole += record[name].data
+        if most is not None and len(whole) > most:
+            return bytes(whole[: most + 1])
+    return bytes(whole)
 
 
 def text_of(key: str | bytes) -> str:

@@ -57,10 +57,17 @@ def revoked(config: ServerConfig) -> list[str]:
 
 
 def _take_out(config: ServerConfig) -> None:
-    """Note in the run who takes part no more, so that no round waits for them."""
-    folder = RunFolder(config.place.run)
-    if (folder.path / "run.json").exists() and folder.left() != frozenset(revoked(config)):
-        folder.add_facts({"left": revoked(config)})
+    """Note in the run who takes part no more, so that no round waits for them.
+
+    A client that has got another key takes part again, one that has left by itself does not.
+    """
+    folder, out = RunFolder(config.place.run), frozenset(revoked(config))
+    if not (folder.path / "run.json").exists():
+        return
+    by_key = frozenset(folder.facts().get("revoked", ()))
+    others = folder.left() - by_key
+    if out != by_key:
+        folder.add_facts({"left": sorted(others | out), "revoked": sorted(out - others)})
 
 
 def _write(log: Path, text: str) -> None:

@@ -1,0 +1,150 @@
+"""Clients that cannot, and clients that are shut out: no round waits for them for ever."""
+
+import errno
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from machines import Machines, Wire, found
+from runs_for_tests import scores_of
+
+from fedalt.codec import decode, encode
+from fedalt.federation import desk, member
+from fedalt.federation.channel import Lost
+from fedalt.federation.member import open_member
+from fedalt.federation.messages import Answer, Call
+from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
+from fedalt.flower.credentials import make_client_key
+from fedalt.flower.serve import host_of, revoke_key
+
+CLIENTS = ("a", "b", "c")
+
+
+@pytest.fixture
+def machines(tmp_path: Path, tiny_model_dir: Path) -> Machines:
+    return found(tmp_path, tiny_model_dir, CLIENTS, rounds={"rounds": 2, "test": False})
+
+
+def config_of(there: Machines, **rules: Any) -> ServerConfig:
+    config = read_server_config(there.server / "federation.toml")
+    return replace(config, rules=replace(config.rules, **rules))
+
+
+def members(there: Machines) -> dict[str, Any]:
+    def opened(name: str) -> member.Member:
+        config = read_client_config(there.client(name) / "client.toml")
+        return open_member(config.terms, name, config.place.data, config.place.folder, device="cpu")
+
+    return {each: opened(each) for each in CLIENTS}
+
+
+def trained(there: Machines) -> set[tuple[int, str]]:
+    return {
+        (line["round"], line["client"])
+        for line in scores_of(there.run)
+        if line["kind"] == "train" and line["column"] == "own"
+    }
+
+
+EVERY = {(round_, client) for round_ in (0, 1) for client in CLIENTS}
+
+
+def test_a_round_goes_on_without_a_client_that_cannot(machines: Machines) -> None:
+    config = config_of(machines)
+    host_of(config, Wire(members(machines), {(1, "c")})).to_the_end()
+    assert trained(machines) == EVERY - {(1, "c")}
+    assert "round 1: c: left out" in (config.place.logs / "server.log").read_text()
+
+
+@dataclass
+class Hesitant(Wire):
+    """A wire to a client that cannot at first."""
+
+    times: int = 2
+    statuses: list[dict[str, Any]] = field(default_factory=list)
+    status: Path = Path()
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        if self.status.exists():
+            self.statuses.append(json.loads(self.status.read_text()))
+        return super().receive()
+
+    def _answer(self, client_id: str, data: bytes) -> bytes:
+        call = decode(Call, data)
+        answer = super()._answer(client_id, data)
+        if client_id == "c" and call.round == 1 and call.train and self.times:
+            self.times -= 1
+            return encode(replace(decode(Answer, answer), upload=None, error="no memory"))
+        return answer
+
+
+def test_with_too_few_uploads_a_client_that_cannot_is_asked_again(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "_REST", 0.0)
+    wire = Hesitant(members(machines), status=machines.run / "status.json")
+    host_of(config_of(machines, minimum=3), wire).to_the_end()
+    assert trained(machines) == EVERY
+    assert {"c": "no memory"} in [each["unable"] for each in wire.statuses]
+
+
+def test_a_full_disk_is_an_answer_and_the_next_round_goes_on(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = member.atomic_write
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "answer.bin" and is_first_of_c(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    def is_first_of_c(data: bytes) -> bool:
+        answer = decode(Answer, data)
+        return (answer.client, answer.round) == ("c", 0)
+
+    monkeypatch.setattr(member, "atomic_write", full)
+    config = config_of(machines)
+    host_of(config, Wire(members(machines))).to_the_end()
+    assert trained(machines) == EVERY - {(0, "c")}
+    said = (config.place.logs / "server.log").read_text()
+    assert "round 0: c: client 'c': No space left on device\n" in said
+    assert str(machines.root / "clients") not in said
+
+
+@dataclass
+class Without(Wire):
+    """A wire that c never comes to; its key is revoked while it is waited for."""
+
+    config: ServerConfig | None = None
+
+    def online(self) -> frozenset[str]:
+        return super().online() - {"c"}
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        came = super().receive()
+        if not came and self.config is not None:
+            revoke_key(self.config, "c")
+            self.config = None
+        return came
+
+
+def test_a_revoked_client_is_not_waited_for(machines: Machines) -> None:
+    config = config_of(machines)
+    host_of(config, Without(members(machines), config=config)).to_the_end()
+    assert trained(machines) == {pair for pair in EVERY if pair[1] != "c"}
+
+
+def test_a_client_with_a_new_key_takes_part_again_and_one_that_has_left_does_not(
+    machines: Machines,
+) -> None:
+    config = config_of(machines)
+    host = host_of(config, Wire({}))
+    host.folder.add_facts({"left": ["a"]})
+    revoke_key(config, "c")
+    assert host.folder.left() == {"a", "c"}
+    make_client_key(machines.root / "new.key", config.place.clients / "c.pub")
+    assert host_of(config, Wire({})).folder.left() == {"a"}

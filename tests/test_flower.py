@@ -1,0 +1,164 @@
+"""A federation of real processes: what is killed comes back, and the numbers are the same."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from access import activation, attempts, signed
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
+from machines import Machines, assert_close, found, kill, newest_state
+from runs_for_tests import save_model, scores_of
+
+from fedalt.flower.config import read_server_config
+from fedalt.flower.credentials import make_client_key
+from fedalt.flower.processes import wait_for_port
+from fedalt.flower.status import shown
+from fedalt.prepare import prepare
+from fedalt.runs import start_run
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+CLIENTS = ("a", "b", "c")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def machines(tmp_path: Path, model: Path) -> Iterator[Machines]:
+    # Long enough that somebody can be killed while training.
+    made = found(tmp_path, model, CLIENTS, rounds={"rounds": 6}, training={"local_epochs": 8})
+    try:
+        yield made
+    finally:
+        made.kill_all()
+
+
+def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
+    machines: Machines, tmp_path: Path
+) -> None:
+    everyone = ("server", *CLIENTS)
+    for each in everyone:
+        machines.start(each)
+
+    machines.wait_for(lambda: "round 0:" in machines.said("server"), "round 0")
+    kill(machines.link("a"))  # Flower keeps its client out for a minute
+    machines.wait_for(lambda: machines.answered(0) == ["b", "c"], "the answers of b and c")
+    kill(machines.app())
+    machines.wait_for(lambda: "starting it again" in machines.said("server"), "the app's death")
+    kill(machines.door())
+    kill(machines.superlink())
+    machines.wait_for_round(1)
+
+    told = machines.client("b") / "state" / "accepted.json"
+    machines.wait_for(lambda: told.read_text() == "0", "the call of round 1")
+    kill(machines.process("b"))  # it trains
+    machines.started["c"].send_signal(signal.SIGTERM)
+    assert machines.wait_for_end(["c"]) == {"c": 130}
+    machines.start("b")
+    machines.start("c")
+    machines.wait_for_round(2)
+
+    machines.process("a").suspend()  # so that no round ends without a server
+    starts = machines.said("server").count("listening")
+    kill(machines.process("server"))
+    machines.start("server")
+    machines.wait_for(lambda: machines.said("server").count("listening") > starts, "the server")
+    machines.process("a").resume()
+
+    assert machines.wait_for_end(everyone) == dict.fromkeys(everyone, 0)
+    assert machines.processes() == []
+    assert not any("Traceback" in machines.said(each) for each in everyone)
+    assert_as_undisturbed(machines, tmp_path / "undisturbed")
+
+
+SEEN = {
+    "a key that the server does not know": "the server does not let this client in",
+    "another certificate authority": "certificate verify failed: unable to get local issuer",
+    "the server's certificate has ended": "certificate verify failed: certificate has expired",
+    "plain HTTP to the port that wants TLS": "cannot be reached",
+    "a request that was made before": "409 this request has been made before",
+    "a request of yesterday": "401",
+    "another client's node": "401",
+    "no signature": "401",
+    "registering a key oneself": "403 this is not for clients",
+    "Flower's Control interface": "403 this is not for clients",
+    "Flower's Runtime interface": "403 this is not for clients",
+    "Flower's list of interfaces": "403 this is not for clients",
+    "a way round": "403 this is not for clients",
+    "a gigantic request": "413 a request has at most 33554432 bytes",
+    "plain HTTP": "Server disconnected without sending a response",
+    "a key that was revoked while connected": "the server does not let this client in",
+}
+
+
+def test_nobody_else_is_let_in(machines: Machines) -> None:
+    machines.start("server")
+    machines.wait_for(lambda: "listening" in machines.said("server"), "the server")
+    wait_for_port(int(machines.address.split(":")[1]), machines.started["server"], 60)
+    seen = {each.what: each.seen for each in attempts(machines)}
+    assert seen.keys() == SEEN.keys()
+    assert [(what, seen[what]) for what in SEEN if SEEN[what] not in seen[what]] == []
+    machines.wait_for(lambda: "b: revoked" in status(machines), "the status")
+    machines.started["server"].send_signal(signal.SIGTERM)
+    assert machines.wait_for_end(["server"]) == {"server": 130}
+    assert machines.processes() == []
+
+
+def test_without_encryption_keys_still_count_and_it_is_said_loudly(
+    tmp_path: Path, model: Path
+) -> None:
+    machines = found(tmp_path, model, ["a"], rounds={"rounds": 1, "test": False})
+    try:
+        everyone = ("server", "a")
+        for each in everyone:
+            machines.start(each, "--insecure")
+        machines.wait_for(lambda: "listening" in machines.said("server"), "the server")
+        wait_for_port(int(machines.address.split(":")[1]), machines.started["server"], 60)
+        make_client_key(tmp_path / "stranger", tmp_path / "stranger.pub")
+        key = load_ssh_private_key((tmp_path / "stranger").read_bytes(), None)
+        with httpx.Client(base_url=f"http://{machines.address}/v1/fleet/") as web:
+            sent = {"content-type": PROTOBUF_MEDIA_TYPE}
+            unknown = web.post(
+                "activate-node", content=activation(key), headers={**sent, **signed(key)}
+            )
+            unsigned = web.post("activate-node", content=activation(key), headers=sent)
+            myself = web.post("register-node", content=b"", headers={**sent, **signed(key)})
+        assert (unknown.status_code, unsigned.status_code, myself.status_code) == (412, 401, 403)
+        assert machines.wait_for_end(everyone) == dict.fromkeys(everyone, 0)
+        assert "WITHOUT ENCRYPTION" in machines.said("server")
+        for each in everyone:
+            assert "whoever is on the network can read and change every" in machines.said(each)
+    finally:
+        machines.kill_all()
+
+
+def status(machines: Machines) -> str:
+    return shown(read_server_config(machines.server / "federation.toml"))
+
+
+def assert_as_undisturbed(machines: Machines, run: Path) -> None:
+    """The states of all clients and their scores are those of a run in one process."""
+    settings = machines.settings
+    start_run(prepare(settings), run)
+    for each in machines.clients:
+        place = machines.client(each) / "state"
+        name, mine = newest_state(place, each, settings.method.client_state)
+        wanted, theirs = newest_state(run, each, settings.method.client_state)
+        assert name == wanted
+        assert_close(mine, theirs)
+    apart, whole = (
+        {
+            (line["split"], line["round"], line["client"], line["column"]): line["metrics"]
+            for line in scores_of(folder)
+            if line["kind"] == "score"
+        }
+        for folder in (machines.run, run)
+    )
+    assert apart.keys() == whole.keys()
+    for key, metrics in whole.items():
+        assert apart[key] == pytest.approx(metrics, rel=1e-4)

@@ -1,0 +1,287 @@
+"""What is wrong about a federation's files is one clear line; what fails for ever has an end."""
+
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+from commands import call
+from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.task_identity import TaskIdentity
+from machines import Machines, found
+from runs_for_tests import save_model, write_clients
+from tiny import llama
+
+from fedalt.federation.channel import Lost
+from fedalt.flower.config import read_server_config
+from fedalt.flower.credentials import make_server
+from fedalt.flower.grid import GridChannel
+from fedalt.flower.link import _trouble
+from fedalt.flower.processes import end_leftovers, group, shorten
+from fedalt.flower.supervise import _MOST_DEATHS, _Patience, _standing
+from fedalt.store import StoreError, locked
+
+
+@pytest.fixture
+def machines(tmp_path: Path, tiny_model_dir: Path) -> Machines:
+    return found(tmp_path, tiny_model_dir, ("a", "b", "c"))
+
+
+def no_key(there: Machines) -> None:
+    (there.server / "server.key").unlink()
+
+
+def another_key(there: Machines) -> None:
+    other = there.root / "other"
+    other.mkdir()
+    make_server(other, there.root / "authority", ["127.0.0.1"])
+    (other / "server.key").rename(there.server / "server.key")
+
+
+def ended(there: Machines) -> None:
+    make_server(there.server, there.root / "authority", ["127.0.0.1"], days=-1)
+
+
+def no_public_key(there: Machines) -> None:
+    (there.server / "clients" / "b.pub").unlink()
+
+
+def no_real_public_key(there: Machines) -> None:
+    (there.server / "clients" / "b.pub").write_text("ssh-rsa nothing")
+
+
+def broken(there: Machines) -> None:
+    (there.server / "federation.toml").write_text("[server\n")
+
+
+def unknown(there: Machines) -> None:
+    (there.server / "federation.toml").write_text("[rules]\ndeadlines = 3\n")
+
+
+def no_port(there: Machines) -> None:
+    (there.server / "federation.toml").write_text('[server]\naddress = "127.0.0.1"\n')
+
+
+def no_terms(there: Machines) -> None:
+    (there.server / "terms.toml").unlink()
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (no_key, "server.key: No such file or directory"),
+        (another_key, "key values mismatch"),
+        (ended, "server.crt: the certificate has ended on "),
+        (no_public_key, "b.pub: the public key of client 'b' is missing"),
+        (no_real_public_key, "b.pub: it is no public key"),
+        (broken, "federation.toml: cannot be read"),
+        (unknown, "unknown key 'deadlines'"),
+        (no_port, "address '127.0.0.1'"),
+        (no_terms, "terms.toml"),
+    ],
+)
+def test_a_mistake_in_the_servers_files_is_one_line(
+    machines: Machines,
+    capsys: pytest.CaptureFixture[str],
+    mistake: Callable[[Machines], None],
+    says: str,
+) -> None:
+    mistake(machines)
+    capsys.readouterr()
+    assert call("server", "--config", machines.server / "federation.toml") == 2
+    assert_one_line(capsys, says)
+
+
+def test_a_port_in_use_is_one_line(machines: Machines, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    with socket.create_server(("127.0.0.1", int(machines.address.split(":")[1]))):
+        assert call("server", "--config", machines.server / "federation.toml") == 2
+    assert_one_line(capsys, f"address '{machines.address}': [Errno 98] Address already in use")
+
+
+def test_a_second_server_or_client_on_a_folder_is_refused(
+    machines: Machines, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    for home, words in (
+        (machines.server / "state" / "flower", ("server", machines.server / "federation.toml")),
+        (machines.client("a") / "state", ("client", machines.client("a") / "client.toml")),
+    ):
+        with locked(home):
+            assert call(words[0], "--config", words[1]) == 2
+        assert_one_line(capsys, f"another process is using {home}")
+
+
+def client_without_key(place: Path) -> None:
+    (place / "client.key").unlink()
+
+
+def client_without_authority(place: Path) -> None:
+    (place / "ca.crt").unlink()
+
+
+def client_without_data(place: Path) -> None:
+    for each in (place / "data").iterdir():
+        each.unlink()
+
+
+def client_with_anothers_data(place: Path) -> None:
+    client_without_data(place)
+    write_clients(place / "data", ["b"])
+
+
+def client_of_another_name(place: Path) -> None:
+    (place / "client.toml").write_text('[client]\nname = "z"\nserver = "127.0.0.1:1"\n')
+
+
+def client_of_no_server(place: Path) -> None:
+    (place / "client.toml").write_text('[client]\nname = "a"\n')
+
+
+def client_with_another_model(place: Path) -> None:
+    other = save_model(place / "model")
+    model = llama()
+    next(model.parameters()).data.add_(1.0)
+    model.save_pretrained(other)
+    about = f'[client]\nname = "a"\nserver = "127.0.0.1:1"\nmodel = "{other}"\n'
+    (place / "client.toml").write_text(about)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (client_without_key, "client.key: No such file or directory"),
+        (client_without_authority, "ca.crt: No such file or directory"),
+        (client_without_data, "data"),
+        (client_with_anothers_data, "holds the clients b, but this is the place of 'a' alone"),
+        (client_of_another_name, "client 'z' is not in the terms of 'drill'"),
+        (client_of_no_server, "[client] server is missing"),
+        (client_with_another_model, "it is another model"),
+    ],
+)
+def test_a_mistake_in_a_clients_files_is_one_line(
+    machines: Machines,
+    capsys: pytest.CaptureFixture[str],
+    mistake: Callable[[Path], None],
+    says: str,
+) -> None:
+    mistake(machines.client("a"))
+    capsys.readouterr()
+    assert call("client", "--config", machines.client("a") / "client.toml") == 2
+    assert_one_line(capsys, says)
+
+
+def assert_one_line(capsys: pytest.CaptureFixture[str], says: str) -> None:
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(told) == 1
+    assert says in told[0]
+
+
+def test_what_dies_again_and_again_without_getting_further_has_an_end(machines: Machines) -> None:
+    config = read_server_config(machines.server / "federation.toml")
+    patience = _Patience(config, _standing(config), 0.0)
+    for number in range(2 * _MOST_DEATHS):
+        answers = machines.run / "incoming" / "0000"
+        answers.mkdir(parents=True, exist_ok=True)
+        (answers / f"{number}.bin").touch()  # it gets further
+        patience.died("the app has ended")
+    for _ in range(_MOST_DEATHS - 2):
+        patience.died("the app has ended")
+    with pytest.raises(StoreError, match=f"{_MOST_DEATHS} deaths in a row"):
+        patience.died("the app has ended")
+
+
+def test_a_clock_that_is_wrong_is_told_before_a_key_is_refused() -> None:
+    for minutes, says in ((-10, "ahead of"), (10, "behind"), (0, None)):
+
+        class Other(BaseHTTPRequestHandler):
+            shift = minutes
+
+            def do_GET(self) -> None:
+                self.send_response(403)
+                self.end_headers()
+
+            def date_time_string(self, timestamp: float | None = None) -> str:
+                when = datetime.now(UTC) + timedelta(minutes=self.shift)
+                return super().date_time_string(int(when.timestamp()))
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        with HTTPServer(("127.0.0.1", 0), Other) as server:
+            Thread(target=server.handle_request, daemon=True).start()
+            trouble = _trouble(f"127.0.0.1:{server.server_port}", None)
+        if says is None:
+            assert trouble is None
+        else:
+            assert trouble is not None
+            assert f"seconds {says} that of" in trouble
+
+
+def test_a_process_ends_with_its_group_and_a_killed_ones_are_ended_by_the_next(
+    tmp_path: Path,
+) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    with group({}, tmp_path / "register.json") as processes:
+        process = processes.start("sleep", sleep, tmp_path / "log")
+        register = (tmp_path / "register.json").read_text()
+    assert process.returncode is not None
+    left = subprocess.Popen(sleep)
+    with group({}, tmp_path / "register.json") as processes:
+        processes.start("sleep", sleep, tmp_path / "log")
+        killed = (tmp_path / "register.json").read_text()
+        (tmp_path / "copy.json").write_text(killed)
+        end_leftovers(tmp_path / "copy.json")
+        assert processes.dead() == "sleep"
+    (tmp_path / "copy.json").write_text(register.replace(str(process.pid), str(left.pid)))
+    end_leftovers(tmp_path / "copy.json")  # the number is another's by now
+    assert left.poll() is None
+    left.kill()
+    left.wait()
+
+
+def test_a_long_log_is_put_aside(tmp_path: Path) -> None:
+    log = tmp_path / "some.log"
+    log.write_bytes(bytes(11 * 2**20))
+    shorten(log)
+    assert not log.exists()
+    log.write_text("short")
+    shorten(log)
+    assert log.read_text() == "short"
+
+
+class Grid:
+    """The part of Flower's grid that says who is there; it never has an answer."""
+
+    connected = datetime.now(UTC)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        when = self.connected.isoformat()
+        return [NodeInfo(node_id=1, status="online", public_key=b"key", last_activated_at=when)]
+
+    def push_messages(self, messages: list[object]) -> list[str]:
+        return [f"message-{len(messages)}"]
+
+    def pull_messages(self, _: list[str]) -> list[object]:
+        return []
+
+
+def test_a_call_from_before_a_clients_connection_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TaskIdentity, "_run_id", 1)
+    monkeypatch.setattr(TaskIdentity, "_node_id", 2)
+    monkeypatch.setattr(TaskIdentity, "_task_id", 3)
+    grid = Grid()
+    channel = GridChannel(grid, lambda: {"key": "a"}, 10)
+    assert channel.online() == {"a"}
+    channel.send("a", b"call")
+    assert channel.receive() == []
+    grid.connected = datetime.now(UTC) + timedelta(seconds=1)
+    monkeypatch.setattr(channel, "_looked", 0.0)
+    channel.online()
+    assert channel.receive() == [("a", Lost("it was away, and its call with it"))]
+    assert channel.receive() == []

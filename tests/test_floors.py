@@ -32,6 +32,7 @@ FLOORS = {
     "flower": 6,
     "membership": 6,
     "prepare": 6,
+    "processes": 6,
     "quarantine": 6,
     "report": 6,
     "runs": 6,

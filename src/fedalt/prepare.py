@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
+import torch
+
 from fedalt.adapters.start import Start
 from fedalt.data.examples import Split
 from fedalt.data.folder import open_data
@@ -102,6 +104,7 @@ def question(form: str, text: str) -> Record:
 def load_parts(settings: Settings, labels: Sequence[str], base: Base | None = None) -> Parts:
     """The base model with its arms; `labels` are those of a classifier's data."""
     model = settings.model
+    require_room(settings, gpus=torch.cuda.device_count())
     if base is None:
         base = load_base(
             model.name,
@@ -149,6 +152,24 @@ def require_known(settings: Settings, clients: Sequence[str]) -> None:
             raise SettingsError(
                 f"[method.{key}] names {min(unknown)!r}, but the clients are {_some(clients)}"
             )
+
+
+def require_room(settings: Settings, *, gpus: int) -> None:
+    """Raise SettingsError where the device and the base model do not do for several processes."""
+    processes, model = settings.training.processes, settings.model
+    device = model.device or ("cuda" if gpus else "cpu")
+    wanted = f"[training] processes={processes}"
+    if processes == 1:
+        return
+    if model.quantise:
+        raise SettingsError(f"{wanted}, but a quantised base model is for one process")
+    if device not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"{wanted} is for device='cpu' and for device='cuda', whose GPUs they take in turn, "
+            f"not for device={device!r}"
+        )
+    if device == "cuda" and processes > gpus:
+        raise SettingsError(f"{wanted}, one for each GPU, but the number of GPUs is {gpus}")
 
 
 def trainable(arm: Arm, start: Start) -> int:

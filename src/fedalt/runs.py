@@ -1,17 +1,20 @@
 """A run in its folder: start it, go on with it, score it again, serve one of its clients."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+from fedalt.engine.crew import Crew
 from fedalt.engine.in_process import servings
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress, Run
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.prepare import Parts, Prepared, facts_of, prepare
+from fedalt.processes import Place, Work, crew, serve
 from fedalt.settings import Settings, read_settings, to_toml
 from fedalt.store import (
     FileStates,
@@ -103,9 +106,20 @@ def is_finished(path: Path) -> bool:
 def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
-    with locked(path):
-        _run(prepared, _Watched(folder, watcher), watcher).to_the_end()
+    with locked(path) as lock, _crew(prepared, path, lock, watcher) as together:
+        run = _run(prepared, _Watched(folder, watcher), watcher)
+        replace(run, crew=together).to_the_end()
     return folder
+
+
+def take_part(path: Path, place: Place) -> NoReturn:
+    """Do what the first process of a run asks for, until that ends this one."""
+
+    def load(hear: Callable[[Event], None]) -> Work:
+        notes = _Notes(open_run(path), [])
+        return replace(_run(reopen(path), notes, Nobody()), hear=hear).work
+
+    serve(place, load)
 
 
 def evaluate(
@@ -121,11 +135,12 @@ def evaluate(
     """
     folder = open_run(path)
     notes = _Notes(folder, [])
-    with locked(path):
+    with locked(path) as lock, _crew(prepared, path, lock, watcher) as together:
         progress = folder.progress()
+        run = replace(_run(prepared, notes, watcher), crew=together)
         for arm in prepared.parts.arms:
             at = _round(prepared.parts.settings, progress, arm.column, round_)
-            _run(prepared, notes, watcher).score(arm, at, split, whole=True)
+            run.score(arm, at, split, whole=True)
     return notes.lines
 
 
@@ -215,6 +230,14 @@ class _Notes:
 
     def commit(self, progress: Progress) -> None:
         """Nothing has changed."""
+
+
+def _crew(
+    prepared: Prepared, path: Path, lock: int, watcher: Watcher
+) -> AbstractContextManager[Crew]:
+    """The processes that the settings ask for."""
+    processes = prepared.parts.settings.training.processes
+    return crew(path, processes, prepared.parts.base.adapted.device, lock, watcher.hear)
 
 
 def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Run:

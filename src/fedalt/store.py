@@ -280,15 +280,18 @@ def open_run(path: Path) -> RunFolder:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keep every other process out of a run's folder; a dead process holds no lock."""
+def locked(path: Path) -> Iterator[int]:
+    """Keep every other process out of a run's folder; a dead process holds no lock.
+
+    A process that is given the descriptor holds the lock too.
+    """
     path.mkdir(parents=True, exist_ok=True)
     with (path / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise StoreError(f"another process is using {path}") from None
-        yield
+        yield file.fileno()
 
 
 def newest(folder: Path, round_: int) -> Path | None:

@@ -88,6 +88,10 @@ def run(
         bool | None,
         _option("Less memory, more time.", TRAINING, "--gradient-checkpointing"),
     ] = None,
+    processes: Annotated[
+        int | None,
+        _option("Processes, one per GPU or sharing the CPU.", TRAINING, "--processes", "1"),
+    ] = None,
     seed: Annotated[int | None, _option("Of all random numbers.", TRAINING, "--seed", "0")] = None,
     evaluate_every: Annotated[
         int | None, _option("Rounds between validations.", SCORING, "--evaluate-every", "1")
@@ -156,6 +160,7 @@ def run(
             "local_epochs": local_epochs,
             "weight_decay": weight_decay,
             "gradient_checkpointing": gradient_checkpointing,
+            "processes": processes,
         },
         "rounds": {
             "rounds": rounds,

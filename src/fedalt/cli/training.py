@@ -21,10 +21,12 @@ def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:
     settings, base = prepared.parts.settings, prepared.parts.base
     clients, rounds = len(prepared.task.clients), settings.rounds.rounds
     numbers = base.adapted.model.num_parameters()
+    processes = settings.training.processes
+    where = f"{processes} processes, " * (processes > 1) + str(base.adapted.device)
     note(
         f"{method_name(settings.method)}, rank {lora_of(settings.method).rank}, on "
         f"{len(base.adapted.sites)} layers of {base.name} ({numbers / 1e6:.1f} M parameters, "
-        f"{base.adapted.device}); {clients} {'client' if clients == 1 else 'clients'}, "
+        f"{where}); {clients} {'client' if clients == 1 else 'clients'}, "
         f"{rounds} {'round' if rounds == 1 else 'rounds'}, seed {settings.seed}; in {out}",
         quiet=quiet,
     )

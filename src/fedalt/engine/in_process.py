@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,7 @@ from fedalt.methods.contract import AnyMethod, Message, Serving
 from fedalt.training.orders import Order
 
 T = TypeVar("T")
+Metrics = Mapping[str, int | float]
 CarryOut = Callable[[str, int, Order], Any]  # client, the how-manieth order of its round, the order
 # The same for several clients at once: an answer to each.
 CarryOutAll = Callable[[Sequence[tuple[str, int, Order]]], Sequence[Any]]
@@ -43,14 +44,94 @@ class States(Yard, Protocol):
 class ClientRound:
     """A client's round: bytes of both encoded messages, seconds as its part of its group's.
 
-    `refused` says why its upload does not count; then its round has not happened.
+    `metrics` are those of its reply. `refused` says why its upload does not count; then its round
+    has not happened.
     """
 
     client_id: str
     upload_bytes: int
     download_bytes: int
     seconds: float
+    metrics: Metrics = field(default_factory=dict)
     refused: str | None = None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What comes of a client's training: its upload, its part of its group's seconds, metrics."""
+
+    client_id: str
+    upload: Message
+    seconds: float
+    metrics: Metrics = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A round of one method: where its states lie, and the server's state that it begins with."""
+
+    method: AnyMethod
+    start: Start
+    states: States
+    server: Any
+
+    @staticmethod
+    def of(method: AnyMethod, start: Start, states: States) -> "Exchange":
+        """The round for which the states are written."""
+        return Exchange(method, start, states, server_of(method, start, states))
+
+    def train(self, group: Sequence[str], carry_out: CarryOutAll) -> list[Reply]:
+        """Broadcast and local training, whose orders are carried out together.
+
+        The clients' new states are kept; the server's waits for what is made of the replies.
+        """
+        began = time.monotonic()
+        steps = {
+            each: self.method.local(
+                client_of(self.method, self.start, self.states, each),
+                self.method.broadcast(self.server, each),
+            )
+            for each in group
+        }
+        ends = drive_all(steps, carry_out)
+        seconds = (time.monotonic() - began) / max(len(group), 1)
+        for client_id, (after, _) in ends.items():
+            self.states.put(f"clients/{client_id}", after)
+        return [Reply(client_id, upload, seconds) for client_id, (_, upload) in ends.items()]
+
+    def take_in(
+        self, replies: Iterable[Reply], report: Callable[[ClientRound], None], gate: Gate = USUAL
+    ) -> bool:
+        """Aggregate the uploads, which come sorted by client and are asked for one at a time.
+
+        A client whose upload the gate refuses keeps the state that it had. False if all are
+        refused: the server's state stays.
+        """
+        asked = 0
+        size_of, forms_of = _Sizes(), Rehearsals(self.method, self.start)
+
+        def decide(cost: ClientRound, reason: str | None) -> None:
+            if reason is not None:
+                self.states.drop(f"clients/{cost.client_id}")
+                self.states.drop(f"moments/{cost.client_id}")
+            report(replace(cost, refused=reason))
+
+        def arrivals() -> Iterator[Arrival]:
+            nonlocal asked
+            for each in replies:
+                asked += 1
+                message = self.method.broadcast(self.server, each.client_id)
+                data, sent = encoded(each.upload), size_of(message)
+                cost = ClientRound(each.client_id, len(data), sent, each.seconds, each.metrics)
+                forms = forms_of(each.client_id, message)
+                yield Arrival(each.client_id, each.upload, data, forms, partial(decide, cost))
+
+        after = take_in(self.method, self.server, arrivals(), gate, self.states)
+        if not asked:  # a round without a cohort is a round too
+            after = self.method.aggregate(self.server, ())
+        if after is not None:
+            self.states.put("server", after)
+        return after is not None
 
 
 def run_round(
@@ -65,44 +146,11 @@ def run_round(
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
 
     `groups` are the clients whose orders are carried out together; all ids come sorted. Replies
-    are streamed in that order, so only one group's states are in memory. A client whose upload the
-    gate refuses keeps the state that it had. False if all are refused: the server's state stays.
+    are streamed in that order, so only one group's states are in memory. See `Exchange.take_in`.
     """
-    server = server_of(method, start, states)
-    asked = 0
-    size_of, forms_of = _Sizes(), Rehearsals(method, start)
-
-    def decide(cost: ClientRound, reason: str | None) -> None:
-        if reason is not None:
-            states.drop(f"clients/{cost.client_id}")
-            states.drop(f"moments/{cost.client_id}")
-        report(replace(cost, refused=reason))
-
-    def arrivals() -> Iterator[Arrival]:
-        nonlocal asked
-        for group in groups:
-            asked += len(group)
-            began = time.monotonic()
-            messages = {each: method.broadcast(server, each) for each in group}
-            steps = {
-                each: method.local(client_of(method, start, states, each), message)
-                for each, message in messages.items()
-            }
-            ends = drive_all(steps, carry_out)
-            seconds = (time.monotonic() - began) / max(len(group), 1)
-            for client_id, (after, upload) in ends.items():
-                states.put(f"clients/{client_id}", after)
-                data, message = encoded(upload), messages[client_id]
-                cost = ClientRound(client_id, len(data), size_of(message), seconds)
-                forms = forms_of(client_id, message)
-                yield Arrival(client_id, upload, data, forms, partial(decide, cost))
-
-    after = take_in(method, server, arrivals(), gate, states)
-    if not asked:  # a round without a cohort is a round too
-        after = method.aggregate(server, ())
-    if after is not None:
-        states.put("server", after)
-    return after is not None
+    exchange = Exchange.of(method, start, states)
+    replies = (reply for group in groups for reply in exchange.train(group, carry_out))
+    return exchange.take_in(replies, report, gate)
 
 
 def servings(

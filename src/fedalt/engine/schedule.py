@@ -1,10 +1,12 @@
 """A run from its first round to its tables' numbers: rounds, validation, and test at the end."""
 
+import json
 import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from statistics import fmean
 from typing import Final, Literal, Protocol
 
@@ -13,9 +15,13 @@ import torch
 from fedalt import tree as trees
 from fedalt.adapters.start import Start
 from fedalt.data.examples import Example
+from fedalt.engine.crew import Alone, Crew, Score, Scored, Train
+from fedalt.engine.crew import Column as Column
+from fedalt.engine.crew import HeldOut as HeldOut
+from fedalt.engine.crew import Line as Line
 from fedalt.engine.firewall import Firewall
 from fedalt.engine.gate import Gate
-from fedalt.engine.in_process import ClientRound, States, run_round, servings
+from fedalt.engine.in_process import ClientRound, Exchange, Reply, States, servings
 from fedalt.engine.learner import Learner
 from fedalt.engine.robust import Robust
 from fedalt.engine.telling import mixer_facts, telling
@@ -23,10 +29,6 @@ from fedalt.methods.contract import AnyMethod, Serving
 from fedalt.seeds import generator
 from fedalt.training.group import Trained
 from fedalt.training.orders import Moments, Order
-
-Column = Literal["own", "shared", "local"]
-HeldOut = Literal["validation", "test"]
-Line = Mapping[str, object]
 
 WATCHED: Final = 8  # examples of each client on which a mixer's weights are looked at
 
@@ -138,7 +140,7 @@ class Journal(Protocol):
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run needs; `start` draws what clients begin with."""
+    """All that a run needs; `start` draws what clients begin with, `crew` does what is to do."""
 
     arms: Sequence[Arm]
     clients: Sequence[str]
@@ -148,6 +150,7 @@ class Run:
     journal: Journal
     hear: Callable[[Event], None]
     firewall: Firewall
+    crew: Crew = field(default_factory=Alone)
 
     def to_the_end(self) -> Progress:
         """Go on from where the journal stands until the test data is scored."""
@@ -191,31 +194,16 @@ class Run:
         return progress
 
     def _train(self, arm: Arm, round_: int, cohort: Sequence[str]) -> None:
-        states = self.journal.states(arm.column, round_)
-        trained: dict[str, list[Trained]] = {}
-
-        def on_step(client_id: str, done: int, of: int, loss: float) -> None:
-            self.hear(Event("train", round_, arm.column, client_id, done, of, loss))
-
-        together = self.learner.carry_out(round_, states, on_step)
-
-        def carry_out(orders: Sequence[tuple[str, int, Order]]) -> list[object]:
-            found = together(orders)
-            for (client_id, _, _), (_, cost) in zip(orders, found, strict=True):
-                if cost is not None:
-                    numbers = replace(cost, tree={}, moments=Moments())  # of a whole cohort
-                    trained.setdefault(client_id, []).append(numbers)
-            return [answer for answer, _ in found]
+        exchange = self._exchange(arm, round_)
 
         def report(cost: ClientRound) -> None:
-            fits = trained.pop(cost.client_id, [])
             self.journal.record(
                 {
                     "kind": "train",
                     "round": round_,
                     "client": cost.client_id,
                     "column": arm.column,
-                    "metrics": training_metrics(fits),
+                    "metrics": cost.metrics,
                     "upload_bytes": cost.upload_bytes,
                     "download_bytes": cost.download_bytes,
                     "seconds": cost.seconds,
@@ -229,8 +217,12 @@ class Run:
             self.hear(Event("refuse", round_, arm.column, client_id, 1, 1, reason=reason))
 
         gate = Gate(self.firewall, self.schedule.robust, self.schedule.trim)
-        groups = self.learner.groups(cohort)
-        if not run_round(arm.method, self.start, states, groups, carry_out, report, gate):
+        replies = self.crew.share(
+            Train(arm.column, round_),
+            self.learner.groups(cohort),
+            self._trains(exchange, arm, round_),
+        )
+        if not exchange.take_in(chain.from_iterable(replies), report, gate):
             refuse("", "every upload was refused: the server's state stays as it was")
 
     def score(
@@ -247,39 +239,101 @@ class Run:
         None where no client has data. `whole` also scores the shared part and generated texts,
         which is what takes long. `show` gets lines of each client's best and worst examples.
         """
-        states = self.journal.states(arm.column, round_ + 1)
         losses = []
         what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
+        job = Score(arm.column, round_, split, whole, show is not None)
+        groups = (
+            [client_id for client_id, _ in group]
+            for group in self.learner.scored(self.clients, split)
+        )
+        for scored in chain.from_iterable(self.crew.share(job, groups, self._scores(arm, job))):
+            losses.append(scored.loss)
+            for line in scored.lines:
+                self.journal.record(json.loads(line))
+            if show is not None:
+                for line in scored.examples:
+                    show(json.loads(line))
+            at = self.clients.index(scored.client_id) + 1
+            self.hear(Event(what, round_, arm.column, scored.client_id, at, len(self.clients)))
+        return fmean(losses) if losses else None
+
+    def work(self, job: Train | Score) -> Callable[[Sequence[str]], Sequence[Reply | Scored]]:
+        """Does a job for any group of clients, in whichever process."""
+        (arm,) = (each for each in self.arms if each.column == job.column)
+        match job:
+            case Train():
+                return self._trains(self._exchange(arm, job.round), arm, job.round)
+            case Score():
+                return self._scores(arm, job)
+
+    def _exchange(self, arm: Arm, round_: int) -> Exchange:
+        return Exchange.of(arm.method, self.start, self.journal.states(arm.column, round_))
+
+    def _trains(
+        self, exchange: Exchange, arm: Arm, round_: int
+    ) -> Callable[[Sequence[str]], list[Reply]]:
+        """Trains the clients of a group."""
+
+        def on_step(client_id: str, done: int, of: int, loss: float) -> None:
+            self.hear(Event("train", round_, arm.column, client_id, done, of, loss))
+
+        together = self.learner.carry_out(round_, exchange.states, on_step)
+
+        def train(group: Sequence[str]) -> list[Reply]:
+            trained: dict[str, list[Trained]] = {}
+
+            def carry_out(orders: Sequence[tuple[str, int, Order]]) -> list[object]:
+                found = together(orders)
+                for (client_id, _, _), (_, cost) in zip(orders, found, strict=True):
+                    if cost is not None:
+                        numbers = replace(cost, tree={}, moments=Moments())  # of a whole group
+                        trained.setdefault(client_id, []).append(numbers)
+                return [answer for answer, _ in found]
+
+            return [
+                replace(reply, metrics=training_metrics(trained.get(reply.client_id, [])))
+                for reply in exchange.train(group, carry_out)
+            ]
+
+        return train
+
+    def _scores(self, arm: Arm, job: Score) -> Callable[[Sequence[str]], list[Scored]]:
+        """Scores the clients of a group."""
+        states = self.journal.states(arm.column, job.round + 1)
+        carry_out = self.learner.deploying(job.round)
         watch = WATCHED if arm.column == "own" else 0
-        for group in self.learner.scored(self.clients, split):
-            carry_out = self.learner.deploying(round_)
+
+        def score(clients: Sequence[str]) -> list[Scored]:
+            group = [(each, self.learner.task.examples(each, job.split)) for each in clients]
             served = [
                 servings(arm.method, self.start, states, client_id, carry_out)
-                for client_id, _ in group
+                for client_id in clients
             ]
             asked = [(own, each) for (own, _), (_, each) in zip(served, group, strict=True)]
-            scores = self.learner.score(asked, generate=whole, watch=watch)
-            shared = self._shared(served, group) if whole else {}
-            for (client_id, examples), (own, _), found in zip(group, served, scores, strict=True):
-                metrics: dict[str, Mapping[str, float]] = {arm.column: found.metrics}
+            scores = self.learner.score(asked, generate=job.whole, watch=watch)
+            shared = self._shared(served, group) if job.whole else {}
+            found = []
+            for (client_id, examples), (own, _), each in zip(group, served, scores, strict=True):
+                metrics: dict[str, Mapping[str, float]] = {arm.column: each.metrics}
                 if client_id in shared:
-                    metrics["shared"] = shared[client_id] or found.metrics
-                losses.append(found.metrics["loss"])
-                about = {"split": split, "round": round_, "client": client_id}
-                for column in metrics:
-                    self.journal.record(
-                        {"kind": "score", **about, "column": column, "metrics": metrics[column]}
-                    )
-                if found.weighing is not None:
+                    metrics["shared"] = shared[client_id] or each.metrics
+                about = {"split": job.split, "round": job.round, "client": client_id}
+                lines: list[Line] = [
+                    {"kind": "score", **about, "column": column, "metrics": metrics[column]}
+                    for column in metrics
+                ]
+                if each.weighing is not None:
                     line = {"kind": "mixer", **about, "column": arm.column}
-                    self.journal.record({**line, **mixer_facts(found.weighing)})
-                if show is not None:
-                    line = {"client": client_id, "column": arm.column, "round": round_}
-                    for told in telling(self.learner.base, own, examples, found):
-                        show({**line, **told})
-                at = self.clients.index(client_id) + 1
-                self.hear(Event(what, round_, arm.column, client_id, at, len(self.clients)))
-        return fmean(losses) if losses else None
+                    lines.append({**line, **mixer_facts(each.weighing)})
+                told: list[Line] = []
+                if job.show:
+                    line = {"client": client_id, "column": arm.column, "round": job.round}
+                    examples_told = telling(self.learner.base, own, examples, each)
+                    told = [{**line, **example} for example in examples_told]
+                found.append(Scored.of(client_id, each.metrics["loss"], lines, told))
+            return found
+
+        return score
 
     def _shared(
         self,

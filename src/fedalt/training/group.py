@@ -36,7 +36,8 @@ class Training:
     The learning rate falls linearly to 0 within a round. `carry_optimizer` keeps AdamW's moments
     from round to round, which is a different algorithm from the published ones. `pass_tokens` is
     about how many tokens of several clients go through the model at once, where they can: None for
-    what suits the device. It changes rounding and speed alone.
+    what suits the device. It changes rounding and speed alone. `processes` share the clients of a
+    round: one for each GPU, or each with its part of a CPU's cores.
     """
 
     lr: float = 3e-4
@@ -47,11 +48,12 @@ class Training:
     carry_optimizer: bool = False
     pass_tokens: int | None = None
     gradient_checkpointing: bool = False
+    processes: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("local_epochs", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is at least {least}")
+        for name in ("batch_size", "local_epochs", "processes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
         if self.pass_tokens is not None and self.pass_tokens < 1:
             raise ValueError(f"pass_tokens={self.pass_tokens}, but it is at least 1")
         for name in ("lr", "clip"):

@@ -1,0 +1,372 @@
+"""One run in several processes of this machine: started, spoken to and ended by the first.
+
+They speak through torch.distributed with its gloo backend, on the loopback interface. Messages are
+the codec's bytes, each behind its length. Only the first process writes the record and the server's
+state; the others read the folder and write the states of the clients that they train.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import Any, Final, NoReturn, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+from fedalt.codec import decode, encode
+from fedalt.engine.crew import Alone, Crew, Job, Score, Scored, Train
+from fedalt.engine.in_process import Reply
+from fedalt.engine.schedule import Event
+from fedalt.training.group import TrainingError
+
+T = TypeVar("T")
+Work = Callable[[Job], Callable[[Sequence[str]], Sequence[Reply | Scored]]]
+Hear = Callable[[Event], None]
+
+_LOOPBACK: Final = "127.0.0.1"
+_FOREVER: Final = timedelta(days=365)  # whether the others live is seen by other means
+_LOOK: Final = 0.2  # seconds between two looks at them
+_LAST_WORDS: Final = 10  # seconds that a process may take to end after its connections have
+_AHEAD: Final = 2  # groups that a process has been given: the one it works on, and the next
+
+
+class ProcessError(ValueError):
+    """Processes that cannot be had, or one that failed or ended before its work was done."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process it is of how many, and the port at which the first one waits.
+
+    `cuda` tells GPUs from CPU cores, of which each process uses `threads`.
+    """
+
+    process: int
+    of: int
+    port: int
+    cuda: bool
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A group of clients, and what to do for them."""
+
+    job: Train | Score
+    group: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What came of a group, and the signs of life on the way."""
+
+    done: tuple[Reply | Scored, ...]
+    heard: tuple[Event, ...]
+
+
+@contextmanager
+def crew(path: Path, processes: int, device: torch.device, lock: int, hear: Hear) -> Iterator[Crew]:
+    """So many processes for the run in a folder, this one among them; they end with the block.
+
+    `lock` is the descriptor that holds the folder's lock: it is held until the last one has ended.
+    Raises ProcessError for one that fails, TrainingError for training that does.
+    """
+    if processes == 1:
+        yield Alone()
+        return
+    if dist.is_initialized():
+        raise ProcessError(
+            f"[training] processes={processes}: torch.distributed is in use in this process"
+        )
+    with ExitStack() as open_:
+        store = _store()
+        threads = max(1, torch.get_num_threads() // processes)
+        place = Place(0, processes, store.port, device.type == "cuda", threads)
+        open_.enter_context(_computing(place))
+        others = open_.enter_context(_started(path, place, lock))
+        leader = _Leader(store, others, hear)
+        leader.wait_until_ready()
+        open_.enter_context(_connected(place, store, leader.attend))
+        yield leader
+
+
+def serve(place: Place, load: Callable[[Hear], Work]) -> NoReturn:
+    """What every process but the first does: `load` the run, and work until the first one ends it.
+
+    The reason of a failure goes to the first process.
+    """
+    store = _store(place.port)
+    heard: list[Event] = []
+    try:
+        with _computing(place):
+            work = load(heard.append)
+            store.set(_ready(place.process), "")
+            with _connected(place, store, lambda act: act()):
+                _work(work, heard)
+    except Exception as error:
+        store.set(_failed(place.process), json.dumps(_told(error)))
+        raise SystemExit(1) from error
+
+
+def end_with_parent() -> None:
+    """End this process as soon as the one that started it has ended, however that happened.
+
+    Its standard input is a pipe whose other end only that process holds.
+    """
+
+    def watch() -> None:
+        os.read(0, 1)  # nothing is ever written; the stream object could not be left in the middle
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
+
+
+@dataclass(frozen=True)
+class _Leader:
+    """The first process as it speaks to the others."""
+
+    store: TCPStore
+    others: Mapping[int, subprocess.Popen[bytes]]
+    hear: Hear
+
+    def share(
+        self,
+        job: Job,
+        groups: Iterable[Sequence[str]],
+        do: Callable[[Sequence[str]], Sequence[T]],
+    ) -> Iterator[Sequence[T]]:
+        """Groups go round robin, the first to this process; see `Crew`."""
+        of = len(self.others) + 1
+        coming = enumerate(groups)
+        given: deque[tuple[int, Sequence[str], list[dist.Work]]] = deque()
+
+        def give() -> None:
+            while len(given) < of * _AHEAD and (one := next(coming, None)):
+                at, group = one
+                sent = _post(_Call(job, tuple(group)), at % of) if at % of else []
+                given.append((at % of, group, sent))
+
+        give()
+        while given:
+            process, group, sent = given.popleft()
+            if process:
+                answer = self.attend(partial(_receive, _Answer, process))
+                _wait(sent)
+                for event in answer.heard:
+                    self.hear(event)
+                done = cast(Sequence[T], answer.done)  # the job says which it is
+            else:
+                done = do(group)
+            give()
+            yield done
+
+    def wait_until_ready(self) -> None:
+        """Until every other process has loaded the run."""
+        while not self.store.check([_ready(each) for each in self.others]):
+            self._require_alive()
+            time.sleep(_LOOK / 4)
+
+    def attend(self, act: Callable[[], T]) -> T:
+        """Something that depends on the others, given up as soon as one of them has failed.
+
+        Whoever presses Ctrl-C is heard, too: torch does not listen while it waits.
+        """
+        found: list[T] = []
+        errors: list[Exception] = []
+
+        def run() -> None:
+            try:
+                found.append(act())
+            except Exception as error:  # told below, by the thread that asked
+                errors.append(error)
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_LOOK)
+            self._require_alive()
+        if errors:
+            until = time.monotonic() + _LAST_WORDS
+            while time.monotonic() < until:  # a connection ends a moment before its process
+                self._require_alive()
+                time.sleep(_LOOK / 4)
+            raise errors[0]
+        return found[0]
+
+    def _require_alive(self) -> None:
+        """Raise what has ended one of the others, if something has."""
+        for process, other in self.others.items():
+            code = other.poll()
+            if code is None:
+                continue
+            who = f"process {process} of 0 to {len(self.others)}"
+            if self.store.check([_failed(process)]):
+                raise _error_of(who, json.loads(self.store.get(_failed(process))))
+            how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with {code}"
+            raise ProcessError(f"{who} (pid {other.pid}) {how} before its work was done")
+
+
+def _work(work: Work, heard: list[Event]) -> NoReturn:
+    """Do what the first process asks for; an answer is on its way while the next group is done."""
+    sent: list[dist.Work] = []
+    now: tuple[Job, Callable[[Sequence[str]], Sequence[Reply | Scored]]] | None = None
+    while True:
+        call = _receive(_Call, 0)
+        if now is None or now[0] != call.job:
+            now = call.job, work(call.job)
+        heard.clear()
+        done = now[1](call.group)
+        _wait(sent)
+        sent = _post(_Answer(tuple(done), tuple(heard)), 0)
+
+
+def _post(message: _Call | _Answer, to: int) -> list[dist.Work]:
+    """Send a message behind its length; it has to be waited for."""
+    data = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
+    parts = torch.tensor([len(data)]), data
+    return [cast(dist.Work, dist.isend(part, to)) for part in parts]
+
+
+def _receive(cls: type[T], of: int) -> T:
+    size = torch.zeros(1, dtype=torch.int64)
+    dist.recv(size, of)
+    data = torch.empty(int(size), dtype=torch.uint8)
+    dist.recv(data, of)
+    return decode(cls, data.numpy().tobytes())
+
+
+def _wait(sent: Iterable[dist.Work]) -> None:
+    for each in sent:
+        each.wait()
+
+
+def _store(port: int | None = None) -> TCPStore:
+    """Where the processes find each other: a new one here, or that of the first process."""
+    if port is not None:
+        return TCPStore(_LOOPBACK, port, is_master=False, timeout=_FOREVER)
+    with socket.socket() as listening:  # by itself it would listen on every interface
+        listening.bind((_LOOPBACK, 0))
+        listening.listen()
+        port = listening.getsockname()[1]
+        return TCPStore(
+            _LOOPBACK,
+            port,
+            is_master=True,
+            timeout=_FOREVER,
+            wait_for_workers=False,
+            master_listen_fd=listening.detach(),
+        )
+
+
+@contextmanager
+def _connected(
+    place: Place, store: TCPStore, attend: Callable[[Callable[[], Any]], Any]
+) -> Iterator[None]:
+    """Within it all processes can be sent to and received from."""
+    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
+    with _environment({"GLOO_SOCKET_IFNAME": names[0]}):  # gloo cannot be told in another way
+        attend(
+            lambda: dist.init_process_group(
+                "gloo", store=store, rank=place.process, world_size=place.of, timeout=_FOREVER
+            )
+        )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _computing(place: Place) -> Iterator[None]:
+    """Compute on this process's own GPU, or with its own share of the CPU's cores."""
+    if place.cuda:
+        torch.cuda.set_device(place.process)
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(place.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _started(path: Path, first: Place, lock: int) -> Iterator[dict[int, subprocess.Popen[bytes]]]:
+    """The other processes, which end with this block at the latest."""
+    others: dict[int, subprocess.Popen[bytes]] = {}
+    try:
+        for process in range(1, first.of):
+            place = json.dumps({**asdict(first), "process": process})
+            # Without -P the current folder would come before all installed packages.
+            others[process] = subprocess.Popen(  # noqa: S603 - our own program
+                [sys.executable, "-P", "-m", "fedalt.cli.process", str(path), place],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(lock,),
+            )
+        yield others
+    finally:
+        for other in others.values():
+            other.kill()
+        for other in others.values():
+            other.wait()
+            if other.stdin is not None:
+                other.stdin.close()
+
+
+def _ready(process: int) -> str:
+    return f"ready/{process}"
+
+
+def _failed(process: int) -> str:
+    return f"failed/{process}"
+
+
+def _told(error: Exception) -> dict[str, str]:
+    """An error as the first process is told of it."""
+    match error:
+        case TrainingError():
+            kind = "training"
+        case ValueError() | OSError():
+            kind = "mistake"
+        case _:
+            kind = "fault"
+    text = str(error) if kind != "fault" else f"{type(error).__name__}: {error}"
+    return {"kind": kind, "text": text, "traceback": "".join(traceback.format_exception(error))}
+
+
+def _error_of(who: str, told: Mapping[str, str]) -> Exception:
+    """The error that ends a run because of one in another process."""
+    kinds = {"training": TrainingError, "mistake": ProcessError, "fault": RuntimeError}
+    error: Exception = kinds[told["kind"]](f"{who}: {told['text']}")
+    error.add_note(told["traceback"])
+    return error

@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo demo-seeds test lint bench docs clean
+.PHONY: setup demo demo-seeds test test-long lint bench docs clean
 
 setup: .venv/installed
 
@@ -24,7 +24,10 @@ demo-seeds: setup ## the same over three seeds
 
 # Two at a time, a thread each: many tests start processes and wait for them.
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+test-long: setup ## what takes too long for every change: more of the same, with real processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long
 
 lint: setup
 	$(BIN)/ruff check .

@@ -193,6 +193,7 @@ def test_every_command_of_the_readme_runs_in_its_order(here, capsys, monkeypatch
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_comparison_of_the_documents_runs(here, capsys):
     text = (DOCS / "comparing.md").read_text()
     (block,) = blocks_of(text, "toml")

@@ -224,7 +224,7 @@ class Killed(BaseException):
     """What a kill is to the code that it hits."""
 
 
-@pytest.mark.parametrize("at", range(3, 60, 7))
+@pytest.mark.parametrize("at", range(3, 60, 14))
 def test_killed_at_any_write_it_goes_on_with_the_same_bits(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:

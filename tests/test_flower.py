@@ -96,6 +96,7 @@ SEEN = {
 }
 
 
+@pytest.mark.long
 def test_nobody_else_is_let_in(machines: Machines) -> None:
     machines.start("server")
     machines.wait_for(lambda: "listening" in machines.said("server"), "the server")
@@ -109,6 +110,7 @@ def test_nobody_else_is_let_in(machines: Machines) -> None:
     assert machines.processes() == []
 
 
+@pytest.mark.long
 def test_without_encryption_keys_still_count_and_it_is_said_loudly(
     tmp_path: Path, model: Path
 ) -> None:

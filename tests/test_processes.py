@@ -88,7 +88,7 @@ def test_two_processes_have_the_numbers_of_one(places, straight, tmp_path, metho
     assert not psutil.Process().children()
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_process_ends_the_run_which_goes_on(places, straight, tmp_path, capfd):
     prepared, run = run_of(places, processes=2, carry_optimizer=True), tmp_path / "run"
 
@@ -104,7 +104,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(places, straight, tmp_path,
     assert "error" not in capfd.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_processes_were_all_killed_goes_on_with_one(places, straight, tmp_path):
     file, run = tmp_path / "settings.toml", tmp_path / "run"
     settings = run_of(places, processes=2, carry_optimizer=True).parts.settings
@@ -127,7 +127,7 @@ def test_a_run_whose_processes_were_all_killed_goes_on_with_one(places, straight
     assert_same(run, straight("fedalt"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_training_that_fails_in_another_process_is_told_with_its_client(places, tmp_path):
     data = write_clients(tmp_path / "data", ["a"], count=4)  # one step, which does no harm yet
     write_clients(data, ["b"])

@@ -50,6 +50,7 @@ def test_simulated_it_has_the_numbers_of_one_process(tmp_path: Path) -> None:
             torch.testing.assert_close(mine.individual[name], tensor, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.long
 def test_it_does_not_go_on_without_a_dead_process(tmp_path: Path) -> None:
     _, command = a_run(tmp_path, rounds=500)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -180,7 +180,9 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
             )
 
     def flwr(*words: str) -> None:
-        subprocess.run(["flwr", *words], env=environment, check=True, capture_output=True)
+        done = subprocess.run(["flwr", *words], env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"flwr {words[0]}: {done.stdout}{done.stderr}")
 
     with watched() as most:
         try:
@@ -230,6 +232,7 @@ def main() -> None:
 
     rows: list[dict[str, Any]] = []
     experiment.TEXTS = {"train": 8, "test": 1}
+    os.environ["OMP_NUM_THREADS"] = "1"  # more processes than cores, in every variant
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", "5M")

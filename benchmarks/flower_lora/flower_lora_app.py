@@ -17,7 +17,8 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-server, client = ServerApp(), ClientApp()
+server = ServerApp()  # Flower looks for these two names without running the file
+client = ClientApp()
 
 
 def load_adapted(context: Context) -> Any:

@@ -18,6 +18,7 @@ from fedalt import tree as trees
 from fedalt.cli.progress import RoundLines
 from fedalt.codec import encode, write
 from fedalt.engine import robust
+from fedalt.engine.course import Arm, Event
 from fedalt.engine.firewall import (
     Firewall,
     Refused,
@@ -31,7 +32,6 @@ from fedalt.engine.gate import Gate
 from fedalt.engine.in_process import client_of, drive, server_of
 from fedalt.engine.rehearsal import rehearse
 from fedalt.engine.robust import centre, cut_of
-from fedalt.engine.schedule import Arm, Event
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedit import FedIT

@@ -30,6 +30,7 @@ FLOORS = {
     "export": 6,
     "federation": 6,
     "flower": 6,
+    "gloo": 2,
     "membership": 6,
     "prepare": 6,
     "processes": 6,

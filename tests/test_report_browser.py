@@ -9,7 +9,7 @@ from report_records import write_examples as examples_into
 from runs_for_tests import save_model, settings_for, write_clients
 
 from fedalt.comparison import Entry, jobs_of
-from fedalt.engine.schedule import Event
+from fedalt.engine.course import Event
 from fedalt.prepare import prepare
 from fedalt.report.compared_page import comparison_page
 from fedalt.report.comparison import collect, write_results

@@ -11,7 +11,7 @@ import torch
 from federation import START
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 
-from fedalt.engine.schedule import Event
+from fedalt.engine.course import Event
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.prepare import prepare

@@ -17,7 +17,8 @@ from commands import call
 from runs_for_tests import settings_for
 
 from fedalt.prepare import prepare
-from fedalt.report.live import Reading, follow, live_of, sparkline
+from fedalt.report.live import Reading, follow, live_of
+from fedalt.report.live_drawing import sparkline
 from fedalt.runs import start_run
 from fedalt.store import open_run
 

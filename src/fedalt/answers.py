@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.data.prompts import Template, encode_prompt
-from fedalt.engine.schedule import Column
+from fedalt.engine.course import Column
 from fedalt.evaluation import Scoring, generate
 from fedalt.methods.contract import Serving
 from fedalt.models import Base

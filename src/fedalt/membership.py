@@ -4,8 +4,8 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+from fedalt.engine.course import Line
 from fedalt.engine.in_process import client_of, drive, server_of
-from fedalt.engine.schedule import Line
 from fedalt.prepare import Prepared, facts_of, prepare
 from fedalt.runs import learner_of, require_client, score_clients
 from fedalt.settings import method_name, read_settings

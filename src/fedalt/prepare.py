@@ -23,7 +23,7 @@ from fedalt.data.records import (
     Turn,
 )
 from fedalt.data.task import Task
-from fedalt.engine.schedule import Arm
+from fedalt.engine.course import Arm
 from fedalt.methods.local import LocalOnly
 from fedalt.models import Base, load_base
 from fedalt.settings import Settings, SettingsError, lora_of, method_name, settings_of_method

@@ -8,7 +8,6 @@ state; the others read the folder and write the states of the clients that they 
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,28 +16,25 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from threading import Thread
-from typing import Any, Final, NoReturn, TypeVar, cast
+from typing import Final, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-from fedalt.codec import decode, encode
+from fedalt.engine.course import Event
 from fedalt.engine.crew import Alone, Crew, Job, Score, Scored, Train
 from fedalt.engine.in_process import Reply
-from fedalt.engine.schedule import Event
+from fedalt.gloo import Place, computing, connected, meeting, post, receive, wait
 from fedalt.training.group import TrainingError
 
 T = TypeVar("T")
 Work = Callable[[Job], Callable[[Sequence[str]], Sequence[Reply | Scored]]]
 Hear = Callable[[Event], None]
 
-_LOOPBACK: Final = "127.0.0.1"
-_FOREVER: Final = timedelta(days=365)  # whether the others live is seen by other means
 _LOOK: Final = 0.2  # seconds between two looks at them
 _LAST_WORDS: Final = 10  # seconds that a process may take to end after its connections have
 _AHEAD: Final = 2  # groups that a process has been given: the one it works on, and the next
@@ -46,20 +42,6 @@ _AHEAD: Final = 2  # groups that a process has been given: the one it works on, 
 
 class ProcessError(ValueError):
     """Processes that cannot be had, or one that failed or ended before its work was done."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Which process it is of how many, and the port at which the first one waits.
-
-    `cuda` tells GPUs from CPU cores, of which each process uses `threads`.
-    """
-
-    process: int
-    of: int
-    port: int
-    cuda: bool
-    threads: int
 
 
 @dataclass(frozen=True)
@@ -93,14 +75,14 @@ def crew(path: Path, processes: int, device: torch.device, lock: int, hear: Hear
             f"[training] processes={processes}: torch.distributed is in use in this process"
         )
     with ExitStack() as open_:
-        store = _store()
+        store = meeting()
         threads = max(1, torch.get_num_threads() // processes)
         place = Place(0, processes, store.port, device.type == "cuda", threads)
-        open_.enter_context(_computing(place))
+        open_.enter_context(computing(place))
         others = open_.enter_context(_started(path, place, lock))
         leader = _Leader(store, others, hear)
         leader.wait_until_ready()
-        open_.enter_context(_connected(place, store, leader.attend))
+        open_.enter_context(connected(place, store, leader.attend))
         yield leader
 
 
@@ -109,13 +91,13 @@ def serve(place: Place, load: Callable[[Hear], Work]) -> NoReturn:
 
     The reason of a failure goes to the first process.
     """
-    store = _store(place.port)
+    store = meeting(place.port)
     heard: list[Event] = []
     try:
-        with _computing(place):
+        with computing(place):
             work = load(heard.append)
             store.set(_ready(place.process), "")
-            with _connected(place, store, lambda act: act()):
+            with connected(place, store, lambda act: act()):
                 _work(work, heard)
     except Exception as error:
         store.set(_failed(place.process), json.dumps(_told(error)))
@@ -157,15 +139,15 @@ class _Leader:
         def give() -> None:
             while len(given) < of * _AHEAD and (one := next(coming, None)):
                 at, group = one
-                sent = _post(_Call(job, tuple(group)), at % of) if at % of else []
+                sent = post(_Call(job, tuple(group)), at % of) if at % of else []
                 given.append((at % of, group, sent))
 
         give()
         while given:
             process, group, sent = given.popleft()
             if process:
-                answer = self.attend(partial(_receive, _Answer, process))
-                _wait(sent)
+                answer = self.attend(partial(receive, _Answer, process))
+                wait(sent)
                 for event in answer.heard:
                     self.hear(event)
                 done = cast(Sequence[T], answer.done)  # the job says which it is
@@ -225,98 +207,13 @@ def _work(work: Work, heard: list[Event]) -> NoReturn:
     sent: list[dist.Work] = []
     now: tuple[Job, Callable[[Sequence[str]], Sequence[Reply | Scored]]] | None = None
     while True:
-        call = _receive(_Call, 0)
+        call = receive(_Call, 0)
         if now is None or now[0] != call.job:
             now = call.job, work(call.job)
         heard.clear()
         done = now[1](call.group)
-        _wait(sent)
-        sent = _post(_Answer(tuple(done), tuple(heard)), 0)
-
-
-def _post(message: _Call | _Answer, to: int) -> list[dist.Work]:
-    """Send a message behind its length; it has to be waited for."""
-    data = torch.frombuffer(bytearray(encode(message)), dtype=torch.uint8)
-    parts = torch.tensor([len(data)]), data
-    return [cast(dist.Work, dist.isend(part, to)) for part in parts]
-
-
-def _receive(cls: type[T], of: int) -> T:
-    size = torch.zeros(1, dtype=torch.int64)
-    dist.recv(size, of)
-    data = torch.empty(int(size), dtype=torch.uint8)
-    dist.recv(data, of)
-    return decode(cls, data.numpy().tobytes())
-
-
-def _wait(sent: Iterable[dist.Work]) -> None:
-    for each in sent:
-        each.wait()
-
-
-def _store(port: int | None = None) -> TCPStore:
-    """Where the processes find each other: a new one here, or that of the first process."""
-    if port is not None:
-        return TCPStore(_LOOPBACK, port, is_master=False, timeout=_FOREVER)
-    with socket.socket() as listening:  # by itself it would listen on every interface
-        listening.bind((_LOOPBACK, 0))
-        listening.listen()
-        port = listening.getsockname()[1]
-        return TCPStore(
-            _LOOPBACK,
-            port,
-            is_master=True,
-            timeout=_FOREVER,
-            wait_for_workers=False,
-            master_listen_fd=listening.detach(),
-        )
-
-
-@contextmanager
-def _connected(
-    place: Place, store: TCPStore, attend: Callable[[Callable[[], Any]], Any]
-) -> Iterator[None]:
-    """Within it all processes can be sent to and received from."""
-    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    with _environment({"GLOO_SOCKET_IFNAME": names[0]}):  # gloo cannot be told in another way
-        attend(
-            lambda: dist.init_process_group(
-                "gloo", store=store, rank=place.process, world_size=place.of, timeout=_FOREVER
-            )
-        )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-@contextmanager
-def _computing(place: Place) -> Iterator[None]:
-    """Compute on this process's own GPU, or with its own share of the CPU's cores."""
-    if place.cuda:
-        torch.cuda.set_device(place.process)
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(place.threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+        wait(sent)
+        sent = post(_Answer(tuple(done), tuple(heard)), 0)
 
 
 @contextmanager

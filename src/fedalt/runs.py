@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, Protocol
 
+from fedalt.engine.course import Arm, Column, Event, HeldOut, Line, Progress
 from fedalt.engine.crew import Crew
 from fedalt.engine.in_process import servings
 from fedalt.engine.learner import Learner
-from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress, Run
+from fedalt.engine.schedule import Run
+from fedalt.gloo import Place
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.prepare import Parts, Prepared, facts_of, prepare
-from fedalt.processes import Place, Work, crew, serve
+from fedalt.processes import Work, crew, serve
 from fedalt.settings import Settings, read_settings, to_toml
 from fedalt.store import (
     FileStates,

@@ -13,8 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from fedalt.engine.course import Schedule
 from fedalt.engine.firewall import Firewall
-from fedalt.engine.schedule import Schedule
 from fedalt.evaluation import Scoring
 from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod

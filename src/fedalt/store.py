@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedalt.codec import atomic_write, fields_of, read, write
-from fedalt.engine.schedule import Line, Progress
+from fedalt.engine.course import Line, Progress
 from fedalt.methods.contract import Ledger, Message
 from fedalt.quarantine import quarantine
 from fedalt.record import (

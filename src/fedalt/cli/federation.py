@@ -13,6 +13,9 @@ from fedalt.cli.flags import Quiet
 from fedalt.cli.output import hush_libraries, note, show_run, warn
 
 app = typer.Typer(help="Make and look after a federation over machines.", no_args_is_help=True)
+Insecure = Annotated[
+    bool, typer.Option("--insecure", help="Without encryption; for trying things out.")
+]
 Config = Annotated[Path, typer.Option("--config", help="The server's federation.toml.")]
 
 
@@ -81,9 +84,7 @@ def revoke(
 
 def server(
     config: Config = Path("federation.toml"),
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Without encryption; for trying things out.")
-    ] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Run a federation's server to its end, and go on where it was."""
     hush_libraries()
@@ -92,8 +93,7 @@ def server(
     from fedalt.flower.supervise import supervise
 
     found = read_server_config(config, insecure=insecure)
-    if found.place.insecure:
-        warn(["--insecure: whoever is on the network can read and change every message"])
+    _warn_of(insecure=found.place.insecure)
     if len(found.terms.clients) < found.place.warn_below:
         count = len(found.terms.clients)
         warn(
@@ -109,9 +109,7 @@ def client(
     config: Annotated[Path, typer.Option("--config", help="The client's client.toml.")] = Path(
         "client.toml"
     ),
-    insecure: Annotated[
-        bool, typer.Option("--insecure", help="Without encryption; for trying things out.")
-    ] = False,
+    insecure: Insecure = False,
 ) -> None:
     """Take part in a federation to its end, and go on where it was."""
     hush_libraries()
@@ -120,8 +118,7 @@ def client(
     from fedalt.flower.config import read_client_config
 
     found = read_client_config(config, insecure=insecure)
-    if found.place.insecure:
-        warn(["--insecure: whoever is on the network can read and change every message"])
+    _warn_of(insecure=found.place.insecure)
     _until_stopped(lambda: attend(found, _say))
 
 
@@ -164,6 +161,11 @@ def simulate(
             show_run(out, quiet=quiet)
         case _:
             raise SettingsError(f"--engine {engine!r}: expected 'flower' or 'in_process'")
+
+
+def _warn_of(*, insecure: bool) -> None:
+    if insecure:
+        warn(["--insecure: whoever is on the network can read and change every message"])
 
 
 def _until_stopped(work: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedalt.engine.schedule import Line
+    from fedalt.engine.course import Line
     from fedalt.report.table import Table
 
 WIDTH = 120  # where there is no terminal to ask

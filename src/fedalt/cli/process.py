@@ -12,7 +12,8 @@ def main() -> None:
     """Take part in the run of a folder; both arguments come from `fedalt.processes`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the first process, which ends us
     hush_libraries()
-    from fedalt.processes import Place, end_with_parent
+    from fedalt.gloo import Place
+    from fedalt.processes import end_with_parent
     from fedalt.runs import take_part
 
     end_with_parent()

@@ -18,9 +18,9 @@ from rich.progress import (
 from rich.table import Column
 
 from fedalt.cli.output import console, note
-from fedalt.engine.schedule import Event, Line
+from fedalt.engine.course import Event, Line
 from fedalt.prepare import Prepared
-from fedalt.report.live import shown_time
+from fedalt.report.live_drawing import shown_time
 from fedalt.runs import Nobody, Watcher
 
 

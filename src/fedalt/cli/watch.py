@@ -74,7 +74,8 @@ def _frame(path: Path, runs: "Sequence[Live]", rows: int, hint: str = "") -> "Re
     from rich.console import Group
     from rich.text import Text
 
-    from fedalt.report.live import draw_comparison, draw_run, is_comparison
+    from fedalt.report.live import is_comparison
+    from fedalt.report.live_drawing import draw_comparison, draw_run
 
     if is_comparison(path, [run.path for run in runs]):
         drawn = draw_comparison(path, runs)

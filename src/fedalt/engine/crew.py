@@ -1,13 +1,12 @@
 """Who does the work of a run: groups of clients to train and to score, shared out in order."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-Column = Literal["own", "shared", "local"]
-HeldOut = Literal["validation", "test"]
-Line = Mapping[str, object]
+from fedalt.engine.course import Column, HeldOut, Line
+
 T = TypeVar("T")
 
 

@@ -8,134 +8,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from statistics import fmean
-from typing import Final, Literal, Protocol
-
-import torch
+from typing import Final, Literal
 
 from fedalt import tree as trees
 from fedalt.adapters.start import Start
 from fedalt.data.examples import Example
+from fedalt.engine.course import Arm, Event, HeldOut, Journal, Line, Progress, Schedule
 from fedalt.engine.crew import Alone, Crew, Score, Scored, Train
-from fedalt.engine.crew import Column as Column
-from fedalt.engine.crew import HeldOut as HeldOut
-from fedalt.engine.crew import Line as Line
 from fedalt.engine.firewall import Firewall
 from fedalt.engine.gate import Gate
-from fedalt.engine.in_process import ClientRound, Exchange, Reply, States, servings
+from fedalt.engine.in_process import ClientRound, Exchange, Reply, servings
 from fedalt.engine.learner import Learner
-from fedalt.engine.robust import Robust
 from fedalt.engine.telling import mixer_facts, telling
-from fedalt.methods.contract import AnyMethod, Serving
-from fedalt.seeds import generator
+from fedalt.methods.contract import Serving
 from fedalt.training.group import Trained
 from fedalt.training.orders import Moments, Order
 
 WATCHED: Final = 8  # examples of each client on which a mixer's weights are looked at
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long a run lasts and who takes part.
-
-    `participation` in (0, 1]: the share of the clients in a round's cohort, drawn anew each round.
-    Validation data is scored every `evaluate_every` rounds and after the last one; with
-    `select="best"` the round with the lowest mean validation loss is the one that is tested.
-    Without `test` the test data are never read. `robust` takes the place of a method's weighted
-    mean: the coordinate-wise median of the uploads, or their mean without the share `trim` in
-    [0, 0.5) of the least and of the greatest.
-    """
-
-    rounds: int = 20
-    participation: float = 1.0
-    evaluate_every: int = 1
-    select: Literal["best", "last"] = "best"
-    test: bool = True
-    robust: Robust | None = None
-    trim: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
-        if not 0 < self.participation <= 1:
-            raise ValueError(f"participation={self.participation}, but it is above 0 and at most 1")
-        if not 0 <= self.trim < 0.5:
-            raise ValueError(f"trim={self.trim}, but it is at least 0 and below 0.5")
-
-    def cohort(self, clients: Sequence[str], round_: int, seed: int) -> list[str]:
-        """The clients of a round, sorted; the same for every method."""
-        size = max(1, round(self.participation * len(clients)))
-        stream = generator(seed, "cohort", round_)
-        chosen = torch.randperm(len(clients), generator=stream)[:size].tolist()
-        return sorted(clients[index] for index in chosen)
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One method of a run: the one asked for ("own"), or the yardstick beside it ("local")."""
-
-    column: Column
-    method: AnyMethod
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a run is: what a crash may not lose.
-
-    `best` holds for each arm's column the best round so far and its mean validation loss.
-    """
-
-    rounds_done: int = 0
-    best: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    tested: bool = False
-
-    def chosen(self, column: str, select: str) -> int:
-        """The round that an arm is tested at."""
-        if select == "best" and column in self.best:
-            return self.best[column][0]
-        return self.rounds_done - 1
-
-
-@dataclass(frozen=True)
-class Event:
-    """A sign of life for whoever watches: `done` of `of` steps, clients or scorings.
-
-    After "refuse" the `reason` says why an upload does not count; without a client, why no round
-    has happened.
-    """
-
-    what: Literal["train", "validate", "test", "refuse"]
-    round: int
-    column: str
-    client_id: str
-    done: int
-    of: int
-    loss: float | None = None
-    reason: str = ""
-
-
-class Journal(Protocol):
-    """What a run writes down, and where it finds its states again."""
-
-    def progress(self) -> Progress:
-        """How far the run is."""
-        ...
-
-    def states(self, column: str, round_: int) -> States:
-        """An arm's states: read as after round `round_` - 1, written for `round_`."""
-        ...
-
-    def record(self, line: Line) -> None:
-        """Add one line to the run's record."""
-        ...
-
-    def keep_examples(self, lines: Sequence[Line]) -> None:
-        """Keep a few tested examples, in place of those that were kept before."""
-        ...
-
-    def commit(self, progress: Progress) -> None:
-        """Make everything since the last commit count, at once."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -91,7 +92,7 @@ def embedded_by(group: Group, prompts: Sequence[Sequence[Ids]], batch_size: int)
         last = torch.tensor([len(ids) - 1 for ids in chosen])
         rows = iter(hidden[torch.arange(len(chosen)), last].float().cpu())
         for client, texts in batch:
-            found[client] |= zip(texts, rows, strict=False)
+            found[client] |= zip(texts, islice(rows, len(texts)), strict=True)
     return [torch.stack([each[at] for at in range(len(each))]) for each in found]
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain, count
+from itertools import accumulate, chain
 from statistics import fmean
 
 import torch
@@ -122,11 +122,11 @@ def _sums(
             whole = collate(answers, base.pad_id, device)
         clients = [at for at, each in enumerate(chosen) for text in each for _ in text.rows]
         wide = [text.tokens if pack else whole.ids.shape[1] for each in chosen for text in each]
-        starts = accumulate(wide, initial=0)
+        starts = accumulate(wide[:-1], initial=0)
         owners = [client for client, of_client in batch for _ in of_client]
         seen = [
             (client, range(start, start + len(text.answers[0].ids) - 1))
-            for client, text, start in zip(owners, chain(*chosen), starts, strict=False)
+            for client, text, start in zip(owners, chain(*chosen), starts, strict=True)
             if watched is not None and text.right and text.question < watched.examples
         ]
         with (
@@ -190,9 +190,10 @@ def classified(
         chosen = [(client, at) for client, texts in batch for at in texts]
         rows = [examples[client][at] for client, at in chosen]
         whole = collate([rows], group.base.pad_id, group.base.adapted.device)
+        starts = range(0, whole.ids.numel(), whole.ids.shape[1])
         seen = [
             (client, range(start, start + len(examples[client][at].ids)))
-            for (client, at), start in zip(chosen, count(0, whole.ids.shape[1]), strict=False)
+            for (client, at), start in zip(chosen, starts, strict=True)
             if watched is not None and at < watched.examples
         ]
         with (

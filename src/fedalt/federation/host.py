@@ -22,9 +22,10 @@ from statistics import fmean
 from typing import Final, Literal
 
 from fedalt.codec import encode
+from fedalt.engine.course import Arm, Progress
 from fedalt.engine.gate import Arrival, Gate, take_in
 from fedalt.engine.in_process import server_of
-from fedalt.engine.schedule import Arm, Progress, peak_memory
+from fedalt.engine.schedule import peak_memory
 from fedalt.federation.channel import Channel
 from fedalt.federation.desk import Called, Desk, Rules, Say
 from fedalt.federation.messages import NEVER, Call, Score
@@ -77,8 +78,8 @@ class Host:
         desk = self._desk(round_, called)
         desk.gather(calls, cohort)
         best = self._scores(desk, dict(progress.best))
-        server = server_of(self._method, self.terms.start, self._states(round_))
         states = self._states(round_)
+        server = server_of(self._method, self.terms.start, states)
         after = take_in(self._method, server, self._arrivals(desk, calls), self.gate, states)
         if after is None:
             self.say(f"round {round_}: no upload counts; the server's state stays as it was")

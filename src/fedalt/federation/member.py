@@ -19,10 +19,11 @@ from typing import Literal
 
 from fedalt import tree as trees
 from fedalt.codec import CodecError, atomic_write, decode, encode
+from fedalt.engine.course import Arm, Event
 from fedalt.engine.firewall import Refused, check_broadcast
 from fedalt.engine.in_process import client_of, drive, drive_all
 from fedalt.engine.learner import Learner
-from fedalt.engine.schedule import Arm, Event, training_metrics
+from fedalt.engine.schedule import training_metrics
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.terms import Terms
 from fedalt.methods.contract import Message, Serving

@@ -8,9 +8,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedalt.federation.member import open_member
 from fedalt.files import atomic_write
-from fedalt.flower.config import read_client_config, read_server_config
+from fedalt.flower.config import member_of, read_client_config, read_server_config
 from fedalt.flower.grid import GridChannel
 from fedalt.flower.records import bytes_of, content_of
 from fedalt.flower.serve import clients_by_key, host_of
@@ -46,15 +45,6 @@ def answer(message: Message, context: Context) -> Message:
     base model is loaded for each call; `fedalt client` keeps it.
     """
     config = read_client_config(Path(str(context.node_config["config"])))
-    place = config.place
-    with locked(place.folder):
-        member = open_member(
-            config.terms,
-            place.name,
-            place.data,
-            place.folder,
-            model=place.model,
-            device=place.device,
-        )
-        reply = member.answer(bytes_of(message.content))
+    with locked(config.place.folder):
+        reply = member_of(config).answer(bytes_of(message.content))
     return Message(content_of(reply), reply_to=message)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fedalt.federation.member import Hear, Member, ignore, is_last, open_member
-from fedalt.flower.config import ClientConfig
+from fedalt.federation.member import Hear, Member, ignore, is_last
+from fedalt.flower.config import ClientConfig, member_of
 from fedalt.flower.pipe import receive, send
 from fedalt.flower.processes import QUIET
 from fedalt.store import locked
@@ -33,15 +33,7 @@ def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
         each.read_bytes()  # OSError names the file
     place.folder.mkdir(parents=True, exist_ok=True)
     with locked(place.folder):
-        member = open_member(
-            config.terms,
-            place.name,
-            place.data,
-            place.folder,
-            model=place.model,
-            device=place.device,
-            hear=hear,
-        )
+        member = member_of(config, hear)
         say(f"{place.name}: the model is loaded, calling {place.server}")
         tries, node = 0, ""
         troubles = _Troubles(lambda text: say(f"{place.name}: {text}"))

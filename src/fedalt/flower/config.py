@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 from fedalt.engine.firewall import Firewall
 from fedalt.federation.desk import Rules
+from fedalt.federation.member import Hear, Member, ignore, open_member
 from fedalt.federation.terms import Terms, read_terms
 from fedalt.settings import SettingsError, section_of
 
@@ -118,6 +119,20 @@ def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
         file=file.absolute(),
         terms=read_terms(file.parent / "terms.toml"),
         place=replace(place, insecure=insecure or place.insecure),
+    )
+
+
+def member_of(config: ClientConfig, hear: Hear = ignore) -> Member:
+    """The client of a configuration, its model loaded and its data read; see `open_member`."""
+    place = config.place
+    return open_member(
+        config.terms,
+        place.name,
+        place.data,
+        place.folder,
+        model=place.model,
+        device=place.device,
+        hear=hear,
     )
 
 

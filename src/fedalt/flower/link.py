@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import httpx
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -89,6 +89,19 @@ class _Server:
         return None if self.authority is None else Path(self.authority).read_bytes()
 
 
+class _Connection(NamedTuple):
+    """What Flower's connection consists of, in its order."""
+
+    node: int
+    pull: Callable[[], Any]
+    send: Callable[..., tuple[set[str], str]]
+    get_run: object
+    get_fab: object
+    pull_object: Callable[[int, str], bytes]
+    push_object: Callable[[int, str, str, bytes], None]
+    confirm: Callable[[int, str], None]
+
+
 def _sign_off(server: _Server, node: int) -> None:
     """Say that a connection has ended which broke off; it is no matter if that is known."""
     signing = NodeAuthHttpInterceptor(server.key, server.key.public_key())
@@ -104,13 +117,12 @@ def _sign_off(server: _Server, node: int) -> None:
 def _pass_on(pair: socket.socket, server: _Server) -> None:
     """Hand on calls and answers for as long as there is a connection."""
     keys = server.key, server.key.public_key()
-    with http_request_response(
-        server.address, server.insecure, server.certificate, keys
-    ) as connection:
-        send(pair, "connected", str(connection[0]).encode())
+    with http_request_response(server.address, server.insecure, server.certificate, keys) as parts:
+        connection = _Connection(*parts)
+        send(pair, "connected", str(connection.node).encode())
         pause = _PAUSE
         while True:
-            if (call := _next_call(*connection)) is None:
+            if (call := _next_call(connection)) is None:
                 time.sleep(pause)
                 pause = min(1.2 * pause, _LONGEST)
                 continue
@@ -118,29 +130,22 @@ def _pass_on(pair: socket.socket, server: _Server) -> None:
             message, data = call
             send(pair, "call", data)
             _, answer = receive(pair)
-            _answer(message, answer, *connection)
+            _answer(connection, message, answer)
             send(pair, "delivered")
 
 
-def _next_call(
-    _node: int,
-    pull: Callable[..., Any],
-    _send: object,
-    _get_run: object,
-    _get_fab: object,
-    pull_object: Callable[[int, str], bytes],
-    _push_object: object,
-    confirm: Callable[[int, str], None],
-) -> tuple[Message, bytes] | None:
+def _next_call(connection: _Connection) -> tuple[Message, bytes] | None:
     """The next call that waits for us, if there is one; what is no call is dropped."""
     try:
-        if (waiting := pull()) is None:
+        if (waiting := connection.pull()) is None:
             return None
         head, tree = waiting
         run, wanted = head.metadata.run_id, head.metadata.message_id
         names = [each.object_id for each in iterate_object_tree(tree)]
-        contents = pull_objects(names, pull_object_fn=lambda name: pull_object(run, name))
-        confirm(run, wanted)
+        contents = pull_objects(
+            names, pull_object_fn=lambda name: connection.pull_object(run, name)
+        )
+        connection.confirm(run, wanted)
     except RunNotRunningException:  # the server has begun anew since
         return None
     message: Any = inflate_object_from_contents(wanted, contents)
@@ -152,18 +157,7 @@ def _next_call(
         return None
 
 
-def _answer(
-    call: Message,
-    data: bytes,
-    _node: int,
-    _pull: object,
-    send_message: Callable[..., tuple[set[str], str]],
-    _get_run: object,
-    _get_fab: object,
-    _pull_object: object,
-    push_object: Callable[[int, str, str, bytes], None],
-    _confirm: object,
-) -> None:
+def _answer(connection: _Connection, call: Message, data: bytes) -> None:
     """Send an answer; where the run that asked is over, the next one will ask again."""
     reply = Message(content_of(data), reply_to=call)
     run = call.metadata.run_id
@@ -171,10 +165,12 @@ def _answer(
         reply.metadata.__dict__["_message_id"] = reply.object_id
         objects = get_all_nested_objects(reply)
         try:
-            wanted, session = send_message(reply, get_object_tree(reply), 0.0)
+            wanted, session = connection.send(reply, get_object_tree(reply), 0.0)
             push_object_contents_from_iterable(
                 ((name, each.deflate()) for name, each in objects.items() if name in wanted),
-                push_object_fn=lambda name, content: push_object(run, session, name, content),
+                push_object_fn=lambda name, content: connection.push_object(
+                    run, session, name, content
+                ),
             )
         except RunNotRunningException:
             print("the server has begun anew; it will ask again", file=sys.stderr)

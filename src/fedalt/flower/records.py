@@ -10,12 +10,12 @@ _KIND: Final = "fedalt"
 
 def content_of(data: bytes) -> RecordDict:
     """A record whose arrays hold the bytes in pieces."""
-    pieces = {
-        f"{first // CHUNK:06d}": Array("uint8", (len(piece),), _KIND, piece)
-        for first in range(0, max(len(data), 1), CHUNK)
-        if (piece := data[first : first + CHUNK]) is not None
+    pieces = [data[first : first + CHUNK] for first in range(0, max(len(data), 1), CHUNK)]
+    arrays = {
+        f"{number:06d}": Array("uint8", (len(piece),), _KIND, piece)
+        for number, piece in enumerate(pieces)
     }
-    return RecordDict({_KIND: ArrayRecord(pieces)})
+    return RecordDict({_KIND: ArrayRecord(arrays)})
 
 
 def bytes_of(content: RecordDict, most: int | None = None) -> bytes:

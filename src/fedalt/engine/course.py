@@ -1,0 +1,121 @@
+"""The course of a run: how long it lasts, who takes part, how far it is, what is heard of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+import torch
+
+from fedalt.engine.in_process import States
+from fedalt.engine.robust import Robust
+from fedalt.methods.contract import AnyMethod
+from fedalt.seeds import generator
+
+Column = Literal["own", "shared", "local"]
+HeldOut = Literal["validation", "test"]
+Line = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run lasts and who takes part.
+
+    `participation` in (0, 1]: the share of the clients in a round's cohort, drawn anew each round.
+    Validation data is scored every `evaluate_every` rounds and after the last one; with
+    `select="best"` the round with the lowest mean validation loss is the one that is tested.
+    Without `test` the test data are never read. `robust` takes the place of a method's weighted
+    mean: the coordinate-wise median of the uploads, or their mean without the share `trim` in
+    [0, 0.5) of the least and of the greatest.
+    """
+
+    rounds: int = 20
+    participation: float = 1.0
+    evaluate_every: int = 1
+    select: Literal["best", "last"] = "best"
+    test: bool = True
+    robust: Robust | None = None
+    trim: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
+        if not 0 < self.participation <= 1:
+            raise ValueError(f"participation={self.participation}, but it is above 0 and at most 1")
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"trim={self.trim}, but it is at least 0 and below 0.5")
+
+    def cohort(self, clients: Sequence[str], round_: int, seed: int) -> list[str]:
+        """The clients of a round, sorted; the same for every method."""
+        size = max(1, round(self.participation * len(clients)))
+        stream = generator(seed, "cohort", round_)
+        chosen = torch.randperm(len(clients), generator=stream)[:size].tolist()
+        return sorted(clients[index] for index in chosen)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One method of a run: the one asked for ("own"), or the yardstick beside it ("local")."""
+
+    column: Column
+    method: AnyMethod
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: what a crash may not lose.
+
+    `best` holds for each arm's column the best round so far and its mean validation loss.
+    """
+
+    rounds_done: int = 0
+    best: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    tested: bool = False
+
+    def chosen(self, column: str, select: str) -> int:
+        """The round that an arm is tested at."""
+        if select == "best" and column in self.best:
+            return self.best[column][0]
+        return self.rounds_done - 1
+
+
+@dataclass(frozen=True)
+class Event:
+    """A sign of life for whoever watches: `done` of `of` steps, clients or scorings.
+
+    After "refuse" the `reason` says why an upload does not count; without a client, why no round
+    has happened.
+    """
+
+    what: Literal["train", "validate", "test", "refuse"]
+    round: int
+    column: str
+    client_id: str
+    done: int
+    of: int
+    loss: float | None = None
+    reason: str = ""
+
+
+class Journal(Protocol):
+    """What a run writes down, and where it finds its states again."""
+
+    def progress(self) -> Progress:
+        """How far the run is."""
+        ...
+
+    def states(self, column: str, round_: int) -> States:
+        """An arm's states: read as after round `round_` - 1, written for `round_`."""
+        ...
+
+    def record(self, line: Line) -> None:
+        """Add one line to the run's record."""
+        ...
+
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        """Keep a few tested examples, in place of those that were kept before."""
+        ...
+
+    def commit(self, progress: Progress) -> None:
+        """Make everything since the last commit count, at once."""
+        ...

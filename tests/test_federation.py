@@ -1,6 +1,6 @@
 """Server and clients apart, without a network: the same numbers as in one process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from pathlib import Path
 
@@ -48,9 +48,9 @@ class Wire:
     def online(self) -> frozenset[str]:
         return frozenset(self.members)
 
-    def send(self, client_id: str, data: bytes) -> None:
-        self.sent.append((client_id, data))
-        self.waiting.append((client_id, data))
+    def send(self, calls: Iterable[tuple[str, bytes]]) -> None:
+        self.waiting += (found := list(calls))
+        self.sent += found
 
     def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
         came = []

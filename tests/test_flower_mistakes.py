@@ -278,7 +278,7 @@ def test_a_call_from_before_a_clients_connection_is_lost(monkeypatch: pytest.Mon
     grid = Grid()
     channel = GridChannel(grid, lambda: {"key": "a"}, 10)
     assert channel.online() == {"a"}
-    channel.send("a", b"call")
+    channel.send([("a", b"call")])
     assert channel.receive() == []
     grid.connected = datetime.now(UTC) + timedelta(seconds=1)
     monkeypatch.setattr(channel, "_looked", 0.0)

@@ -90,6 +90,11 @@ def unpack(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
+def head_length(data: bytes) -> int:
+    """How many bytes of a file come before its tensors; all of what is no such file, or less."""
+    return min(len(data), 8 + int.from_bytes(data[:8], "little"))
+
+
 def dump(plain: Any) -> str:
     """JSON with sorted keys and no spaces: one text for one value."""
     return json.dumps(

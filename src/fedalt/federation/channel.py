@@ -1,6 +1,6 @@
 """How calls reach clients and answers come back; whoever carries them knows who is who."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,8 +19,8 @@ class Channel(Protocol):
         """The clients that can be called now."""
         ...
 
-    def send(self, client_id: str, data: bytes) -> None:
-        """Call a client. It answers its calls one after the other."""
+    def send(self, calls: Iterable[tuple[str, bytes]]) -> None:
+        """Call clients. Each answers its calls one after the other."""
         ...
 
     def receive(self) -> Sequence[tuple[str, bytes | Lost]]:

@@ -52,7 +52,7 @@ class Desk:
     """The round in progress; what it holds can be had again from the disk and the channel.
 
     `folder` is the run's. Uploads stay on disk: `answers` hold all but them, `uploads` their sizes
-    in bytes.
+    in bytes, `downloads` those of the calls.
     """
 
     terms: Terms
@@ -65,14 +65,16 @@ class Desk:
     called: Called
     answers: dict[str, Answer] = field(default_factory=dict)
     uploads: dict[str, int] = field(default_factory=dict)
-    _calls: Mapping[str, bytes] = field(default_factory=dict)
+    downloads: dict[str, int] = field(default_factory=dict)
+    _calls: Mapping[str, Call] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
     _heard: dict[str, float] = field(default_factory=dict)  # when, in seconds of the epoch
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
     _shown: tuple[float, object] = (0.0, None)
 
     def gather(
         self,
-        calls: Mapping[str, bytes],
+        calls: Mapping[str, Call],
         cohort: Collection[str] = (),
         *,
         patience: float | None = None,
@@ -92,10 +94,10 @@ class Desk:
                 self._tell(f"goes on without {', '.join(sorted(missing))}")
                 return
             online = self.channel.online()
-            for each in sorted(missing & online):
-                if not self._is_busy(each) and not self._rests(each):
-                    self.channel.send(each, calls[each])
-                    self.called.setdefault(each, []).append(self.round)
+            free = [each for each in sorted(missing & online) if self._is_free(each)]
+            self.channel.send((each, self._encoded(each)) for each in free)
+            for each in free:
+                self.called.setdefault(each, []).append(self.round)
             for client_id, came in self.channel.receive():
                 self._take(client_id, came)
             missing = self._missing()
@@ -123,14 +125,27 @@ class Desk:
         """Who has not answered yet, of those who still take part."""
         return self._calls.keys() - self.answers.keys() - RunFolder(self.folder).left()
 
-    def _rests(self, client_id: str) -> bool:
-        """Whether a client has just said that it cannot."""
-        return client_id in self._unable and time.monotonic() - self._unable[client_id][1] < _REST
-
-    def _is_busy(self, client_id: str) -> bool:
-        """Whether a client has a call that it must answer before it can be called again."""
+    def _is_free(self, client_id: str) -> bool:
+        """Whether a client has no call to answer first and did not just say that it cannot."""
+        if client_id in self._unable and time.monotonic() - self._unable[client_id][1] < _REST:
+            return False
         calls = self.called.get(client_id, [])
-        return bool(calls) if self.rules.late == "count" else self.round in calls
+        return not (calls if self.rules.late == "count" else self.round in calls)
+
+    def _encoded(self, client_id: str) -> bytes:
+        """A call's bytes. They are made when they are needed: calls share what they have in common.
+
+        What tells the call apart, and its size, stay.
+        """
+        data = encode(self._calls[client_id])
+        self._digests[client_id] = digest(data)
+        self.downloads[client_id] = len(data)
+        return data
+
+    def _digest(self, client_id: str) -> str:
+        if client_id not in self._digests:
+            self._encoded(client_id)
+        return self._digests[client_id]
 
     def _take(self, client_id: str, came: bytes | Lost) -> None:
         """Put an answer on disk if it is one that counts, or say why not."""
@@ -184,14 +199,14 @@ class Desk:
                 raise Refused(f"it is from {what} {theirs!r}, but {ours!r} was called")
         if client_id not in self._calls:
             raise Refused(f"nothing was asked in round {self.round}")
-        call = decode(Call, self._calls[client_id])
+        call = self._calls[client_id]
         if of < self.round and not (call.train and self.rules.late == "count"):
             raise Refused(f"it is of round {of}, but this is round {self.round}")
         if answer.error:
             return answer
         if answer.round != of:
             raise Refused(f"it is of round {answer.round}, but round {of} was asked for")
-        if of == self.round and answer.call != digest(self._calls[client_id]):
+        if of == self.round and answer.call != self._digest(client_id):
             raise Refused("it answers another call than the one of this round")
         if answer.accepted != call.accepted:
             raise Refused(f"it goes on from round {answer.accepted}, which is not the last counted")
@@ -204,14 +219,14 @@ class Desk:
 
     def _resume(self) -> None:
         """What has come of this round before the process was killed."""
-        for client_id, call in self._calls.items():
+        for client_id in self._calls:
             if not self._file(client_id).exists():
                 continue
             try:
                 answer = decode(Answer, self._file(client_id).read_bytes())
             except CodecError:
                 continue
-            if answer.call == digest(call):
+            if answer.call == self._digest(client_id):
                 self._note(client_id, answer)
 
     def _show(self, online: Collection[str], missing: Collection[str]) -> None:

@@ -80,7 +80,7 @@ class Host:
         best = self._scores(desk, dict(progress.best))
         states = self._states(round_)
         server = server_of(self._method, self.terms.start, states)
-        after = take_in(self._method, server, self._arrivals(desk, calls), self.gate, states)
+        after = take_in(self._method, server, self._arrivals(desk), self.gate, states)
         if after is None:
             self.say(f"round {round_}: no upload counts; the server's state stays as it was")
         else:
@@ -129,8 +129,7 @@ class Host:
         waiting = {
             each: 1 + len(called.get(each, ())) for each in self._clients() if each in online
         }
-        for each in waiting:
-            self.channel.send(each, call(each, last=True))
+        self.channel.send((each, encode(call(each, last=True))) for each in waiting)
         end = time.monotonic() + _FAREWELL
         while any(waiting.values()) and time.monotonic() < end:
             for each, _ in self.channel.receive():  # who goes away without an answer has heard it
@@ -145,39 +144,37 @@ class Host:
         round_: int,
         score: Mapping[str, int],
         split: Literal["validation", "test"] = "validation",
-    ) -> Callable[..., bytes]:
-        """Makes calls of one kind: the bytes for a client."""
+    ) -> Callable[..., Call]:
+        """Makes calls of one kind."""
         at = score.get("own", round_ - 1) if split == "test" else progress.rounds_done - 1
         server = server_of(self._method, self.terms.start, self._states(at + 1))
         accepted = self._accepted()
         keep = {column: best[0] for column, best in progress.best.items()}
 
-        def call(client_id: str, *, train: bool = False, last: bool = False) -> bytes:
-            return encode(
-                Call(
-                    federation=self.terms.name,
-                    terms=self.terms.digest,
-                    client=client_id,
-                    round=round_,
-                    accepted=accepted.get(client_id, NEVER),
-                    train=train,
-                    message=self._method.broadcast(server, client_id),
-                    score=dict(score),
-                    split=split,
-                    keep=keep,
-                    last=last,
-                )
+        def call(client_id: str, *, train: bool = False, last: bool = False) -> Call:
+            return Call(
+                federation=self.terms.name,
+                terms=self.terms.digest,
+                client=client_id,
+                round=round_,
+                accepted=accepted.get(client_id, NEVER),
+                train=train,
+                message=self._method.broadcast(server, client_id),
+                score=dict(score),
+                split=split,
+                keep=keep,
+                last=last,
             )
 
         return call
 
-    def _arrivals(self, desk: Desk, calls: Mapping[str, bytes]) -> Iterator[Arrival]:
+    def _arrivals(self, desk: Desk) -> Iterator[Arrival]:
         """The round's uploads, one at a time in memory, sorted by client."""
 
         def decide(client_id: str, reason: str | None) -> None:
             if reason is not None:
                 self.say(f"round {desk.round}: {client_id}: refused: {reason}")
-            self._record_training(desk, client_id, len(calls.get(client_id, b"")), reason)
+            self._record_training(desk, client_id, reason)
 
         for client_id in sorted(desk.uploads):
             data, upload = desk.upload(client_id)
@@ -198,9 +195,7 @@ class Host:
                 best[column] = (round_, fmean(found))
         return best
 
-    def _record_training(
-        self, desk: Desk, client_id: str, call_bytes: int, refused: str | None
-    ) -> None:
+    def _record_training(self, desk: Desk, client_id: str, refused: str | None) -> None:
         answer = desk.answers[client_id]
         for cost in answer.costs:
             own = cost.column == "own"
@@ -212,7 +207,7 @@ class Host:
                 "column": cost.column,
                 "metrics": dict(cost.metrics),
                 "upload_bytes": desk.uploads[client_id] if own else 0,
-                "download_bytes": call_bytes if own else 0,
+                "download_bytes": desk.downloads.get(client_id, 0) if own else 0,
                 "seconds": cost.seconds,
             }
             self.folder.record(line if refused is None else {**line, "refused": refused})

@@ -1,34 +1,52 @@
 """Bytes of our codec as the content of a Flower message, and back."""
 
+from collections.abc import Iterator
 from typing import Final
 
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import ConfigRecord, RecordDict
 
-CHUNK: Final = 16 * 2**20  # bytes; Flower moves every array by itself
+from fedalt.container import head_length
+
+CHUNK: Final = 16 * 2**20  # bytes; Flower moves every record by itself
 _KIND: Final = "fedalt"
+_WORTH: Final = 2**16  # bytes of tensors that are worth a record of their own
 
 
 def content_of(data: bytes) -> RecordDict:
-    """A record whose arrays hold the bytes in pieces."""
-    pieces = [data[first : first + CHUNK] for first in range(0, max(len(data), 1), CHUNK)]
-    arrays = {
-        f"{number:06d}": Array("uint8", (len(piece),), _KIND, piece)
-        for number, piece in enumerate(pieces)
+    """A record of records that hold the bytes in pieces.
+
+    Flower keeps equal records once: the tensors, which calls to many clients often have in common,
+    are apart from what is said to each. It moves an array as three objects, of which each costs it
+    as much as a megabyte, and a record of settings as one; so these are no arrays.
+    """
+    pieces = {
+        f"{_KIND}-{number:06d}": ConfigRecord({_KIND: piece})
+        for number, piece in enumerate(_pieces(data))
     }
-    return RecordDict({_KIND: ArrayRecord(arrays)})
+    return RecordDict(dict(pieces))
+
+
+def _pieces(data: bytes) -> Iterator[bytes]:
+    head = head_length(data)
+    begin = head if len(data) - head > _WORTH else 0
+    if begin:
+        yield data[:begin]
+    for first in range(begin, max(len(data), 1), CHUNK):
+        yield data[first : first + CHUNK]
 
 
 def bytes_of(content: RecordDict, most: int | None = None) -> bytes:
     """The bytes that `content_of` has put in; ValueError for a record that is not one of ours.
 
-    Of more than `most` one byte too many is returned: a record may name one large array often.
+    Of more than `most` one byte too many is returned: a record may name one large piece often.
     """
-    record = content.get(_KIND)
-    if set(content) != {_KIND} or not isinstance(record, ArrayRecord):
-        raise ValueError(f"expected one record called {_KIND!r}, got {sorted(content)[:3]}")
     whole = bytearray()
-    for name in sorted(record):
-        whole += record[name].data
+    for name in sorted(content):
+        record = content[name]
+        piece = record.get(_KIND) if isinstance(record, ConfigRecord) else None
+        if not isinstance(piece, bytes):
+            raise ValueError(f"expected pieces called {_KIND!r}, got a record {name[:40]!r}")
+        whole += piece
         if most is not None and len(whole) > most:
             return bytes(whole[: most + 1])
     return bytes(whole)

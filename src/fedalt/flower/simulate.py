@@ -6,7 +6,7 @@ lie in the run's folder, which all processes must see.
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -119,11 +119,12 @@ class _Nodes:
         """All of them."""
         return frozenset(self.nodes)
 
-    def send(self, client_id: str, data: bytes) -> None:
-        """Leave a call for a client."""
-        call = Message(content_of(data), self.nodes[client_id], MessageType.TRAIN)
-        (name,) = self.grid.push_messages([call])
-        self._open[name] = client_id
+    def send(self, calls: Iterable[tuple[str, bytes]]) -> None:
+        """Leave calls for clients."""
+        for client_id, data in calls:
+            call = Message(content_of(data), self.nodes[client_id], MessageType.TRAIN)
+            (name,) = self.grid.push_messages([call])
+            self._open[name] = client_id
 
     def receive(self) -> list[tuple[str, bytes | Lost]]:
         """The answers since the last look. Raises StoreError where a process of Ray's has died."""

@@ -104,6 +104,30 @@ def test_a_port_in_use_is_one_line(machines: Machines, capsys: pytest.CaptureFix
     assert_one_line(capsys, f"address '{machines.address}': [Errno 98] Address already in use")
 
 
+@pytest.mark.parametrize(
+    ("settings", "words", "says"),
+    [
+        ("[training]\nprocesses = 2\n", ("--clients", "a,b"), "processes = 2 in [training]"),
+        ("", ("--clients", "a,a"), "expected different names"),
+        ("", ("--clients", "a,../b"), "such a name cannot be a folder's"),
+        ("", ("--clients", "a,b", "--address", "here"), "expected host:port"),
+    ],
+)
+def test_what_no_federation_can_be_made_of_is_one_line_and_leaves_no_folder(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: str,
+    words: tuple[str, ...],
+    says: str,
+) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(settings)
+    folder = tmp_path / "federation"
+    assert call("federation", "init", folder, "--settings", file, *words) == 2
+    assert_one_line(capsys, says)
+    assert not folder.exists()
+
+
 def test_a_second_server_or_client_on_a_folder_is_refused(
     machines: Machines, capsys: pytest.CaptureFixture[str]
 ) -> None:

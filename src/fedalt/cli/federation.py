@@ -38,6 +38,7 @@ def init(
     """Make a folder for the server and one for each client: keys, certificate, agreed settings."""
     hush_libraries()
     _require_flower()
+    from fedalt.federation.terms import require_apart
     from fedalt.flower.found import found_federation, require_possible
     from fedalt.prepare import load_parts, require_known
     from fedalt.settings import method_name, read_settings
@@ -45,6 +46,7 @@ def init(
     names = _names(clients)
     require_possible(folder, names, address)
     chosen = read_settings(settings, {"data": {"path": "with-the-clients"}})
+    require_apart(chosen)
     require_known(chosen, names)
     parts = load_parts(chosen, _names(labels))
     terms = found_federation(

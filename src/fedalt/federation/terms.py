@@ -39,6 +39,15 @@ class Terms:
     digest: str
 
 
+def require_apart(settings: Settings) -> None:
+    """SettingsError for what only a run of all clients on one machine can do."""
+    if (processes := settings.training.processes) > 1:
+        raise SettingsError(
+            f"processes = {processes} in [training]: the clients of a federation are processes "
+            "of their own already; leave it out"
+        )
+
+
 def write_terms(
     folder: Path, name: str, clients: Sequence[str], labels: Sequence[str], parts: Parts
 ) -> Terms:

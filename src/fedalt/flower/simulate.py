@@ -22,7 +22,7 @@ from fedalt.federation.channel import Lost
 from fedalt.federation.desk import Rules, Say
 from fedalt.federation.host import open_host
 from fedalt.federation.member import Member, claim
-from fedalt.federation.terms import FILE, Terms, read_terms, write_terms
+from fedalt.federation.terms import FILE, Terms, read_terms, require_apart, write_terms
 from fedalt.flower.processes import QUIET
 from fedalt.flower.records import bytes_of, content_of
 from fedalt.prepare import Prepared, prepare
@@ -44,6 +44,7 @@ def simulate(settings: Settings, folder: Path, say: Say, *, gpus: float = 0.0) -
     Goes on where the folder stands. Raises StoreError where a process has died: the same command
     goes on from there.
     """
+    require_apart(settings)
     os.environ.update(_RAY)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):

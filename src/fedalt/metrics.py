@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from statistics import fmean
 
-from rouge_score.rouge_scorer import RougeScorer
-
 
 def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Exact match in [0, 1] after trimming, and ROUGE-1 and ROUGE-L F, stemmed, times 100.
@@ -13,6 +11,9 @@ def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[
     """
     if not references:
         return {}
+    # Through NLTK it imports scikit-learn and pandas: two seconds, for those who generate texts.
+    from rouge_score.rouge_scorer import RougeScorer
+
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
     pairs = list(zip(predictions, references, strict=True))
     rouge = [scorer.score(reference, prediction) for prediction, reference in pairs]

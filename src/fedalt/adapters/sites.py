@@ -4,7 +4,6 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -49,6 +48,9 @@ def chosen(
         return list(linear)
     kind = model.config.model_type
     if targets is None:
+        # Two seconds of imports that every command would wait for.
+        from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
         targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
         if targets is None:
             raise ValueError(

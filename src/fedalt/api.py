@@ -112,10 +112,12 @@ class Run:
     def export(self, client: str, out: str | Path) -> Path:
         """Write a client's model as a folder, which `fedalt.load` reads. Raises ValueError."""
         from fedalt.answers import served
+        from fedalt.export.card import card
         from fedalt.export.folders import export_personal
 
         of = served(self.path, client, base=self._base)
-        export_personal(of.serving, of.parts.base, Path(out))
+        readme = card(of, client, "personal")
+        export_personal(of.serving, of.parts.base, Path(out), readme=readme)
         return Path(out)
 
     @cached_property

@@ -77,15 +77,18 @@ def export(
     """Write a client's model as a folder that transformers and PEFT load."""
     hush_libraries()
     from fedalt.answers import served
+    from fedalt.export.card import card
     from fedalt.export.folders import export_individual, export_personal
 
     of = served(path, client, column, round_)
+    readme = card(of, client, what)
     if what == "personal":
-        export_personal(of.serving, of.parts.base, out)
+        export_personal(of.serving, of.parts.base, out, readme=readme)
         note(f"`fedalt.load({str(out)!r})` loads it in Python")
     else:
-        export_individual(of.serving, of.parts.base, out)
+        export_individual(of.serving, of.parts.base, out, readme=readme)
         note(f"`peft.PeftModel.from_pretrained(base, {str(out)!r})` loads it in Python")
+    note(f"{out / 'README.md'} shows how it wants to be asked")
     typer.echo(str(out))
 
 

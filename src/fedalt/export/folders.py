@@ -26,7 +26,7 @@ BUILT_IN_REFERENCE = f"fedalt:{BUILT_IN}"
 
 
 def export_individual(
-    serving: Serving, base: Base, folder: Path, *, slot: str | None = None
+    serving: Serving, base: Base, folder: Path, *, slot: str | None = None, readme: str = ""
 ) -> Path:
     """Write one slot as a LoRA that PEFT loads without fedalt.
 
@@ -53,11 +53,11 @@ def export_individual(
         for name, tensor in select(serving.tree, chosen.name).items()
     }
     with _new_folder(folder) as unfinished:
-        _write(unfinished, config, {**tensors, **_head(serving.tree)})
+        _write(unfinished, config, {**tensors, **_head(serving.tree)}, readme)
     return folder
 
 
-def export_personal(serving: Serving, base: Base, folder: Path) -> Path:
+def export_personal(serving: Serving, base: Base, folder: Path, *, readme: str = "") -> Path:
     """Write all slots, mixer or router, head and tokenizer: `fedalt.load` and PEFT load the folder.
 
     The base model is not copied; it is named by hub id or absolute path, and the built-in one by
@@ -87,7 +87,7 @@ def export_personal(serving: Serving, base: Base, folder: Path) -> Path:
         if name.slot != HEAD
     }
     with _new_folder(folder) as unfinished:
-        _write(unfinished, config, {**tensors, **_head(serving.tree)})
+        _write(unfinished, config, {**tensors, **_head(serving.tree)}, readme)
         base.tokenizer.save_pretrained(unfinished)
     return folder
 
@@ -146,8 +146,10 @@ def _place(name: str) -> str:
     return str(Path(place).resolve()) if Path(place).is_dir() else place
 
 
-def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
+def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], readme: str) -> None:
     """Configuration and tensors; what PEFT wraps into its own model has longer keys."""
+    if readme:
+        (folder / "README.md").write_text(readme, encoding="utf-8")
     plain = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()

@@ -33,7 +33,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -322,7 +322,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--size", default="40M", choices=SIZES)
+    parser.add_argument("--size", nargs="+", default=["40M"], choices=SIZES)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--turns", type=int, default=3)
@@ -338,30 +338,35 @@ def main() -> None:
         print(json.dumps({"variant": "flower", "left_out": "no --flower-python"}))
     elif "flower" in pythons:
         pythons["flower"] = options.flower_python
+    rows = [row for size in options.size for row in compare(size, pythons, options)]
+    if options.write:
+        write("experiment", table(rows))
+
+
+def compare(
+    size: str, pythons: Mapping[str, str], options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Measure every variant in turns; a row for each."""
+    found: dict[str, list[dict[str, float]]] = {each: [] for each in pythons}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model", options.size)
-        write_clients(folder / "data", options.clients, SIZES[options.size]["vocab_size"] - 3)
-        found: dict[str, list[dict[str, float]]] = {each: [] for each in pythons}
+        write_model(folder / "model", size)
+        write_clients(folder / "data", options.clients, SIZES[size]["vocab_size"] - 3)
         for turn in range(options.turns):
             for variant, python in pythons.items():
                 out = folder / f"{variant}-{turn}"
                 found[variant].append(measure(variant, python, folder, out, options.rounds))
-    setup = {"size": options.size, "clients": options.clients, "rounds": options.rounds}
-    ratios, rows = {}, []
+    setup = {"size": size, "clients": options.clients, "rounds": options.rounds}
+    rows: list[dict[str, Any]] = []
     for variant, turns in found.items():
         median = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-        rows.append({"variant": variant, **setup, **median})
-        print(json.dumps(rows[-1]))
-        if variant == "fedalt":
-            ours = median
-        elif "fedalt" in found:
-            of = {key: round(median[key] / ours[key], 2) for key in ("seconds", "mib")}
-            ratios[f"{variant}/fedalt"] = of
-            rows[-1] |= {"time / fedalt": of["seconds"], "memory / fedalt": of["mib"]}
-    print(json.dumps(ratios))
-    if options.write:
-        write("experiment", table(rows))
+        row = {"variant": variant, **setup, "turns": len(turns), **median}
+        if rows and "fedalt" in found:
+            row["time / fedalt"] = round(median["seconds"] / rows[0]["seconds"], 2)
+            row["memory / fedalt"] = round(median["mib"] / rows[0]["mib"], 2)
+        print(json.dumps(row), flush=True)
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":

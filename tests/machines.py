@@ -10,21 +10,25 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 import torch
-from runs_for_tests import settings_for, write_clients
+from runs_for_tests import scores_of, settings_for, write_clients
 
 from fedalt.codec import decode, encode, read
+from fedalt.engine.in_process import server_of
 from fedalt.federation.channel import Lost
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.flower.found import found_federation
 from fedalt.flower.processes import free_port
 from fedalt.prepare import prepare
+from fedalt.runs import start_run
 from fedalt.settings import Settings
+from fedalt.store import FileLedger, open_run
 
 PATIENCE = 240.0  # seconds, on a busy machine
 
@@ -302,15 +306,55 @@ class Wire:
 
 
 def assert_close(one: Any, other: Any) -> None:
-    """Equal trees to float tolerance, everything else the same."""
+    """Equal trees to a relative 1e-4, everything else the same."""
     for name, value in vars(one).items():
         theirs = vars(other)[name]
         if isinstance(value, dict):
             assert value.keys() == theirs.keys()
             for each in value:
                 torch.testing.assert_close(value[each], theirs[each], rtol=1e-4, atol=1e-6)
+        elif isinstance(value, FileLedger):
+            assert value.clients() == theirs.clients()
+            for each in value.clients():
+                assert_close(value[each], theirs[each])
+        elif is_dataclass(value):
+            assert_close(value, theirs)
         else:
             assert value == theirs
+
+
+def assert_as_in_one_process(machines: Machines, run: Path) -> None:
+    """The states of server and clients, and all scores, are those of a run in one process.
+
+    States to a relative 1e-4 (and an absolute 1e-6), scores to a relative 1e-4.
+    """
+    settings = machines.settings
+    prepared = prepare(settings)
+    start_run(prepared, run)
+    for each in machines.clients:
+        place = machines.client(each) / "state"
+        name, mine = newest_state(place, each, settings.method.client_state)
+        wanted, theirs = newest_state(run, each, settings.method.client_state)
+        assert name == wanted
+        assert_close(mine, theirs)
+    done = open_run(run).progress().rounds_done
+    assert_close(
+        *(
+            server_of(settings.method, prepared.parts.start, open_run(each).states("own", done))
+            for each in (machines.run, run)
+        )
+    )
+    apart, whole = (
+        {
+            (line["split"], line["round"], line["client"], line["column"]): line["metrics"]
+            for line in scores_of(folder)
+            if line["kind"] == "score"
+        }
+        for folder in (machines.run, run)
+    )
+    assert apart.keys() == whole.keys()
+    for key, metrics in whole.items():
+        assert apart[key] == pytest.approx(metrics, rel=1e-4)
 
 
 def _words(process: psutil.Process) -> list[str]:

@@ -9,15 +9,13 @@ import pytest
 from access import activation, attempts, signed
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
-from machines import Machines, assert_close, found, kill, newest_state
-from runs_for_tests import save_model, scores_of
+from machines import Machines, assert_as_in_one_process, found, kill
+from runs_for_tests import save_model
 
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_client_key
 from fedalt.flower.processes import wait_for_port
 from fedalt.flower.status import shown
-from fedalt.prepare import prepare
-from fedalt.runs import start_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 CLIENTS = ("a", "b", "c")
@@ -73,7 +71,7 @@ def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
     assert machines.wait_for_end(everyone) == dict.fromkeys(everyone, 0)
     assert machines.processes() == []
     assert not any("Traceback" in machines.said(each) for each in everyone)
-    assert_as_undisturbed(machines, tmp_path / "undisturbed")
+    assert_as_in_one_process(machines, tmp_path / "undisturbed")
 
 
 SEEN = {
@@ -139,28 +137,29 @@ def test_without_encryption_keys_still_count_and_it_is_said_loudly(
         machines.kill_all()
 
 
+@pytest.mark.long
+def test_who_was_away_at_the_end_is_told_when_the_server_is_started_again(
+    tmp_path: Path, model: Path
+) -> None:
+    machines = found(tmp_path, model, CLIENTS, rounds={"rounds": 1, "test": False})
+    file = machines.server / "federation.toml"
+    file.write_text(file.read_text().replace("minimum = 1", "minimum = 2\ndeadline = 2"))
+    try:
+        there = ("server", "a", "b")
+        for each in there:
+            machines.start(each)
+        assert machines.wait_for_end(there) == dict.fromkeys(there, 0)
+        assert "not told that it has ended: c" in machines.said("server")
+        machines.start("server")
+        machines.start("c")
+        assert machines.wait_for_end(["c"]) == {"c": 0}
+        assert "c: the federation has ended" in machines.said("c")
+        machines.started["server"].send_signal(signal.SIGTERM)
+        assert machines.wait_for_end(["server"]) == {"server": 130}
+        assert machines.processes() == []
+    finally:
+        machines.kill_all()
+
+
 def status(machines: Machines) -> str:
     return shown(read_server_config(machines.server / "federation.toml"))
-
-
-def assert_as_undisturbed(machines: Machines, run: Path) -> None:
-    """The states of all clients and their scores are those of a run in one process."""
-    settings = machines.settings
-    start_run(prepare(settings), run)
-    for each in machines.clients:
-        place = machines.client(each) / "state"
-        name, mine = newest_state(place, each, settings.method.client_state)
-        wanted, theirs = newest_state(run, each, settings.method.client_state)
-        assert name == wanted
-        assert_close(mine, theirs)
-    apart, whole = (
-        {
-            (line["split"], line["round"], line["client"], line["column"]): line["metrics"]
-            for line in scores_of(folder)
-            if line["kind"] == "score"
-        }
-        for folder in (machines.run, run)
-    )
-    assert apart.keys() == whole.keys()
-    for key, metrics in whole.items():
-        assert apart[key] == pytest.approx(metrics, rel=1e-4)

@@ -18,6 +18,7 @@ from runs_for_tests import save_model, write_clients
 from tiny import llama
 
 from fedalt.federation.channel import Lost
+from fedalt.flower.attend import _REMIND, _Troubles
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_server
 from fedalt.flower.grid import GridChannel
@@ -245,6 +246,19 @@ def test_a_clock_that_is_wrong_is_told_before_a_key_is_refused() -> None:
         else:
             assert trouble is not None
             assert f"seconds {says} that of" in trouble
+
+
+def test_trouble_that_lasts_comes_with_what_to_do_if_the_federation_has_ended() -> None:
+    said: list[str] = []
+    troubles = _Troubles(said.append)
+    for _ in range(3):
+        troubles.tell("it cannot be reached")
+    troubles.told -= 2 * _REMIND
+    troubles.tell("it cannot be reached")
+    assert said == [
+        "it cannot be reached",
+        "it cannot be reached; if the federation has ended, Ctrl-C stops this, and nothing is lost",
+    ]
 
 
 def test_a_process_ends_with_its_group_and_a_killed_ones_are_ended_by_the_next(

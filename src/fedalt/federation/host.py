@@ -25,7 +25,7 @@ from fedalt.codec import encode
 from fedalt.engine.course import Arm, Progress
 from fedalt.engine.gate import Arrival, Gate, take_in
 from fedalt.engine.in_process import server_of
-from fedalt.engine.schedule import peak_memory
+from fedalt.engine.schedule import round_line
 from fedalt.federation.channel import Channel
 from fedalt.federation.desk import Called, Desk, Rules, Say
 from fedalt.federation.messages import NEVER, Call, Score
@@ -85,15 +85,7 @@ class Host:
             self.say(f"round {round_}: no upload counts; the server's state stays as it was")
         else:
             states.put("server", after)
-        self.folder.record(
-            {
-                "kind": "round",
-                "round": round_,
-                "cohort": len(cohort),
-                "seconds": time.monotonic() - began,
-                "peak_memory_bytes": peak_memory(),
-            }
-        )
+        self.folder.record(round_line(round_, len(cohort), began))
         progress = Progress(round_ + 1, best)
         self.folder.commit(progress)
         self._sweep(progress)
@@ -135,7 +127,10 @@ class Host:
             for each, _ in self.channel.receive():  # who goes away without an answer has heard it
                 waiting[each] = waiting.get(each, 1) - 1
         if deaf := sorted(each for each in self._clients() if waiting.get(each, 1) > 0):
-            self.say(f"not told that it has ended: {', '.join(deaf)}")
+            self.say(
+                f"not told that it has ended: {', '.join(deaf)}; the server, started again, tells "
+                "them"
+            )
         self._sweep(replace(progress, rounds_done=progress.rounds_done + 3))
 
     def _calling(

@@ -1,6 +1,7 @@
 """The two apps that Flower starts: the server's half, and a client's half for stock SuperNodes."""
 
 import os
+import traceback
 from functools import partial
 from pathlib import Path
 
@@ -41,10 +42,16 @@ def serve(grid: Grid, context: Context) -> None:
 def answer(message: Message, context: Context) -> Message:
     """Answer one call, where a stock SuperNode starts a process for each.
 
-    Its node configuration names the client's file: `--node-config 'config="client.toml"'`. The
+    Its node configuration names the client's file: `--node-config 'config="/client.toml"'`. The
     base model is loaded for each call; `fedalt client` keeps it.
     """
-    config = read_client_config(Path(str(context.node_config["config"])))
-    with locked(config.place.folder):
-        reply = member_of(config).answer(bytes_of(message.content))
+    try:
+        config = read_client_config(Path(str(context.node_config["config"])))
+        with locked(config.place.folder):
+            reply = member_of(config).answer(bytes_of(message.content))
+    except Exception:  # Flower sends its text to the server, and it may quote the data
+        traceback.print_exc()
+        raise RuntimeError(
+            "this client cannot answer; what its SuperNode prints says why"
+        ) from None
     return Message(content_of(reply), reply_to=message)

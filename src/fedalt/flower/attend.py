@@ -20,6 +20,7 @@ from fedalt.store import locked
 
 _AGAIN: Final = (1.0, 2.0, 5.0, 10.0)  # seconds to the next try
 _REMIND: Final = 600.0  # seconds until the same trouble is told again
+_PERHAPS: Final = "; if the federation has ended, Ctrl-C stops this, and nothing is lost"
 _NOT_LET_IN: Final = "[code: 2004]"  # Flower's words
 
 Say = Callable[[str], None]
@@ -60,7 +61,7 @@ class _Troubles:
     def tell(self, text: str) -> None:
         """Say what hinders, unless that was just said."""
         if text != self.last or time.monotonic() - self.told > _REMIND:
-            self.say(text)
+            self.say(text + (_PERHAPS if text == self.last else ""))
             self.last, self.told = text, time.monotonic()
 
     def over(self, text: str) -> None:
@@ -85,6 +86,8 @@ def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[s
                     last = is_last(data)
                     send(pair, "answer", member.answer(data))
                 case "delivered" if last:
+                    return connected, True
+                case "ended":
                     return connected, True
         except (EOFError, BrokenPipeError, ConnectionResetError):
             return connected, False

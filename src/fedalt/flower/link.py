@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
@@ -63,11 +64,13 @@ def main() -> None:
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
     key: Any = load_ssh_private_key(Path(key_file).read_bytes(), None)
     server = _Server(address, None if ca_file == "-" else ca_file, key)
-    _reach(pair, server)
-    for node in last:
-        _sign_off(server, int(node))
     try:
+        _reach(pair, server)
+        for node in last:
+            _sign_off(server, int(node))
         _pass_on(pair, server)
+    except _EndedError:
+        send(pair, "ended")
     except _ShutOutError:
         send(pair, "trouble", b"the server does not know this connection any more")
 
@@ -142,8 +145,8 @@ def _next_call(connection: _Connection) -> tuple[Message, bytes] | None:
         head, tree = waiting
         run, wanted = head.metadata.run_id, head.metadata.message_id
         names = [each.object_id for each in iterate_object_tree(tree)]
-        contents = pull_objects(
-            names, pull_object_fn=lambda name: connection.pull_object(run, name)
+        contents = pull_objects(  # which may still be on their way to the server
+            names, lambda name: connection.pull_object(run, name), initial_backoff=_PAUSE
         )
         connection.confirm(run, wanted)
     except RunNotRunningException:  # the server has begun anew since
@@ -186,7 +189,7 @@ def _reach(pair: socket.socket, server: _Server) -> None:
 
 
 def _trouble(address: str, authority: str | None) -> str | None:
-    """Why nobody can work with the server at this address, or None."""
+    """Why nobody can work with the server at this address, or None. Raises `_EndedError`."""
     secure = authority is not None
     asked = time.time()
     try:
@@ -194,6 +197,8 @@ def _trouble(address: str, authority: str | None) -> str | None:
         answer = httpx.get(f"{'https' if secure else 'http'}://{address}/", verify=verify)
     except (httpx.TransportError, ssl.SSLError) as error:
         return f"{address} cannot be reached: {error}"
+    if answer.status_code == HTTPStatus.GONE:
+        raise _EndedError
     date = answer.headers.get("date")
     if date is None:
         return None
@@ -204,6 +209,10 @@ def _trouble(address: str, authority: str | None) -> str | None:
         f"this machine's clock is {abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} "
         f"that of {address}; at most {_AHEAD:.0f} ahead and {_BEHIND:.0f} behind are taken"
     )
+
+
+class _EndedError(Exception):
+    """The server says that the federation has ended."""
 
 
 class _ShutOutError(BaseException):

@@ -4,8 +4,8 @@ import socket
 import struct
 from typing import Final, Literal
 
-Kind = Literal["connected", "call", "answer", "delivered", "trouble"]
-_KINDS: Final[tuple[Kind, ...]] = ("connected", "call", "answer", "delivered", "trouble")
+Kind = Literal["connected", "call", "answer", "delivered", "trouble", "ended"]
+_KINDS: Final[tuple[Kind, ...]] = ("connected", "call", "answer", "delivered", "trouble", "ended")
 _HEAD = struct.Struct("!BQ")  # kind, length
 
 

@@ -2,10 +2,14 @@
 
 import json
 import time
+from collections import Counter
 from datetime import datetime
+from typing import Final
 
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.serve import revoked
+
+_SHOWN: Final = 5  # lines of one sort
 
 
 def shown(config: ServerConfig) -> str:
@@ -13,7 +17,8 @@ def shown(config: ServerConfig) -> str:
     folder, terms = config.place.run, config.terms
     file = folder / "status.json"
     if not file.exists():
-        return f"{terms.name}: has not begun; no status in {folder}"
+        begun = f"{terms.name}: has not begun; no status in {folder}"
+        return "\n".join([begun, *_refused_requests(config)])
     status = json.loads(file.read_text())
     ago = time.time() - status["time"]
     state = "has ended" if config.place.ended.exists() else f"seen {ago:.0f} seconds ago"
@@ -35,5 +40,23 @@ def shown(config: ServerConfig) -> str:
         [json.loads(line) for line in refused.read_text().splitlines()] if refused.exists() else []
     )
     lines.append(f"  refused uploads: {len(found)}")
-    lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in found[-5:]]
-    return "\n".join(lines)
+    lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in found[-_SHOWN:]]
+    return "\n".join([*lines, *_refused_requests(config)])
+
+
+def _refused_requests(config: ServerConfig) -> list[str]:
+    """What the door has turned away since its log began; nothing where that is nothing."""
+    log = config.place.logs / "door.log"
+    written = log.read_text(errors="replace").splitlines() if log.exists() else []
+    told = [json.loads(line) for line in written if line.startswith("{") and line.endswith("}")]
+    if not told:
+        return []
+    counts: Counter[str] = Counter()
+    for each in told:
+        counts[each["what"]] += each["refused"]
+    last = next((each["last_from"] for each in reversed(told) if each["last_from"]), "")
+    come = f", the last from {last}" if last else ""
+    return [
+        f"  refused requests: {counts.total()} since {told[0]['time']}{come}",
+        *(f"    {count}: {what}" for what, count in counts.most_common(_SHOWN)),
+    ]

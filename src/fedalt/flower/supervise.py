@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NoReturn
 
 import httpx
 import psutil
@@ -21,6 +21,7 @@ from fedalt.files import atomic_write
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.control import Control
 from fedalt.flower.credentials import require_usable
+from fedalt.flower.door import ENDED
 from fedalt.flower.processes import Group, free_port, group, require_free, shorten, wait_for_port
 from fedalt.flower.serve import clients_by_key
 from fedalt.store import StoreError, locked
@@ -53,10 +54,9 @@ def supervise(config: ServerConfig, say: Say) -> None:
         locked(home),
         group({"FLWR_HOME": str(home)}, home / "processes.json") as processes,
     ):
-        if place.ended.exists():
-            say("the federation has ended before")
-            return
         require_free(place.address)
+        if place.ended.exists():
+            _tell_of_the_end(config, processes, say)
         place.failed.unlink(missing_ok=True)
         shorten(place.logs / "flwr.log")
         shorten(place.logs / "server.log")
@@ -70,6 +70,19 @@ def supervise(config: ServerConfig, say: Say) -> None:
                 time.sleep(_AGAIN)
             finally:
                 processes.stop()
+
+
+def _tell_of_the_end(config: ServerConfig, processes: Group, say: Say) -> NoReturn:
+    """Tell clients that were away at the end, until stopped. Raises StoreError."""
+    log = config.place.logs / "door.log"
+    processes.start(_DOOR, _door(config, ENDED), log)
+    say(
+        f"the federation has ended; clients that call {config.place.address} are told so, "
+        "until this is stopped (Ctrl-C)"
+    )
+    while processes.dead() is None:
+        time.sleep(_LOOK)
+    raise StoreError(f"{_DOOR} has ended, see {log}")
 
 
 class _DiedError(Exception):
@@ -193,7 +206,7 @@ def _configure(home: Path, port: int, config: ServerConfig) -> None:
     atomic_write(home / "config.toml", text.encode())
 
 
-def _door(config: ServerConfig, port: int) -> list[str]:
+def _door(config: ServerConfig, port: int | str) -> list[str]:
     place = config.place
     files = [] if place.insecure else [place.certificate, place.key, place.authority]
     most = str(config.firewall.max_upload_bytes)

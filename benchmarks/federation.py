@@ -224,7 +224,7 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
 def main() -> None:
     """Run the variants of every size and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("megabytes", nargs="*", type=int, default=[3])
+    parser.add_argument("megabytes", nargs="*", type=float, default=[3])
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     given = parser.parse_args()

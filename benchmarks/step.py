@@ -12,6 +12,8 @@ are the ratios of their medians. Gradients are compared in the same run, without
     peft       (a) PEFT's LoRA on the stock model, one client at a time, padded, all logits
     written    (b) FedALT's layer as the papers write it: slot by slot, padded, all logits
 
+With --compile also `fused` with the parts of the model between matrix products compiled.
+
 The bound is the forward pass and the gradient of the inputs through the frozen base, with logits
 where a label is, at the rate of this machine's matmuls: `useful` is the share of that rate which
 the fastest of our two variants reaches. `kept` is what waits for the backward pass, for each token.
@@ -109,8 +111,8 @@ def tree_of(start: Start, plan: Plan) -> Tree:
 class Ours:
     """Training with fedalt, of clients together or one at a time."""
 
-    def __init__(self, size: str, clients: Clients) -> None:
-        adapted = AdaptedModel(model_of(size), SITES)
+    def __init__(self, size: str, clients: Clients, *, compile_parts: bool = False) -> None:
+        adapted = AdaptedModel(model_of(size), SITES, compile_parts=compile_parts)
         self.base = Base(adapted, Tokenless(), size, "")
         self.clients = clients
         self.tree = tree_of(Start(adapted.sites, {}, 0), plan_of(0))
@@ -299,7 +301,9 @@ def bound_of(model: LlamaForCausalLM, clients: Clients) -> float:
     return float(4 * (body * tokens + head * labelled))
 
 
-def measure(size: str, clients: int, each: int, turns: int) -> Mapping[str, Any]:
+def measure(
+    size: str, clients: int, each: int, turns: int, *, compile_parts: bool
+) -> Mapping[str, Any]:
     """One row of the table."""
     data = examples_of(clients, each, SIZES[size]["vocab_size"])
     ours = Ours(size, data)
@@ -311,6 +315,17 @@ def measure(size: str, clients: int, each: int, turns: int) -> Mapping[str, Any]
         "written": written.train,
     }
     wrong = disagreement(ours, written)
+    compiled = {}
+    if compile_parts:
+        began = time.perf_counter()
+        faster = Ours(size, data, compile_parts=True)
+        outcome = faster.base.adapted.compiled
+        if outcome is None or not outcome.parts:
+            raise SystemExit(f"nothing is compiled: {outcome and outcome.why_not}")
+        faster.train(together=True)
+        compiled["compiling, s"] = f"{time.perf_counter() - began:.0f}"
+        wrong = max(wrong, disagreement(faster, written))
+        variants = {"compiled": lambda: faster.train(together=True), **variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     rates = []
     for turn in range(turns + 1):
@@ -324,6 +339,8 @@ def measure(size: str, clients: int, each: int, turns: int) -> Mapping[str, Any]
     tokens = sum(len(text.ids) for group in data for text in group)
     best = min(median["fused"], median["alone"])
     useful = bound_of(written.model, data) / best / statistics.median(rates)
+    if compile_parts:
+        compiled["compiled / fused"] = f"{median['fused'] / median['compiled']:.2f}"
     one = Ours(size, data[:1])
     batch = collate(one.clients, 0, one.base.adapted.device, pack=True)
     leaves = {
@@ -350,6 +367,7 @@ def measure(size: str, clients: int, each: int, turns: int) -> Mapping[str, Any]
         "kept, KB a token": round(mine / first / 1e3),
         "of written": f"{mine / theirs:.2f}",
         "gradients differ by": f"{wrong:.0e}",
+        **compiled,
     }
 
 
@@ -362,13 +380,15 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[8])
     parser.add_argument("--each", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="also measure it compiled")
     parser.add_argument("--write", action="store_true", help="put the table into the document")
     options = parser.parse_args()
     rows = []
     for size in options.sizes:
         for clients in options.clients:
             for each in options.each:
-                rows.append(measure(size, clients, each, options.turns))
+                row = measure(size, clients, each, options.turns, compile_parts=options.compile)
+                rows.append(row)
                 print(json.dumps(rows[-1]), flush=True)
     if options.write:
         write("step", table(rows))

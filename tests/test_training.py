@@ -17,7 +17,7 @@ from fedalt.seeds import generator
 from fedalt.training.batches import collate, epoch_order, steps_per_epoch
 from fedalt.training.group import Training, TrainingError
 from fedalt.training.loop import train
-from fedalt.training.loss import client_means, token_losses
+from fedalt.training.loss import client_means, cross_entropy, token_losses
 from fedalt.training.orders import Fit, Moments
 
 CPU = torch.device("cpu")
@@ -48,6 +48,25 @@ def test_the_loss_of_a_padded_batch_equals_that_of_each_example_alone(name):
             before = logits[each.answer_start - 1 : len(each.ids) - 1]
             alone.append(functional.cross_entropy(before, targets, reduction="none"))
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=2e-5)
+
+
+def test_cross_entropy_and_its_derivatives_are_those_of_torch():
+    stream = torch.Generator().manual_seed(0)
+    logits = (3 * torch.randn(37, 11, generator=stream)).requires_grad_()
+    targets = torch.randint(11, (37,), generator=stream)
+    weights = torch.randn(37, generator=stream)
+
+    def derivatives(losses):
+        (first,) = torch.autograd.grad(losses @ weights, logits, create_graph=True)
+        return losses, first, *torch.autograd.grad(first.square().sum(), logits)
+
+    wanted = derivatives(functional.cross_entropy(logits, targets, reduction="none"))
+    torch.testing.assert_close(derivatives(cross_entropy(logits, targets)), wanted)
+    (plain,) = torch.autograd.grad(cross_entropy(logits, targets) @ weights, logits)
+    torch.testing.assert_close(plain, wanted[1])
+    half = cross_entropy(logits.bfloat16(), targets)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, wanted[0], rtol=0, atol=0.1)
 
 
 @pytest.mark.parametrize("name", CAUSAL)

@@ -62,12 +62,14 @@ def load_base(
     targets: str | Sequence[str] | None = None,
     quantise: Quantise | None = None,
     device: str | None = None,
+    compile_parts: bool = False,
 ) -> Base:
     """Load a base model and wrap its layers.
 
     `name` is a folder, a hub id, "tiny" or a name of PACKAGED. With `labels` the model becomes a
     sequence classifier with a fresh head for them. On a CPU the weights are float32; on a GPU they
     keep their own dtype. The model's own dropout is off: fedalt's adapters bring theirs, seeded.
+    `compile_parts`: as for AdaptedModel.
     Raises ModelError.
     """
     place = location(name)
@@ -111,7 +113,8 @@ def load_base(
             do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True
         )
     fingerprint = fingerprint_of(model)
-    return Base(AdaptedModel(model, targets), tokenizer, name, fingerprint)
+    adapted = AdaptedModel(model, targets, compile_parts=compile_parts)
+    return Base(adapted, tokenizer, name, fingerprint)
 
 
 def location(name: str) -> str:

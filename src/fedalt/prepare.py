@@ -85,6 +85,7 @@ def prepare(
         for split in SPLITS:
             counts[client_id][split] = len(task.examples(client_id, split))
             cut = [sum(pair) for pair in zip(cut, task.cut(client_id, split), strict=True)]
+        task.training_size(client_id)  # while they are encoded: a round asks for all at once
     return Prepared(parts, task, counts, tuple(_warnings(parts, task.max_length, counts, cut)))
 
 
@@ -112,6 +113,7 @@ def load_parts(settings: Settings, labels: Sequence[str], base: Base | None = No
             targets=model.targets,
             quantise=model.quantise,
             device=model.device,
+            compile_parts=model.compile,
         )
     arms = [Arm("own", settings.method)]
     yardstick = LocalOnly(lora=lora_of(settings.method))

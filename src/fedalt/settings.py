@@ -58,13 +58,16 @@ class ModelSettings:
     """The base model: a folder, a hub id, "tiny" or "minilm"; `targets` are its sites.
 
     Without `targets` the sites are those that PEFT adapts by default; "all-linear" are all, and a
-    list names endings of module paths. Without `device` a GPU is used where there is one.
+    list names endings of module paths. Without `device` a GPU is used where there is one. `compile`
+    lets torch compile norms, gates and rotary embeddings, where it can; it changes rounding and
+    speed alone.
     """
 
     name: str = BUILT_IN
     targets: tuple[str, ...] | str | None = None
     quantise: Quantise | None = None
     device: str | None = None
+    compile: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

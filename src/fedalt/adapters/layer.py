@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from fedalt.adapters.compiling import Compiled, try_compiling
 from fedalt.adapters.lowrank import Combination, add_low_rank, times
 from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Shape, Similarity, Sum
@@ -190,14 +191,22 @@ class AdaptedModel:
     """A frozen transformers model whose linear layers can be bound to a tree.
 
     `sites` maps the path of every adapted layer to its sizes, `heads` name to shape of the tensors
-    of a classification head. Both are in the order of the model's layers.
+    of a classification head. Both are in the order of the model's layers. `compiled` is None where
+    nobody asked for it.
     """
 
-    def __init__(self, model: PreTrainedModel, targets: str | Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        targets: str | Sequence[str] | None = None,
+        *,
+        compile_parts: bool = False,
+    ) -> None:
         """Wrap the layers in place.
 
         `targets`: None for PEFT's default of this architecture, "all-linear", or names that end
-        the paths of the wanted layers. A name that ends none raises ValueError.
+        the paths of the wanted layers. A name that ends none raises ValueError. `compile_parts`:
+        those between matrix products, where torch can; it changes the last bits of results.
         """
         self.model = model.requires_grad_(False).eval()
         _keep_differentiable(model)
@@ -218,6 +227,7 @@ class AdaptedModel:
             if layer.bias is not None:
                 self.heads[Name(site, HEAD, "bias")] = tuple(layer.bias.shape)
             _put(model, site, BoundHead(layer, site, self._binding))
+        self.compiled: Compiled | None = try_compiling(model) if compile_parts else None
 
     @contextmanager
     def bound(

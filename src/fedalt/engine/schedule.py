@@ -69,15 +69,7 @@ class Run:
                 loss = self.score(arm, round_, "validation", whole=False)
                 if loss is not None and loss < best.get(arm.column, (0, float("inf")))[1]:
                     best[arm.column] = (round_, loss)
-        self.journal.record(
-            {
-                "kind": "round",
-                "round": round_,
-                "cohort": len(cohort),
-                "seconds": time.monotonic() - began,
-                "peak_memory_bytes": peak_memory(),
-            }
-        )
+        self.journal.record(round_line(round_, len(cohort), began))
         progress = Progress(round_ + 1, best)
         self.journal.commit(progress)
         return progress
@@ -129,6 +121,7 @@ class Run:
         which is what takes long. `show` gets lines of each client's best and worst examples.
         """
         losses = []
+        places = {client_id: at for at, client_id in enumerate(self.clients, 1)}
         what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
         job = Score(arm.column, round_, split, whole, show is not None)
         groups = (
@@ -142,8 +135,8 @@ class Run:
             if show is not None:
                 for line in scored.examples:
                     show(json.loads(line))
-            at = self.clients.index(scored.client_id) + 1
-            self.hear(Event(what, round_, arm.column, scored.client_id, at, len(self.clients)))
+            at, of = places[scored.client_id], len(places)
+            self.hear(Event(what, round_, arm.column, scored.client_id, at, of))
         return fmean(losses) if losses else None
 
     def work(self, job: Train | Score) -> Callable[[Sequence[str]], Sequence[Reply | Scored]]:
@@ -250,7 +243,13 @@ def training_metrics(fits: Sequence[Trained]) -> dict[str, float]:
     return {"loss": loss, "steps": steps, "tokens": sum(each.tokens for each in fits)}
 
 
-def peak_memory() -> int:
-    """The most memory that this process has held so far, in bytes."""
+def round_line(round_: int, cohort: int, began: float) -> Line:
+    """What is recorded of a round: its seconds since `began`, the most memory held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return {
+        "kind": "round",
+        "round": round_,
+        "cohort": cohort,
+        "seconds": time.monotonic() - began,
+        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+    }

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from fedalt.training.batches import Batch
+
+_ROWS: Final = 16  # of logits at a time on a CPU: what comes between then stays in its caches
 
 
 def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -22,8 +23,36 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
             # needed, and attention kernels are fastest without one. Packed, none is padded.
             placed = {"position_ids": batch.packing.positions} if batch.packing else {}
             with _only_rows(model, batch.predicting):
-                logits = model(input_ids=batch.ids, use_cache=False, **placed).logits[0]
-    return functional.cross_entropy(logits.float(), batch.targets, reduction="none")
+                logits = model(input_ids=batch.ids, use_cache=False, **placed).logits
+            logits = logits.squeeze(0)  # not [0]: its gradient would be a copy into zeros
+    return cross_entropy(logits, batch.targets)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Of each row of logits (n, classes) and its target (n,), in float32: (n,).
+
+    Torch's, with half as many tensors of the logits' size: they are the largest of a step, and
+    coming by their memory takes longer than computing in it. Differentiable twice.
+    """
+    losses: Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        rows = _ROWS if logits.device.type == "cpu" else max(1, len(logits))
+        totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(rows)])
+        return totals - logits.gather(1, targets[:, None])[:, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, targets = ctx.saved_tensors
+        each = grads[0][:, None]
+        shares = logits.softmax(-1, dtype=torch.float32)
+        out = shares * each if torch.is_grad_enabled() else shares.mul_(each)
+        return out.scatter_add_(1, targets[:, None], -each).to(logits.dtype), None
 
 
 def client_means(losses: Tensor, batch: Batch, clients: int) -> Tensor:

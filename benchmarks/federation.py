@@ -38,6 +38,7 @@ import tomli_w
 from document import table, write
 from experiment import write_model
 
+VARIANTS = ("fedalt", "in process", "flower")
 CLIENTS = 4
 NUMBERS_A_RANK = 6144
 HERE = Path(__file__).resolve().parent
@@ -226,6 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("megabytes", nargs="*", type=float, default=[3])
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
     given = parser.parse_args()
     from fedalt.flower.processes import free_port
@@ -239,7 +241,7 @@ def main() -> None:
         experiment.write_clients(folder / "data", CLIENTS, 4096)
         for size in given.megabytes:
             rank = max(1, round(size * 1e6 / 4 / NUMBERS_A_RANK))
-            for variant in ("fedalt", "in process", "flower"):
+            for variant in given.variants:
                 if variant == "fedalt":
                     found = run_fedalt(folder, rank, given.rounds, free_port())
                 elif variant == "in process":

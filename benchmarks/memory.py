@@ -1,22 +1,25 @@
-"""Peak memory and time of a round against the number of clients, each count in its own process.
+"""Peak memory and time of a round against the number of clients, and against the cohort's size.
 
-    python benchmarks/memory.py                          # 8 and 512 clients
-    python benchmarks/memory.py --write 8 64 512 4096
+    python benchmarks/memory.py                          # 8 and 512 clients, all in every round
+    python benchmarks/memory.py --write 8 64 512 4096 10000
+    python benchmarks/memory.py --cohorts 32 128 512     # of 1024 clients in one federation
+    python benchmarks/memory.py --cohorts 32 128 512 --write
 
-Every client has the same 8 examples; the base model is the built-in one. Memory is the most that
-the process ever held; the time is that of the second round.
+Every client has the same 8 examples; the base model is the built-in one. Every row is a process of
+its own. Memory is the most that the process ever held; the time is the median of the rounds after
+the first one, of which there is one, or three with `--cohorts`.
 """
 
+import argparse
 import json
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from document import table, write
-
-ROUNDS = 2
 
 
 def write_clients(folder: Path, count: int) -> None:
@@ -27,8 +30,8 @@ def write_clients(folder: Path, count: int) -> None:
         (folder / f"client-{client:05d}.train.jsonl").write_text(text)
 
 
-def measure(clients: int) -> None:
-    """Run two rounds and print one JSON object."""
+def measure(clients: int, cohort: int, rounds: int) -> None:
+    """Run some rounds and print one JSON object."""
     import torch
 
     from fedalt.prepare import prepare
@@ -44,34 +47,55 @@ def measure(clients: int) -> None:
             "yardstick": False,
             "data": {"path": str(data), "validation": 0.0},
             "training": {"batch_size": 8},
-            "rounds": {"rounds": ROUNDS},
+            "rounds": {"rounds": rounds, "participation": cohort / clients},
         }
         run = start_run(prepare(settings_of(table, "benchmark")), Path(name) / "run")
-        rounds = [line for line in run.lines() if line["kind"] == "round"]
+        lines = [line for line in run.lines() if line["kind"] == "round"]
         size = sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file())
+    seconds = median(line["seconds"] for line in lines[1:])
     result = {
         "clients": clients,
-        "peak memory, MiB": round(rounds[-1]["peak_memory_bytes"] / 2**20),
-        "seconds a round": round(rounds[-1]["seconds"], 2),
+        "cohort": lines[-1]["cohort"],
+        "peak memory, MiB": round(lines[-1]["peak_memory_bytes"] / 2**20),
+        "seconds a round": round(seconds, 2),
+        "ms a client of the cohort": round(1000 * seconds / lines[-1]["cohort"], 1),
         "disk, MiB": round(size / 2**20, 1),
     }
     print(json.dumps(result), flush=True)
 
 
-def main() -> None:
-    """Measure every count in a process of its own and print a table."""
-    if sys.argv[1:2] == ["--one"]:
-        measure(int(sys.argv[2]))
-        return
+def compare(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
+    """A row for each number of clients with the size of its cohorts, measured one by one."""
     rows: list[dict[str, Any]] = []
-    for count in [int(each) for each in sys.argv[1:] if each != "--write"] or [8, 512]:
-        command = [sys.executable, __file__, "--one", str(count)]
+    for clients, cohort in sizes:
+        command = [sys.executable, __file__, "--one", *map(str, (clients, cohort, rounds))]
         row = json.loads(subprocess.check_output(command).splitlines()[-1])
         first = rows[0]["peak memory, MiB"] if rows else row["peak memory, MiB"]
         rows.append({**row, "against the first": round(row["peak memory, MiB"] / first, 2)})
         print(json.dumps(rows[-1]), flush=True)
-    if "--write" in sys.argv:
-        write("memory", table(rows))
+    return rows
+
+
+def main() -> None:
+    """Measure every size in a process of its own and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("clients", type=int, nargs="*", help="with --cohorts: one number, or 1024")
+    parser.add_argument("--cohorts", type=int, nargs="+", metavar="COHORT")
+    parser.add_argument("--one", type=int, nargs=3, metavar=("CLIENTS", "COHORT", "ROUNDS"))
+    parser.add_argument("--write", action="store_true", help="put the table into the document")
+    wanted = parser.parse_args()
+    if wanted.one:
+        measure(*wanted.one)
+        return
+    if wanted.cohorts:
+        (clients,) = wanted.clients or [1024]
+        name, rows = "cohorts", compare([(clients, each) for each in wanted.cohorts], rounds=4)
+    else:
+        name = "memory"
+        rows = compare([(each, each) for each in wanted.clients or [8, 512]], rounds=2)
+    print(table(rows))
+    if wanted.write:
+        write(name, table(rows))
 
 
 if __name__ == "__main__":

@@ -5,11 +5,16 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from threading import Event, Thread, get_ident
 
 import pytest
 
-from fedalt.files import atomic_write
+from fedalt.engine.course import Progress
+from fedalt.files import atomic_write, writing_behind
+from fedalt.store import FileStates, RunFolder
+from fedalt.training.orders import Moments
 
 
 @contextmanager
@@ -84,3 +89,68 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
     path = tmp_path / "nowhere" / "state"
     with pytest.raises(FileNotFoundError, match=str(path)):
         atomic_write(path, b"")
+
+
+def test_who_writes_behind_goes_on_at_once_until_it_is_too_far_ahead() -> None:
+    disk, threads, asked = Event(), set[int](), list[int]()
+
+    def write() -> None:
+        disk.wait()
+        threads.add(get_ident())
+
+    with writing_behind() as writer:
+
+        def ask() -> None:
+            for number in range(100):
+                writer.write(write)
+                asked.append(number)
+
+        asking = Thread(target=ask)
+        asking.start()
+        asking.join(0.2)
+        waited = len(asked)
+        disk.set()
+        asking.join()
+        writer.finish()
+    assert 0 < waited < 100
+    assert len(asked) == 100
+    assert threads
+    assert get_ident() not in threads
+
+
+def test_an_error_behind_ends_what_goes_on_and_what_has_not_begun_is_left_out(
+    tmp_path: Path,
+) -> None:
+    written = list[int]()
+
+    def ask_until_told() -> None:
+        with writing_behind() as writer:
+            writer.write(partial(atomic_write, tmp_path / "nowhere" / "state", b""))
+            for number in range(1000):
+                writer.write(partial(written.append, number))
+
+    with pytest.raises(FileNotFoundError, match="nowhere/state"):
+        ask_until_told()
+    assert len(written) < 1000
+
+
+@pytest.mark.parametrize("who", ["reads", "drops", "commits"])
+def test_whoever_needs_what_is_being_written_waits_for_it(tmp_path: Path, who: str) -> None:
+    slow = Event()
+    with writing_behind() as writer:
+        folder = RunFolder(tmp_path, writer)
+        states = folder.states("own", 0)
+        for _ in range(10):
+            writer.write(partial(slow.wait, 0.2))  # a slow disk: what is put now comes later
+        states.put("clients/a", Moments(steps=7))
+        assert not (tmp_path / "clients").exists()
+        match who:
+            case "reads":
+                assert folder.states("own", 1).get("clients/a", Moments) == Moments(steps=7)
+            case "drops":
+                states.drop("clients/a")
+                writer.finish()
+                assert folder.states("own", 1).get("clients/a", Moments) is None
+            case "commits":
+                folder.commit(Progress(1))
+                assert FileStates(tmp_path, 1).get("clients/a", Moments) == Moments(steps=7)

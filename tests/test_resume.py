@@ -2,8 +2,9 @@
 
 import multiprocessing
 import random
+import resource
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.prepare import prepare
 from fedalt.runs import reopen, resume_run, start_run
-from fedalt.store import FileStates, StoreError, locked
+from fedalt.store import FileStates, StoreError, locked, open_run
 from fedalt.tree import Name
 
 KILLS = 10
@@ -112,6 +113,39 @@ def test_a_run_interrupted_in_any_phase_goes_on(prepared, straight, tmp_path, wh
     resume_run(reopen(run), run)
     assert adapters_of(run) == adapters_of(straight[0])
     assert scores_of(run) == scores_of(straight[0])
+
+
+@dataclass(frozen=True)
+class FillsTheDisk:
+    """A watcher after whom no file has room for a client's state, from a round's training on."""
+
+    round: int
+
+    def hear(self, event: Event):
+        if (event.what, event.round) == ("train", self.round):
+            _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
+
+    def wrote(self, line):
+        pass
+
+
+def test_a_state_that_finds_no_room_ends_the_run_before_its_round_counts(prepared, tmp_path):
+    settings = prepared.parts.settings
+    lora = replace(settings.method.lora, rank=16)
+    wide = prepare(replace(settings, method=replace(settings.method, lora=lora)))
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    start_run(wide, straight)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{run}.*0002.safetensors'"):
+            start_run(wide, run, FillsTheDisk(2))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert open_run(run).rounds_done() == 2
+    resume_run(reopen(run), run)
+    assert adapters_of(run) == adapters_of(straight)
+    assert scores_of(run) == scores_of(straight)
 
 
 def test_a_second_process_is_kept_out(prepared, straight):

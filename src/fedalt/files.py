@@ -1,9 +1,74 @@
-"""Writing a file so that a crash or a full disk leaves it whole."""
+"""Writing a file so that a crash or a full disk leaves it whole, and many of them in passing."""
 
 import contextlib
 import os
 import secrets
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final, Protocol
+
+_AT_A_TIME: Final = 4  # writes; a disk takes several at once in about the time of one
+_BEHIND: Final = 32  # writes that wait or are being done: what they hold is in memory
+
+
+class Writer(Protocol):
+    """Who carries out writes: whoever asks for one, or somebody else while that goes on."""
+
+    def write(self, act: Callable[[], None]) -> None:
+        """Have it done by the next `finish`; an error may come from here, too.
+
+        In any order: until then nobody asks for another write to the same file.
+        """
+        ...
+
+    def finish(self) -> None:
+        """Wait until all is done that was asked for. Raises the error of what was not."""
+        ...
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """Whoever asks does it."""
+
+    def write(self, act: Callable[[], None]) -> None:
+        """See `Writer`."""
+        act()
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+
+@dataclass(frozen=True)
+class _Behind:
+    """Threads do it, so that nobody waits for the disk but who is too far ahead of it."""
+
+    threads: ThreadPoolExecutor
+    asked: deque[Future[None]] = field(default_factory=deque)
+
+    def write(self, act: Callable[[], None]) -> None:
+        while len(self.asked) >= _BEHIND:
+            self.asked.popleft().result()
+        self.asked.append(self.threads.submit(act))
+
+    def finish(self) -> None:
+        while self.asked:
+            self.asked.popleft().result()
+
+
+@contextlib.contextmanager
+def writing_behind() -> Iterator[Writer]:
+    """A writer whose writes are done by threads; what is not finished may be left out.
+
+    No thread writes on after the block, however it ends.
+    """
+    with ThreadPoolExecutor(_AT_A_TIME, "writing") as threads:
+        try:
+            yield _Behind(threads)
+        finally:
+            threads.shutdown(cancel_futures=True)
 
 
 def atomic_write(path: Path, data: bytes) -> None:

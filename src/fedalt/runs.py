@@ -12,6 +12,7 @@ from fedalt.engine.crew import Crew
 from fedalt.engine.in_process import servings
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import Run
+from fedalt.files import writing_behind
 from fedalt.gloo import Place
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
@@ -108,9 +109,13 @@ def is_finished(path: Path) -> bool:
 def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
-    with locked(path) as lock, _crew(prepared, path, lock, watcher) as together:
-        run = _run(prepared, _Watched(folder, watcher), watcher)
-        replace(run, crew=together).to_the_end()
+    with (
+        locked(path) as lock,
+        _crew(prepared, path, lock, watcher) as together,
+        writing_behind() as writer,
+    ):
+        journal = _Watched(replace(folder, writer=writer), watcher)
+        replace(_run(prepared, journal, watcher), crew=together).to_the_end()
     return folder
 
 
@@ -244,9 +249,10 @@ def _crew(
 
 def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Run:
     parts, settings = prepared.parts, prepared.parts.settings
+    left = journal.folder.left()
     return Run(
         arms=parts.arms,
-        clients=[each for each in prepared.task.clients if each not in journal.folder.left()],
+        clients=[each for each in prepared.task.clients if each not in left],
         schedule=settings.rounds,
         learner=learner_of(prepared),
         start=parts.start,

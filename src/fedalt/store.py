@@ -18,15 +18,18 @@ what a crashed round has left behind is never read, only overwritten.
 import fcntl
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from fedalt.codec import atomic_write, fields_of, read, write
 from fedalt.engine.course import Line, Progress
+from fedalt.files import AtOnce, Writer
 from fedalt.methods.contract import Ledger, Message
 from fedalt.quarantine import quarantine
 from fedalt.record import (
@@ -53,14 +56,19 @@ __all__ = [
 ]
 T = TypeVar("T")
 _AREAS = ("clients", "server", "moments")
+_STATE = re.compile(r"([0-9]+)\.safetensors")
 
 
 @dataclass(frozen=True)
 class FileStates:
-    """An arm's states on disk: read as after round `round` - 1, written for `round`."""
+    """An arm's states on disk: read as after round `round` - 1, written for `round`.
+
+    What the `writer` has not finished yet is of this round, which is never read here.
+    """
 
     folder: Path
     round: int
+    writer: Writer = field(default_factory=AtOnce)
 
     def get(self, key: str, cls: type[T]) -> T | None:
         """The newest value of a key that is older than this round."""
@@ -74,9 +82,8 @@ class FileStates:
     def put(self, key: str, value: object) -> None:
         """Write a value beside its older ones; a ledger's entries are in files already."""
         path = self.folder / key / _file(self.round)
-        path.parent.mkdir(parents=True, exist_ok=True)
         ledgers = fields_of(type(value), Ledger)
-        write(path, value, omit=ledgers)
+        self.writer.write(partial(_write, path, value, omit=ledgers))
         for name in ledgers:
             self._adopt(self._ledger(key, name), getattr(value, name))
 
@@ -87,6 +94,7 @@ class FileStates:
 
     def drop(self, key: str) -> None:
         """Forget what was written for this round under a key and below it."""
+        self.writer.finish()  # a write that came later would count
         for path in sorted((self.folder / key).rglob(_file(self.round))):
             if path.is_file():
                 path.unlink()
@@ -113,7 +121,7 @@ class FileStates:
         return replace(value, **{name: self._ledger(key, name) for name in names})  # type: ignore[type-var]
 
     def _ledger(self, key: str, name: str) -> "FileLedger":
-        return FileLedger(self.folder / key / name, self.round)
+        return FileLedger(self.folder / key / name, self.round, self.writer)
 
     @staticmethod
     def _adopt(ours: "FileLedger", given: Ledger) -> None:
@@ -129,6 +137,7 @@ class FileLedger:
 
     folder: Path
     round: int
+    writer: Writer = field(default_factory=AtOnce)
     left: frozenset[str] = frozenset()
 
     def __contains__(self, client_id: object) -> bool:
@@ -157,8 +166,7 @@ class FileLedger:
     def put(self, client_id: str, message: Message) -> "FileLedger":
         """Write this round's upload; it counts once the round is committed."""
         path = self._place(client_id) / _file(self.round)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(path, message)
+        self.writer.write(partial(_write, path, message))
         return self
 
     def _place(self, client_id: str) -> Path:
@@ -173,6 +181,7 @@ class RunFolder:
     """The journal of a run, on disk. Use it within `locked`."""
 
     path: Path
+    writer: Writer = field(default_factory=AtOnce)
 
     def progress(self) -> Progress:
         """How far the run is; the record is cut back to what was committed with that."""
@@ -184,7 +193,9 @@ class RunFolder:
 
     def states(self, column: str, round_: int) -> FileStates:
         """The yardstick has a folder of its own; the method asked for lies at the top."""
-        return FileStates(self.path / "local" if column == "local" else self.path, round_)
+        self.writer.finish()  # it may be what is read now
+        folder = self.path / "local" if column == "local" else self.path
+        return FileStates(folder, round_, self.writer)
 
     def record(self, line: Line) -> None:
         """Append a line to rounds.jsonl."""
@@ -198,6 +209,7 @@ class RunFolder:
 
     def commit(self, progress: Progress) -> None:
         """Make the round count by replacing progress.json, then drop states no one needs."""
+        self.writer.finish()
         record = self.path / "rounds.jsonl"
         with record.open("a") as file:
             os.fsync(file.fileno())
@@ -296,7 +308,10 @@ def locked(path: Path) -> Iterator[int]:
 
 def newest(folder: Path, round_: int) -> Path | None:
     """The newest file of a state up to a round."""
-    found = [number for number in _rounds(folder) if number <= round_]
+    if not folder.is_dir():
+        return None
+    there = _rounds(each.name for each in folder.iterdir())
+    found = [number for number in there if number <= round_]
     return folder / _file(max(found)) if found else None
 
 
@@ -312,10 +327,14 @@ def _file(round_: int) -> str:
     return f"{round_:04d}.safetensors"
 
 
-def _rounds(folder: Path) -> list[int]:
-    if not folder.is_dir():
-        return []
-    return [int(path.stem) for path in folder.glob("[0-9]*.safetensors")]
+def _write(path: Path, value: object, omit: Collection[str] = ()) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, value, omit=omit)
+
+
+def _rounds(files: Iterable[str]) -> list[int]:
+    """The rounds of which these files are states; other files are none."""
+    return [int(found[1]) for name in files if (found := _STATE.fullmatch(name))]
 
 
 def prune(folder: Path, keep: list[int]) -> None:
@@ -326,7 +345,7 @@ def prune(folder: Path, keep: list[int]) -> None:
             for name in files:
                 if name.endswith(".tmp"):  # what a killed process was writing
                     (where / name).unlink()
-            rounds = _rounds(where)
+            rounds = _rounds(files)
             kept = {max((r for r in rounds if r <= limit), default=None) for limit in keep}
             for number in rounds:
                 # A newer one than any kept round belongs to a round that never was committed.

@@ -243,7 +243,8 @@ class Host:
         return self.folder.states("own", round_)
 
     def _clients(self) -> list[str]:
-        return [each for each in self.terms.clients if each not in self.folder.left()]
+        left = self.folder.left()
+        return [each for each in self.terms.clients if each not in left]
 
     def _columns(self) -> list[str]:
         return [arm.column for arm in self.arms]

@@ -40,16 +40,18 @@ def bytes_of(content: RecordDict, most: int | None = None) -> bytes:
 
     Of more than `most` one byte too many is returned: a record may name one large piece often.
     """
-    whole = bytearray()
+    pieces, size = [], 0
     for name in sorted(content):
         record = content[name]
         piece = record.get(_KIND) if isinstance(record, ConfigRecord) else None
         if not isinstance(piece, bytes):
             raise ValueError(f"expected pieces called {_KIND!r}, got a record {name[:40]!r}")
-        whole += piece
-        if most is not None and len(whole) > most:
-            return bytes(whole[: most + 1])
-    return bytes(whole)
+        pieces.append(piece)
+        size += len(piece)
+        if most is not None and size > most:
+            pieces[-1] = piece[: len(piece) - (size - most - 1)]
+            break
+    return b"".join(pieces)
 
 
 def text_of(key: str | bytes) -> str:

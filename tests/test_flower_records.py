@@ -1,4 +1,4 @@
-"""Bytes become a Flower message's content and come back; what calls have in common is one record."""
+"""Bytes become a Flower message and come back; what calls have in common is one record."""
 
 from dataclasses import dataclass
 

@@ -13,8 +13,7 @@ from fedalt.flower.records import bytes_of, content_of, text_of
 
 _PAUSE: Final = 0.2  # seconds between two looks
 _LOOK_AT_NODES: Final = 1.0
-_AT_ONCE: Final = 8  # calls or answers in memory; who receives those puts them on disk
-_MOST_AT_ONCE: Final = 2**26  # bytes of calls
+_AT_ONCE: Final = 8  # answers in memory; who receives them puts them on disk
 
 
 @dataclass
@@ -55,28 +54,11 @@ class GridChannel:
                 self._lost.append(called)
 
     def send(self, calls: Iterable[tuple[str, bytes]]) -> None:
-        """Leave calls for clients' nodes, as many at a time as may be in memory."""
-        some: dict[str, bytes] = {}
+        """Leave calls for clients' nodes, one by one: the first trains while the next is sent."""
         for client_id, data in calls:
-            some[client_id] = data
-            if len(some) == _AT_ONCE or sum(map(len, some.values())) > _MOST_AT_ONCE:
-                self._push(some)
-                some = {}
-        if some:
-            self._push(some)
-
-    def _push(self, calls: Mapping[str, bytes]) -> None:
-        names = self.grid.push_messages(
-            [
-                Message(
-                    content_of(data),
-                    dst_node_id=self._nodes[client_id],
-                    message_type=MessageType.TRAIN,
-                )
-                for client_id, data in calls.items()
-            ]
-        )
-        for client_id, name in zip(calls, names, strict=True):
+            node = self._nodes[client_id]
+            message = Message(content_of(data), dst_node_id=node, message_type=MessageType.TRAIN)
+            (name,) = self.grid.push_messages([message])
             if name is not None:  # None: the node is gone; it is called when it is back
                 self._open[name] = client_id, time.time()
 

@@ -135,7 +135,7 @@ class Machines:
 
     def superlink(self) -> psutil.Process:
         """Flower's server."""
-        return self.find("flower-superlink", "--database")
+        return self.find("flower-superlink", "--host")
 
     def door(self) -> psutil.Process:
         """What listens to the outside."""

@@ -125,8 +125,6 @@ def _standing(config: ServerConfig) -> object:
 def _one_life(config: ServerConfig, processes: Group, patience: _Patience, say: Say) -> None:
     """Start everything; return when the federation has ended, raise `_DiedError` otherwise."""
     place, logs = config.place, config.place.logs
-    for old in place.flower.glob("state.db*"):
-        old.unlink()  # all of it is made anew: who may come in, and what is asked of whom
     port = free_port()
     link = processes.start("Flower's server", _superlink(config, port), logs / "superlink.log")
     if not wait_for_port(port, link, _START):
@@ -179,13 +177,10 @@ class _Keys:
 
 
 def _superlink(config: ServerConfig, port: int) -> list[str]:
+    """It keeps no database: who may come in, and what is asked of whom, is said anew to each."""
     place = config.place
     command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port)]
-    command += [
-        "--database",
-        str(place.flower / "state.db"),
-        "--disable-runtime-dependency-installation",
-    ]
+    command += ["--disable-runtime-dependency-installation"]
     if place.insecure:
         return [*command, "--insecure"]
     return [

@@ -2,11 +2,13 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 from bases import letters
 from data_files import CHAT_TEMPLATE
+from runs_for_tests import settings_for
 from tiny import llama
 
 import fedalt
@@ -14,6 +16,7 @@ from fedalt.answers import served
 from fedalt.api import Run
 from fedalt.export.card import card
 from fedalt.export.folders import export_individual
+from fedalt.settings import to_toml
 
 RECORDS = {
     "instruction": lambda n: {"instruction": f"ask {n}", "output": "yes"},
@@ -43,14 +46,8 @@ def run_of(folder: Path, form: str) -> Run:
         (data / f"{client}.train.jsonl").write_text(text)
     template = folder / "template.txt"
     template.write_text("{{\"}}: {instruction}\n{input}\n'")
-    table = {
-        "data": {"path": str(data), "max_length": 60, "validation": 0.2},
-        "model": {"name": str(model), "device": "cpu"},
-        "method": {"name": "fedalt", "rank": 2, "alpha": 4},
-        "training": {"lr": 5e-2, "batch_size": 4},
-        "rounds": {"rounds": 6},
-        "scoring": {"max_new_tokens": 4},
-    }
+    settings = settings_for(model, data, rounds={"rounds": 6}, training={"lr": 5e-2})
+    table = tomllib.loads(to_toml(settings))
     if form == "instruction":
         table["data"]["template"] = str(template)
     return fedalt.run(table, out=folder / "run")

@@ -1,7 +1,8 @@
 """What a round over machines costs beyond its training: this package and a stock Flower app.
 
     python benchmarks/federation.py                      # 3 MB, 4 rounds, both, in turns
-    python benchmarks/federation.py --write 3 17 300     # megabytes of an upload
+    python benchmarks/federation.py --write 3 17         # megabytes of an upload
+    python benchmarks/federation.py 300 --clients 2 --rounds 2    # as much as 24 GiB can hold
 
 4 clients and a server, all processes of this one machine, with TLS and keys on loopback; a Llama of
 5 million random weights, 8 texts a client, one step a round. Upload sizes come from the rank of the
@@ -39,7 +40,6 @@ from document import table, write
 from experiment import write_model
 
 VARIANTS = ("fedalt", "in process", "flower")
-CLIENTS = 4
 NUMBERS_A_RANK = 6144
 HERE = Path(__file__).resolve().parent
 FEDALT = [sys.executable, "-m", "fedalt"]
@@ -162,7 +162,7 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
     from fedalt.flower.credentials import make_authority, make_client_key, make_server
     from fedalt.flower.processes import QUIET, free_port
 
-    place = folder / "flower"
+    place, clients = folder / "flower", len(experiment.clients_of(folder))
     place.mkdir()
     make_authority(place, "benchmark")
     make_server(place, place, ["localhost", "127.0.0.1"])
@@ -191,7 +191,7 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
             link += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
             start("flower-superlink", *tls, *link)
             time.sleep(10)
-            for at in range(CLIENTS):
+            for at in range(clients):
                 make_client_key(place / f"{at}.key", place / f"{at}.pub")
                 flwr("supernode", "register", str(place / f"{at}.pub"), "here")
                 node = ["--root-certificates", str(place / "ca.crt"), "--superlink"]
@@ -199,7 +199,7 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
                 node += ["--host", "127.0.0.1", "--port", str(free_port()), *tls]
                 start("flower-supernode", *node, "--node-config", f"partition-id={at}")
             given = {"folder": str(folder), "benchmarks": str(HERE)}
-            counts = {"rank": rank, "rounds": rounds, "clients": CLIENTS}
+            counts = {"rank": rank, "rounds": rounds, "clients": clients}
             words = [f'{key}="{value}"' for key, value in given.items()]
             words += [f"{key}={value}" for key, value in counts.items()]
             flwr("run", str(HERE / "flower_lora"), "here", "--run-config", " ".join(words))
@@ -226,6 +226,7 @@ def main() -> None:
     """Run the variants of every size and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("megabytes", nargs="*", type=float, default=[3])
+    parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--write", action="store_true", help="into docs/benchmarks.md")
@@ -238,7 +239,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_model(folder / "model", "5M")
-        experiment.write_clients(folder / "data", CLIENTS, 4096)
+        experiment.write_clients(folder / "data", given.clients, 4096)
         for size in given.megabytes:
             rank = max(1, round(size * 1e6 / 4 / NUMBERS_A_RANK))
             for variant in given.variants:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -287,9 +287,9 @@ class Wire:
         """Everyone, always."""
         return frozenset(self.members)
 
-    def send(self, client_id: str, data: bytes) -> None:
-        """Leave a call."""
-        self.waiting.append((client_id, data))
+    def send(self, calls: Iterable[tuple[str, bytes]]) -> None:
+        """Leave calls."""
+        self.waiting += calls
 
     def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
         """Have all calls answered."""

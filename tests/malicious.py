@@ -88,8 +88,8 @@ def main() -> None:
     from fedalt.flower import attend
     from fedalt.flower.config import read_client_config
 
-    opened = attend.open_member
-    attend.open_member = lambda *words, **flags: Malicious(opened(*words, **flags))  # type: ignore
+    opened = attend.member_of
+    attend.member_of = lambda *words, **flags: Malicious(opened(*words, **flags))  # type: ignore
     attend.attend(read_client_config(Path(sys.argv[1])), lambda text: print(text, flush=True))
 
 

@@ -28,7 +28,8 @@ from fedalt.flower.processes import free_port
 from fedalt.prepare import prepare
 from fedalt.runs import start_run
 from fedalt.settings import Settings
-from fedalt.store import FileLedger, open_run
+from fedalt.states import FileLedger
+from fedalt.store import open_run
 
 PATIENCE = 240.0  # seconds, on a busy machine
 

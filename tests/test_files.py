@@ -13,7 +13,8 @@ import pytest
 
 from fedalt.engine.course import Progress
 from fedalt.files import atomic_write, writing_behind
-from fedalt.store import FileStates, RunFolder
+from fedalt.states import FileStates
+from fedalt.store import RunFolder
 from fedalt.training.orders import Moments
 
 

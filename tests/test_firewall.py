@@ -39,7 +39,8 @@ from fedalt.prepare import prepare
 from fedalt.quarantine import quarantine, refusals
 from fedalt.runs import resume_run, start_run
 from fedalt.settings import SettingsError
-from fedalt.store import FileLedger, FileStates, StoreError
+from fedalt.states import FileLedger, FileStates
+from fedalt.store import StoreError
 from fedalt.training.orders import Fitted, Moments
 from fedalt.tree import Name
 

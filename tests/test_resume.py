@@ -17,7 +17,8 @@ from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.prepare import prepare
 from fedalt.runs import reopen, resume_run, start_run
-from fedalt.store import FileStates, StoreError, locked, open_run
+from fedalt.states import FileStates
+from fedalt.store import StoreError, locked, open_run
 from fedalt.tree import Name
 
 KILLS = 10

@@ -19,8 +19,8 @@ from fedalt.models import Base
 from fedalt.prepare import Parts, Prepared, facts_of, prepare
 from fedalt.processes import Work, crew, serve
 from fedalt.settings import Settings, read_settings, to_toml
+from fedalt.states import FileStates
 from fedalt.store import (
-    FileStates,
     RunFolder,
     StoreError,
     create,

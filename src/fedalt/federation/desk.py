@@ -16,7 +16,8 @@ from fedalt.federation.channel import Channel, Lost
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.terms import Terms
 from fedalt.methods.contract import Message
-from fedalt.store import FileStates, RunFolder
+from fedalt.states import FileStates
+from fedalt.store import RunFolder
 
 _REST: Final = 30.0  # seconds before a client that could not do it is asked again
 _SHOWN: Final = 1.0  # seconds between two status files

@@ -34,7 +34,8 @@ from fedalt.methods.contract import AnyMethod
 from fedalt.methods.local import LocalOnly
 from fedalt.prepare import trainable
 from fedalt.settings import lora_of, method_name, to_toml
-from fedalt.store import FileStates, RunFolder, StoreError, create, open_run
+from fedalt.states import FileStates
+from fedalt.store import RunFolder, StoreError, create, open_run
 
 _FAREWELL: Final = 30.0  # seconds to hear from everyone that they know it has ended
 

@@ -30,7 +30,8 @@ from fedalt.methods.contract import Message, Serving
 from fedalt.prepare import Parts, Prepared, prepare
 from fedalt.runs import learner_of
 from fedalt.settings import SettingsError
-from fedalt.store import RunFolder, StoreError, newest, prune
+from fedalt.states import newest, prune
+from fedalt.store import RunFolder, StoreError
 from fedalt.training.group import Trained, TrainingError
 from fedalt.training.orders import Order
 

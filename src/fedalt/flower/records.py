@@ -16,14 +16,13 @@ def content_of(data: bytes) -> RecordDict:
     """A record of records that hold the bytes in pieces.
 
     Flower keeps equal records once: the tensors, which calls to many clients often have in common,
-    are apart from what is said to each. It moves an array as three objects, of which each costs it
-    as much as a megabyte, and a record of settings as one; so these are no arrays.
+    are apart from what is said to each. It moves an array as several objects, a request each, and a
+    record of settings as one; so these are no arrays.
     """
-    pieces = {
-        f"{_KIND}-{number:06d}": ConfigRecord({_KIND: piece})
-        for number, piece in enumerate(_pieces(data))
-    }
-    return RecordDict(dict(pieces))
+    content = RecordDict()
+    for number, piece in enumerate(_pieces(data)):
+        content[f"{_KIND}-{number:06d}"] = ConfigRecord({_KIND: piece})
+    return content
 
 
 def _pieces(data: bytes) -> Iterator[bytes]:

@@ -12,7 +12,7 @@ from fedalt.methods.contract import AnyMethod
 from fedalt.methods.local import LocalOnly
 from fedalt.report.records import Record, Rows, short
 from fedalt.settings import read_settings
-from fedalt.store import FileStates
+from fedalt.states import FileStates
 from fedalt.tree import Tree, merge
 
 MOST_BYTES = 4_000_000_000  # of states: reading more would take long and much memory

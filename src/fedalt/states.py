@@ -1,0 +1,181 @@
+"""The states of a run's arm as files, one for each round, that no crash leaves in pieces.
+
+A state is read as the newest file up to a round and written as the file of the next one, so that
+what a crashed round has left behind is never read, only overwritten.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from fedalt.codec import fields_of, read, write
+from fedalt.files import AtOnce, Writer
+from fedalt.methods.contract import Ledger, Message
+from fedalt.quarantine import quarantine
+from fedalt.record import StoreError
+
+T = TypeVar("T")
+_AREAS = ("clients", "server", "moments")
+_STATE = re.compile(r"([0-9]+)\.safetensors")
+
+
+@dataclass(frozen=True)
+class FileStates:
+    """An arm's states on disk: read as after round `round` - 1, written for `round`.
+
+    What the `writer` has not finished yet is of this round, which is never read here.
+    """
+
+    folder: Path
+    round: int
+    writer: Writer = field(default_factory=AtOnce)
+
+    def get(self, key: str, cls: type[T]) -> T | None:
+        """The newest value of a key that is older than this round."""
+        path = newest(self.folder / key, self.round - 1)
+        if path is None:
+            return None
+        ledgers = fields_of(cls, Ledger)
+        given = {name: self._ledger(key, name) for name in ledgers}
+        return read(cls, path, given=given)
+
+    def put(self, key: str, value: object) -> None:
+        """Write a value beside its older ones; a ledger's entries are in files already."""
+        path = self.folder / key / _file(self.round)
+        ledgers = fields_of(type(value), Ledger)
+        self.writer.write(partial(_write, path, value, omit=ledgers))
+        for name in ledgers:
+            self._adopt(self._ledger(key, name), getattr(value, name))
+
+    def begin(self) -> None:
+        """Forget what an attempt at this round that was cut short has left: it never counted."""
+        for area in _AREAS:
+            self.drop(area)
+
+    def drop(self, key: str) -> None:
+        """Forget what was written for this round under a key and below it."""
+        self.writer.finish()  # a write that came later would count
+        for path in sorted((self.folder / key).rglob(_file(self.round))):
+            if path.is_file():
+                path.unlink()
+
+    @contextmanager
+    def waiting(self) -> Iterator[Path]:
+        """An empty folder for uploads of this round; without its content nothing is lost."""
+        folder = self.folder / "waiting"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def quarantine(self, client_id: str, reason: str, data: bytes, limit: int) -> None:
+        """Note a refused upload of this round beside the run's record, and keep it if it fits."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        quarantine(self.folder, self.round, client_id, reason=reason, data=data, limit=limit)
+
+    def backed(self, key: str, value: T) -> T:
+        """The same value with ledgers that keep their entries in files from the first on."""
+        names = fields_of(type(value), Ledger)
+        return replace(value, **{name: self._ledger(key, name) for name in names})  # type: ignore[type-var]
+
+    def _ledger(self, key: str, name: str) -> "FileLedger":
+        return FileLedger(self.folder / key / name, self.round, self.writer)
+
+    @staticmethod
+    def _adopt(ours: "FileLedger", given: Ledger) -> None:
+        """Put the entries of a ledger in memory, as a method starts with, into files."""
+        if isinstance(given, dict):
+            for client_id, message in given.items():
+                ours.put(client_id, message)
+
+
+@dataclass(frozen=True)
+class FileLedger:
+    """The latest upload of every client, a folder of files each."""
+
+    folder: Path
+    round: int
+    writer: Writer = field(default_factory=AtOnce)
+    left: frozenset[str] = frozenset()
+
+    def __contains__(self, client_id: object) -> bool:
+        """Whether this client uploaded before this round."""
+        if client_id in self.left:
+            return False
+        return newest(self._place(str(client_id)), self.round - 1) is not None
+
+    def __getitem__(self, client_id: str) -> Message:
+        """The client's newest upload from before this round."""
+        path = newest(self._place(client_id), self.round - 1)
+        if path is None or client_id in self.left:
+            raise KeyError(client_id)
+        return read(Message, path)
+
+    def clients(self) -> list[str]:
+        """Every client that uploaded before this round, sorted."""
+        if not self.folder.is_dir():
+            return []
+        return sorted(path.name for path in self.folder.iterdir() if path.name in self)
+
+    def without(self, client_id: str) -> "FileLedger":
+        """The same folder, but for this client; its files stay."""
+        return replace(self, left=self.left | {client_id})
+
+    def put(self, client_id: str, message: Message) -> "FileLedger":
+        """Write this round's upload; it counts once the round is committed."""
+        path = self._place(client_id) / _file(self.round)
+        self.writer.write(partial(_write, path, message))
+        return self
+
+    def _place(self, client_id: str) -> Path:
+        """The client's folder; an id that leads elsewhere is refused."""
+        if client_id in ("", "..") or client_id != Path(client_id).name:
+            raise StoreError(f"client {client_id!r}: such an id cannot name a folder")
+        return self.folder / client_id
+
+
+def newest(folder: Path, round_: int) -> Path | None:
+    """The newest file of a state up to a round."""
+    if not folder.is_dir():
+        return None
+    there = _rounds(each.name for each in folder.iterdir())
+    found = [number for number in there if number <= round_]
+    return folder / _file(max(found)) if found else None
+
+
+def prune(folder: Path, keep: list[int]) -> None:
+    """Drop every state file that is not the newest one of any of these rounds."""
+    for area in _AREAS:
+        for parent, _, files in os.walk(folder / area):
+            where = Path(parent)
+            for name in files:
+                if name.endswith(".tmp"):  # what a killed process was writing
+                    (where / name).unlink()
+            rounds = _rounds(files)
+            kept = {max((r for r in rounds if r <= limit), default=None) for limit in keep}
+            for number in rounds:
+                # A newer one than any kept round belongs to a round that never was committed.
+                if number not in kept:
+                    (where / _file(number)).unlink()
+
+
+def _file(round_: int) -> str:
+    return f"{round_:04d}.safetensors"
+
+
+def _write(path: Path, value: object, omit: Collection[str] = ()) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, value, omit=omit)
+
+
+def _rounds(files: Iterable[str]) -> list[int]:
+    """The rounds of which these files are states; other files are none."""
+    return [int(found[1]) for name in files if (found := _STATE.fullmatch(name))]

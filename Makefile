@@ -37,7 +37,7 @@ lint: setup
 bench: setup ## docs/benchmarks.md anew; about an hour
 	$(BIN)/python benchmarks/step.py --write
 	$(BIN)/python benchmarks/server.py --write
-	$(BIN)/python benchmarks/memory.py --write 8 64 512 4096 10000
+	$(BIN)/python benchmarks/memory.py --write 8 64 512
 	$(BIN)/python benchmarks/scoring.py --write
 	$(BIN)/python benchmarks/federation.py --write 3 17
 

@@ -8,7 +8,7 @@ import pytest
 from commands import call
 from runs_for_tests import adapters_of, save_model, write_clients
 
-from fedalt.comparison import jobs_of, read_comparison
+from fedalt.comparison import jobs_of, read_comparison, run_all
 from fedalt.report.comparison import beats, grid_csv, grid_markdown, grid_of
 from fedalt.report.table import joined
 from fedalt.settings import SettingsError
@@ -241,3 +241,16 @@ def test_methods_with_other_clients_have_cells_but_no_test():
     assert [cell.seeds for cell in grid.rows["few"]] == [(50.0,)] * 4
     assert [cell.seeds for cell in grid.rows["many"]] == [(75.0,)] * 4
     assert not any(cell.bold for cell in grid.rows["many"])
+
+
+@pytest.mark.parametrize(
+    ("workers", "jobs", "expected"), [(2, 5, [4, 4, 4, 4, 8]), (4, 2, [4, 4]), (2, 2, [4, 4])]
+)
+def test_the_last_runs_share_all_cores(monkeypatch, workers, jobs, expected):
+    monkeypatch.setattr("fedalt.comparison.os.cpu_count", lambda: 8)
+    given = {}
+    monkeypatch.setattr(
+        "fedalt.comparison._run", lambda job, cores, _: given.__setitem__(job, cores)
+    )
+    assert len(list(run_all(range(jobs), workers))) == jobs
+    assert [given[job] for job in range(jobs)] == expected

@@ -28,8 +28,8 @@ from fedalt.evaluation import Scoring, score
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.fdlora import FUSED, INDIVIDUAL, MIDDLE, SHARED, Client, FDLoRA, Server
 from fedalt.methods.lora import Lora
-from fedalt.prepare import prepare
-from fedalt.runs import is_finished, learner_of, reopen, resume_run, start_run
+from fedalt.prepare import learner_of, prepare
+from fedalt.runs import is_finished, reopen, resume_run, start_run
 from fedalt.training.orders import Found, Moments
 from fedalt.tree import Name, move, select
 

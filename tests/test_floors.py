@@ -38,6 +38,7 @@ FLOORS = {
     "report": 6,
     "runs": 6,
     "settings": 6,
+    "spread": 6,
     "states": 6,
     "store": 6,
     "tuning": 6,

@@ -18,6 +18,7 @@ from fedalt.prepare import prepare, require_room
 from fedalt.processes import ProcessError
 from fedalt.runs import resume_run, start_run
 from fedalt.settings import SettingsError, to_toml
+from fedalt.spread import processes_for, suited
 from fedalt.store import open_run
 from fedalt.training.group import TrainingError
 
@@ -39,7 +40,9 @@ def two_threads():
 
 def run_of(places, method="fedalt", processes=1, **training):
     """A client a pass, so that each process has work."""
-    training = {"pass_tokens": 1, "processes": processes, **training}
+    training = {"pass_tokens": 1, **training}
+    if processes is not None:
+        training["processes"] = processes
     table = {"training": training, "method": {"name": method}, "rounds": {"rounds": 3}}
     return prepare(settings_for(*places, **table))
 
@@ -135,6 +138,43 @@ def test_training_that_fails_in_another_process_is_told_with_its_client(places, 
     other = "^process 1 of 0 to 1: client 'b', round 0: the loss became nan"
     with pytest.raises(TrainingError, match=other):
         start_run(prepared, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, 4),
+        ({"threads": 2}, 2),
+        ({"passes": 3}, 3),
+        ({"passes": 0}, 1),
+        ({"operations": 5e12}, 1),  # over before another process has started
+        ({"model_bytes": 7e9}, 2),
+        ({"model_bytes": 2e10}, 1),
+        ({"threads": 64, "passes": 1000, "memory": 1e12}, 8),
+    ],
+)
+def test_a_run_is_spread_over_what_it_can_use(change, expected):
+    usual = {"threads": 4, "passes": 9, "operations": 1e14, "model_bytes": 1e8, "memory": 3.3e10}
+    assert suited(**{**usual, **change}) == expected
+
+
+def test_a_run_that_says_nothing_is_spread_if_it_is_long(places, monkeypatch):
+    assert processes_for(run_of(places, processes=3)) == 3
+    assert processes_for(run_of(places, processes=None)) == 1  # it takes a second
+    monkeypatch.setattr("fedalt.spread._WORTH", 1e-9)
+    long = run_of(places, processes=None)
+    assert processes_for(long) == 2
+    monkeypatch.setattr("fedalt.spread.sys.platform", "darwin")  # where nobody has tried it
+    assert processes_for(long) == 1
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_run_that_says_nothing_have_the_numbers_of_one(
+    places, straight, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fedalt.spread._WORTH", 1e-9)
+    start_run(run_of(places, processes=None, carry_optimizer=True), tmp_path / "run")
+    assert_same(tmp_path / "run", straight("fedalt"))
 
 
 def test_what_has_no_room_for_several_processes_is_refused(places):

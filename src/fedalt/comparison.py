@@ -140,13 +140,20 @@ def run_all(
     """Bring every run to its end, so many at a time; each as it ends, with what went wrong.
 
     None comes in between where nothing ends for `tick` seconds. Every run is a process of its own
-    with its share of the cores. Closing the iterator, as an interrupt does, stops the processes
-    where `fedalt resume` takes up again.
+    with its share of the cores; the last runs, which are fewer than the workers, share all of them.
+    Closing the iterator, as an interrupt does, stops the processes where `fedalt resume` takes up
+    again.
     """
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    last = len(jobs) % workers
     running: list[subprocess.Popen[bytes]] = []
+
+    def cores_of(at: int) -> int:
+        return max(1, (os.cpu_count() or 1) // (last if at >= len(jobs) - last else workers))
+
     with ThreadPoolExecutor(workers) as pool:
-        waiting = {pool.submit(_run, job, threads, running.append): job for job in jobs}
+        waiting = {
+            pool.submit(_run, job, cores_of(at), running.append): job for at, job in enumerate(jobs)
+        }
         try:
             while waiting:
                 done, _ = wait(waiting, timeout=tick, return_when=FIRST_COMPLETED)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from fedalt.engine.course import Line
 from fedalt.engine.in_process import client_of, drive, server_of
-from fedalt.prepare import Prepared, facts_of, prepare
-from fedalt.runs import learner_of, require_client, score_clients
+from fedalt.prepare import Prepared, facts_of, learner_of, prepare
+from fedalt.runs import require_client, score_clients
 from fedalt.settings import method_name, read_settings
 from fedalt.store import RunFolder, StoreError, kept_rounds, locked, open_run
 

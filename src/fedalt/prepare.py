@@ -24,6 +24,7 @@ from fedalt.data.records import (
 )
 from fedalt.data.task import Task
 from fedalt.engine.course import Arm
+from fedalt.engine.learner import Learner
 from fedalt.methods.local import LocalOnly
 from fedalt.models import Base, load_base
 from fedalt.settings import Settings, SettingsError, lora_of, method_name, settings_of_method
@@ -123,6 +124,14 @@ def load_parts(settings: Settings, labels: Sequence[str], base: Base | None = No
     return Parts(settings, base, tuple(arms), start)
 
 
+def learner_of(prepared: Prepared) -> Learner:
+    """Trains and scores the clients of a prepared run."""
+    settings = prepared.parts.settings
+    return Learner(
+        prepared.parts.base, prepared.task, settings.training, settings.scoring, settings.seed
+    )
+
+
 def facts_of(prepared: Prepared) -> dict[str, Any]:
     """What run.json holds."""
     parts, task = prepared.parts, prepared.task
@@ -161,7 +170,7 @@ def require_room(settings: Settings, *, gpus: int) -> None:
     processes, model = settings.training.processes, settings.model
     device = model.device or ("cuda" if gpus else "cpu")
     wanted = f"[training] processes={processes}"
-    if processes == 1:
+    if processes in (None, 1):
         return
     if model.quantise:
         raise SettingsError(f"{wanted}, but a quantised base model is for one process")

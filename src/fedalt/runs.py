@@ -10,15 +10,15 @@ from typing import NoReturn, Protocol
 from fedalt.engine.course import Arm, Column, Event, HeldOut, Line, Progress
 from fedalt.engine.crew import Crew
 from fedalt.engine.in_process import servings
-from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import Run
 from fedalt.files import writing_behind
 from fedalt.gloo import Place
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
-from fedalt.prepare import Parts, Prepared, facts_of, prepare
+from fedalt.prepare import Parts, Prepared, facts_of, learner_of, prepare
 from fedalt.processes import Work, crew, serve
 from fedalt.settings import Settings, read_settings, to_toml
+from fedalt.spread import processes_for
 from fedalt.states import FileStates
 from fedalt.store import (
     RunFolder,
@@ -242,8 +242,8 @@ class _Notes:
 def _crew(
     prepared: Prepared, path: Path, lock: int, watcher: Watcher
 ) -> AbstractContextManager[Crew]:
-    """The processes that the settings ask for."""
-    processes = prepared.parts.settings.training.processes
+    """The processes that a run is spread over."""
+    processes = processes_for(prepared)
     return crew(path, processes, prepared.parts.base.adapted.device, lock, watcher.hear)
 
 
@@ -259,14 +259,6 @@ def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Ru
         journal=journal,
         hear=watcher.hear,
         firewall=settings.firewall,
-    )
-
-
-def learner_of(prepared: Prepared) -> Learner:
-    """Trains and scores the clients of a prepared run."""
-    settings = prepared.parts.settings
-    return Learner(
-        prepared.parts.base, prepared.task, settings.training, settings.scoring, settings.seed
     )
 
 

@@ -12,6 +12,7 @@ from fedalt.prepare import Prepared
 from fedalt.report.trackers import TrackerName, tracking
 from fedalt.runs import resume_run
 from fedalt.settings import lora_of, method_name
+from fedalt.spread import processes_for
 from fedalt.store import StoreError, open_run
 from fedalt.training.group import TrainingError
 
@@ -21,12 +22,10 @@ def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:
     settings, base = prepared.parts.settings, prepared.parts.base
     clients, rounds = len(prepared.task.clients), settings.rounds.rounds
     numbers = base.adapted.model.num_parameters()
-    processes = settings.training.processes
-    where = f"{processes} processes, " * (processes > 1) + str(base.adapted.device)
     note(
         f"{method_name(settings.method)}, rank {lora_of(settings.method).rank}, on "
         f"{len(base.adapted.sites)} layers of {base.name} ({numbers / 1e6:.1f} M parameters, "
-        f"{where}); {clients} {'client' if clients == 1 else 'clients'}, "
+        f"{base.adapted.device}); {clients} {'client' if clients == 1 else 'clients'}, "
         f"{rounds} {'round' if rounds == 1 else 'rounds'}, seed {settings.seed}; in {out}",
         quiet=quiet,
     )
@@ -58,6 +57,9 @@ def train(
     """Go on to the end, with signs of life and, where it is stopped, a way back."""
     folder = open_run(path)
     done = folder.rounds_done()
+    processes = processes_for(prepared)
+    if processes > 1:
+        note(f"{processes} processes share the clients of a round", quiet=quiet)
     with (
         _way_back(path, prepared.parts.settings.rounds.rounds),
         tracking(path, report_to, folder.lines()) as trackers,

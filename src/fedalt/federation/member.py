@@ -27,8 +27,7 @@ from fedalt.engine.schedule import training_metrics
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.terms import Terms
 from fedalt.methods.contract import Message, Serving
-from fedalt.prepare import Parts, Prepared, prepare
-from fedalt.runs import learner_of
+from fedalt.prepare import Parts, Prepared, learner_of, prepare
 from fedalt.settings import SettingsError
 from fedalt.states import newest, prune
 from fedalt.store import RunFolder, StoreError

@@ -25,8 +25,7 @@ from fedalt.federation.member import Member, claim
 from fedalt.federation.terms import FILE, Terms, read_terms, require_apart, write_terms
 from fedalt.flower.processes import QUIET
 from fedalt.flower.records import bytes_of, content_of
-from fedalt.prepare import Prepared, prepare
-from fedalt.runs import learner_of
+from fedalt.prepare import Prepared, learner_of, prepare
 from fedalt.settings import Settings, read_settings, to_toml
 from fedalt.store import StoreError, locked
 

@@ -36,8 +36,9 @@ class Training:
     The learning rate falls linearly to 0 within a round. `carry_optimizer` keeps AdamW's moments
     from round to round, which is a different algorithm from the published ones. `pass_tokens` is
     about how many tokens of several clients go through the model at once, where they can: None for
-    what suits the device. It changes rounding and speed alone. `processes` share the clients of a
-    round: one for each GPU, or each with its part of a CPU's cores.
+    what suits the device. It changes rounding and speed alone, and so do `processes`, which share
+    the clients of a round: one for each GPU, or each with its part of a CPU's cores; None: one, or
+    several on a CPU if they pay.
     """
 
     lr: float = 3e-4
@@ -48,14 +49,13 @@ class Training:
     carry_optimizer: bool = False
     pass_tokens: int | None = None
     gradient_checkpointing: bool = False
-    processes: int = 1
+    processes: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "local_epochs", "processes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
-        if self.pass_tokens is not None and self.pass_tokens < 1:
-            raise ValueError(f"pass_tokens={self.pass_tokens}, but it is at least 1")
+        for name in ("batch_size", "local_epochs", "pass_tokens", "processes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}, but it is at least 1")
         for name in ("lr", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}, but it must be above 0")

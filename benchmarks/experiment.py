@@ -3,15 +3,17 @@
     python benchmarks/experiment.py --flower-python OTHER/bin/python     # every variant, 3 turns
     python benchmarks/experiment.py --size 5M --clients 2 --rounds 1 --turns 1    # a quick try
 
-8 clients train 5 rounds of one epoch, then every client's test texts are scored. Random weights;
-32 texts to train on and 16 to test, of 40 to 160 tokens, the last 15 % of which are the answer; in
-batches of 8. Each variant is a process of its own, in turns (A B C A B C ..):
+8 clients train 5 rounds of one epoch, then their test texts are scored: the loss and,
+unless `--answers` is 0, answers of at most so many tokens with 4 beams. Random weights; 32 texts to
+train on and 16 to test, of 40 to 160 tokens, the last 15 % of which are the answer; in batches of 8.
+Each variant is a process of its own, in turns (A B C A B C ..):
 
-    fedalt     FedALT with this package
+    fedalt     FedALT with this package, as its commands run it
     reference  FedALT as it is usually published: the base is loaded anew for each client and round,
-               slot by slot, padded batches in random order, all logits, states as files
+               slot by slot, padded batches in random order, all logits, states as files, answers
+               to two texts at a time
     flower     FedIT, a plainer method: PEFT's LoRA and FedAvg in Flower's simulation, as many
-               clients at once as there are cores; see flower_fedit.py
+               clients at once as there are cores, answers to 8 texts at a time; see flower_fedit.py
 
 `--flower-python` is an interpreter with `flwr[simulation]` and peft, which need not know this
 package; without it the variant is left out. Threads are what torch, and Ray, choose by themselves.
@@ -20,7 +22,9 @@ Printed are medians: seconds from the process's start to its end, imports includ
 of all its processes together (shared pages once, ten samples a second, Linux only); the clients'
 mean test loss. The first two do the same job with other draws (starts, order, dropout), so their
 losses agree to about 1 %; the third trains one adapter for all. This package also scores what the
-clients share, so that its evaluation is twice that of the others.
+clients share, so that its evaluation is twice that of the others, and compares answers with what
+was wanted. `bound` are the seconds that training alone takes at this machine's rate of matmuls, if
+only what no step can do without is computed (see step.py): nothing can be faster.
 """
 
 import argparse
@@ -60,6 +64,7 @@ VARIANTS = ("fedalt", "reference", "flower")
 RANK, ALPHA, DROPOUT = 8, 32.0, 0.05
 SITES = ["q_proj", "v_proj"]
 LR, WEIGHT_DECAY, CLIP, BATCH = 1e-3, 0.05, 1.0, 8  # with 3e-4 little is learnt in 20 steps
+BEAMS = 4
 TEXTS = {"train": 32, "test": 16}
 ANSWERS = 16  # different words in a client's answers: something that can be learnt
 SPECIAL = ["<pad>", "</s>", "<unk>"]
@@ -175,6 +180,29 @@ def test_loss(model: nn.Module, texts: Sequence[Text]) -> float:
     return total / sum(len(ids) - answer for ids, answer in texts)
 
 
+@torch.no_grad()
+def write_answers(model: Any, folder: Path, texts: Sequence[Text], tokens: int, batch: int) -> int:
+    """An answer to every text, so many at a time; how many there are."""
+    tokenizer, answers = tokenizer_of(folder), 0
+    model.eval()
+    for first in range(0, len(texts) if tokens else 0, batch):
+        prompts = [ids[:answer] for ids, answer in texts[first : first + batch]]
+        width = max(map(len, prompts))
+        ids = torch.tensor([[0] * (width - len(each)) + each for each in prompts])
+        mask = torch.tensor([[0] * (width - len(each)) + [1] * len(each) for each in prompts])
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=tokens,
+            num_beams=BEAMS,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        answers += len(tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))
+    return answers
+
+
 class Written(nn.Module):
     """FedALT's layer as it is usually written: one slot after the other, a softmax over both."""
 
@@ -213,7 +241,7 @@ def load_client(folder: Path, states: Path, client: str) -> nn.Module:
     return model
 
 
-def run_reference(folder: Path, out: Path, rounds: int) -> list[float]:
+def run_reference(folder: Path, out: Path, rounds: int, answers: int) -> list[float]:
     """FedALT client by client, each with a model of its own; the clients' test losses."""
     clients = clients_of(folder)
     for round_ in range(rounds):
@@ -232,13 +260,15 @@ def run_reference(folder: Path, out: Path, rounds: int) -> list[float]:
                 if not name.endswith(".g")
             }
             save_file(row, out / f"{client}.row.safetensors")
-    return [
-        test_loss(load_client(folder, out, client), texts_of(folder, client, "test"))
-        for client in clients
-    ]
+    losses = []
+    for client in clients:
+        model, texts = load_client(folder, out, client), texts_of(folder, client, "test")
+        losses.append(test_loss(model, texts))
+        write_answers(model, folder, texts, answers, 2)
+    return losses
 
 
-def run_fedalt(folder: Path, out: Path, rounds: int) -> list[float]:
+def run_fedalt(folder: Path, out: Path, rounds: int, answers: int) -> list[float]:
     """FedALT with this package; the clients' test losses."""
     from fedalt.prepare import prepare
     from fedalt.runs import start_run
@@ -251,7 +281,7 @@ def run_fedalt(folder: Path, out: Path, rounds: int) -> list[float]:
         "method": {"name": "fedalt", "rank": RANK, "alpha": ALPHA, "dropout": DROPOUT},
         "training": {"lr": LR, "weight_decay": WEIGHT_DECAY, "clip": CLIP, "batch_size": BATCH},
         "rounds": {"rounds": rounds, "select": "last"},
-        "scoring": {"generate": False, "batch_size": BATCH},
+        "scoring": {"generate": bool(answers), "beams": BEAMS, "max_new_tokens": answers or 1},
     }
     run = start_run(prepare(settings_of(table, "benchmark")), out / "run")
     scores = [line for line in run.lines() if line["kind"] == "score" and line["column"] == "own"]
@@ -284,10 +314,12 @@ class Watch(threading.Thread):
             self.peak = max(self.peak, held)
 
 
-def measure(variant: str, python: str, folder: Path, out: Path, rounds: int) -> dict[str, float]:
+def measure(
+    variant: str, python: str, folder: Path, out: Path, options: argparse.Namespace
+) -> dict[str, float]:
     """Run a variant in a process of its own: seconds, MiB, mean test loss."""
     out.mkdir()
-    given = [str(folder), str(out), str(rounds)]
+    given = [str(folder), str(out), str(options.rounds), str(options.answers)]
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [python, __file__, "--one", variant, *given]
     if variant == "flower":
@@ -316,8 +348,9 @@ def main() -> None:
     """Measure, print a line for every variant and one with the ratios."""
     if sys.argv[1:2] == ["--one"]:
         run = {"fedalt": run_fedalt, "reference": run_reference}[sys.argv[2]]
-        folder, out, rounds = Path(sys.argv[3]), Path(sys.argv[4]), int(sys.argv[5])
-        (out / "losses.json").write_text(json.dumps(run(folder, out, rounds)))
+        folder, out = map(Path, sys.argv[3:5])
+        rounds, answers = map(int, sys.argv[5:7])
+        (out / "losses.json").write_text(json.dumps(run(folder, out, rounds, answers)))
         return
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -325,6 +358,7 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", default=["40M"], choices=SIZES)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--answers", type=int, default=80, help="their most tokens; 0: none")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--flower-python", help="an interpreter with flwr[simulation]")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
@@ -343,6 +377,20 @@ def main() -> None:
         write("experiment", table(rows))
 
 
+def bound_of(folder: Path, size: str) -> float:
+    """The seconds that no round's training can do without on this machine."""
+    import step
+
+    from fedalt.data.examples import Example
+
+    clients = [
+        [Example(tuple(ids), at, "") for ids, at in texts_of(folder, client, "train")]
+        for client in clients_of(folder)
+    ]
+    rates = [step.matmul_rate() for _ in range(5)]
+    return step.bound_of(step.model_of(size), clients) / statistics.median(rates)
+
+
 def compare(
     size: str, pythons: Mapping[str, str], options: argparse.Namespace
 ) -> list[dict[str, Any]]:
@@ -355,8 +403,15 @@ def compare(
         for turn in range(options.turns):
             for variant, python in pythons.items():
                 out = folder / f"{variant}-{turn}"
-                found[variant].append(measure(variant, python, folder, out, options.rounds))
-    setup = {"size": size, "clients": options.clients, "rounds": options.rounds}
+                found[variant].append(measure(variant, python, folder, out, options))
+        bound = round(options.rounds * bound_of(folder, size), 1)
+    setup = {
+        "size": size,
+        "clients": options.clients,
+        "rounds": options.rounds,
+        "answers": options.answers,
+        "bound": bound,
+    }
     rows: list[dict[str, Any]] = []
     for variant, turns in found.items():
         median = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}

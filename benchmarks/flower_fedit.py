@@ -1,6 +1,6 @@
 """FedIT under Flower's simulation: the third variant of experiment.py, which starts it.
 
-    python benchmarks/flower_fedit.py FOLDER OUT ROUNDS
+    python benchmarks/flower_fedit.py FOLDER OUT ROUNDS ANSWERS
 
 needs flwr[simulation], peft and transformers, and not this package. FOLDER is what experiment.py
 writes; the clients' test losses go to OUT/losses.json. As in Flower's own examples, a client loads
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from experiment import (
     ALPHA,
+    BATCH,
     DROPOUT,
     RANK,
     SITES,
@@ -24,6 +25,7 @@ from experiment import (
     test_loss,
     texts_of,
     train,
+    write_answers,
 )
 from flwr.app import (
     ArrayRecord,
@@ -76,16 +78,18 @@ def train_client(message: Message, context: Context) -> Message:
 
 
 def test_client(message: Message, context: Context) -> Message:
-    """The loss on the client's test texts."""
+    """The loss on the client's test texts, and answers."""
     folder, client, model = received(message, context)
     texts = texts_of(folder, client, "test")
+    write_answers(model, folder, texts, message.content["config"]["answers"], BATCH)
     metrics = MetricRecord({"loss": test_loss(model, texts), "num-examples": len(texts)})
     return Message(RecordDict({"metrics": metrics}), reply_to=message)
 
 
 def main() -> None:
     """Train, test after the last round, write the losses."""
-    folder, out, rounds = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    rounds, answers = int(sys.argv[3]), int(sys.argv[4])
     clients = len(clients_of(folder))
     client_app, server_app = ClientApp(), ServerApp()
     client_app.train()(train_client)
@@ -93,7 +97,7 @@ def main() -> None:
 
     def serve(grid: Grid, _: Context) -> None:
         first = ArrayRecord(get_peft_model_state_dict(load_adapted(folder)))
-        config = ConfigRecord({"folder": str(folder)})
+        config = ConfigRecord({"folder": str(folder), "answers": answers})
         training = FedAvg(fraction_evaluate=0.0)
         last = training.start(grid, first, num_rounds=rounds, train_config=config).arrays
         testing = FedAvg().configure_evaluate(rounds, last, config, grid)

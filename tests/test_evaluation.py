@@ -69,6 +69,27 @@ def test_answers_of_a_padded_batch_are_those_of_each_prompt_alone(name, beams):
     assert any(together)
 
 
+@pytest.mark.parametrize("beams", [1, 4])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_answers_are_those_that_transformers_alone_writes(name, beams):
+    base = base_of(CAUSAL[name]())
+    serving = serving_of(base)
+    prompts = [each.prompt_ids for each in EXAMPLES]
+    answers = generate(base, serving, prompts, Scoring(max_new_tokens=20, beams=beams))
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with base.adapted.bound(serving.plan, serving.tree) as model:
+            written = model.generate(
+                torch.tensor([prompt]),
+                max_new_tokens=20,
+                num_beams=beams,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=base.pad_id,
+                eos_token_id=base.tokenizer.eos_token_id,
+            )[0, len(prompt) :]
+        assert answer == base.tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
 def test_greedy_answers_follow_the_likeliest_token():
     base = base_of()
     serving = serving_of(base)

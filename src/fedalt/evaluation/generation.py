@@ -1,13 +1,16 @@
 """Answers written by several clients' models at once."""
 
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.cache_utils import Cache
 
+from fedalt.evaluation.cache import cache_for
 from fedalt.evaluation.group import Group, Ids, Share, Shares, shares_of, sizes_of
 from fedalt.evaluation.scores import Scoring
 from fedalt.methods.contract import Serving
@@ -76,6 +79,9 @@ def _continued(
         return done | (2 * done.sum() >= len(done))
 
     known: dict[str, Any] = {"stopping_criteria": [half_ended]} if greedy else {}
+    cache = cache_for(group.base.adapted.model, width + scoring.max_new_tokens)
+    if cache is not None:
+        known["past_key_values"] = cache
     while batch:
         config = GenerationConfig(
             max_new_tokens=width + scoring.max_new_tokens - ids.shape[1],
@@ -84,8 +90,11 @@ def _continued(
             pad_token_id=group.base.pad_id,
             eos_token_id=end,
             return_dict_in_generate=True,
+            use_cache=True,
         )
         with group.bound(batch, shares) as model:
+            if cache is not None and not greedy:
+                _read_once(model, ids, mask, cache, scoring.beams)
             out: Any = model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, **known
             )
@@ -106,3 +115,16 @@ def _continued(
                 known["past_key_values"] = out.past_key_values
             mask = functional.pad(mask[stay], (0, written.shape[1] - ids.shape[1]), value=1)
             ids = written[stay]
+
+
+def _read_once(model: PreTrainedModel, ids: Tensor, mask: Tensor, cache: Cache, beams: int) -> None:
+    """Read prompts before they are repeated for every beam, all but the last token."""
+    if ids.shape[1] == 1:
+        return
+    known = {}
+    if "position_ids" in signature(model.base_model.forward).parameters:
+        known["position_ids"] = (mask[:, :-1].cumsum(1) - 1).clamp(min=0)
+    model.base_model(
+        ids[:, :-1], attention_mask=mask[:, :-1], past_key_values=cache, use_cache=True, **known
+    )
+    cache.batch_repeat_interleave(beams)

@@ -3,9 +3,9 @@
     python benchmarks/experiment.py --flower-python OTHER/bin/python     # every variant, 3 turns
     python benchmarks/experiment.py --size 5M --clients 2 --rounds 1 --turns 1    # a quick try
 
-8 clients train 5 rounds of one epoch, then their test texts are scored: the loss and,
-unless `--answers` is 0, answers of at most so many tokens with 4 beams. Random weights; 32 texts to
-train on and 16 to test, of 40 to 160 tokens, the last 15 % of which are the answer; in batches of 8.
+8 clients train 5 rounds of one epoch, then their test texts are scored: the loss and, with
+`--answers 80`, answers of at most so many tokens with 4 beams. Random weights; 32 texts to train on
+and 16 to test, of 40 to 160 tokens, the last 15 % of which are the answer; in batches of 8.
 Each variant is a process of its own, in turns (A B C A B C ..):
 
     fedalt     FedALT with this package, as its commands run it
@@ -358,7 +358,7 @@ def main() -> None:
     parser.add_argument("--size", nargs="+", default=["40M"], choices=SIZES)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--answers", type=int, default=80, help="their most tokens; 0: none")
+    parser.add_argument("--answers", type=int, default=0, help="their most tokens")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--flower-python", help="an interpreter with flwr[simulation]")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)

@@ -15,7 +15,7 @@ from commands import call
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 
 from fedalt.prepare import prepare, require_room
-from fedalt.processes import ProcessError
+from fedalt.processes import ProcessError, _Leader
 from fedalt.runs import resume_run, start_run
 from fedalt.settings import SettingsError, to_toml
 from fedalt.spread import processes_for, suited
@@ -173,8 +173,27 @@ def test_the_processes_of_a_run_that_says_nothing_have_the_numbers_of_one(
     places, straight, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("fedalt.spread._WORTH", 1e-9)
+    monkeypatch.setattr(_Leader, "joined", when_others_are_ready := JoinsAfter(groups=3))
     start_run(run_of(places, processes=None, carry_optimizer=True), tmp_path / "run")
+    assert when_others_are_ready.outcomes[:4] == [False, False, False, True]
     assert_same(tmp_path / "run", straight("fedalt"))
+
+
+class JoinsAfter:
+    """The others are not looked for before so many groups are done, and then waited for."""
+
+    def __init__(self, groups):
+        self.groups, self.outcomes, self.joined = groups, [], _Leader.joined
+
+    def __get__(self, leader, _):
+        return lambda: self(leader)
+
+    def __call__(self, leader):
+        outcome = False
+        while len(self.outcomes) >= self.groups and not (outcome := self.joined(leader)):
+            time.sleep(0.05)
+        self.outcomes.append(outcome)
+        return outcome
 
 
 def test_what_has_no_room_for_several_processes_is_refused(places):

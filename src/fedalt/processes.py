@@ -61,10 +61,13 @@ class _Answer:
 
 
 @contextmanager
-def crew(path: Path, processes: int, device: torch.device, lock: int, hear: Hear) -> Iterator[Crew]:
+def crew(
+    path: Path, processes: int, device: torch.device, lock: int, hear: Hear, *, wait: bool
+) -> Iterator[Crew]:
     """So many processes for the run in a folder, this one among them; they end with the block.
 
     `lock` is the descriptor that holds the folder's lock: it is held until the last one has ended.
+    Without `wait` this process works alone until the others have started.
     Raises ProcessError for one that fails, TrainingError for training that does.
     """
     if processes == 1:
@@ -80,9 +83,9 @@ def crew(path: Path, processes: int, device: torch.device, lock: int, hear: Hear
         place = Place(0, processes, store.port, device.type == "cuda", threads)
         open_.enter_context(computing(place))
         others = open_.enter_context(_started(path, place, lock))
-        leader = _Leader(store, others, hear)
-        leader.wait_until_ready()
-        open_.enter_context(connected(place, store, leader.attend))
+        leader = _Leader(place, store, others, hear, open_)
+        while wait and not leader.joined():
+            time.sleep(_LOOK / 4)
         yield leader
 
 
@@ -117,13 +120,16 @@ def end_with_parent() -> None:
     Thread(target=watch, daemon=True).start()
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Leader:
-    """The first process as it speaks to the others."""
+    """The first process as it speaks to the others; their connections end with `open_`."""
 
+    place: Place
     store: TCPStore
     others: Mapping[int, subprocess.Popen[bytes]]
     hear: Hear
+    open_: ExitStack
+    _joined: bool = False
 
     def share(
         self,
@@ -132,8 +138,13 @@ class _Leader:
         do: Callable[[Sequence[str]], Sequence[T]],
     ) -> Iterator[Sequence[T]]:
         """Groups go round robin, the first to this process; see `Crew`."""
-        of = len(self.others) + 1
-        coming = enumerate(groups)
+        left = iter(groups)
+        while not self.joined():
+            if (group := next(left, None)) is None:
+                return
+            yield do(group)
+        of = self.place.of
+        coming = enumerate(left)
         given: deque[tuple[int, Sequence[str], list[dist.Work]]] = deque()
 
         def give() -> None:
@@ -156,11 +167,14 @@ class _Leader:
             give()
             yield done
 
-    def wait_until_ready(self) -> None:
-        """Until every other process has loaded the run."""
-        while not self.store.check([_ready(each) for each in self.others]):
+    def joined(self) -> bool:
+        """Whether the others take part: from the moment on when all of them have loaded the run."""
+        if not self._joined:
             self._require_alive()
-            time.sleep(_LOOK / 4)
+            if self.store.check([_ready(each) for each in self.others]):
+                self.open_.enter_context(connected(self.place, self.store, self.attend))
+                self._joined = True
+        return self._joined
 
     def attend(self, act: Callable[[], T]) -> T:
         """Something that depends on the others, given up as soon as one of them has failed.

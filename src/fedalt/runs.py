@@ -243,8 +243,10 @@ def _crew(
     prepared: Prepared, path: Path, lock: int, watcher: Watcher
 ) -> AbstractContextManager[Crew]:
     """The processes that a run is spread over."""
-    processes = processes_for(prepared)
-    return crew(path, processes, prepared.parts.base.adapted.device, lock, watcher.hear)
+    device, asked = prepared.parts.base.adapted.device, prepared.parts.settings.training.processes
+    # Whoever asks for several learns before the first step whether the machine bears them.
+    wait = asked is not None
+    return crew(path, processes_for(prepared), device, lock, watcher.hear, wait=wait)
 
 
 def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Run:

@@ -24,7 +24,7 @@ from fedalt.models import Base
 
 # Clients are scored together until they fill so many batches: what the last one leaves empty then
 # counts little. Only so many, because their trees are in memory at once.
-_BATCHES: Final = 4
+_BATCHES: Final = 2
 _MOST_CLIENTS: Final = 16
 
 Id = TypeVar("Id")

@@ -15,7 +15,7 @@ _ROWS: Final = 16  # of logits at a time on a CPU: what comes between then stays
 
 def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross entropy of every target, (n,), float32: answer tokens, or labels of a classifier."""
-    with _autocast(batch.ids.device):
+    with autocast(batch.ids.device):
         if batch.predicting is None:
             logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
         else:
@@ -81,7 +81,8 @@ def _only_rows(model: PreTrainedModel, rows: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def _autocast(device: torch.device) -> Any:
+def autocast(device: torch.device) -> Any:
+    """The precision of products on a device."""
     if device.type == "cuda":
         return torch.autocast("cuda", dtype=torch.bfloat16)
     return nullcontext()

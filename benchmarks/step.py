@@ -13,7 +13,8 @@ are the ratios of their medians. Gradients are compared in the same run, without
     written    (b) FedALT's layer as the papers write it: slot by slot, padded, all logits
 
 With --upper instead: adapters in the upper half of the blocks alone, where what lies below is
-computed once for each text (`kept`), against computing it in every step.
+computed once for each text (`kept`), against computing it in every step. With --profile instead:
+where the time of `fused` goes, operation by operation, in percent.
 
 With --compile also `fused` with the parts of the model between matrix products compiled.
 
@@ -33,6 +34,7 @@ import torch
 from document import table, write
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedalt.adapters.layer import AdaptedModel
@@ -404,6 +406,19 @@ def measure_upper(size: str, clients: int, each: int, turns: int) -> Mapping[str
     }
 
 
+def profiled(size: str, clients: int, each: int) -> Mapping[str, Any]:
+    """Percent of the time of our step, by torch's operations; those above 1."""
+    ours = Ours(size, examples_of(clients, each, SIZES[size]["vocab_size"]))
+    ours.train(together=True)
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        ours.train(together=True)
+    found = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+    whole = sum(found.values())
+    ranked = sorted(found.items(), key=lambda pair: -pair[1])
+    shares = {name: f"{100 * spent / whole:.1f}" for name, spent in ranked if spent > whole / 100}
+    return {"model": size, "clients": clients, "examples": each, **shares}
+
+
 def main() -> None:
     """Measure and print a line for every cell."""
     parser = argparse.ArgumentParser(
@@ -415,17 +430,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="also measure it compiled")
     parser.add_argument("--upper", action="store_true", help="measure the upper half adapted")
+    parser.add_argument("--profile", action="store_true", help="say where the time goes")
     parser.add_argument("--write", action="store_true", help="put the table into the document")
     options = parser.parse_args()
     rows = []
     for size in options.sizes:
         for clients in options.clients:
             for each in options.each:
-                rows.append(
-                    measure_upper(size, clients, each, options.turns)
-                    if options.upper
-                    else measure(size, clients, each, options.turns, compile_parts=options.compile)
-                )
+                if options.profile:
+                    rows.append(profiled(size, clients, each))
+                elif options.upper:
+                    rows.append(measure_upper(size, clients, each, options.turns))
+                else:
+                    compiled = options.compile
+                    rows.append(measure(size, clients, each, options.turns, compile_parts=compiled))
                 print(json.dumps(rows[-1]), flush=True)
     if options.write:
         write("step", table(rows))

@@ -213,7 +213,10 @@ class _Leader:
             if self.store.check([_failed(process)]):
                 raise _error_of(who, json.loads(self.store.get(_failed(process))))
             how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with {code}"
-            raise ProcessError(f"{who} (pid {other.pid}) {how} before its work was done")
+            raise ProcessError(
+                f"{who} (pid {other.pid}) {how} before its work was done; with processes = 1 in "
+                "[training] a run does without others"
+            )
 
 
 def _work(work: Work, heard: list[Event]) -> NoReturn:

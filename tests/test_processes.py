@@ -147,7 +147,7 @@ def test_training_that_fails_in_another_process_is_told_with_its_client(places, 
         ({"threads": 2}, 2),
         ({"passes": 3}, 3),
         ({"passes": 0}, 1),
-        ({"operations": 5e12}, 1),  # over before another process has started
+        ({"operations": 1e13}, 1),  # over before another process has started
         ({"model_bytes": 7e9}, 2),
         ({"model_bytes": 2e10}, 1),
         ({"threads": 64, "passes": 1000, "memory": 1e12}, 8),

@@ -12,7 +12,7 @@ from fedalt.prepare import Prepared, learner_of
 # Threads of one process wait for each other after every small product, and for whatever else the
 # machine does in between; processes with one thread do not. See docs/benchmarks.md.
 _MOST: Final = 8  # more have not been tried
-_WORTH: Final = 30.0  # seconds of work; a process that joins takes about ten to start
+_WORTH: Final = 60.0  # seconds of work; with half as many as that nothing was gained
 _RATE: Final = 5e10  # operations of one thread in a second, roughly
 _PROCESS: Final = 2**30  # bytes of a process beside its base model
 

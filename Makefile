@@ -35,7 +35,7 @@ lint: setup
 	$(BIN)/mypy
 
 bench: setup ## docs/benchmarks.md anew; about an hour
-	$(BIN)/python benchmarks/step.py --write
+	$(BIN)/python benchmarks/step.py --sizes 5M 40M --turns 2 --write
 	$(BIN)/python benchmarks/server.py --write
 	$(BIN)/python benchmarks/memory.py --write 8 64 512
 	$(BIN)/python benchmarks/scoring.py --write

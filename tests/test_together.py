@@ -6,6 +6,7 @@ import pytest
 import torch
 from bases import base_of, example, random_serving_tree, start_of
 from test_contract import ROWS
+from test_layer import quantised
 from tiny import CAUSAL, bert_classifier
 
 from fedalt import tree as trees
@@ -197,6 +198,20 @@ def test_clients_that_train_together_take_the_steps_of_each_alone(name, plan, ch
         for n, tensor in alone.tree.items():
             torch.testing.assert_close(found.tree[n], tensor, rtol=1e-3, atol=1e-4, msg=str(n))
         assert trees.equal(trees.select(found.tree, "rest"), trees.select(share.order.tree, "rest"))
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+def test_clients_train_together_on_a_quantised_base(bits, tmp_path):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base = base_of(quantised(CAUSAL["llama"], tmp_path, **{bits: True}))
+    assert base.adapted.packs.longest
+    shares = shares_of(base, PLANS["mixer"])
+    training = Training(lr=1e-2, batch_size=2)
+    for share, found in zip(shares, train_together(base, shares, training), strict=True):
+        alone = train(base, share.order, share.examples, training, seed=share.seed)
+        assert found.loss == pytest.approx(alone.loss, rel=1e-3)
+        for n, tensor in alone.tree.items():
+            torch.testing.assert_close(found.tree[n], tensor, rtol=1e-3, atol=1e-3, msg=str(n))
 
 
 def test_orders_that_differ_do_not_share_passes():

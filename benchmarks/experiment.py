@@ -181,9 +181,9 @@ def test_loss(model: nn.Module, texts: Sequence[Text]) -> float:
 
 
 @torch.no_grad()
-def write_answers(model: Any, folder: Path, texts: Sequence[Text], tokens: int, batch: int) -> int:
-    """An answer to every text, so many at a time; how many there are."""
-    tokenizer, answers = tokenizer_of(folder), 0
+def write_answers(model: Any, folder: Path, texts: Sequence[Text], tokens: int, batch: int) -> None:
+    """Write an answer to every text, so many at a time."""
+    tokenizer = tokenizer_of(folder)
     model.eval()
     for first in range(0, len(texts) if tokens else 0, batch):
         prompts = [ids[:answer] for ids, answer in texts[first : first + batch]]
@@ -199,8 +199,7 @@ def write_answers(model: Any, folder: Path, texts: Sequence[Text], tokens: int, 
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        answers += len(tokenizer.batch_decode(out[:, width:], skip_special_tokens=True))
-    return answers
+        tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
 
 
 class Written(nn.Module):

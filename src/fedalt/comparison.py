@@ -178,7 +178,8 @@ def rounds_done(jobs: Sequence[Job]) -> int:
 def default_workers(jobs: Sequence[Job]) -> int:
     """One run per core, or a single one where they share a GPU; however many are left to do.
 
-    The number of threads a run gets is part of what its bits depend on.
+    The number of threads a run gets is part of what its bits depend on; only the last runs of
+    `run_all` get more.
     """
     wanted = {job.settings.model.device for job in jobs}
     on_gpu = wanted != {"cpu"} and torch.cuda.is_available()

@@ -15,12 +15,11 @@ from commands import call
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 
 from fedalt.prepare import prepare, require_room
-from fedalt.processes import ProcessError, _Leader
 from fedalt.runs import resume_run, start_run
 from fedalt.settings import SettingsError, to_toml
-from fedalt.spread import processes_for, suited
 from fedalt.store import open_run
 from fedalt.training.group import TrainingError
+from fedalt.workers import WorkerError
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +39,7 @@ def two_threads():
 
 def run_of(places, method="fedalt", processes=1, **training):
     """A client a pass, so that each process has work."""
-    training = {"pass_tokens": 1, **training}
-    if processes is not None:
-        training["processes"] = processes
+    training = {"pass_tokens": 1, "processes": processes, **training}
     table = {"training": training, "method": {"name": method}, "rounds": {"rounds": 3}}
     return prepare(settings_for(*places, **table))
 
@@ -68,6 +65,12 @@ def assert_same(run, expected):
     assert (run / "examples.jsonl").read_bytes() == (expected / "examples.jsonl").read_bytes()
 
 
+def workers_of(pid):
+    """The processes that work for another; multiprocessing keeps one of its own beside them."""
+    children = psutil.Process(pid).children()
+    return [each for each in children if "spawn_main" in " ".join(each.cmdline())]
+
+
 @dataclass(frozen=True)
 class At:
     """A watcher who does something at the first event of a kind."""
@@ -88,7 +91,7 @@ class At:
 def test_two_processes_have_the_numbers_of_one(places, straight, tmp_path, method):
     start_run(run_of(places, method, 2, carry_optimizer=True), tmp_path / "run")
     assert_same(tmp_path / "run", straight(method))
-    assert not psutil.Process().children()
+    assert not workers_of(os.getpid())
 
 
 @pytest.mark.long
@@ -96,12 +99,12 @@ def test_a_killed_process_ends_the_run_which_goes_on(places, straight, tmp_path,
     prepared, run = run_of(places, processes=2, carry_optimizer=True), tmp_path / "run"
 
     def kill():
-        (other,) = psutil.Process().children()
-        other.kill()
+        for worker in workers_of(os.getpid()):  # none is left when the next event comes
+            worker.kill()
 
-    with pytest.raises(ProcessError, match=r"^process 1 of 0 to 1 \(pid \d+\) was killed"):
+    with pytest.raises(WorkerError, match=r"^a worker process has ended before its work"):
         start_run(prepared, run, At("validate", kill))
-    assert not psutil.Process().children()
+    assert not workers_of(os.getpid())
     assert call("resume", run, "--quiet") == 0
     assert_same(run, straight("fedalt"))
     assert "error" not in capfd.readouterr().err
@@ -119,7 +122,7 @@ def test_a_run_whose_processes_were_all_killed_goes_on_with_one(places, straight
     while not (run / "progress.json").exists():
         assert first.poll() is None
         time.sleep(0.005)
-    (other,) = psutil.Process(first.pid).children()
+    (other,) = workers_of(first.pid)
     first.send_signal(signal.SIGKILL)
     first.wait()
     psutil.wait_procs([other], timeout=5)
@@ -135,65 +138,9 @@ def test_training_that_fails_in_another_process_is_told_with_its_client(places, 
     data = write_clients(tmp_path / "data", ["a"], count=4)  # one step, which does no harm yet
     write_clients(data, ["b"])
     prepared = run_of((places[0], data), processes=2, lr=1e30)
-    other = "^process 1 of 0 to 1: client 'b', round 0: the loss became nan"
+    other = "^in a worker process: client 'b', round 0: the loss became nan"
     with pytest.raises(TrainingError, match=other):
         start_run(prepared, tmp_path / "run")
-
-
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, 4),
-        ({"threads": 2}, 2),
-        ({"passes": 3}, 3),
-        ({"passes": 0}, 1),
-        ({"operations": 1e13}, 1),  # over before another process has started
-        ({"model_bytes": 7e9}, 2),
-        ({"model_bytes": 2e10}, 1),
-        ({"threads": 64, "passes": 1000, "memory": 1e12}, 8),
-    ],
-)
-def test_a_run_is_spread_over_what_it_can_use(change, expected):
-    usual = {"threads": 4, "passes": 9, "operations": 1e14, "model_bytes": 1e8, "memory": 3.3e10}
-    assert suited(**{**usual, **change}) == expected
-
-
-def test_a_run_that_says_nothing_is_spread_if_it_is_long(places, monkeypatch):
-    assert processes_for(run_of(places, processes=3)) == 3
-    assert processes_for(run_of(places, processes=None)) == 1  # it takes a second
-    monkeypatch.setattr("fedalt.spread._WORTH", 1e-9)
-    long = run_of(places, processes=None)
-    assert processes_for(long) == 2
-    monkeypatch.setattr("fedalt.spread.sys.platform", "darwin")  # where nobody has tried it
-    assert processes_for(long) == 1
-
-
-@pytest.mark.slow
-def test_the_processes_of_a_run_that_says_nothing_have_the_numbers_of_one(
-    places, straight, tmp_path, monkeypatch
-):
-    monkeypatch.setattr("fedalt.spread._WORTH", 1e-9)
-    monkeypatch.setattr(_Leader, "joined", when_others_are_ready := JoinsAfter(groups=3))
-    start_run(run_of(places, processes=None, carry_optimizer=True), tmp_path / "run")
-    assert when_others_are_ready.outcomes[:4] == [False, False, False, True]
-    assert_same(tmp_path / "run", straight("fedalt"))
-
-
-class JoinsAfter:
-    """The others are not looked for before so many groups are done, and then waited for."""
-
-    def __init__(self, groups):
-        self.groups, self.outcomes, self.joined = groups, [], _Leader.joined
-
-    def __get__(self, leader, _):
-        return lambda: self(leader)
-
-    def __call__(self, leader):
-        outcome = False
-        while len(self.outcomes) >= self.groups and not (outcome := self.joined(leader)):
-            time.sleep(0.05)
-        self.outcomes.append(outcome)
-        return outcome
 
 
 def test_what_has_no_room_for_several_processes_is_refused(places):

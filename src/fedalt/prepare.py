@@ -170,7 +170,7 @@ def require_room(settings: Settings, *, gpus: int) -> None:
     processes, model = settings.training.processes, settings.model
     device = model.device or ("cuda" if gpus else "cpu")
     wanted = f"[training] processes={processes}"
-    if processes in (None, 1):
+    if processes == 1:
         return
     if model.quantise:
         raise SettingsError(f"{wanted}, but a quantised base model is for one process")

@@ -5,20 +5,17 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn, Protocol
+from typing import Protocol
 
 from fedalt.engine.course import Arm, Column, Event, HeldOut, Line, Progress
 from fedalt.engine.crew import Crew
 from fedalt.engine.in_process import servings
 from fedalt.engine.schedule import Run
 from fedalt.files import writing_behind
-from fedalt.gloo import Place
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.prepare import Parts, Prepared, facts_of, learner_of, prepare
-from fedalt.processes import Work, crew, serve
 from fedalt.settings import Settings, read_settings, to_toml
-from fedalt.spread import processes_for
 from fedalt.states import FileStates
 from fedalt.store import (
     RunFolder,
@@ -30,6 +27,7 @@ from fedalt.store import (
     require_unused,
 )
 from fedalt.training.orders import Order
+from fedalt.workers import Work, crew
 
 
 class Watcher(Protocol):
@@ -110,8 +108,8 @@ def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> R
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
     with (
-        locked(path) as lock,
-        _crew(prepared, path, lock, watcher) as together,
+        locked(path),
+        _crew(prepared, path, watcher) as together,
         writing_behind() as writer,
     ):
         journal = _Watched(replace(folder, writer=writer), watcher)
@@ -119,14 +117,14 @@ def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> R
     return folder
 
 
-def take_part(path: Path, place: Place) -> NoReturn:
-    """Do what the first process of a run asks for, until that ends this one."""
+def load_in_worker(path: Path, hear: Callable[[Event], None]) -> Work:
+    """The run of a folder in a worker process, which does what the first process gives it."""
+    from transformers.utils import logging
 
-    def load(hear: Callable[[Event], None]) -> Work:
-        notes = _Notes(open_run(path), [])
-        return replace(_run(reopen(path), notes, Nobody()), hear=hear).work
-
-    serve(place, load)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    notes = _Notes(open_run(path), [])
+    return replace(_run(reopen(path), notes, Nobody()), hear=hear).work
 
 
 def evaluate(
@@ -142,7 +140,7 @@ def evaluate(
     """
     folder = open_run(path)
     notes = _Notes(folder, [])
-    with locked(path) as lock, _crew(prepared, path, lock, watcher) as together:
+    with locked(path), _crew(prepared, path, watcher) as together:
         progress = folder.progress()
         run = replace(_run(prepared, notes, watcher), crew=together)
         for arm in prepared.parts.arms:
@@ -239,14 +237,11 @@ class _Notes:
         """Nothing has changed."""
 
 
-def _crew(
-    prepared: Prepared, path: Path, lock: int, watcher: Watcher
-) -> AbstractContextManager[Crew]:
-    """The processes that a run is spread over."""
-    device, asked = prepared.parts.base.adapted.device, prepared.parts.settings.training.processes
-    # Whoever asks for several learns before the first step whether the machine bears them.
-    wait = asked is not None
-    return crew(path, processes_for(prepared), device, lock, watcher.hear, wait=wait)
+def _crew(prepared: Prepared, path: Path, watcher: Watcher) -> AbstractContextManager[Crew]:
+    """The processes that share a run."""
+    count = prepared.parts.settings.training.processes
+    device = prepared.parts.base.adapted.device
+    return crew(path, load_in_worker, count, device, watcher.hear)
 
 
 def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Run:

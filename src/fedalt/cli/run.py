@@ -93,7 +93,7 @@ def run(
     ] = None,
     processes: Annotated[
         int | None,
-        _option("Processes, one per GPU or sharing the CPU.", TRAINING, "--processes", "what pays"),
+        _option("Worker processes: one per GPU, or sharing the CPU.", TRAINING, "--processes", "1"),
     ] = None,
     seed: Annotated[int | None, _option("Of all random numbers.", TRAINING, "--seed", "0")] = None,
     evaluate_every: Annotated[

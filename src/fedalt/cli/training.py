@@ -12,7 +12,6 @@ from fedalt.prepare import Prepared
 from fedalt.report.trackers import TrackerName, tracking
 from fedalt.runs import resume_run
 from fedalt.settings import lora_of, method_name
-from fedalt.spread import processes_for
 from fedalt.store import StoreError, open_run
 from fedalt.training.group import TrainingError
 
@@ -57,7 +56,7 @@ def train(
     """Go on to the end, with signs of life and, where it is stopped, a way back."""
     folder = open_run(path)
     done = folder.rounds_done()
-    processes = processes_for(prepared)
+    processes = prepared.parts.settings.training.processes
     if processes > 1:
         note(f"{processes} processes share the clients of a round", quiet=quiet)
     with (

@@ -41,7 +41,7 @@ class Terms:
 
 def require_apart(settings: Settings) -> None:
     """SettingsError for what only a run of all clients on one machine can do."""
-    if (processes := settings.training.processes or 1) > 1:
+    if (processes := settings.training.processes) > 1:
         raise SettingsError(
             f"processes = {processes} in [training]: the clients of a federation are processes "
             "of their own already; leave it out"

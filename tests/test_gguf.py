@@ -1,0 +1,96 @@
+"""A GGUF file as a base model."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from commands import call
+from gguf_model import tiny_llama, write_gguf
+from runs_for_tests import write_clients
+
+from fedalt.gguf_files import GGUFError, converted
+from fedalt.models import PACKAGED, ModelError, load_base
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "fedalt" / "gguf"
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return write_gguf(tmp_path_factory.mktemp("model") / "tiny.gguf", tiny_llama())
+
+
+def test_a_converted_file_computes_what_the_model_computed(file):
+    base = load_base(str(file))
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        logits = base.adapted.model(input_ids=ids).logits
+        expected = tiny_llama()(input_ids=ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert base.tokenizer.decode(base.tokenizer("cat").input_ids, skip_special_tokens=True) == "cat"
+    messages = [{"role": "user", "content": "hi"}]
+    assert base.tokenizer.apply_chat_template(messages, tokenize=False) == "user:hi</s>"
+
+
+def test_a_file_is_converted_once(file, cache, capsys):
+    first = load_base(str(file)).fingerprint
+    assert "converting tiny.gguf once into" in capsys.readouterr().err
+    (folder,) = cache.iterdir()
+    written = (folder / "model.safetensors").stat().st_mtime_ns
+    assert load_base(str(file)).fingerprint == first
+    assert "converting" not in capsys.readouterr().err
+    assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_the_same_name_with_another_content_is_another_model(file, tmp_path, cache):
+    copy = tmp_path / "tiny.gguf"
+    copy.write_bytes(file.read_bytes())
+    before = converted(copy)
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    write_gguf(copy, other)
+    assert converted(copy) != before
+
+
+@pytest.mark.parametrize("kept", [0, 3, 100, 2000, -50])
+def test_a_truncated_file_is_refused_in_one_sentence_and_leaves_nothing(
+    file, tmp_path, cache, kept
+):
+    half = tmp_path / "half.gguf"
+    half.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(GGUFError, match=r"half\.gguf: (cannot be made a base model|not a GGUF)"):
+        converted(half)
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_an_architecture_that_cannot_be_unpacked_is_refused_by_name(tmp_path):
+    other = write_gguf(tmp_path / "other.gguf", tiny_llama(), architecture="clip")
+    with pytest.raises(ModelError, match="architecture clip is not supported"):
+        load_base(str(other))
+
+
+def test_a_wrong_file_is_one_error_on_the_command_line(tmp_path, capsys):
+    wrong = tmp_path / "wrong.gguf"
+    wrong.write_text("hello")
+    data = write_clients(tmp_path / "data", ("a", "b"))
+    words = ["run", "--data", data, "--model", wrong, "--out", tmp_path / "run"]
+    assert call(*words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {wrong}: not a GGUF file: it begins with b'hell', expected b'GGUF'"
+
+
+@pytest.mark.slow
+def test_smollm2_answers_a_question():
+    if find_spec(PACKAGED["smollm2"].module) is None:  # importing it takes what it depends on
+        pytest.skip("`make smollm2` has not been called")
+    base = load_base("smollm2")
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = base.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    out = base.adapted.model.generate(**ids, max_new_tokens=12)
+    assert "Paris" in base.tokenizer.decode(out[0])

@@ -209,7 +209,7 @@ class _Leader:
             code = other.poll()
             if code is None:
                 continue
-            who = f"process {process} of 0 to {len(self.others)}"
+            who = f"process {process + 1}/{len(self.others) + 1}"
             if self.store.check([_failed(process)]):
                 raise _error_of(who, json.loads(self.store.get(_failed(process))))
             how = f"was killed ({signal.Signals(-code).name})" if code < 0 else f"ended with {code}"

@@ -7,6 +7,7 @@ from typing import Any
 
 from fedalt.methods import METHODS
 from fedalt.report import figures
+from fedalt.report.docstrings import opening
 from fedalt.report.examples import examples
 from fedalt.report.parts import (
     Cell,
@@ -65,8 +66,7 @@ def run_page(record: Record) -> Page:
 
 def explained(method: str) -> str:
     """What a method is, in the sentence that its module opens with."""
-    text = sys.modules[type(METHODS[method]).__module__].__doc__ or ""
-    return text.strip().splitlines()[0]
+    return opening(sys.modules[type(METHODS[method]).__module__])
 
 
 def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:

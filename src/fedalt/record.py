@@ -43,7 +43,7 @@ def require_run(path: Path) -> None:
     """Raise StoreError for a folder that is not a run's, or of another format."""
     file = path / "run.json"
     if not file.is_file():
-        raise StoreError(f"{path} is not a run's folder: it has no run.json{_elsewhere(path)}")
+        raise StoreError(f"{path} is not a run's folder: it has no run.json{meant_by(path)}")
     if is_client(path):
         raise StoreError(
             f"{path} is the state of a federation's client, which has no record of the rounds: "
@@ -77,7 +77,7 @@ def is_client(path: Path) -> bool:
     return isinstance(facts, dict) and facts.keys() >= {"federation", "client"}
 
 
-def _elsewhere(path: Path) -> str:
+def meant_by(path: Path) -> str:
     """What of a federation may be meant by a folder that is no run's."""
     if path.name == "client.toml" or (path / "client.toml").is_file():
         return (

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from rich.console import Group, RenderableType
 from rich.constrain import Constrain
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
@@ -82,7 +83,7 @@ def _text(text: str, style: str = "") -> Text:
 
 def _bar(run: Live) -> RenderableType:
     # As wide as there is room, at most so many columns.
-    bar = Constrain(ProgressBar(total=run.rounds, completed=run.rounds_done), 40)
+    bar = Constrain(Padding(ProgressBar(total=run.rounds, completed=run.rounds_done), 0), 40)
     return Group(bar, Text(f"{run.rounds_done} of {run.rounds} rounds done"))
 
 

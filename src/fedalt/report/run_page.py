@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from fedalt.data.foreign import shown
 from fedalt.methods import METHODS
+from fedalt.quarantine import refusals
 from fedalt.report import figures
 from fedalt.report.docstrings import opening
 from fedalt.report.examples import examples
@@ -31,6 +33,11 @@ from fedalt.report.similarity_figures import similarity_map, similarity_tree
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
 
+_WITH_THE_CLIENTS = (
+    "The mixer's weights, similarity of clients, best and worst examples: they are made of what "
+    "stays with the clients. A client's owner sees the own model with `fedalt chat client.toml`."
+)
+MOST_REFUSED = 50
 _ABSENT_MIXER = (
     "The mixer's weights: none on record. Either the method has no mixer, or the run was made "
     "before they were written down."
@@ -47,16 +54,20 @@ def run_page(record: Record) -> Page:
     else:
         sections.append(_scores(record, table))
     sections += _curves(record)
-    sections += _mixer(record, absent)
-    sections += _similarity(record, absent)
-    sections += examples(record, absent)
+    if is_federation(record.facts):
+        absent.append(_WITH_THE_CLIENTS)
+        sections += _refused(record)
+    else:
+        sections += _mixer(record, absent)
+        sections += _similarity(record, absent)
+        sections += examples(record, absent)
     sections += _costs(record)
     if absent:
         sections.append(Section("absent", "Not on this page", [Notes(absent)]))
     name = record.folder.path.resolve().name
     return Page(
         title=f"{record.facts['method']} · {name}",
-        over="Federated fine-tuning run",
+        over="Federation" if is_federation(record.facts) else "Federated fine-tuning run",
         lead=explained(record.facts["method"]),
         key=_key(record, table),
         sections=sections,
@@ -75,7 +86,7 @@ def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
     trainable = facts["trainable_numbers"]
     general = [
         ("base model", f"{model['name']} ({model['fingerprint']})"),
-        ("data", str(settings["data"]["path"])),
+        ("data", "with the clients" if is_federation(facts) else str(settings["data"]["path"])),
         ("data fingerprint", data["fingerprint"]),
         ("trained numbers", ", ".join(f"{key} {value:,}" for key, value in trainable.items())),
         ("seed", str(settings["seed"])),
@@ -89,15 +100,28 @@ def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
     clients = {**facts.get("clients", {}), **facts.get("joined", {})}
     left = set(facts.get("left", ()))
     splits = ("train", "validation", "test")
+    out = {**dict.fromkeys(left, " (left)"), **dict.fromkeys(facts.get("revoked", ()), " (revoked)")}
     rows = [
         [
-            Cell(f"{name} (left)" if name in left else name, name),
-            *(Cell(f"{counts[split]:,}", counts[split]) for split in splits),
+            Cell(f"{name}{out.get(name, '')}", name),
+            *(_count(counts.get(split)) for split in splits),
         ]
         for name, counts in clients.items()
     ]
-    counted = Table("Clients and their examples", ["client", *splits], rows)
+    caption = "Clients and their examples"
+    if is_federation(facts):
+        caption += ", which the server of a federation does not know"
+    counted = Table(caption, ["client", *splits], rows)
     return Section("run", "What was run", [Facts([*general, *per_section]), counted])
+
+
+def is_federation(facts: Mapping[str, Any]) -> bool:
+    """Whether these are the facts of a federation's server, which sees neither texts nor mixers."""
+    return "terms" in facts
+
+
+def _count(number: int | None) -> Cell:
+    return Cell("–" if number is None else f"{number:,}", number)
 
 
 def score_table(table: Scores, caption: str) -> Table:
@@ -229,18 +253,41 @@ def _similarity(record: Record, absent: list[str]) -> list[Section]:
     ]
 
 
+def _refused(record: Record) -> list[Section]:
+    """The uploads that a federation's server did not take, the last ones first."""
+    lines = refusals(record.folder.path)[::-1]
+    if not lines:
+        return []
+    rows = [
+        [
+            Cell(line["client"], line["client"]),
+            Cell(f"{line['round'] + 1}", line["round"]),
+            Cell(shown(line["reason"]), line["reason"]),
+        ]
+        for line in lines[:MOST_REFUSED]
+    ]
+    caption = f"Refused uploads: {len(lines)}" + (
+        f", the last {MOST_REFUSED} of them" if len(lines) > MOST_REFUSED else ""
+    )
+    table = Table(caption, ["client", "round, from 1", "why"], rows, wide=True)
+    return [Section("refused", "Refused uploads", [table])]
+
+
 def _costs(record: Record) -> list[Section]:
     costs, rounds = cost_rows(record), round_rows(record)
-    if not costs:
+    if not costs or not rounds:
         return []
     client = "Thick: mean over the clients. Thin: each client."
+    whole = "All clients one after another, and scoring."
+    if is_federation(record.facts):
+        whole = "From the calls to the new aggregate: training, transport and waiting."
     drawn = [
         Figure(
             "seconds", "Seconds of training", client,
             figures.client_costs(costs, "seconds", "seconds per client"),
         ),
         Figure(
-            "round-seconds", "Seconds of a round", "All clients one after another, and scoring.",
+            "round-seconds", "Seconds of a round", whole,
             figures.round_curve(rounds, "seconds", "seconds per round"),
         ),
         Figure(

@@ -7,14 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from fedalt.data.foreign import shown
 
-_ANY_WIDTH = 100_000  # columns, to see how many a table would take
 _LEAST = 12  # columns that a text to be read in lines is given
 _LONGEST_CELL = 2000  # characters
 
@@ -36,20 +35,23 @@ class Sheet:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Side by side if that fits, else one below the other."""
-        if self._least(console, options) <= options.max_width:
+        if self._least() <= options.max_width:
             yield self._table()
         else:
             yield from self._below()
 
-    def _least(self, console: Console, options: ConsoleOptions) -> int:
-        """The fewest columns in which no cell is cut and no word broken."""
-        wide = options.update(width=_ANY_WIDTH)
-        least = Measurement.get(console, wide, self._table()).minimum
-        return least + sum(max(0, _LEAST - self._longest_word(at)) for at in self.folded)
+    def _least(self) -> int:
+        """The fewest columns in which no cell is cut and no word of a folded one broken."""
+        between = 3 * len(self.heads) + 1  # blanks around each cell, and what the box takes
+        return between + sum(map(self._least_of, range(len(self.heads))))
 
-    def _longest_word(self, column: int) -> int:
-        words = (word for row in self.rows for word in _cell(row[column]).plain.split())
-        return max(map(len, words), default=0)
+    def _least_of(self, column: int) -> int:
+        cells = [self.heads[column], *(_cell(row[column]).plain for row in self.rows)]
+        whole = max(map(cell_len, cells))
+        if column not in self.folded:
+            return whole
+        words = (cell_len(word) for cell in cells for word in cell.split())
+        return max(min(whole, _LEAST), max(words, default=0))
 
     def _table(self) -> Table:
         title = Text(shown(self.title, _LONGEST_CELL), style="bold") if self.title else None

@@ -60,12 +60,17 @@ def require_run(path: Path) -> None:
 
 def require_clients(path: Path) -> None:
     """Raise StoreError for the folder of a federation's server: clients' data lie elsewhere."""
-    if "terms" in read_facts(path):
+    if is_federation(read_facts(path)):
         raise StoreError(
             f"{path} is the folder of a federation's server, and clients' data and models lie "
             "with the clients: each owner's `fedalt evaluate`, `generate`, `chat` and `export` "
             "take the client's own client.toml; `fedalt server` goes on with the rounds"
         )
+
+
+def is_federation(facts: Mapping[str, Any]) -> bool:
+    """Whether these are the facts of a federation's server, which sees neither texts nor mixers."""
+    return "terms" in facts
 
 
 def is_client(path: Path) -> bool:

@@ -2,8 +2,8 @@
 
 import sys
 from collections.abc import Sequence
-from io import TextIOWrapper
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer

@@ -26,13 +26,14 @@ from fedalt.engine.firewall import Refused, check_broadcast
 from fedalt.engine.in_process import client_of, drive, drive_all
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import training_metrics
+from fedalt.federation.here import require_model, settings_here
 from fedalt.federation.kept import keep
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.terms import Terms
 from fedalt.federation.told import Say, silent, what_did_not_count, what_was_done, where
 from fedalt.methods.contract import Message, Serving
 from fedalt.prepare import Parts, Prepared, learner_of, prepare
-from fedalt.settings import Settings, SettingsError
+from fedalt.settings import SettingsError
 from fedalt.states import newest, prune
 from fedalt.store import RunFolder, StoreError
 from fedalt.training.group import Trained, TrainingError
@@ -271,19 +272,6 @@ def open_member(
     return Member(terms, client_id, prepared.parts, learner_of(prepared), folder, hear, say)
 
 
-def settings_here(
-    terms: Terms, data: Path, model: str | None = None, device: str | None = None
-) -> Settings:
-    """The agreed settings, with what lies elsewhere on this client's machine."""
-    agreed = terms.settings
-    name, place = model or agreed.model.name, device or agreed.model.device
-    return replace(
-        agreed,
-        data=replace(agreed.data, path=data),
-        model=replace(agreed.model, name=name, device=place),
-    )
-
-
 def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Path) -> None:
     """One client's data, of the agreed labels, for the agreed base model."""
     if prepared.task.clients != (client_id,):
@@ -297,16 +285,6 @@ def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Pat
             f"of {terms.name!r} say {', '.join(terms.labels) or '(none)'}"
         )
     require_model(prepared.parts, terms)
-
-
-def require_model(parts: Parts, terms: Terms) -> None:
-    """Raise SettingsError for another base model than the agreed one."""
-    found = parts.base.fingerprint
-    if found != terms.model:
-        raise SettingsError(
-            f"the base model {parts.base.name!r} here has the fingerprint {found!r}, but "
-            f"the terms of {terms.name!r} are about {terms.model!r}: it is another model"
-        )
 
 
 def claim(folder: Path, terms: Terms, client_id: str) -> None:

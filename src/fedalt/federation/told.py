@@ -33,7 +33,7 @@ def what_did_not_count(folder: Path, client_id: str, call: Call) -> str:
 
 
 def what_was_done(call: Call, answer: Answer, size: int, rounds: int) -> str:
-    """A line for an answer of `size` bytes: what was trained, sent and scored; "" for a farewell."""
+    """A line for an answer of `size` bytes: trained, sent, scored what; "" for a farewell."""
     parts = []
     for cost in answer.costs:
         if cost.column == "own":

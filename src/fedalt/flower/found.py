@@ -114,8 +114,6 @@ def _is_address(host: str) -> bool:
     return True
 
 
-
-
 @contextmanager
 def whole_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name once it is complete and is removed if it never is."""
@@ -142,7 +140,9 @@ def _write(file: Path, table: dict[str, object]) -> None:
     file.write_text(tomli_w.dumps(table), encoding="utf-8")
 
 
-_HOST: Final = re.compile(r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*\.?")
+_HOST: Final = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*\.?"
+)
 
 # Where the operator starts from: every client has drawn the same A, which norms are mostly of.
 _FIREWALL: Final = {"norm_limit": 10.0}
@@ -218,7 +218,14 @@ server knows this client.
         fedalt client --config client.toml
 
 It calls {address}; no port is opened here. Stop it with Ctrl-C; the same command goes on where it
-was. Back up `state/`: what it holds of this client is nowhere else.
+was. It prints each round in a line, and why one could not be. Back up `state/`: what it holds of
+this client is nowhere else.
+
+The model that this client has by now, while `fedalt client` is stopped or when all has ended:
+
+    fedalt evaluate client.toml
+    fedalt generate client.toml "..."
+    fedalt export client.toml --out model
 
 What leaves this machine: the upload of {method} (adapter weights), losses and scores, and
 how many examples there are. What never leaves: texts, tokens, and what the method keeps private.

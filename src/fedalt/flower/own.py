@@ -14,8 +14,8 @@ from fedalt.data.folder import open_data
 from fedalt.data.prompts import Template, read_template
 from fedalt.engine.course import Arm, Column, HeldOut, Line
 from fedalt.engine.in_process import client_of, drive
+from fedalt.federation.here import require_model, settings_here
 from fedalt.federation.kept import broadcast_after, round_to_serve
-from fedalt.federation.member import require_model, settings_here
 from fedalt.federation.messages import NEVER, Call
 from fedalt.flower.config import ClientConfig, member_of, read_client_config
 from fedalt.methods.contract import Message

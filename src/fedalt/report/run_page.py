@@ -5,9 +5,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from fedalt.data.foreign import shown
 from fedalt.methods import METHODS
-from fedalt.quarantine import refusals
+from fedalt.record import is_federation
 from fedalt.report import figures
 from fedalt.report.docstrings import opening
 from fedalt.report.examples import examples
@@ -28,6 +27,7 @@ from fedalt.report.records import (
     mixer_record,
     round_rows,
 )
+from fedalt.report.refused import refused
 from fedalt.report.similarity import similarity
 from fedalt.report.similarity_figures import similarity_map, similarity_tree
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
@@ -37,7 +37,6 @@ _WITH_THE_CLIENTS = (
     "The mixer's weights, similarity of clients, best and worst examples: they are made of what "
     "stays with the clients. A client's owner sees the own model with `fedalt chat client.toml`."
 )
-MOST_REFUSED = 50
 _ABSENT_MIXER = (
     "The mixer's weights: none on record. Either the method has no mixer, or the run was made "
     "before they were written down."
@@ -56,7 +55,7 @@ def run_page(record: Record) -> Page:
     sections += _curves(record)
     if is_federation(record.facts):
         absent.append(_WITH_THE_CLIENTS)
-        sections += _refused(record)
+        sections += refused(record)
     else:
         sections += _mixer(record, absent)
         sections += _similarity(record, absent)
@@ -100,7 +99,10 @@ def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
     clients = {**facts.get("clients", {}), **facts.get("joined", {})}
     left = set(facts.get("left", ()))
     splits = ("train", "validation", "test")
-    out = {**dict.fromkeys(left, " (left)"), **dict.fromkeys(facts.get("revoked", ()), " (revoked)")}
+    out = {
+        **dict.fromkeys(left, " (left)"),
+        **dict.fromkeys(facts.get("revoked", ()), " (revoked)"),
+    }
     rows = [
         [
             Cell(f"{name}{out.get(name, '')}", name),
@@ -113,11 +115,6 @@ def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
         caption += ", which the server of a federation does not know"
     counted = Table(caption, ["client", *splits], rows)
     return Section("run", "What was run", [Facts([*general, *per_section]), counted])
-
-
-def is_federation(facts: Mapping[str, Any]) -> bool:
-    """Whether these are the facts of a federation's server, which sees neither texts nor mixers."""
-    return "terms" in facts
 
 
 def _count(number: int | None) -> Cell:
@@ -251,26 +248,6 @@ def _similarity(record: Record, absent: list[str]) -> list[Section]:
             ],
         )
     ]
-
-
-def _refused(record: Record) -> list[Section]:
-    """The uploads that a federation's server did not take, the last ones first."""
-    lines = refusals(record.folder.path)[::-1]
-    if not lines:
-        return []
-    rows = [
-        [
-            Cell(line["client"], line["client"]),
-            Cell(f"{line['round'] + 1}", line["round"]),
-            Cell(shown(line["reason"]), line["reason"]),
-        ]
-        for line in lines[:MOST_REFUSED]
-    ]
-    caption = f"Refused uploads: {len(lines)}" + (
-        f", the last {MOST_REFUSED} of them" if len(lines) > MOST_REFUSED else ""
-    )
-    table = Table(caption, ["client", "round, from 1", "why"], rows, wide=True)
-    return [Section("refused", "Refused uploads", [table])]
 
 
 def _costs(record: Record) -> list[Section]:

@@ -1,5 +1,6 @@
 """Folders of a federation as its server and clients leave them, made in this process."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,10 +68,8 @@ class Federation:
         wire = Wire({each: self.member(each) for each in config.terms.clients}, spoil)
         host = host_of(config, wire)
         with locked(self.run):
-            try:
+            with contextlib.suppress(Stopped):
                 host.to_the_end()
-            except Stopped:
-                pass
 
 
 def founded(root: Path, model: Path, **sections: dict[str, Any]) -> Federation:

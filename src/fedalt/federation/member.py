@@ -28,7 +28,7 @@ from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import training_metrics
 from fedalt.federation.here import require_model, settings_here
 from fedalt.federation.kept import keep
-from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
+from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, answers, digest
 from fedalt.federation.terms import Terms
 from fedalt.federation.told import Say, silent, what_did_not_count, what_was_done, where
 from fedalt.methods.contract import Message, Serving
@@ -66,7 +66,7 @@ class Member:
         """
         call_digest = digest(data)
         kept = self.folder / "answer.bin"
-        if kept.exists() and (old := kept.read_bytes()) and _answers(old, call_digest):
+        if kept.exists() and (old := kept.read_bytes()) and answers(old, call_digest):
             self.say("the server asks once more; it gets the same answer")
             return old
         answer = Answer(
@@ -233,14 +233,6 @@ def is_last(data: bytes) -> bool:
     """Whether a call says that nothing comes after it."""
     try:
         return decode(Call, data).last
-    except CodecError:
-        return False
-
-
-def _answers(data: bytes, call_digest: str) -> bool:
-    """Whether kept bytes are the answer to this call; a damaged file is none."""
-    try:
-        return decode(Answer, data).call == call_digest
     except CodecError:
         return False
 

@@ -99,7 +99,7 @@ def test_a_killed_process_ends_the_run_which_goes_on(places, straight, tmp_path,
         (other,) = psutil.Process().children()
         other.kill()
 
-    with pytest.raises(ProcessError, match=r"^process 1 of 0 to 1 \(pid \d+\) was killed"):
+    with pytest.raises(ProcessError, match=r"^process 2/2 \(pid \d+\) was killed"):
         start_run(prepared, run, At("validate", kill))
     assert not psutil.Process().children()
     assert call("resume", run, "--quiet") == 0
@@ -135,7 +135,7 @@ def test_training_that_fails_in_another_process_is_told_with_its_client(places, 
     data = write_clients(tmp_path / "data", ["a"], count=4)  # one step, which does no harm yet
     write_clients(data, ["b"])
     prepared = run_of((places[0], data), processes=2, lr=1e30)
-    other = "^process 1 of 0 to 1: client 'b', round 0: the loss became nan"
+    other = "^process 2/2: client 'b', round 0: the loss became nan"
     with pytest.raises(TrainingError, match=other):
         start_run(prepared, tmp_path / "run")
 

@@ -8,7 +8,7 @@ from typing import Literal
 from fedalt.data.examples import Split
 from fedalt.data.foreign import listed
 from fedalt.data.jsonl import holds_list
-from fedalt.data.names import is_safe
+from fedalt.data.names import fault_of_names
 from fedalt.data.records import DataError, Problems
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -74,12 +74,8 @@ def find_layout(path: Path) -> Layout:
 
 def require_safe(client_id: str, place: str, problems: Problems) -> None:
     """Note a client id that cannot name a folder everywhere."""
-    if not is_safe(client_id):
-        problems.add(
-            place,
-            f"client {client_id!r}: expected a name of at most 100 letters (A-Z), digits, "
-            "'.', '_' and '-', without a '.' at either end, as it names a folder",
-        )
+    if fault := fault_of_names([client_id]):
+        problems.add(place, fault)
 
 
 def require_distinct(layout: Layout, problems: Problems) -> None:

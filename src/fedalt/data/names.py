@@ -21,9 +21,8 @@ def fault_of_names(names: Iterable[str]) -> str:
     for name in names:
         if not is_safe(name):
             return (
-                f"client {shown(repr(name), 120)}: expected a name of at most {LONGEST_NAME} "
-                "letters (A-Z), digits, '.', '_' and '-', without a '.' at either end, as it names "
-                "a folder"
+                f"client {shown(repr(name), 120)}: expected a name of at most 100 letters (A-Z), "
+                "digits, '.', '_' and '-', without a '.' at either end, as it names a folder"
             )
         other = spelling.setdefault(name.casefold(), name)
         if other != name:

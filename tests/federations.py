@@ -67,9 +67,8 @@ class Federation:
         config = read_server_config(self.root / "server" / "federation.toml")
         wire = Wire({each: self.member(each) for each in config.terms.clients}, spoil)
         host = host_of(config, wire)
-        with locked(self.run):
-            with contextlib.suppress(Stopped):
-                host.to_the_end()
+        with locked(self.run), contextlib.suppress(Stopped):
+            host.to_the_end()
 
 
 def founded(root: Path, model: Path, **sections: dict[str, Any]) -> Federation:

@@ -180,7 +180,7 @@ def test_python_names_what_it_cannot_do_with_either_folder(ended: Federation) ->
         lambda run: run.generate("a", "ask"),
         lambda run: run.export("a", "x"),
     ):
-        with pytest.raises(ValueError, match="client's own client.toml"):
+        with pytest.raises(ValueError, match=r"client's own client\.toml"):
             act(fedalt.open_run(ended.run))
     for act in (lambda run: run.table(), lambda run: run.lines(), lambda run: run.plot_losses()):
         with pytest.raises(ValueError, match="`fedalt evaluate`, `generate`"):

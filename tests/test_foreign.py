@@ -70,9 +70,7 @@ def test_what_is_long_is_cut() -> None:
 
 
 @pytest.mark.parametrize("text", NASTY.values(), ids=NASTY)
-def test_notes_results_and_errors_are_clean(
-    text: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_notes_results_and_errors_are_clean(text: str, capsys: pytest.CaptureFixture[str]) -> None:
     note(text)
     tell(text)
     faults.report(OSError(2, text, text))
@@ -182,7 +180,10 @@ def test_data_check_shows_labels_as_they_are(
     "labels", [("Spam", "spam"), ("caf\u00e9", "cafe\u0301"), ("a b", "a  b"), ("\ufb01n", "fin")]
 )
 def test_labels_that_look_like_one_are_told(
-    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str], labels: tuple[str, str]
+    tmp_path: Path,
+    tiny_model_dir: Path,
+    capsys: pytest.CaptureFixture[str],
+    labels: tuple[str, str],
 ) -> None:
     folder = labelled(tmp_path / "d", labels)
     assert call("data", "check", folder, "--model", tiny_model_dir) == 0

@@ -22,7 +22,7 @@ def report(error: Exception) -> int:
         return 2
     text = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile(
-        "w", prefix="fedalt-", suffix=".txt", delete=False, encoding="utf-8"
+        "w", prefix="fedalt-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
     ) as file:
         file.write(text)
     what = str(error).strip().splitlines()

@@ -96,7 +96,9 @@ def require_possible(
     for what, given in (("clients", clients), ("labels", labels)):
         if len(set(given)) < len(given):
             twice = next(each for each in given if given.count(each) > 1)
-            raise SettingsError(f"{what}: {shown(repr(twice), 120)} is named twice; expected different names")
+            raise SettingsError(
+                f"{what}: {shown(repr(twice), 120)} is named twice; expected different names"
+            )
     if not clients:
         raise SettingsError("clients: expected their names, with commas")
     if fault := fault_of_names(clients) or fault_of_title(name):

@@ -131,9 +131,9 @@ def _answered(
         table.add_row(*answers.values())
         yield table
     else:
-        for name, text in answers.items():
+        for name, answered in answers.items():
             yield Text(f"{name}:", style="bold")
-            yield Padding(text, (0, 0, 0, 2))
+            yield Padding(answered, (0, 0, 0, 2))
     if own.serving.plan.gate is None:
         return
     answer = encode_answer(found["own"], members.base.tokenizer)[:-1]

@@ -164,7 +164,7 @@ def budget_of(results: Results) -> Iterator[str]:
 
 def draw_grid(grid: Grid, title: str) -> Sheet:
     """The grid for a terminal."""
-    rows = [
+    rows: list[list[str | Text]] = [
         [
             method,
             *(Text(shown_cell(grid, each), style="bold" if each.bold else "") for each in cells),

@@ -118,7 +118,7 @@ def joined(
 
 def draw(table: Table, title: str = "") -> Sheet:
     """The table for a terminal; the best column of every row is bold."""
-    rows = []
+    rows: list[list[str | Text]] = []
     for row in (*table.clients, table.mean, table.worst):
         best = best_of(table, row)
         cells = [

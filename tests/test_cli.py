@@ -294,5 +294,5 @@ def test_a_round_is_told_in_one_line_with_its_means_and_the_time_left():
     told.hear(Event("test", 3, "own", "b", 2, 2))
     assert said == [
         "round 2/4: loss own 1.500; validation loss own 0.750; 60 s, 2 min left",
-        "testing own after round 3",
+        "testing own after round 4/4",
     ]

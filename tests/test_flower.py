@@ -75,7 +75,7 @@ def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
     assert not any("Traceback" in machines.said(each) for each in everyone)
     assert_as_in_one_process(machines, tmp_path / "undisturbed")
     for each in CLIENTS:
-        assert re.search(r"\d\d:\d\d:\d\d  \w: round 6/6: trained 24 steps", machines.said(each))
+        assert re.search(r"\d\d:\d\d:\d\d  \w: round 6/6: trained \d+ steps", machines.said(each))
     assert call("report", machines.run, "--quiet") == 0
     assert call("generate", machines.client("a"), "ask 1a") == 0
 

@@ -48,7 +48,7 @@ def test_a_run_by_flags_ends_in_a_folder_and_a_table(run_flags, tmp_path, capsys
     assert re.search(r"a +ROUGE-L", said.out)
     assert "gain over local" in said.out
     assert "worst client" in said.out
-    assert "round 1 of 0 to 1: loss own" in said.err
+    assert "round 2/2: loss own" in said.err
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     about = [line for line in lines if "metrics" in line]
     assert {line["column"] for line in about} == {"own", "shared", "local"}
@@ -277,7 +277,7 @@ def test_the_bars_follow_the_clients_of_a_round():
     bars.wrote({"kind": "train"})
     bars.wrote({"kind": "score"})
     assert drawn.tasks[0].completed == 1
-    assert drawn.tasks[0].description == "round 1 of 0 to 1"
+    assert drawn.tasks[0].description == "round 2/2"
     assert (drawn.tasks[1].completed, drawn.tasks[1].total) == (3, 8)
     assert drawn.tasks[1].description == "training own, a, loss 1.250"
 
@@ -293,6 +293,6 @@ def test_a_round_is_told_in_one_line_with_its_means_and_the_time_left():
     told.hear(Event("test", 3, "own", "a", 1, 2))
     told.hear(Event("test", 3, "own", "b", 2, 2))
     assert said == [
-        "round 1 of 0 to 3: loss own 1.500; validation loss own 0.750; 60 s, 2 min left",
-        "testing own after round 3",
+        "round 2/4: loss own 1.500; validation loss own 0.750; 60 s, 2 min left",
+        "testing own after round 4/4",
     ]

@@ -1,5 +1,6 @@
 """A federation of real processes: what is killed comes back, and the numbers are the same."""
 
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from access import activation, attempts, signed
+from commands import call
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from machines import Machines, assert_as_in_one_process, found, kill
@@ -72,6 +74,10 @@ def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
     assert machines.processes() == []
     assert not any("Traceback" in machines.said(each) for each in everyone)
     assert_as_in_one_process(machines, tmp_path / "undisturbed")
+    for each in CLIENTS:
+        assert re.search(r"\d\d:\d\d:\d\d  \w: round 6/6: trained \d+ steps", machines.said(each))
+    assert call("report", machines.run, "--quiet") == 0
+    assert call("generate", machines.client("a"), "ask 1a") == 0
 
 
 SEEN = {

@@ -110,7 +110,7 @@ def test_a_port_in_use_is_one_line(machines: Machines, capsys: pytest.CaptureFix
     [
         ("[training]\nprocesses = 2\n", ("--clients", "a,b"), "processes = 2 in [training]"),
         ("", ("--clients", "a,a"), "expected different names"),
-        ("", ("--clients", "a,../b"), "such a name cannot be a folder's"),
+        ("", ("--clients", "a,../b"), "client '../b': expected a name of at most 100 letters"),
         ("", ("--clients", "a,b", "--address", "here"), "expected host:port"),
     ],
 )

@@ -11,6 +11,7 @@ from fedalt.evaluation import Scoring, generate
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.prepare import Parts, load_parts, question
+from fedalt.record import require_clients
 from fedalt.runs import require_client, serving
 from fedalt.settings import read_settings
 from fedalt.store import open_run
@@ -28,7 +29,9 @@ class Served:
 
 def load_run_parts(path: Path, base: Base | None = None) -> Parts:
     """What gives a run's states their meaning; `base` is its base model, if that is loaded."""
-    labels = open_run(path).facts()["data"]["labels"]
+    folder = open_run(path)
+    require_clients(path)
+    labels = folder.facts()["data"]["labels"]
     return load_parts(read_settings(path / "settings.toml"), labels, base)
 
 
@@ -41,6 +44,7 @@ def served(
 ) -> Served:
     """A client's model after a round, the tested one if none is named. Raises StoreError."""
     folder = open_run(path)
+    require_clients(path)
     require_client(folder, client_id)
     facts = folder.facts()
     parts = load_run_parts(path, base)

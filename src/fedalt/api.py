@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedalt.record import require_run
+from fedalt.record import is_client, require_run
 
 if TYPE_CHECKING:
     import altair
@@ -104,16 +104,17 @@ class Run:
 
     def generate(self, client: str, text: str) -> str:
         """What a client's own model answers. The base model is loaded once and stays loaded."""
-        from fedalt.answers import answers, served
+        from fedalt.answers import answers
+        from fedalt.flower.own import served
 
         (answer,) = answers(served(self.path, client, base=self._base), [text])
         return answer
 
     def export(self, client: str, out: str | Path) -> Path:
         """Write a client's model as a folder, which `fedalt.load` reads. Raises ValueError."""
-        from fedalt.answers import served
         from fedalt.export.card import card
         from fedalt.export.folders import export_personal
+        from fedalt.flower.own import served
 
         of = served(self.path, client, base=self._base)
         readme = card(of, client, "personal")
@@ -123,8 +124,10 @@ class Run:
     @cached_property
     def _base(self) -> "Base":
         from fedalt.answers import load_run_parts
+        from fedalt.flower.own import client_at, load_base_of
 
-        return load_run_parts(self.path).base
+        config = client_at(self.path)
+        return load_run_parts(self.path).base if config is None else load_base_of(config)
 
     def _record(self) -> "Record":
         if find_spec("altair") is None:
@@ -159,8 +162,19 @@ def run(settings: Mapping[str, Any] | str | Path, *, out: str | Path) -> Run:
 
 
 def open_run(path: str | Path) -> Run:
-    """A run that is there already, finished or not. Raises ValueError where it is none."""
-    require_run(Path(path))
+    """A run that is there already, finished or not. Raises ValueError where it is none.
+
+    The folder of a federation's server is one, but for its clients' models. Of a federation's
+    client, named by its client.toml, there is the model alone: `generate` and `export`.
+    """
+    folder = Path(path)
+    if (folder / "run.json").is_file() and not is_client(folder):
+        require_run(folder)
+        return Run(folder)
+    from fedalt.flower.own import client_at
+
+    if client_at(folder) is None:
+        require_run(folder)
     return Run(Path(path))
 
 

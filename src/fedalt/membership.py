@@ -7,6 +7,7 @@ from pathlib import Path
 from fedalt.engine.course import Line
 from fedalt.engine.in_process import client_of, drive, server_of
 from fedalt.prepare import Prepared, facts_of, learner_of, prepare
+from fedalt.record import require_clients
 from fedalt.runs import require_client, score_clients
 from fedalt.settings import method_name, read_settings
 from fedalt.store import RunFolder, StoreError, kept_rounds, locked, open_run
@@ -21,6 +22,7 @@ def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
     long alone. Raises StoreError for clients that the run has, and for other labels.
     """
     folder = open_run(path)
+    require_clients(path)
     prepared = _newcomers(folder, data, epochs)
     clients = prepared.task.clients
     with locked(path):

@@ -135,7 +135,7 @@ def learner_of(prepared: Prepared) -> Learner:
 def facts_of(prepared: Prepared) -> dict[str, Any]:
     """What run.json holds."""
     parts, task = prepared.parts, prepared.task
-    forms = {client: _FORMS[type(task.records(client, "train")[0])] for client in task.clients}
+    forms = {client: form_of(task.records(client, "train")[0]) for client in task.clients}
     packages = {name: version(name) for name in ("fedalt", "torch", "transformers", "peft")}
     return {
         "versions": {"python": platform.python_version(), **packages},
@@ -153,6 +153,11 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
         },
         "warnings": list(prepared.warnings),
     }
+
+
+def form_of(record: Record) -> str:
+    """What a record's form is called, in which a client's prompts are asked."""
+    return _FORMS[type(record)]
 
 
 def require_known(settings: Settings, clients: Sequence[str]) -> None:

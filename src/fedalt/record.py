@@ -43,13 +43,56 @@ def require_run(path: Path) -> None:
     """Raise StoreError for a folder that is not a run's, or of another format."""
     file = path / "run.json"
     if not file.is_file():
-        raise StoreError(f"{path} is not a run's folder: it has no run.json")
+        raise StoreError(f"{path} is not a run's folder: it has no run.json{meant_by(path)}")
+    if is_client(path):
+        raise StoreError(
+            f"{path} is the state of a federation's client, which has no record of the rounds: "
+            "that is with the server; of this client's own model, `fedalt evaluate`, `generate`, "
+            "`chat` and `export` take the client.toml"
+        )
     try:
         found = json.loads(file.read_text()).get("format")
     except (ValueError, AttributeError) as error:
         raise StoreError(f"{file} is not a run's description: {error}") from error
     if found != FORMAT:
         raise StoreError(f"{path} has run format {found!r}, but this version reads {FORMAT}")
+
+
+def require_clients(path: Path) -> None:
+    """Raise StoreError for the folder of a federation's server: clients' data lie elsewhere."""
+    if is_federation(read_facts(path)):
+        raise StoreError(
+            f"{path} is the folder of a federation's server, and clients' data and models lie "
+            "with the clients: each owner's `fedalt evaluate`, `generate`, `chat` and `export` "
+            "take the client's own client.toml; `fedalt server` goes on with the rounds"
+        )
+
+
+def is_federation(facts: Mapping[str, Any]) -> bool:
+    """Whether these are the facts of a federation's server, which sees neither texts nor mixers."""
+    return "terms" in facts
+
+
+def is_client(path: Path) -> bool:
+    """Whether a folder is the state of a federation's client: a model, and no record of rounds."""
+    try:
+        facts = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(facts, dict) and facts.keys() >= {"federation", "client"}
+
+
+def meant_by(path: Path) -> str:
+    """What of a federation may be meant by a folder that is no run's."""
+    if path.name == "client.toml" or (path / "client.toml").is_file():
+        return (
+            "; it is a federation's client, of which `fedalt evaluate`, `generate`, `chat` and "
+            "`export` show the model; the rounds are on record at the server"
+        )
+    for inside in ("state/run", "run"):
+        if (path / inside / "run.json").is_file():
+            return f"; did you mean {path / inside}?"
+    return ""
 
 
 def read_facts(path: Path) -> dict[str, Any]:

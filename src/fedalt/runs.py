@@ -15,6 +15,7 @@ from fedalt.files import writing_behind
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.prepare import Parts, Prepared, facts_of, learner_of, prepare
+from fedalt.record import require_clients
 from fedalt.settings import Settings, read_settings, to_toml
 from fedalt.states import FileStates
 from fedalt.store import (
@@ -72,6 +73,7 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     `base` is its base model, if that is loaded already.
     """
     folder = open_run(path)
+    require_clients(path)
     prepared = prepare(read_settings(path / "settings.toml"), base=base)
     then, now = folder.facts(), facts_of(prepared)
     for part, key, what in (
@@ -97,6 +99,7 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
 def is_finished(path: Path) -> bool:
     """Whether all rounds of a run are done and tested."""
     folder = open_run(path)
+    require_clients(path)
     settings = read_settings(path / "settings.toml")
     with locked(path):
         progress = folder.progress()

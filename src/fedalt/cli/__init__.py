@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -22,27 +23,25 @@ from fedalt.cli.report import report
 from fedalt.cli.run import run
 from fedalt.cli.track import track
 from fedalt.cli.watch import watch
+from fedalt.report.docstrings import docstring
 
 app = typer.Typer(
     name="fedalt",
     help="Personalised federated fine-tuning of language models: one better model per client.",
     no_args_is_help=True,
     add_completion=False,
+    suggest_commands=False,  # Click does it; both would say it twice
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (demo, run, resume, evaluate, generate, export, join, leave, compare, tune):
-    app.command()(command)
-app.command()(chat)
-app.command()(simulate)
-app.command()(server)
-app.command()(client)
-app.command()(watch)
-app.command()(track)
-app.command()(report)
+for command in (
+    *(demo, run, resume, evaluate, generate, export, join, leave, compare, tune, chat),
+    *(simulate, server, client, watch, track, report),
+):
+    app.command(help=docstring(command))(command)
 app.add_typer(data, name="data")
 app.add_typer(federation, name="federation")
-app.command()(methods)
+app.command(help=docstring(methods))(methods)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -50,6 +49,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     `--debug`, anywhere, shows the traceback of an error.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # what a terminal cannot show is no reason to end
+            stream.reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     words = [word for word in given if word != "--debug"]
     try:

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from fedalt.cli.client import Model
 from fedalt.cli.flags import AsJson, Quiet, ReportTo, RunPath
 from fedalt.cli.output import hush_libraries, note, show_run, warn
 
@@ -32,7 +33,7 @@ def resume(
 
 
 def evaluate(
-    path: RunPath,
+    path: Model,
     split: Annotated[
         Literal["test", "validation"], typer.Option(help="Which data to score on.")
     ] = "test",
@@ -45,9 +46,16 @@ def evaluate(
 ) -> None:
     """Score a run's models again and print the table; the run stays as it is."""
     hush_libraries()
+    from fedalt.flower import own
     from fedalt.runs import evaluate as score
     from fedalt.runs import reopen
+    from fedalt.settings import method_name
 
+    if (config := own.client_at(path)) is not None:
+        lines = own.evaluate(config, split, round_)
+        name = method_name(config.terms.settings.method)
+        show_run(path, lines, split=split, method=name, as_json=as_json, quiet=quiet)
+        return
     prepared = reopen(path)
     warn(prepared.warnings, quiet=quiet)
     lines = score(prepared, path, split, round_)

@@ -1,16 +1,16 @@
 """`fedalt chat`: a client's own model, the shared part and the base model side by side."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedalt.cli.client import Round
-from fedalt.cli.flags import RunPath
+from fedalt.cli.client import Model, Round
 from fedalt.cli.output import console, hush_libraries, note
+from fedalt.data.foreign import shown, shown_lines
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
     from fedalt.methods.contract import Serving
     from fedalt.models import Base
 
+_ROOM = 24  # columns of an answer beside others
 HINT = "a question, /client NAME or /quit; an empty line ends"
 # From all weight on the other adapters to all of it on the first: blue over white to orange.
 _COLD, _EVEN, _WARM = (96, 165, 250), (245, 245, 244), (251, 146, 60)
 
 
 def chat(
-    path: RunPath,
+    path: Model,
     client: Annotated[
         str | None,
         typer.Option("--client", metavar="ID", help="A client of the run; without it, a list."),
@@ -39,10 +40,16 @@ def chat(
     is in each token.
     """
     hush_libraries()
-    from fedalt.store import StoreError, open_run
+    from fedalt.flower.own import client_at, clients_of
+    from fedalt.record import require_clients
+    from fedalt.store import StoreError
 
     out = console()
-    clients = _clients(open_run(path).facts())
+    clients = clients_of(path)
+    if client_at(path) is None:
+        require_clients(path)
+    elif client is None:
+        (client,) = clients
     client = client or _choose(out, clients)
     if client is None:
         return
@@ -61,7 +68,8 @@ def chat(
         elif command.startswith("/"):
             note(f"there is no {command}; {HINT}")
         else:
-            for part in _answered(members, line, colours=out.color_system is not None):
+            colours = out.color_system is not None
+            for part in _answered(members, line, colours=colours, width=out.width):
                 out.print(part)
 
 
@@ -76,7 +84,8 @@ class _Members:
 
 def _members(path: Path, client: str, round_: int | None, base: "Base | None" = None) -> _Members:
     """Raises StoreError for a client that the run does not have, DataError for a classifier's."""
-    from fedalt.answers import prompt_of, served
+    from fedalt.answers import prompt_of
+    from fedalt.flower.own import served
     from fedalt.store import StoreError
 
     own = served(path, client, "own", round_, base)
@@ -88,8 +97,14 @@ def _members(path: Path, client: str, round_: int | None, base: "Base | None" = 
         return _Members(base, own, None)
 
 
-def _answered(members: _Members, text: str, *, colours: bool) -> "Iterator[RenderableType]":
-    """All answers side by side and, where tokens are weighed, the weights in the client's own."""
+def _answered(
+    members: _Members, text: str, *, colours: bool, width: int
+) -> "Iterator[RenderableType]":
+    """All answers side by side and, where tokens are weighed, the weights in the client's own.
+
+    On a terminal of few columns the answers stand one below the other.
+    """
+    from rich.padding import Padding
     from rich.table import Table
     from rich.text import Text
 
@@ -105,13 +120,20 @@ def _answered(members: _Members, text: str, *, colours: bool) -> "Iterator[Rende
     if members.shared is not None:
         servings["shared part"] = members.shared.serving
     servings["base model"] = None
-    table = Table(expand=True)
     found = {}
     for name, serving in servings.items():
-        table.add_column(name, ratio=1)
         (found[name],) = generate(members.base, serving, [prompt], scoring)
-    table.add_row(*(Text(answer) for answer in found.values()))
-    yield table
+    answers = {name: Text(shown_lines(text), overflow="fold") for name, text in found.items()}
+    if width >= _ROOM * len(servings):
+        table = Table(expand=True)
+        for name in servings:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*answers.values())
+        yield table
+    else:
+        for name, answered in answers.items():
+            yield Text(f"{name}:", style="bold")
+            yield Padding(answered, (0, 0, 0, 2))
     if own.serving.plan.gate is None:
         return
     answer = encode_answer(found["own"], members.base.tokenizer)[:-1]
@@ -128,6 +150,7 @@ def _token(text: str, weight: float, *, colours: bool) -> "Text":
     """A token on the colour of its weight, or with its weight behind it."""
     from rich.text import Text
 
+    text = shown_lines(text)
     if colours:
         return Text(text, style=f"black on {_colour(weight)}")
     body = text.rstrip()
@@ -149,14 +172,10 @@ def _colour(weight: float) -> str:
     return "#" + "".join(f"{each:02x}" for each in mixed)
 
 
-def _clients(facts: Mapping[str, object]) -> list[str]:
-    return [name for key in ("clients", "joined") for name in cast(Any, facts.get(key, {}))]
-
-
 def _choose(out: "Console", clients: Sequence[str]) -> str | None:
     """The client whose number or name is typed; None after an empty line."""
     for number, name in enumerate(clients, 1):
-        out.print(f"{number:4}  {name}", markup=False)
+        out.print(f"{number:4}  {shown(name)}", soft_wrap=True)
     for line in _lines("client: "):
         if line in clients:
             return line

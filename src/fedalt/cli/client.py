@@ -7,10 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedalt.cli.flags import RunPath
-from fedalt.cli.output import hush_libraries, note
+from fedalt.cli.output import hush_libraries, note, tell
 
-ClientId = Annotated[str, typer.Option("--client", metavar="ID", help="A client of the run.")]
+ClientId = Annotated[
+    str | None,
+    typer.Option(
+        "--client", metavar="ID", help="A client of the run; a federation's client is its own."
+    ),
+]
+Model = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="The folder of a run, or a federation's client.toml."),
+]
 Round = Annotated[
     int | None,
     typer.Option("--round", help="After which round; without it, the one that was tested."),
@@ -22,12 +30,12 @@ AsColumn = Annotated[
 
 
 def generate(
-    path: RunPath,
-    client: ClientId,
+    path: Model,
     prompt: Annotated[
         str | None,
         typer.Argument(help="The question; without it, each line of stdin is one."),
     ] = None,
+    client: ClientId = None,
     column: AsColumn = "own",
     round_: Round = None,
     beams: Annotated[int | None, typer.Option(help="Beams, instead of the run's.")] = None,
@@ -47,7 +55,8 @@ def generate(
     import json
     from dataclasses import replace
 
-    from fedalt.answers import answers, served
+    from fedalt.answers import answers
+    from fedalt.flower.own import served
 
     of = served(path, client, column, round_)
     scoring = of.parts.settings.scoring
@@ -57,12 +66,14 @@ def generate(
         scoring = replace(scoring, max_new_tokens=max_new_tokens)
     for asked in [[prompt]] if prompt is not None else _asked():
         for text, answer in zip(asked, answers(of, asked, scoring), strict=True):
-            typer.echo(json.dumps({"prompt": text, "answer": answer}) if as_json else answer)
+            if as_json:
+                typer.echo(json.dumps({"prompt": text, "answer": answer}))
+            else:
+                tell(answer)
 
 
 def export(
-    path: RunPath,
-    client: ClientId,
+    path: Model,
     out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
     what: Annotated[
         Literal["personal", "individual"],
@@ -71,17 +82,18 @@ def export(
             "client's individual adapter as a LoRA, for PEFT alone."
         ),
     ] = "personal",
+    client: ClientId = None,
     column: AsColumn = "own",
     round_: Round = None,
 ) -> None:
     """Write a client's model as a folder that transformers and PEFT load."""
     hush_libraries()
-    from fedalt.answers import served
     from fedalt.export.card import card
     from fedalt.export.folders import export_individual, export_personal
+    from fedalt.flower.own import clients_of, served
 
     of = served(path, client, column, round_)
-    readme = card(of, client, what)
+    readme = card(of, client or clients_of(path)[0], what)
     if what == "personal":
         export_personal(of.serving, of.parts.base, out, readme=readme)
         note(f"`fedalt.load({str(out)!r})` loads it in Python")

@@ -8,6 +8,7 @@ import typer
 
 from fedalt.cli.flags import AsJson, Quiet
 from fedalt.cli.output import console, hush_libraries, note, show_json
+from fedalt.data.foreign import shown
 
 File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, seeds, one budget.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder of all runs and of the results.")]
@@ -111,13 +112,16 @@ def tune(
     if as_json:
         show_json({"tuned": str(out / "tuned.toml"), "trials": lines})
         return
-    from rich.table import Table
+    from rich.text import Text
 
-    drawn = Table("method", "lr", "rank", "validation loss")
+    from fedalt.report.sheet import Sheet
+
+    rows = []
     for trial, loss in zip(trials, losses, strict=True):
         style = "bold" if chosen[trial.label] == trial else ""
-        drawn.add_row(trial.label, f"{trial.lr:g}", str(trial.rank), f"{loss:.3f}", style=style)
-    console().print(drawn)
+        cells = (shown(trial.label), f"{trial.lr:g}", str(trial.rank), f"{loss:.3f}")
+        rows.append([Text(cell, style=style) for cell in cells])
+    console().print(Sheet(("method", "lr", "rank", "validation loss"), rows))
     if edges:
         note(f"chosen at the edge of what was tried: {', '.join(edges)}", quiet=quiet)
     note(f"`fedalt compare {out / 'tuned.toml'} --out ...` compares with these", quiet=quiet)

@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from fedalt.cli.output import console, hush_libraries, note, show_json, warn
+from fedalt.cli.output import console, hush_libraries, note, show_json, tell, warn
+from fedalt.data.foreign import shown, shown_lines
+from fedalt.report.docstrings import docstring
 
 if TYPE_CHECKING:
     from fedalt.data.findings import ClientReport, DataReport
 
-app = typer.Typer(help="Check client data, or make client folders.")
+app = typer.Typer(help="Check client data, or make client folders.", suggest_commands=False)
 
 
 @app.callback()
@@ -19,7 +21,6 @@ def _group() -> None:
     """Client data."""
 
 
-@app.command()
 def check(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder or file of client data.")],
     model: Annotated[str, typer.Option(help="Whose tokenizer to look through.")] = "tiny",
@@ -64,7 +65,6 @@ def check(
     _show(report, model)
 
 
-@app.command()
 def split(
     source: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, or a JSON list.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
@@ -113,13 +113,12 @@ def split(
         show_json(asdict(divided))
         return
     for client, counts in divided.counts.items():
-        typer.echo(f"{client}: {counts['train']} train, {counts['test']} test")
+        tell(f"{client}: {counts['train']} train, {counts['test']} test")
     if divided.moved:
         note(f"{divided.moved} records were moved so that every client has at least {minimum}")
     note(f"{len(divided.counts)} clients in {out}")
 
 
-@app.command()
 def suite(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     seed: Annotated[int, typer.Option(help="One seed, one suite.")] = 0,
@@ -137,16 +136,18 @@ def suite(
     note(f"{8 * clients} clients in {out}")
 
 
+for command in (check, split, suite):
+    app.command(help=docstring(command))(command)
+
+
 def _show(report: "DataReport", model: str) -> None:
     """The report as a table, one example with its masked part, and the warnings."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
-    title = f"{report.path}, as the tokenizer of {model} sees it"
-    drawn = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    drawn.add_column("client", overflow="fold")
+    from fedalt.report.sheet import Sheet
+
     heads = (
+        "client",
         "split",
         "records",
         "tokens",
@@ -157,20 +158,20 @@ def _show(report: "DataReport", model: str) -> None:
         "repeated",
         "balance",
     )
-    for head in heads:
-        drawn.add_column(head, justify="left" if head in ("split", "balance") else "right")
+    rows: list[list[str]] = []
+    breaks = []
     for client in report.clients:
-        for name, row in _rows(client):
-            drawn.add_row(name, *row)
-        drawn.add_section()
+        breaks.append(len(rows))
+        rows += [[name, *row] for name, row in _rows(client)]
+    title = f"{report.path}, as the tokenizer of {model} sees it"
     out = console()
-    out.print(drawn)
+    out.print(Sheet(heads, rows, title, left=(0, 1, 9), folded=(9,), breaks=breaks[1:]))
     masked, answer = report.example
-    out.print(f"the first train example of {report.example_client}:", markup=False)
+    out.print(f"the first train example of {shown(report.example_client)}:")
     for sign, style, part in ((".", "dim", masked), (">", "bold green", answer)):
-        for line in part.splitlines():
+        for line in shown_lines(part).splitlines():
             out.print(Text(f"  {sign} {line}", style), soft_wrap=True)
-    out.print("  . is masked, > is the answer, which alone the loss is on\n", markup=False)
+    out.print("  . is masked, > is the answer, which alone the loss is on\n")
     warn(report.warnings)
     if not report.warnings:
         note("nothing to warn of")
@@ -179,7 +180,7 @@ def _show(report: "DataReport", model: str) -> None:
 def _rows(client: "ClientReport") -> list[tuple[str, list[str]]]:
     rows: list[tuple[str, list[str]]] = []
     for name, split_ in client.splits.items():
-        balance = ", ".join(f"{key}: {count}" for key, count in split_.balance.items())
+        balance = ", ".join(f"{shown(key)}: {n}" for key, n in split_.balance.items())
         cells = [
             name,
             f"{split_.records}",

@@ -5,7 +5,10 @@ import tempfile
 import traceback
 from pathlib import Path
 
+from fedalt.data.foreign import shown_message
+
 PACKAGE = Path(__file__).parents[1]
+LONGEST_ERROR = 12_000  # characters: all problems of a folder of data are one error
 
 
 def report(error: Exception) -> int:
@@ -19,13 +22,13 @@ def report(error: Exception) -> int:
         return 2
     text = "".join(traceback.format_exception(error))
     with tempfile.NamedTemporaryFile(
-        "w", prefix="fedalt-", suffix=".txt", delete=False, encoding="utf-8"
+        "w", prefix="fedalt-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
     ) as file:
         file.write(text)
     what = str(error).strip().splitlines()
     _say(
         f"error: this is a fault in fedalt: {type(error).__name__}: {what[0] if what else ''}\n"
-        f"       please report it with {file.name}; `--debug` shows its content"
+        f"  please report it with {file.name}; `--debug` shows its content"
     )
     return 1
 
@@ -37,4 +40,5 @@ def _raised_here(error: BaseException) -> bool:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    """Errors quote what they are about, which may be anybody's."""
+    print(shown_message(text, LONGEST_ERROR), file=sys.stderr)

@@ -10,16 +10,21 @@ from typing import Annotated
 import typer
 
 from fedalt.cli.flags import Quiet
-from fedalt.cli.output import hush_libraries, note, show_run, warn
+from fedalt.cli.output import hush_libraries, note, show_run, tell, warn
+from fedalt.data.foreign import shown as one_line
+from fedalt.report.docstrings import docstring
 
-app = typer.Typer(help="Make and look after a federation over machines.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make and look after a federation over machines.",
+    no_args_is_help=True,
+    suggest_commands=False,
+)
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Without encryption; for trying things out.")
 ]
 Config = Annotated[Path, typer.Option("--config", help="The server's federation.toml.")]
 
 
-@app.command()
 def init(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder for all of it.")],
     clients: Annotated[str, typer.Option("--clients", help="Their names, with commas.")],
@@ -43,15 +48,14 @@ def init(
     from fedalt.prepare import load_parts, require_known
     from fedalt.settings import method_name, read_settings
 
-    names = _names(clients)
-    require_possible(folder, names, address)
+    names, classes = _names(clients), _names(labels)
+    title = name or folder.absolute().name
+    require_possible(folder, names, address, name=title, labels=classes)
     chosen = read_settings(settings, {"data": {"path": "with-the-clients"}})
     require_apart(chosen)
     require_known(chosen, names)
-    parts = load_parts(chosen, _names(labels))
-    terms = found_federation(
-        folder, names, parts, name=name or folder.name, address=address, labels=_names(labels)
-    )
+    parts = load_parts(chosen, classes)
+    terms = found_federation(folder, names, parts, name=title, address=address, labels=classes)
     note(
         f"{terms.name}: {method_name(chosen.method)} for {len(names)} clients on "
         f"{parts.base.name}; the server's folder is {folder / 'server'}, a client's "
@@ -60,17 +64,15 @@ def init(
     )
 
 
-@app.command()
 def status(config: Config = Path("federation.toml")) -> None:
     """Who is there, how far the rounds are, and what was refused."""
     _require_flower()
     from fedalt.flower.config import read_server_config
     from fedalt.flower.status import shown
 
-    typer.echo(shown(read_server_config(config)))
+    tell(shown(read_server_config(config)))
 
 
-@app.command()
 def revoke(
     client: Annotated[str, typer.Argument(metavar="CLIENT")],
     config: Config = Path("federation.toml"),
@@ -82,6 +84,10 @@ def revoke(
 
     revoke_key(read_server_config(config), client)
     note(f"{client} is shut out; a running server drops it within seconds")
+
+
+for command in (init, status, revoke):
+    app.command(help=docstring(command))(command)
 
 
 def server(
@@ -181,7 +187,7 @@ def _until_stopped(work: Callable[[], None]) -> None:
 
 
 def _say(text: str) -> None:
-    typer.echo(f"{datetime.now():%H:%M:%S}  {text}")
+    typer.echo(f"{datetime.now():%H:%M:%S}  {one_line(text)}")
 
 
 def _names(text: str) -> list[str]:

@@ -55,6 +55,10 @@ def leave(
     """
     hush_libraries()
     from fedalt.membership import leave as let_go
+    from fedalt.record import is_federation, read_facts
 
     let_go(path, client)
-    note(f"{client} has left; `fedalt evaluate {path}` scores the others again", quiet=quiet)
+    if is_federation(read_facts(path)):
+        note(f"{client} has left; start `fedalt server` again", quiet=quiet)
+    else:
+        note(f"{client} has left; `fedalt evaluate {path}` scores the others again", quiet=quiet)

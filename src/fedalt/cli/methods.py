@@ -14,11 +14,12 @@ def methods(
 
     hush_libraries()
     from fedalt.methods import METHODS
+    from fedalt.report.docstrings import opening
     from fedalt.settings import settings_of_method
 
     what, settings = {}, {}
     for name, method in METHODS.items():
-        what[name] = (sys.modules[type(method).__module__].__doc__ or "").strip().splitlines()[0]
+        what[name] = opening(sys.modules[type(method).__module__])
         settings[name] = {own: getattr(method, own) for own in settings_of_method(method)}
     if as_json:
         show_json({name: {"what": what[name], "settings": settings[name]} for name in METHODS})

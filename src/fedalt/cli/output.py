@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fedalt.data.foreign import shown, shown_lines, shown_message
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from fedalt.report.table import Table
 
 WIDTH = 120  # where there is no terminal to ask
+LONGEST_NOTE = 2000  # characters: some name every client
 
 
 def hush_libraries() -> None:
@@ -30,23 +34,32 @@ def hush_libraries() -> None:
 
 
 def note(text: str, *, quiet: bool = False) -> None:
-    """A sentence for the reader, on stderr."""
+    """A sentence for the reader, on stderr; what others have put into it is cleaned."""
     if not quiet:
-        print(text, file=sys.stderr, flush=True)
+        print(shown_message(text), file=sys.stderr, flush=True)
 
 
 def warn(sentences: Iterable[str], *, quiet: bool = False) -> None:
     """What the user should know, one sentence per line."""
     for sentence in sentences:
-        note(f"note: {sentence}", quiet=quiet)
+        note(f"note: {shown(sentence, LONGEST_NOTE)}", quiet=quiet)
 
 
 def console(*, stderr: bool = False) -> "Console":
-    """A console as wide as the terminal, or wide enough where there is none."""
+    """A console as wide as the terminal or as COLUMNS says, or wide enough where neither is there.
+
+    It takes no text for markup or emoji: labels, names and answers may have brackets and colons.
+    """
     from rich.console import Console
 
     stream = sys.stderr if stderr else sys.stdout
-    return Console(stderr=stderr, width=None if stream.isatty() else WIDTH, highlight=False)
+    width = None if stream.isatty() or os.environ.get("COLUMNS", "").isdigit() else WIDTH
+    return Console(stderr=stderr, width=width, highlight=False, markup=False, emoji=False)
+
+
+def tell(text: str) -> None:
+    """A result in one or several lines, on stdout; what others have put into it is cleaned."""
+    typer.echo(shown_lines(text, sys.maxsize))
 
 
 def show(*tables: tuple["Table", str]) -> None:
@@ -77,16 +90,21 @@ def show_run(
     lines: "Sequence[Line] | None" = None,
     *,
     split: str = "test",
+    method: str | None = None,
     as_json: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Tables of a run's scores and losses, as a drawing or as JSON; from its own lines if none."""
+    """Tables of a run's scores and losses, as a drawing or as JSON.
+
+    Lines and method are the run's own where none are given.
+    """
     from fedalt.report.table import describe, run_table, to_json
     from fedalt.store import open_run
 
-    folder = open_run(path)
-    lines = folder.lines() if lines is None else lines
-    about = {"run": str(path), "method": folder.facts().get("method"), "split": split}
+    if method is None:
+        method = open_run(path).facts().get("method")
+    about = {"run": str(path), "method": method, "split": split}
+    lines = open_run(path).lines() if lines is None else lines
     if not any(line["kind"] == "score" and line["split"] == split for line in lines):
         note(f"no client has {split} data, so there is no table")
         if as_json:

@@ -18,10 +18,13 @@ from rich.progress import (
 from rich.table import Column
 
 from fedalt.cli.output import console, note
+from fedalt.data.foreign import shown
 from fedalt.engine.course import Event, Line
 from fedalt.prepare import Prepared
 from fedalt.report.live_drawing import shown_time
 from fedalt.runs import Nobody, Watcher
+
+_ROOM = 80  # columns that bars take; where there are fewer, lines say as much
 
 
 @dataclass(frozen=True)
@@ -52,10 +55,11 @@ class RoundLines:
     def hear(self, event: Event) -> None:
         """Say that testing begins, which may take a while, and whose upload was refused."""
         if event.what == "test" and event.done == 1:
-            self.say(f"testing {event.column} after round {event.round}")
+            self.say(f"testing {event.column} after round {event.round + 1}/{self.rounds}")
         if event.what == "refuse":
             who = f"client {event.client_id!r} does not count: " if event.client_id else ""
-            self.say(f"warning: round {event.round}: {who}{event.reason}")
+            reason = shown(event.reason)
+            self.say(f"warning: round {event.round + 1}/{self.rounds}: {who}{reason}")
 
     def wrote(self, line: Line) -> None:
         """Collect a round's lines and say them in one."""
@@ -65,7 +69,7 @@ class RoundLines:
             self.lines.clear()
 
     def _round(self, end: dict[str, Any]) -> str:
-        parts = [f"round {end['round']} of 0 to {self.rounds - 1}:"]
+        parts = [f"round {end['round'] + 1}/{self.rounds}:"]
         for kind, name in (("train", "loss"), ("score", "validation loss")):
             means = [
                 f"{column} {fmean(losses):.3f}"
@@ -104,7 +108,7 @@ class Bars:
         if event.loss is not None:
             client += f", loss {event.loss:.3f}"
         self.bars.update(self.now, description=client, completed=event.done, total=event.of)
-        self.bars.update(self.total, description=f"round {event.round} of 0 to {self.rounds - 1}")
+        self.bars.update(self.total, description=f"round {event.round + 1}/{self.rounds}")
 
     def wrote(self, line: Line) -> None:
         """A client's training is done."""
@@ -118,7 +122,7 @@ def watching(prepared: Prepared, *, done: int = 0, quiet: bool = False) -> Itera
     with ExitStack() as open_:
         watchers: list[Watcher] = []
         rounds = prepared.parts.settings.rounds.rounds
-        if not quiet and sys.stderr.isatty():
+        if not quiet and sys.stderr.isatty() and console(stderr=True).width >= _ROOM:
             bars = open_.enter_context(_bars())
             total = _clients_to_train(prepared)
             at = bars.add_task("begins", total=total, completed=done * total // rounds)

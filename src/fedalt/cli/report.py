@@ -32,6 +32,7 @@ def report(
     from fedalt.cli.output import hush_libraries
 
     hush_libraries()
+    from fedalt.record import meant_by
     from fedalt.report.compared_page import RESULTS, comparison_page
     from fedalt.report.records import read_record
     from fedalt.report.run_page import run_page
@@ -44,7 +45,7 @@ def report(
     else:
         raise StoreError(
             f"{path} is neither a run's folder (no run.json) nor a comparison's (no {RESULTS}, "
-            "which `fedalt compare` writes at its end)"
+            f"which `fedalt compare` writes at its end){meant_by(path)}"
         )
     file = out or path / "report.html"
     write_page(page, file)

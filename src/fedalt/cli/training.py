@@ -73,7 +73,7 @@ def _way_back(path: Path, rounds: int) -> Iterator[None]:
 
     def where() -> str:
         done = open_run(path).rounds_done()
-        return f"round {done}" if done < rounds else "the test after the last round"
+        return f"round {done + 1}/{rounds}" if done < rounds else "the test after the last round"
 
     try:
         yield

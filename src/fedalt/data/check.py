@@ -75,7 +75,8 @@ def check(
     )
     first = folder.clients[0]
     (encoded,) = view.encoded(first, "train", folder.records(first, "train")[:1])
-    warnings = folder_warnings(clients, folder.ignored, max_length, int(tokenizer.model_max_length))
+    longest = int(tokenizer.model_max_length)
+    warnings = folder_warnings(clients, folder.ignored, max_length, longest, folder.labels)
     for client in clients:
         warnings += client_warnings(client, max_length)
     return DataReport(

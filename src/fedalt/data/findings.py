@@ -1,11 +1,13 @@
 """What the data doctor found, and what of it deserves a warning."""
 
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
 from fedalt.data.examples import Kind
+from fedalt.data.foreign import listed, shown
 
 FEWEST_TO_JUDGE = 20  # records, below which an order or a balance says nothing
 
@@ -102,6 +104,9 @@ def client_warnings(client: ClientReport, max_length: int) -> list[str]:
     train, test = client.splits["train"], client.splits.get("test")
     if test is not None:
         found += _pair_warnings(client, train, test)
+    if client.balance_of == "answer":
+        answers = dict.fromkeys(name for split in client.splits.values() for name in split.balance)
+        found += _alike(answers, "answer")
     return [f"client {client.client_id}: {sentence}" for sentence in found]
 
 
@@ -110,16 +115,17 @@ def folder_warnings(
     ignored: tuple[str, ...],
     max_length: int,
     model_length: int,
+    labels: Sequence[str] = (),
 ) -> list[str]:
     """What of the whole folder deserves a warning, in sentences."""
-    found = []
+    found = _alike(labels, "label")
     if ignored:
         found.append(
             "ignored, because not named NAME.train.jsonl, NAME.validation.jsonl or "
-            f"NAME.test.jsonl: {_some(ignored)}"
+            f"NAME.test.jsonl: {listed(ignored)}"
         )
     if untested := [client.client_id for client in clients if "test" not in client.splits]:
-        who = "no client has" if len(untested) == len(clients) else f"{_some(untested)}: without"
+        who = "no client has" if len(untested) == len(clients) else f"{listed(untested)}: without"
         found.append(f"{who} test data; such a client is trained but not scored")
     if max_length > model_length:
         found.append(
@@ -129,9 +135,24 @@ def folder_warnings(
     return found
 
 
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")
+def _alike(names: Iterable[str], what: str) -> list[str]:
+    """A sentence for every two names that a reader may take for one."""
+    seen: dict[str, str] = {}
+    found = []
+    for name in names:
+        letters = unicodedata.normalize("NFKC", name).casefold()
+        other = seen.setdefault(" ".join(unicodedata.normalize("NFKC", letters).split()), name)
+        if other != name:
+            found.append(
+                f"the {what}s {_spelt(other)} and {_spelt(name)} are two, but differ only in case, "
+                "white space or how Unicode spells them"
+            )
+    return found
+
+
+def _spelt(name: str) -> str:
+    """A name in quotation marks; with its letters as numbers where others look the same."""
+    return repr(shown(name, 80)) if name.isascii() else f"{shown(name, 80)!r} ({ascii(name)[:80]})"
 
 
 def _split_warnings(split: str, report: SplitReport, max_length: int) -> list[str]:

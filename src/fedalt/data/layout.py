@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Literal
 
 from fedalt.data.examples import Split
+from fedalt.data.foreign import listed
 from fedalt.data.jsonl import holds_list
+from fedalt.data.names import fault_of_names
 from fedalt.data.records import DataError, Problems
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -14,7 +16,6 @@ PARTITION_FILE = "split.json"  # written beside client files that were made from
 
 _NAMED = re.compile(r"(.+)\.(train|validation|test)\.jsonl")
 _REFERENCE = re.compile(r"local_(training|testing)_(\d+)\.jsonl?")
-_SAFE = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _WANTED = (
     "NAME.train.jsonl (with NAME.test.jsonl and NAME.validation.jsonl), "
     "local_training_K.json (with local_testing_K.jsonl), "
@@ -73,12 +74,8 @@ def find_layout(path: Path) -> Layout:
 
 def require_safe(client_id: str, place: str, problems: Problems) -> None:
     """Note a client id that cannot name a folder everywhere."""
-    if not _SAFE.fullmatch(client_id) or client_id.endswith("."):
-        problems.add(
-            place,
-            f"client {client_id!r}: expected a name of at most 100 letters (A-Z), digits, "
-            "'.', '_' and '-', without a '.' at either end, as it names a folder",
-        )
+    if fault := fault_of_names([client_id]):
+        problems.add(place, fault)
 
 
 def require_distinct(layout: Layout, problems: Problems) -> None:
@@ -152,7 +149,7 @@ def _seen(path: Path, entries: list[Path]) -> str:
     """What a folder without client data holds instead, and which subfolder may be meant."""
     if not entries:
         return "an empty folder"
-    names = ", ".join(entry.name for entry in entries[:5]) + (", ..." if entries[5:] else "")
+    names = listed(entry.name for entry in entries)
     for entry in entries:
         if entry.is_dir() and any(map(_source, _entries(entry))):
             return f"{names}; did you mean {path / entry.name}?"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple
 
 from fedalt.data.examples import Kind
+from fedalt.data.foreign import shown
 
 SHOWN_PROBLEMS = 20
 ROLES = ("system", "user", "assistant", "tool")
@@ -40,7 +41,7 @@ class Problems:
         """Note a problem at a place, such as "a.train.jsonl:3"."""
         self.found += 1
         if len(self._texts) < SHOWN_PROBLEMS:
-            self._texts.append(f"{place}: {text}")
+            self._texts.append(shown(f"{place}: {text}"))
 
     def raise_if_any(self) -> None:
         """End with one error that lists the problems found so far."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedalt.adapters.start import Start
 from fedalt.codec import CodecError, check_tree
+from fedalt.data.foreign import shown
 from fedalt.engine.rehearsal import Form, play
 from fedalt.methods.contract import AnyMethod, Facts, Message
 from fedalt.tree import Name, Tree
@@ -19,7 +20,6 @@ from fedalt.tree import Name, Tree
 WEIGHT: Final = "weight"  # the fact that says how much an upload counts in a mean
 MOST_WEIGHT: Final = 1e9  # examples; nobody has more
 FEWEST: Final = 3  # uploads of which a median says what is usual
-LONGEST: Final = 500  # characters of a reason
 
 
 class Refused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
@@ -30,8 +30,7 @@ class Refused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
 
     def __str__(self) -> str:
         """The sentence without control characters, cut where it is too long."""
-        text = "".join(each if each.isprintable() else "?" for each in super().__str__())
-        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+        return shown(super().__str__())
 
 
 @dataclass(frozen=True, kw_only=True)

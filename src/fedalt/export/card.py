@@ -1,10 +1,12 @@
 """The README of an exported folder: what it is, how it loads, and how it wants to be asked."""
 
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
 from fedalt.answers import Served
+from fedalt.data.foreign import shown
 from fedalt.models import BUILT_IN, location
 from fedalt.settings import method_name
 
@@ -16,9 +18,9 @@ def card(of: Served, client_id: str, what: What) -> str:
 
     A model that has learnt to answer within a template answers worse outside it.
     """
-    name, base = of.parts.base.name, location(of.parts.base.name)
+    name, base = shown(of.parts.base.name), location(of.parts.base.name)
     on_hub = name != BUILT_IN and not Path(base).exists()
-    about = f"library_name: peft\n{f'base_model: {name}' if on_hub else ''}".strip()
+    about = f"library_name: peft\n{f'base_model: {json.dumps(name)}' if on_hub else ''}".strip()
     whole = "the whole personalised model, all adapters and what weighs them"
     lone = "the client's individual adapter alone, as a LoRA that PEFT loads without fedalt"
     return f"""---

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Final, Literal
 
 from fedalt.codec import CodecError, atomic_write, decode, encode
+from fedalt.data.foreign import shown
 from fedalt.engine.firewall import Refused, check_size, check_upload
 from fedalt.engine.gate import Gate
 from fedalt.engine.in_process import encoded
@@ -169,6 +170,7 @@ class Desk:
             about = self.terms
             answer = Answer(about.name, about.digest, client_id, of, NEVER, "", error=_REFUSED)
             came = encode(answer)
+        answer = replace(answer, error=shown(answer.error))
         if answer.error and answer.error != _REFUSED:
             if self._unable.get(client_id, ("", 0.0))[0] != answer.error:
                 self._tell(f"{client_id}: {answer.error}")

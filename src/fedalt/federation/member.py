@@ -5,6 +5,7 @@
     local/...                    the same for training alone, the yardstick
     answer.bin                   the last answer, sent again if it is asked for again
     accepted.json                the last round of which the server said that it counts
+    server/, served.json         what the server sent, for the owner to use the model; see kept.py
 
 A round of a client counts once the server says that its upload does. What the client trained in a
 round that does not count is dropped, so that client and server never disagree on what was uploaded.
@@ -19,13 +20,17 @@ from typing import Literal
 
 from fedalt import tree as trees
 from fedalt.codec import CodecError, atomic_write, decode, encode
+from fedalt.data.records import DataError
 from fedalt.engine.course import Arm, Event
 from fedalt.engine.firewall import Refused, check_broadcast
 from fedalt.engine.in_process import client_of, drive, drive_all
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import training_metrics
-from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
+from fedalt.federation.here import require_model, settings_here
+from fedalt.federation.kept import keep
+from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, answers, digest
 from fedalt.federation.terms import Terms
+from fedalt.federation.told import Say, silent, what_did_not_count, what_was_done, where
 from fedalt.methods.contract import Message, Serving
 from fedalt.prepare import Parts, Prepared, learner_of, prepare
 from fedalt.settings import SettingsError
@@ -52,38 +57,61 @@ class Member:
     learner: Learner
     folder: Path
     hear: Hear = ignore
+    say: Say = silent
 
     def answer(self, data: bytes) -> bytes:
-        """What to send back to a call; to the same call always the same bytes."""
+        """What to send back to a call; to the same call always the same bytes.
+
+        `say` is told of it, and of all that hinders it.
+        """
         call_digest = digest(data)
         kept = self.folder / "answer.bin"
-        if kept.exists() and (old := kept.read_bytes()) and _answers(old, call_digest):
+        if kept.exists() and (old := kept.read_bytes()) and answers(old, call_digest):
+            self.say("the server asks once more; it gets the same answer")
             return old
         answer = Answer(
             self.terms.name, self.terms.digest, self.client_id, NEVER, NEVER, call_digest
         )
+        rounds, place = self.terms.settings.rounds.rounds, "a call of the server"
         try:
             call = decode(Call, data, finite=True)
+            place = where(call, rounds)
             answer = replace(answer, round=call.round, accepted=call.accepted)
-            sent = encode(self._carry_out(call, answer))
+            done = self._carry_out(call, answer)
+            sent = encode(done)
             atomic_write(kept, sent)
         # These texts name tensors, rounds and settings, never anything of the data.
         except (CodecError, Refused, StoreError, TrainingError) as error:
-            return encode(replace(answer, error=str(error)))
+            return self._unable(answer, place, str(error), str(error))
+        except DataError as error:
+            why = f"client {self.client_id!r}: its data cannot be used"
+            return self._unable(answer, place, why, str(error))
         except OSError as error:  # a full disk; where that is, is nobody else's business
             why = error.strerror or type(error).__name__
-            return encode(replace(answer, error=f"client {self.client_id!r}: {why}"))
+            named = f"{error.filename}: {why}" if error.filename else why
+            return self._unable(answer, place, f"client {self.client_id!r}: {why}", named)
+        if told := what_was_done(call, done, len(sent), rounds):
+            self.say(told)
         return sent
+
+    def _unable(self, answer: Answer, place: str, told: str, why: str) -> bytes:
+        """The answer that there is none: the server hears `told`, the client's owner `why`."""
+        self.say(f"{place}: this client could not answer: {why}; the server asks it again")
+        return encode(replace(answer, error=told))
 
     def _carry_out(self, call: Call, answer: Answer) -> Answer:
         self._require_ours(call)
+        self._require_known(call)
+        if lost := what_did_not_count(self.folder, self.client_id, call):
+            self.say(f"{where(call, self.terms.settings.rounds.rounds)}: {lost}")
         self._settle(call)
+        keep(self.folder, call, self.terms.settings)
         scores: list[Score] = []
         costs: list[Cost] = []
         upload = None
         for arm in self.parts.arms:
             if arm.column in call.score:
-                scores += self._score(arm, call, call.score[arm.column])
+                scores += self.score(arm, call, call.score[arm.column])
         if call.train:
             for arm in self.parts.arms:
                 sent, cost = self._train(arm, call)
@@ -104,8 +132,8 @@ class Member:
                     f"but this is {ours!r}"
                 )
 
-    def _settle(self, call: Call) -> None:
-        """Drop what does not count; refuse a server that has forgotten what it said."""
+    def _require_known(self, call: Call) -> None:
+        """Refuse a server that has forgotten what it said."""
         known = self._accepted()
         if call.accepted < known:
             raise StoreError(
@@ -113,6 +141,9 @@ class Member:
                 f"last to count, but it said {known} before; nothing was changed. It was set back "
                 "to an older state, or this is an old message"
             )
+
+    def _settle(self, call: Call) -> None:
+        """Drop what does not count."""
         states = self._run().states("own", call.accepted + 1)
         if call.accepted != NEVER:
             mine = newest(states.folder / "clients" / self.client_id, call.accepted)
@@ -129,9 +160,17 @@ class Member:
 
     def _accepted(self) -> int:
         file = self.folder / "accepted.json"
-        return int(json.loads(file.read_text())) if file.exists() else NEVER
+        if not file.exists():
+            return NEVER
+        try:
+            return int(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise StoreError(
+                f"client {self.client_id!r}: {file.name} is damaged ({error}); restore "
+                f"{self.folder} from a backup, or write the last round that counted into it"
+            ) from error
 
-    def _score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
+    def score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
         """Score what the client serves after a round; on test data also the shared part."""
         whole = call.split == "test"
         examples = self.learner.task.examples(self.client_id, call.split)
@@ -198,14 +237,6 @@ def is_last(data: bytes) -> bool:
         return False
 
 
-def _answers(data: bytes, call_digest: str) -> bool:
-    """Whether kept bytes are the answer to this call; a damaged file is none."""
-    try:
-        return decode(Answer, data).call == call_digest
-    except CodecError:
-        return False
-
-
 def open_member(
     terms: Terms,
     client_id: str,
@@ -215,6 +246,7 @@ def open_member(
     model: str | None = None,
     device: str | None = None,
     hear: Hear = ignore,
+    say: Say = silent,
 ) -> Member:
     """Load the model and read the data of one client; its folder is made if it is not there.
 
@@ -225,20 +257,11 @@ def open_member(
             f"client {client_id!r} is not in the terms of {terms.name!r}, which name "
             f"{', '.join(terms.clients)}"
         )
-    settings = replace(
-        terms.settings,
-        data=replace(terms.settings.data, path=data),
-        model=replace(
-            terms.settings.model,
-            name=model or terms.settings.model.name,
-            device=device or terms.settings.model.device,
-        ),
-    )
-    prepared = prepare(settings, clients=terms.clients)
+    prepared = prepare(settings_here(terms, data, model, device), clients=terms.clients)
     _require_fitting(prepared, terms, client_id, data)
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, terms, client_id)
-    return Member(terms, client_id, prepared.parts, learner_of(prepared), folder, hear)
+    return Member(terms, client_id, prepared.parts, learner_of(prepared), folder, hear, say)
 
 
 def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Path) -> None:
@@ -253,12 +276,7 @@ def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Pat
             f"{data} has the labels {', '.join(prepared.task.labels) or '(none)'}, but the terms "
             f"of {terms.name!r} say {', '.join(terms.labels) or '(none)'}"
         )
-    found = prepared.parts.base.fingerprint
-    if found != terms.model:
-        raise SettingsError(
-            f"the base model {prepared.parts.base.name!r} here has the fingerprint {found!r}, but "
-            f"the terms of {terms.name!r} are about {terms.model!r}: it is another model"
-        )
+    require_model(prepared.parts, terms)
 
 
 def claim(folder: Path, terms: Terms, client_id: str) -> None:
@@ -268,7 +286,12 @@ def claim(folder: Path, terms: Terms, client_id: str) -> None:
     if not file.exists():
         atomic_write(file, (json.dumps(about, indent=2) + "\n").encode())
         return
-    found = json.loads(file.read_text())
+    try:
+        found = json.loads(file.read_text())
+    except ValueError as error:
+        raise StoreError(f"{file} is damaged: {error}; restore it from a backup") from error
+    if not isinstance(found, dict):
+        raise StoreError(f"{file} is damaged: expected a JSON object; restore it from a backup")
     if found != about:
         key = next(key for key in about if found.get(key) != about[key])
         raise StoreError(

@@ -10,6 +10,7 @@ import tomli_w
 
 from fedalt.adapters.plan import Shape
 from fedalt.adapters.start import Start
+from fedalt.data.names import fault_of_names, fault_of_title
 from fedalt.federation.messages import digest
 from fedalt.prepare import Parts
 from fedalt.settings import Settings, SettingsError, read_table, settings_of, to_toml
@@ -88,6 +89,8 @@ def read_terms(file: Path) -> Terms:
     whole = file.read_bytes()
     if settings.data.template is not None:
         whole += settings.data.template.read_bytes()
+    if fault := fault_of_names(map(str, about["clients"])) or fault_of_title(str(about["name"])):
+        raise SettingsError(f"{file}: [federation] {fault}")
     try:
         sites = {site: Shape(*map(int, shape)) for site, shape in about["sites"].items()}
         heads = {

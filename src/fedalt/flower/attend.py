@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from fedalt.data.foreign import shown
 from fedalt.federation.member import Hear, Member, ignore, is_last
 from fedalt.flower.config import ClientConfig, member_of
 from fedalt.flower.pipe import receive, send
@@ -21,6 +22,7 @@ from fedalt.store import locked
 _AGAIN: Final = (1.0, 2.0, 5.0, 10.0)  # seconds to the next try
 _REMIND: Final = 600.0  # seconds until the same trouble is told again
 _PERHAPS: Final = "; if the federation has ended, Ctrl-C stops this, and nothing is lost"
+_LONGEST: Final = 600  # characters of a line
 _NOT_LET_IN: Final = "[code: 2004]"  # Flower's words
 
 Say = Callable[[str], None]
@@ -34,10 +36,10 @@ def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
         each.read_bytes()  # OSError names the file
     place.folder.mkdir(parents=True, exist_ok=True)
     with locked(place.folder):
-        member = member_of(config, hear)
+        troubles = _Troubles(lambda text: say(f"{place.name}: {shown(text, _LONGEST)}"))
+        member = member_of(config, hear, troubles.line)
         say(f"{place.name}: the model is loaded, calling {place.server}")
         tries, node = 0, ""
-        troubles = _Troubles(lambda text: say(f"{place.name}: {text}"))
         while True:
             with _link(config, node) as (pair, log):
                 connected, ended = _answer(member, pair, troubles)
@@ -57,12 +59,20 @@ class _Troubles:
     say: Say
     last: str = ""
     told: float = 0.0
+    line_before: str = ""
+    line_told: float = 0.0
 
     def tell(self, text: str) -> None:
         """Say what hinders, unless that was just said."""
         if text != self.last or time.monotonic() - self.told > _REMIND:
             self.say(text + (_PERHAPS if text == self.last else ""))
             self.last, self.told = text, time.monotonic()
+
+    def line(self, text: str) -> None:
+        """Say what happens; the same thing again only after a while."""
+        if text != self.line_before or time.monotonic() - self.line_told > _REMIND:
+            self.say(text)
+            self.line_before, self.line_told = text, time.monotonic()
 
     def over(self, text: str) -> None:
         """Say that it goes on."""
@@ -81,7 +91,7 @@ def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[s
                     connected = data.decode()
                     troubles.over("connected")
                 case "trouble":
-                    troubles.tell(f"{data.decode()}; trying again")
+                    troubles.tell(f"{data.decode(errors='replace')}; trying again")
                 case "call":
                     last = is_last(data)
                     send(pair, "answer", member.answer(data))

@@ -5,10 +5,12 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fedalt.data.names import fault_of_names
 from fedalt.engine.firewall import Firewall
 from fedalt.federation.desk import Rules
 from fedalt.federation.member import Hear, Member, ignore, open_member
 from fedalt.federation.terms import Terms, read_terms
+from fedalt.federation.told import Say, silent
 from fedalt.settings import SettingsError, section_of
 
 
@@ -115,6 +117,8 @@ def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
     """A client's client.toml, beside which the terms lie. Raises SettingsError."""
     table = _table(file, {"client"})
     place = _place(ClientPlace, table.get("client", {}), file, "client")
+    if fault := fault_of_names([place.name]):
+        raise SettingsError(f"{file}: [client] {fault}")
     return ClientConfig(
         file=file.absolute(),
         terms=read_terms(file.parent / "terms.toml"),
@@ -122,7 +126,7 @@ def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
     )
 
 
-def member_of(config: ClientConfig, hear: Hear = ignore) -> Member:
+def member_of(config: ClientConfig, hear: Hear = ignore, say: Say = silent) -> Member:
     """The client of a configuration, its model loaded and its data read; see `open_member`."""
     place = config.place
     return open_member(
@@ -133,6 +137,7 @@ def member_of(config: ClientConfig, hear: Hear = ignore) -> Member:
         model=place.model,
         device=place.device,
         hear=hear,
+        say=say,
     )
 
 

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from fedalt.data.foreign import shown
+from fedalt.data.names import is_safe
 from fedalt.engine.gate import Gate
 from fedalt.federation.channel import Channel
 from fedalt.federation.host import Host, open_host
@@ -14,6 +16,7 @@ from fedalt.settings import SettingsError
 from fedalt.store import RunFolder
 
 _REVOKED: Final = ".revoked"
+_LONGEST: Final = 1000  # characters of a line, which may quote a client
 
 
 def host_of(config: ServerConfig, channel: Channel) -> Host:
@@ -43,7 +46,7 @@ def clients_by_key(config: ServerConfig) -> Mapping[str, str]:
 def revoke_key(config: ServerConfig, client_id: str) -> None:
     """Take a client's key away; who runs the server looks for that."""
     file = config.place.clients / f"{client_id}.pub"
-    if not file.exists():
+    if not is_safe(client_id) or not file.exists():
         there = ", ".join(sorted(each.stem for each in config.place.clients.glob("*.pub")))
         raise SettingsError(f"client {client_id!r} has no key here; there are {there or 'none'}")
     file.rename(file.with_suffix(_REVOKED))
@@ -73,4 +76,4 @@ def _take_out(config: ServerConfig) -> None:
 def _write(log: Path, text: str) -> None:
     """A line for the operator; `fedalt server` reads along."""
     with log.open("a", encoding="utf-8") as file:
-        file.write(f"{text}\n")
+        file.write(f"{shown(text, _LONGEST)}\n")

@@ -6,6 +6,7 @@ from collections import Counter
 from datetime import datetime
 from typing import Final
 
+from fedalt.data.foreign import shown as one_line
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.serve import revoked
 
@@ -18,7 +19,7 @@ def shown(config: ServerConfig) -> str:
     file = folder / "status.json"
     if not file.exists():
         begun = f"{terms.name}: has not begun; no status in {folder}"
-        return "\n".join([begun, *_refused_requests(config)])
+        return "\n".join(one_line(line) for line in [begun, *_refused_requests(config)])
     status = json.loads(file.read_text())
     ago = time.time() - status["time"]
     state = "has ended" if config.place.ended.exists() else f"seen {ago:.0f} seconds ago"
@@ -41,7 +42,7 @@ def shown(config: ServerConfig) -> str:
     )
     lines.append(f"  refused uploads: {len(found)}")
     lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in found[-_SHOWN:]]
-    return "\n".join([*lines, *_refused_requests(config)])
+    return "\n".join(one_line(line) for line in [*lines, *_refused_requests(config)])
 
 
 def _refused_requests(config: ServerConfig) -> list[str]:

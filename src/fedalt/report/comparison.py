@@ -12,14 +12,22 @@ from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as Drawn
 from rich.text import Text
 from scipy.stats import wilcoxon
 
 from fedalt.comparison import Cost, Entry, Job, cost_of
 from fedalt.files import atomic_write
-from fedalt.report.table import Row, Scored, Table, Values, joined, scores_of, to_csv
+from fedalt.report.sheet import Sheet
+from fedalt.report.table import (
+    Row,
+    Scored,
+    Table,
+    Values,
+    joined,
+    markdown_cell,
+    scores_of,
+    to_csv,
+)
 from fedalt.settings import lora_of
 from fedalt.store import open_run
 
@@ -154,28 +162,28 @@ def budget_of(results: Results) -> Iterator[str]:
     )
 
 
-def draw_grid(grid: Grid, title: str) -> Drawn:
+def draw_grid(grid: Grid, title: str) -> Sheet:
     """The grid for a terminal."""
-    drawn = Drawn(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    drawn.add_column("method", overflow="fold")
-    for name in grid.columns:
-        drawn.add_column(name, justify="right", overflow="fold")
-    for method, cells in grid.rows.items():
-        shown = [Text(shown_cell(grid, each), style="bold" if each.bold else "") for each in cells]
-        drawn.add_row(method, *shown)
-    return drawn
+    rows: list[list[str | Text]] = [
+        [
+            method,
+            *(Text(shown_cell(grid, each), style="bold" if each.bold else "") for each in cells),
+        ]
+        for method, cells in grid.rows.items()
+    ]
+    return Sheet(["method", *grid.columns], rows, title)
 
 
 def grid_markdown(grid: Grid, costs: Mapping[str, Sequence[str]], heads: Sequence[str]) -> str:
     """The grid as Markdown, with the costs of each method in further columns under `heads`."""
-    lines = [["method", *grid.columns, *heads]]
+    lines = [["method", *map(markdown_cell, grid.columns), *heads]]
     lines.append(["---", *("---:" for _ in lines[0][1:])])
     for method, cells in grid.rows.items():
         shown = [
             f"**{shown_cell(grid, each)}**" if each.bold else shown_cell(grid, each)
             for each in cells
         ]
-        lines.append([method, *shown, *costs.get(method, [""] * len(heads))])
+        lines.append([markdown_cell(method), *shown, *costs.get(method, [""] * len(heads))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 

@@ -3,6 +3,7 @@
 import altair as alt
 
 from fedalt.data.findings import ClientReport, DataReport
+from fedalt.data.foreign import shown
 from fedalt.report.parts import Cell, Facts, Figure, Masked, Notes, Page, Section, Table
 from fedalt.report.records import Rows, short
 from fedalt.report.style import ACCENT, INK, SECOND, data_of, names_axis, rows_high, styled
@@ -171,7 +172,7 @@ def _balances(report: DataReport) -> list[Figure]:
         rows = [
             {
                 "client": client.client_id,
-                "name": name,
+                "name": shown(name),
                 "train": short(count / client.splits["train"].records),
                 "test": short(_share(client, name)),
             }

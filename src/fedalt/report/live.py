@@ -12,6 +12,7 @@ from fedalt.record import (
     Length,
     Standing,
     StoreError,
+    meant_by,
     read_facts,
     read_length,
     read_standing,
@@ -96,7 +97,9 @@ def runs_of(path: Path) -> list[Path]:
         return [path]
     found = sorted(file.parent for file in path.glob("*/seed-*/run.json"))
     if not found:
-        raise StoreError(f"{path} is neither a run's folder nor that of a comparison with runs")
+        raise StoreError(
+            f"{path} is neither a run's folder nor that of a comparison with runs{meant_by(path)}"
+        )
     return found
 
 
@@ -224,7 +227,7 @@ def _clients(seen: Reading) -> Iterable[Client]:
     for line in seen.lines:
         if (kind := _kind(line)) is not None and line["column"] == "own":
             losses.setdefault((line["client"], kind), []).append(line["metrics"]["loss"])
-            if kind == "train":
+            if kind == "train" and "refused" not in line:
                 uploads[line["client"]] = line["upload_bytes"]
     for name in sorted(everyone.keys() - set(seen.facts.get("left", ()))):
         train, validation = (tuple(losses.get((name, kind), ())) for kind in _KINDS)
@@ -235,7 +238,9 @@ _KINDS = ("train", "validation")
 
 
 def _kind(line: Line) -> str | None:
-    """What a loss was measured on while the rounds go on."""
+    """What a loss was measured on while the rounds go on; None for a line that has none."""
+    if "loss" not in line.get("metrics", ()):  # a federation's clients say what they measured
+        return None
     if line["kind"] == "score":
         return "validation" if line["split"] == "validation" else None
     return "train" if line["kind"] == "train" else None

@@ -5,13 +5,15 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
+from rich.constrain import Constrain
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
-from rich.table import Table as Drawn
 from rich.text import Text
 
+from fedalt.data.foreign import shown
 from fedalt.report.live import Client, Live
+from fedalt.report.sheet import Sheet
 from fedalt.report.table import draw, shown_size
 
 _BARS = "▁▂▃▄▅▆▇█"
@@ -22,12 +24,12 @@ _ROWS_AROUND = 16  # lines of a run's frame that are not clients
 def draw_run(run: Live, *, rows: int, now: float) -> RenderableType:
     """A run for a terminal of so many rows; `now` is in seconds since 1970."""
     parts: list[RenderableType] = [
-        Text(f"{run.path}  {run.method}", style="bold"),
+        _text(f"{run.path}  {run.method}", "bold"),
         _bar(run),
-        Text(_state(run, now)),
+        _text(_state(run, now)),
         _drawn_curves(run.curves),
         _drawn_clients(run.clients, max(3, rows - _ROWS_AROUND)),
-        *(Text(f"note: {warning}", style="yellow") for warning in run.warnings[-3:]),
+        *(_text(f"note: {warning}", "yellow") for warning in run.warnings[-3:]),
     ]
     if run.table is not None:
         parts.append(draw(run.table, "scores"))
@@ -36,25 +38,23 @@ def draw_run(run: Live, *, rows: int, now: float) -> RenderableType:
 
 def draw_comparison(path: Path, runs: Sequence[Live]) -> RenderableType:
     """A comparison for a terminal: a line for each of its runs that has begun."""
-    drawn = Drawn(box=SIMPLE_HEAD)
-    drawn.add_column("run", overflow="fold")
-    for head in ("rounds", "train loss", "validation loss"):
-        drawn.add_column(head, justify="right", no_wrap=True)
-    drawn.add_column("curve", no_wrap=True)
-    drawn.add_column("left", justify="right", no_wrap=True)
+    rows = []
     for run in runs:
-        validation = run.curves.get("validation own", ())
-        drawn.add_row(
-            str(run.path.relative_to(path)),
-            f"{run.rounds_done}/{run.rounds}",
-            _last(run.curves.get("train own", ())),
-            _last(validation),
-            sparkline(validation or run.curves.get("train own", ()), _WIDTH),
-            _left(run) if run.state == "training" else run.state,
+        train, validation = (run.curves.get(f"{of} own", ()) for of in ("train", "validation"))
+        rows.append(
+            [
+                str(run.path.relative_to(path)),
+                f"{run.rounds_done}/{run.rounds}",
+                _last(train),
+                _last(validation),
+                sparkline(validation or train, _WIDTH),
+                _left(run) if run.state == "training" else run.state,
+            ]
         )
     finished = sum(run.state == "finished" for run in runs)
     title = f"{path}  {len(runs)} runs begun, {finished} finished"
-    return Group(Text(title, style="bold"), drawn)
+    heads = ("run", "rounds", "train loss", "validation loss", "curve", "left")
+    return Group(_text(title, "bold"), Sheet(heads, rows, left=(0, 4)))
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -76,11 +76,15 @@ def shown_time(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def _text(text: str, style: str = "") -> Text:
+    """A line of a frame, which folds where it is too long."""
+    return Text(shown(text), style=style, overflow="fold")
+
+
 def _bar(run: Live) -> RenderableType:
-    grid = Drawn.grid(padding=(0, 1))
-    bar = ProgressBar(total=run.rounds, completed=run.rounds_done, width=40)
-    grid.add_row(bar, f"{run.rounds_done} of {run.rounds} rounds done")
-    return grid
+    # As wide as there is room, at most so many columns.
+    bar = Constrain(Padding(ProgressBar(total=run.rounds, completed=run.rounds_done), 0), 40)
+    return Group(bar, Text(f"{run.rounds_done} of {run.rounds} rounds done"))
 
 
 def _state(run: Live, now: float) -> str:
@@ -88,7 +92,8 @@ def _state(run: Live, now: float) -> str:
         return "finished"
     doing: str = run.state
     if run.state == "training":
-        doing = f"round {run.rounds_done} of 0 to {run.rounds - 1}, {run.trained} trainings done"
+        now_at = f"round {run.rounds_done + 1}/{run.rounds}"
+        doing = f"{now_at}, {run.trained} {'training' if run.trained == 1 else 'trainings'} done"
     pace = "" if run.seconds is None else f"; {shown_time(run.seconds)} a round, {_left(run)} left"
     wrote = f"; last written {shown_time(max(0.0, now - run.written))} ago" if run.written else ""
     return doing + (pace if run.state == "training" else "") + wrote
@@ -99,33 +104,32 @@ def _left(run: Live) -> str:
 
 
 def _drawn_curves(curves: Mapping[str, tuple[float, ...]]) -> RenderableType:
-    grid = Drawn.grid(padding=(0, 2))
-    for name, values in curves.items():
-        grid.add_row(f"{name} loss", sparkline(values, 2 * _WIDTH), _span(values))
-    return grid
+    rows = [
+        [f"{name} loss", sparkline(values, 2 * _WIDTH), _span(values)]
+        for name, values in curves.items()
+    ]
+    return Sheet(("", "", ""), rows, left=(0, 1, 2))
 
 
 def _drawn_clients(clients: Sequence[Client], most: int) -> RenderableType:
     """The clients; where they are too many, those whose loss is highest."""
-    drawn = Drawn(box=SIMPLE_HEAD)
-    drawn.add_column("client", overflow="fold")
-    for head in ("train loss", "validation loss"):
-        drawn.add_column(head, justify="right", no_wrap=True)
-    drawn.add_column("curve", no_wrap=True)
-    drawn.add_column("upload", justify="right", no_wrap=True)
-    shown = clients
+    chosen = clients
     if len(clients) > most:
-        shown = sorted(clients, key=lambda each: -(_best_known(each) or 0.0))[:most]
-    for each in shown:
-        drawn.add_row(
+        chosen = sorted(clients, key=lambda each: -(_best_known(each) or 0.0))[:most]
+    rows = [
+        [
             each.name,
             _last(each.train),
             _last(each.validation),
             sparkline(each.validation or each.train, _WIDTH),
             "–" if each.upload_bytes is None else shown_size(each.upload_bytes),
-        )
-    if len(shown) < len(clients):
-        more = f"{len(clients) - len(shown)} more clients, all with lower losses"
+        ]
+        for each in chosen
+    ]
+    heads = ("client", "train loss", "validation loss", "curve", "upload")
+    drawn = Sheet(heads, rows, left=(0, 3))
+    if len(chosen) < len(clients):
+        more = f"{len(clients) - len(chosen)} more clients, all with lower losses"
         return Group(drawn, Text(f"  {more}"))
     return drawn
 

@@ -4,12 +4,18 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
+from fedalt.data.foreign import shown
+
 
 def numbers_of(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     """Name and value: kind/metric/column/client, and of a whole round its seconds.
 
-    Of a mixer the mean weight of each slot.
+    Of a mixer the mean weight of each slot. In a federation clients choose what metrics are called.
     """
+    yield from ((shown(name), value) for name, value in _numbers_of(line))
+
+
+def _numbers_of(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     match line["kind"]:
         case "round":
             yield "round/seconds", line["seconds"]

@@ -3,12 +3,14 @@
 import base64
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fedalt.data.foreign import shown_lines
 from fedalt.files import atomic_write
 from fedalt.report.parts import Page
 
@@ -48,6 +50,7 @@ def render(page: Page) -> str:
     environment = Environment(
         loader=PackageLoader("fedalt", "report"),
         autoescape=True,
+        finalize=_clean,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -77,6 +80,11 @@ def save_figures(page: Page, folder: Path) -> list[Path]:
     return written
 
 
+def _clean(value: Any) -> Any:
+    """A value as it may stand on a page: texts without what turns, hides or ends them."""
+    return shown_lines(value, sys.maxsize) if type(value) is str else value
+
+
 def _specs(page: Page) -> tuple[dict[str, Any], dict[str, Any]]:
     """Charts by name, as wide as their place, and the data that they name, each once."""
     specs, datasets = {}, {}
@@ -101,6 +109,7 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[Any]]:
 def _json(value: Mapping[str, Any]) -> str:
     """JSON that can stand in a script element: no text in it can end the element."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
+    text = text.encode("utf-8", "replace").decode()  # half of a surrogate pair is no character
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
 
 

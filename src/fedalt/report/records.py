@@ -71,7 +71,7 @@ def loss_rows(record: Record, part: str) -> Rows:
             "loss": short(line["metrics"]["loss"]),
         }
         for line in record.of(kind)
-        if line.get("split") == split
+        if line.get("split") == split and "loss" in line["metrics"]
     ]
 
 

@@ -6,7 +6,9 @@ from statistics import fmean
 from typing import Any
 
 from fedalt.methods import METHODS
+from fedalt.record import is_federation
 from fedalt.report import figures
+from fedalt.report.docstrings import opening
 from fedalt.report.examples import examples
 from fedalt.report.parts import (
     Cell,
@@ -25,11 +27,16 @@ from fedalt.report.records import (
     mixer_record,
     round_rows,
 )
+from fedalt.report.refused import refused
 from fedalt.report.similarity import similarity
 from fedalt.report.similarity_figures import similarity_map, similarity_tree
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
 
+_WITH_THE_CLIENTS = (
+    "The mixer's weights, similarity of clients, best and worst examples: they are made of what "
+    "stays with the clients. A client's owner sees the own model with `fedalt chat client.toml`."
+)
 _ABSENT_MIXER = (
     "The mixer's weights: none on record. Either the method has no mixer, or the run was made "
     "before they were written down."
@@ -46,16 +53,20 @@ def run_page(record: Record) -> Page:
     else:
         sections.append(_scores(record, table))
     sections += _curves(record)
-    sections += _mixer(record, absent)
-    sections += _similarity(record, absent)
-    sections += examples(record, absent)
+    if is_federation(record.facts):
+        absent.append(_WITH_THE_CLIENTS)
+        sections += refused(record)
+    else:
+        sections += _mixer(record, absent)
+        sections += _similarity(record, absent)
+        sections += examples(record, absent)
     sections += _costs(record)
     if absent:
         sections.append(Section("absent", "Not on this page", [Notes(absent)]))
     name = record.folder.path.resolve().name
     return Page(
         title=f"{record.facts['method']} · {name}",
-        over="Federated fine-tuning run",
+        over="Federation" if is_federation(record.facts) else "Federated fine-tuning run",
         lead=explained(record.facts["method"]),
         key=_key(record, table),
         sections=sections,
@@ -65,8 +76,7 @@ def run_page(record: Record) -> Page:
 
 def explained(method: str) -> str:
     """What a method is, in the sentence that its module opens with."""
-    text = sys.modules[type(METHODS[method]).__module__].__doc__ or ""
-    return text.strip().splitlines()[0]
+    return opening(sys.modules[type(METHODS[method]).__module__])
 
 
 def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
@@ -75,7 +85,7 @@ def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
     trainable = facts["trainable_numbers"]
     general = [
         ("base model", f"{model['name']} ({model['fingerprint']})"),
-        ("data", str(settings["data"]["path"])),
+        ("data", "with the clients" if is_federation(facts) else str(settings["data"]["path"])),
         ("data fingerprint", data["fingerprint"]),
         ("trained numbers", ", ".join(f"{key} {value:,}" for key, value in trainable.items())),
         ("seed", str(settings["seed"])),
@@ -89,15 +99,26 @@ def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
     clients = {**facts.get("clients", {}), **facts.get("joined", {})}
     left = set(facts.get("left", ()))
     splits = ("train", "validation", "test")
+    out = {
+        **dict.fromkeys(left, " (left)"),
+        **dict.fromkeys(facts.get("revoked", ()), " (revoked)"),
+    }
     rows = [
         [
-            Cell(f"{name} (left)" if name in left else name, name),
-            *(Cell(f"{counts[split]:,}", counts[split]) for split in splits),
+            Cell(f"{name}{out.get(name, '')}", name),
+            *(_count(counts.get(split)) for split in splits),
         ]
         for name, counts in clients.items()
     ]
-    counted = Table("Clients and their examples", ["client", *splits], rows)
+    caption = "Clients and their examples"
+    if is_federation(facts):
+        caption += ", which the server of a federation does not know"
+    counted = Table(caption, ["client", *splits], rows)
     return Section("run", "What was run", [Facts([*general, *per_section]), counted])
+
+
+def _count(number: int | None) -> Cell:
+    return Cell("–" if number is None else f"{number:,}", number)
 
 
 def score_table(table: Scores, caption: str) -> Table:
@@ -231,16 +252,19 @@ def _similarity(record: Record, absent: list[str]) -> list[Section]:
 
 def _costs(record: Record) -> list[Section]:
     costs, rounds = cost_rows(record), round_rows(record)
-    if not costs:
+    if not costs or not rounds:
         return []
     client = "Thick: mean over the clients. Thin: each client."
+    whole = "All clients one after another, and scoring."
+    if is_federation(record.facts):
+        whole = "From the calls to the new aggregate: training, transport and waiting."
     drawn = [
         Figure(
             "seconds", "Seconds of training", client,
             figures.client_costs(costs, "seconds", "seconds per client"),
         ),
         Figure(
-            "round-seconds", "Seconds of a round", "All clients one after another, and scoring.",
+            "round-seconds", "Seconds of a round", whole,
             figures.round_curve(rounds, "seconds", "seconds per round"),
         ),
         Figure(

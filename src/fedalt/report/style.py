@@ -6,6 +6,8 @@ from typing import Any
 
 import altair as alt
 
+from fedalt.data.foreign import shown
+
 ACCENT, SECOND = "#3a7fc1", "#d9822b"  # told apart by colour-blind readers too
 INK = "currentColor"  # dark on a light page, light on a dark one, black on paper
 WIDTH = 560  # of a figure on its own; on a page it is as wide as there is room
@@ -50,7 +52,11 @@ _CONFIG: dict[str, Any] = {
 def data_of(rows: Sequence[Mapping[str, Any]]) -> alt.Data:
     """A chart's data: as one text, which Altair does not check row by row."""
     form = alt.JsonDataFormat(type="json")
-    return alt.Data(values=json.dumps(rows), format=form)  # type: ignore[no-untyped-call]
+    clean = [
+        {key: shown(value) if isinstance(value, str) else value for key, value in row.items()}
+        for row in rows
+    ]
+    return alt.Data(values=json.dumps(clean), format=form)  # type: ignore[no-untyped-call]
 
 
 def styled(chart: Any, height: int = 240) -> alt.LayerChart:

@@ -2,14 +2,16 @@
 
 import csv
 import io
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as Drawn
 from rich.text import Text
+
+from fedalt.data.foreign import shown
+from fedalt.report.sheet import Sheet
 
 Values = tuple[float, ...]  # one number per seed
 Scored = Mapping[str, Mapping[str, float]]  # metrics by client
@@ -20,6 +22,7 @@ COLUMNS = ("own", "shared", "local")
 YARDSTICK = "local"
 # The first that every column of a client has is its score; all of them as shares of 100.
 _HEADLINES = (("accuracy", 100.0), ("rougeL", 1.0))
+_MARKUP = re.compile(r"([\\|`*\[\]])")  # an underscore within a word is none
 _LABELS = {"accuracy": "accuracy %", "rougeL": "ROUGE-L", "loss": "loss"}
 
 
@@ -113,23 +116,18 @@ def joined(
     )
 
 
-def draw(table: Table, title: str = "") -> Drawn:
+def draw(table: Table, title: str = "") -> Sheet:
     """The table for a terminal; the best column of every row is bold."""
-    drawn = Drawn(title=title or None, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
-    drawn.add_column("client", overflow="fold")
-    drawn.add_column("score")
-    for name in heads_of(table):
-        drawn.add_column(name, justify="right", no_wrap=True)
+    rows: list[list[str | Text]] = []
     for row in (*table.clients, table.mean, table.worst):
-        if row is table.mean:
-            drawn.add_section()
         best = best_of(table, row)
         cells = [
             Text(cell, style="bold" if at in best else "")
             for at, cell in enumerate(cells_of(table, row))
         ]
-        drawn.add_row(row.name, row.metric, *cells)
-    return drawn
+        rows.append([row.name, row.metric, *cells])
+    heads = ["client", "score", *heads_of(table)]
+    return Sheet(heads, rows, title, left=(0, 1), breaks=(len(table.clients),))
 
 
 def to_markdown(table: Table) -> str:
@@ -137,10 +135,16 @@ def to_markdown(table: Table) -> str:
     heads = ["client", "score", *heads_of(table)]
     rule = ["---", "---", *("---:" for _ in heads[2:])]
     rows = [
-        [row.name, row.metric, *cells_of(table, row)]
+        [markdown_cell(row.name), row.metric, *cells_of(table, row)]
         for row in (*table.clients, table.mean, table.worst)
     ]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *rows))
+    lines = (map(markdown_cell, heads), rule, *rows)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def markdown_cell(text: str) -> str:
+    """A text as a cell of a Markdown table: it cannot end the cell, and is no markup or HTML."""
+    return _MARKUP.sub(r"\\\1", shown(text)).replace("<", "&lt;")
 
 
 def to_csv(table: Table) -> str:

@@ -1,0 +1,82 @@
+"""Folders of a federation as its server and clients leave them, made in this process."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from runs_for_tests import settings_for, write_clients
+
+from fedalt.federation.channel import Lost
+from fedalt.federation.member import Member
+from fedalt.flower.config import member_of, read_client_config, read_server_config
+from fedalt.flower.found import found_federation
+from fedalt.flower.serve import host_of
+from fedalt.prepare import prepare
+from fedalt.store import locked
+
+CLIENTS = ("a", "b", "c")
+
+
+class Stopped(Exception):  # noqa: N818 - no mistake
+    """The server is killed here."""
+
+
+@dataclass
+class Wire:
+    """Carries bytes between a host and members in this process; `spoil` may change an answer."""
+
+    members: dict[str, Member]
+    spoil: Callable[[str, bytes], bytes | Lost] = lambda _, data: data
+    waiting: list[tuple[str, bytes]] = field(default_factory=list)
+
+    def online(self) -> frozenset[str]:
+        return frozenset(self.members)
+
+    def send(self, calls: Iterable[tuple[str, bytes]]) -> None:
+        self.waiting += calls
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        calls, self.waiting = self.waiting, []
+        return [(each, self.spoil(each, self.members[each].answer(data))) for each, data in calls]
+
+
+@dataclass
+class Federation:
+    """Its folders, as `fedalt federation init` makes them, with each client's data."""
+
+    root: Path
+    said: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def run(self) -> Path:
+        """The server's own folder."""
+        return self.root / "server" / "state" / "run"
+
+    def client(self, name: str) -> Path:
+        return self.root / "clients" / name
+
+    def member(self, name: str) -> Member:
+        """A client as `fedalt client` opens it."""
+        told = self.said.setdefault(name, [])
+        return member_of(read_client_config(self.client(name) / "client.toml"), say=told.append)
+
+    def go_on(self, spoil: Callable[[str, bytes], bytes | Lost] = lambda _, data: data) -> None:
+        """Server and clients, until the end or until `spoil` raises `Stopped`."""
+        config = read_server_config(self.root / "server" / "federation.toml")
+        wire = Wire({each: self.member(each) for each in config.terms.clients}, spoil)
+        host = host_of(config, wire)
+        with locked(self.run), contextlib.suppress(Stopped):
+            host.to_the_end()
+
+
+def founded(root: Path, model: Path, **sections: dict[str, Any]) -> Federation:
+    """A federation that has not begun."""
+    settings = settings_for(model, write_clients(root / "all", CLIENTS), **sections)
+    place = root / "federation"
+    parts = prepare(settings).parts
+    found_federation(place, CLIENTS, parts, name="letters", address="127.0.0.1:8443")
+    for each in CLIENTS:
+        write_clients(place / "clients" / each / "data", [each])
+    return Federation(place)

@@ -12,14 +12,16 @@ from torch import Tensor
 
 from fedalt.adapters.start import Start
 from fedalt.codec import CodecError, check_tree
-from fedalt.engine.rehearsal import Form, play
-from fedalt.methods.contract import AnyMethod, Facts, Message
+from fedalt.engine.rehearsal import Form, play, require_bound
+from fedalt.methods.contract import AnyMethod, Fact, Facts, Message
 from fedalt.tree import Name, Tree
 
 WEIGHT: Final = "weight"  # the fact that says how much an upload counts in a mean
 MOST_WEIGHT: Final = 1e9  # examples; nobody has more
 FEWEST: Final = 3  # uploads of which a median says what is usual
 LONGEST: Final = 500  # characters of a reason
+FEWEST_COUNTED: Final = -1  # what stands for none
+MOST_COUNTED: Final = 10**5  # rounds, clients or groups
 
 
 class Refused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
@@ -29,9 +31,14 @@ class Refused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
     """
 
     def __str__(self) -> str:
-        """The sentence without control characters, cut where it is too long."""
-        text = "".join(each if each.isprintable() else "?" for each in super().__str__())
-        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
+        """See `printable`."""
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """A stranger's sentence without control characters, cut where it is too long."""
+    shown = "".join(each if each.isprintable() else "?" for each in text[: LONGEST + 1])
+    return shown if len(shown) <= LONGEST else f"{shown[:LONGEST]}..."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +76,7 @@ def check_upload(upload: Message, forms: Sequence[Form]) -> None:
 
     A weight is above 0 and no larger than the examples that anybody could have.
     """
-    fitting = [form for form in forms if form.tree.keys() == upload.tree.keys()]
-    form = (fitting or list(forms))[-1]
+    form = form_of(upload, forms)
     _check_tree(upload.tree, form.tree)
     _check_facts(upload.facts, form.facts, "the upload")
     weight = upload.facts.get(WEIGHT)
@@ -85,20 +91,31 @@ def check_upload(upload: Message, forms: Sequence[Form]) -> None:
         )
 
 
+def form_of(upload: Message, forms: Sequence[Form]) -> Form:
+    """The form that an upload has by the names of its tensors, or the last."""
+    return [*forms, *(form for form in forms if form.tree.keys() == upload.tree.keys())][-1]
+
+
 def check_broadcast(message: Message, method: AnyMethod, start: Start, client: object) -> None:
-    """Refuse a broadcast that this client, in its state, could not train with.
+    """Refuse a broadcast that this client, in its state, could neither train nor serve with.
 
     Sites, shapes and ranks fit the base model, all numbers are finite, and what the method orders
-    after it has exactly the tensors that its plans need.
+    and serves after it has exactly the tensors that its plans need.
     """
     with torch.device("meta"):  # only its facts are looked at
         first = method.broadcast(method.init_server(start), "")
     _check_facts(message.facts, first.facts, "the broadcast")
+    for key, fact in message.facts.items():
+        _check_number(key, fact)
     for name, tensor in message.tree.items():
         _check_place(name, tensor, message.tree, start)
     _check_finite(message.tree, "the broadcast")
     try:
         play(method.local(client, message), start, examples=1)
+        served = play(method.deploy(client, message), start, examples=1)
+        require_bound(served.plan, served.tree, start, "what is served")
+        if (shared := method.shared(client, message)) is not None:
+            require_bound(shared.plan, shared.tree, start, "what is shared")
     except Exception as error:  # whatever a method makes of what it does not expect
         raise Refused(
             f"the broadcast does not fit this client's state: {type(error).__name__}: {error}"
@@ -165,6 +182,20 @@ def _check_facts(facts: Facts, expected: Facts, what: str) -> None:
             raise Refused(f"{what}'s fact {key!r} is a {kinds[0]}, expected a {kinds[1]}")
         if isinstance(fact, float) and not math.isfinite(fact):
             raise Refused(f"{what}'s fact {key!r} is {fact}, expected a finite number")
+
+
+def _check_number(key: str, fact: Fact) -> None:
+    """Whether a broadcast's fact is a number that a federation can come to.
+
+    Methods build as many slots as a fact says: a count without a limit fills the memory.
+    """
+    if key == WEIGHT and isinstance(fact, int | float) and fact < 0:
+        raise Refused(f"the broadcast's {WEIGHT} is {_shown(fact)}, expected at least 0")
+    if type(fact) is int and not FEWEST_COUNTED <= fact <= MOST_COUNTED:
+        raise Refused(
+            f"the broadcast's fact {key!r} is {_shown(fact)}, expected a whole number from "
+            f"{FEWEST_COUNTED} to {MOST_COUNTED}"
+        )
 
 
 def _check_place(name: Name, tensor: Tensor, tree: Tree, start: Start) -> None:

@@ -24,9 +24,9 @@ class Schedule:
     `participation` in (0, 1]: the share of the clients in a round's cohort, drawn anew each round.
     Validation data is scored every `evaluate_every` rounds and after the last one; with
     `select="best"` the round with the lowest central validation loss over the clients (see
-    `engine.robust.central_loss`) is the one that is tested. Without `test` the test data are never read. `robust` takes the place of a method's weighted
-    mean: the coordinate-wise median of the uploads, or their mean without the share `trim` in
-    [0, 0.5) of the least and of the greatest.
+    `engine.robust.central_loss`) is the one that is tested. Without `test` the test data are never
+    read. `robust` takes the place of a method's weighted mean: the coordinate-wise median of the
+    uploads, or their mean without the share `trim` in [0, 0.5) of the least and of the greatest.
     """
 
     rounds: int = 20

@@ -84,10 +84,10 @@ def check_upload(upload: Message, forms: Sequence[Form]) -> None:
         return
     if not form.counts and weight != form.facts[WEIGHT]:
         exactly = form.facts[WEIGHT]
-        raise Refused(f"the upload's weight is {_shown(weight)}, expected exactly {exactly}")
+        raise Refused(f"the upload's weight is {shown(weight)}, expected exactly {exactly}")
     if not 0 < weight <= MOST_WEIGHT:
         raise Refused(
-            f"the upload's weight is {_shown(weight)}, expected above 0 and at most {MOST_WEIGHT:g}"
+            f"the upload's weight is {shown(weight)}, expected above 0 and at most {MOST_WEIGHT:g}"
         )
 
 
@@ -174,7 +174,7 @@ def _check_tree(tree: Tree, expected: Tree) -> None:
 
 def _check_facts(facts: Facts, expected: Facts, what: str) -> None:
     if facts.keys() != expected.keys():
-        raise Refused(f"{what} has the facts {_shown(sorted(facts))}, expected {sorted(expected)}")
+        raise Refused(f"{what} has the facts {shown(sorted(facts))}, expected {sorted(expected)}")
     for key, wanted in expected.items():
         fact = facts[key]
         if type(fact) is not type(wanted):
@@ -190,10 +190,10 @@ def _check_number(key: str, fact: Fact) -> None:
     Methods build as many slots as a fact says: a count without a limit fills the memory.
     """
     if key == WEIGHT and isinstance(fact, int | float) and fact < 0:
-        raise Refused(f"the broadcast's {WEIGHT} is {_shown(fact)}, expected at least 0")
+        raise Refused(f"the broadcast's {WEIGHT} is {shown(fact)}, expected at least 0")
     if type(fact) is int and not FEWEST_COUNTED <= fact <= MOST_COUNTED:
         raise Refused(
-            f"the broadcast's fact {key!r} is {_shown(fact)}, expected a whole number from "
+            f"the broadcast's fact {key!r} is {shown(fact)}, expected a whole number from "
             f"{FEWEST_COUNTED} to {MOST_COUNTED}"
         )
 
@@ -234,14 +234,14 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _named(name: Name) -> str:
-    return _shown(str(name))
+    return shown(str(name))
 
 
 def _first(names: Iterable[Name]) -> str:
     return f"first {_named(min(names))}"
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """What a stranger has sent, in short."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120

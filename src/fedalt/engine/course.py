@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -82,11 +82,20 @@ class Progress:
             best[column] = (round_, loss)
         return best
 
+    def sound(self) -> "Progress":
+        """The same without best rounds that are none: of a round not done, or below any loss."""
+        best = {
+            column: (round_, loss)
+            for column, (round_, loss) in self.best.items()
+            if 0 <= round_ < self.rounds_done and loss >= 0
+        }
+        return replace(self, best=best)
+
     def chosen(self, column: str, select: str) -> int:
-        """The round that an arm is tested at: one that is done, whatever `best` says."""
-        last = self.rounds_done - 1
-        best, _ = self.best.get(column, (last, math.inf))
-        return best if select == "best" and 0 <= best <= last else last
+        """The round that an arm is tested at."""
+        if select == "best" and column in self.best:
+            return self.best[column][0]
+        return self.rounds_done - 1
 
 
 @dataclass(frozen=True)

@@ -197,7 +197,5 @@ def _check_score(score: Score, asked: Asked, metrics: Metrics) -> None:
     if score.split != asked.split:
         raise Refused(f"{what} is of the {score.split} data, expected {asked.split}")
     if score.round != asked.scores[score.column]:
-        raise Refused(
-            f"{what} is of round {score.round}, expected {asked.scores[score.column]}"
-        )
+        raise Refused(f"{what} is of round {score.round}, expected {asked.scores[score.column]}")
     metrics.require(score.metrics, what)

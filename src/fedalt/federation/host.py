@@ -56,7 +56,7 @@ class Host:
     def to_the_end(self) -> None:
         """Go on from where the folder stands until the test data are scored and all know it."""
         schedule = self.terms.settings.rounds
-        progress = self.folder.progress()
+        progress = self.folder.progress().sound()
         self._sweep(progress)
         called: Called = {}
         for round_ in range(progress.rounds_done, schedule.rounds):

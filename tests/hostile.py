@@ -55,7 +55,7 @@ Change = Callable[[Opened, random.Random], None]
 Spoil = Callable[[bytes, random.Random], bytes]
 
 
-class NotHere(Exception):
+class NotHere(Exception):  # noqa: N818 - nothing is wrong
     """What is to be changed is not part of these bytes."""
 
 
@@ -300,7 +300,7 @@ def _error(it: Opened, rng: random.Random) -> None:
     it.plain["error"] = {"beside": "no memory", "long": "x" * 10**5, "control": "a\n\x1b[2Jb"}[how]
 
 
-def _without_upload(it: Opened, rng: random.Random) -> None:  # noqa: ARG001
+def _without_upload(it: Opened, rng: random.Random) -> None:
     if it.plain["upload"] is None:
         raise NotHere
     it.plain["upload"] = None
@@ -370,7 +370,7 @@ def _call_last(it: Opened, rng: random.Random) -> None:
         it.plain["train"] = True
 
 
-def _call_nothing(it: Opened, rng: random.Random) -> None:  # noqa: ARG001
+def _call_nothing(it: Opened, rng: random.Random) -> None:
     if it.plain["last"]:
         raise NotHere
     it.plain |= {"train": False, "score": {"mapping": {}}}

@@ -79,9 +79,7 @@ def _upload(change: Callable[[Any], Any], honest: bytes, _: bytes) -> bytes:
 def _scores(changes: Mapping[str, Any], honest: bytes, _: bytes) -> bytes:
     """The same answer with something else in each of its scores."""
     answer = decode(Answer, honest)
-    return encode(
-        replace(answer, scores=tuple(replace(each, **changes) for each in answer.scores))
-    )
+    return encode(replace(answer, scores=tuple(replace(each, **changes) for each in answer.scores)))
 
 
 SPOIL: Mapping[str, Callable[[bytes, bytes], bytes]] = {

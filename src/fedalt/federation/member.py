@@ -59,11 +59,7 @@ class Member:
     hear: Hear = ignore
 
     def answer(self, data: bytes) -> bytes:
-        """What to send back to a call; to the same call always the same bytes.
-
-        Whatever is wrong with a call is told in the answer, and a call that is refused changes
-        nothing on the disk.
-        """
+        """What to send back: to the same call the same bytes, to a bad one why it is refused."""
         call_digest = digest(data)
         answer = Answer(
             self.terms.name, self.terms.digest, self.client_id, NEVER, NEVER, call_digest

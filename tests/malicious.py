@@ -24,6 +24,10 @@ PLAN: Mapping[int, tuple[str, str]] = {
     11: ("truncated", "it cannot be read"),
     13: ("gigantic", "the upload has"),
     15: ("flood", ""),  # the door does not take it; then it sends its own
+    16: ("no loss", "the score of column 'own' has no 'loss'"),
+    17: ("tempting loss", "the score of column 'own': loss is -1000000.0"),
+    18: ("round to come", "the score of column 'own' is of round 999999"),
+    19: ("no costs", "the cost of column 'local' is missing"),
 }
 GIGANTIC = 20 * 2**20  # bytes, more than the drill's server allows
 FLOOD = 200 * 2**20  # more than its door passes on
@@ -72,6 +76,12 @@ def _upload(change: Callable[[Any], Any], honest: bytes, _: bytes) -> bytes:
     return encode(replace(answer, upload=replace(answer.upload, tree=tree)))
 
 
+def _scores(changes: Mapping[str, Any], honest: bytes, _: bytes) -> bytes:
+    """The same answer with something else in each of its scores."""
+    answer = decode(Answer, honest)
+    return encode(replace(answer, scores=tuple(replace(each, **changes) for each in answer.scores)))
+
+
 SPOIL: Mapping[str, Callable[[bytes, bytes], bytes]] = {
     "nan": partial(_upload, lambda tensor: torch.full_like(tensor, float("nan"))),
     "huge": partial(_upload, lambda tensor: torch.full_like(tensor, 1e30)),
@@ -79,6 +89,10 @@ SPOIL: Mapping[str, Callable[[bytes, bytes], bytes]] = {
     "identity": lambda honest, _: encode(replace(decode(Answer, honest), client="a")),
     "yesterday": lambda _, first: first,
     "truncated": lambda honest, _: honest[: len(honest) // 2],
+    "no loss": partial(_scores, {"metrics": {}}),
+    "tempting loss": partial(_scores, {"metrics": {"loss": -1e6}}),
+    "round to come": partial(_scores, {"round": 999_999}),
+    "no costs": lambda honest, _: encode(replace(decode(Answer, honest), costs=())),
     "gigantic": lambda honest, _: honest + bytes(GIGANTIC),
 }
 

@@ -78,7 +78,8 @@ class Hesitant(Wire):
         answer = super()._answer(client_id, data)
         if client_id == "c" and call.round == 1 and call.train and self.times:
             self.times -= 1
-            return encode(replace(decode(Answer, answer), upload=None, error="no memory"))
+            bare = replace(decode(Answer, answer), upload=None, scores=(), costs=())
+            return encode(replace(bare, error="no memory"))
         return answer
 
 

@@ -1,13 +1,14 @@
 """The course of a run: how long it lasts, who takes part, how far it is, what is heard of it."""
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
 
 from fedalt.engine.in_process import States
-from fedalt.engine.robust import Robust
+from fedalt.engine.robust import Robust, central_loss
 from fedalt.methods.contract import AnyMethod
 from fedalt.seeds import generator
 
@@ -22,10 +23,10 @@ class Schedule:
 
     `participation` in (0, 1]: the share of the clients in a round's cohort, drawn anew each round.
     Validation data is scored every `evaluate_every` rounds and after the last one; with
-    `select="best"` the round with the lowest mean validation loss is the one that is tested.
-    Without `test` the test data are never read. `robust` takes the place of a method's weighted
-    mean: the coordinate-wise median of the uploads, or their mean without the share `trim` in
-    [0, 0.5) of the least and of the greatest.
+    `select="best"` the round with the lowest central validation loss over the clients (see
+    `engine.robust.central_loss`) is the one that is tested. Without `test` the test data are never
+    read. `robust` takes the place of a method's weighted mean: the coordinate-wise median of the
+    uploads, or their mean without the share `trim` in [0, 0.5) of the least and of the greatest.
     """
 
     rounds: int = 20
@@ -65,12 +66,30 @@ class Arm:
 class Progress:
     """How far a run is: what a crash may not lose.
 
-    `best` holds for each arm's column the best round so far and its mean validation loss.
+    `best` holds for each arm's column the best round so far and its central validation loss.
     """
 
     rounds_done: int = 0
     best: Mapping[str, tuple[int, float]] = field(default_factory=dict)
     tested: bool = False
+
+    def best_with(
+        self, column: str, round_: int, losses: Sequence[float]
+    ) -> dict[str, tuple[int, float]]:
+        """`best` once a round's validation losses, one for each client, are known too."""
+        best = dict(self.best)
+        if losses and (loss := central_loss(losses)) < best.get(column, (0, math.inf))[1]:
+            best[column] = (round_, loss)
+        return best
+
+    def sound(self) -> "Progress":
+        """The same without best rounds that are none: of a round not done, or below any loss."""
+        best = {
+            column: (round_, loss)
+            for column, (round_, loss) in self.best.items()
+            if 0 <= round_ < self.rounds_done and loss >= 0
+        }
+        return replace(self, best=best)
 
     def chosen(self, column: str, select: str) -> int:
         """The round that an arm is tested at."""

@@ -13,13 +13,15 @@ from torch import Tensor
 from fedalt.adapters.start import Start
 from fedalt.codec import CodecError, check_tree
 from fedalt.data.foreign import shown
-from fedalt.engine.rehearsal import Form, play
-from fedalt.methods.contract import AnyMethod, Facts, Message
+from fedalt.engine.rehearsal import Form, play, require_bound
+from fedalt.methods.contract import AnyMethod, Fact, Facts, Message
 from fedalt.tree import Name, Tree
 
 WEIGHT: Final = "weight"  # the fact that says how much an upload counts in a mean
 MOST_WEIGHT: Final = 1e9  # examples; nobody has more
 FEWEST: Final = 3  # uploads of which a median says what is usual
+FEWEST_COUNTED: Final = -1  # what stands for none
+MOST_COUNTED: Final = 10**5  # rounds, clients or groups
 
 
 class Refused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
@@ -68,8 +70,7 @@ def check_upload(upload: Message, forms: Sequence[Form]) -> None:
 
     A weight is above 0 and no larger than the examples that anybody could have.
     """
-    fitting = [form for form in forms if form.tree.keys() == upload.tree.keys()]
-    form = (fitting or list(forms))[-1]
+    form = form_of(upload, forms)
     _check_tree(upload.tree, form.tree)
     _check_facts(upload.facts, form.facts, "the upload")
     weight = upload.facts.get(WEIGHT)
@@ -77,27 +78,38 @@ def check_upload(upload: Message, forms: Sequence[Form]) -> None:
         return
     if not form.counts and weight != form.facts[WEIGHT]:
         exactly = form.facts[WEIGHT]
-        raise Refused(f"the upload's weight is {_shown(weight)}, expected exactly {exactly}")
+        raise Refused(f"the upload's weight is {quoted(weight)}, expected exactly {exactly}")
     if not 0 < weight <= MOST_WEIGHT:
         raise Refused(
-            f"the upload's weight is {_shown(weight)}, expected above 0 and at most {MOST_WEIGHT:g}"
+            f"the upload's weight is {quoted(weight)}, expected above 0 and at most {MOST_WEIGHT:g}"
         )
 
 
+def form_of(upload: Message, forms: Sequence[Form]) -> Form:
+    """The form that an upload has by the names of its tensors, or the last."""
+    return [*forms, *(form for form in forms if form.tree.keys() == upload.tree.keys())][-1]
+
+
 def check_broadcast(message: Message, method: AnyMethod, start: Start, client: object) -> None:
-    """Refuse a broadcast that this client, in its state, could not train with.
+    """Refuse a broadcast that this client, in its state, could neither train nor serve with.
 
     Sites, shapes and ranks fit the base model, all numbers are finite, and what the method orders
-    after it has exactly the tensors that its plans need.
+    and serves after it has exactly the tensors that its plans need.
     """
     with torch.device("meta"):  # only its facts are looked at
         first = method.broadcast(method.init_server(start), "")
     _check_facts(message.facts, first.facts, "the broadcast")
+    for key, fact in message.facts.items():
+        _check_number(key, fact)
     for name, tensor in message.tree.items():
         _check_place(name, tensor, message.tree, start)
     _check_finite(message.tree, "the broadcast")
     try:
         play(method.local(client, message), start, examples=1)
+        served = play(method.deploy(client, message), start, examples=1)
+        require_bound(served.plan, served.tree, start, "what is served")
+        if (shared := method.shared(client, message)) is not None:
+            require_bound(shared.plan, shared.tree, start, "what is shared")
     except Exception as error:  # whatever a method makes of what it does not expect
         raise Refused(
             f"the broadcast does not fit this client's state: {type(error).__name__}: {error}"
@@ -156,7 +168,7 @@ def _check_tree(tree: Tree, expected: Tree) -> None:
 
 def _check_facts(facts: Facts, expected: Facts, what: str) -> None:
     if facts.keys() != expected.keys():
-        raise Refused(f"{what} has the facts {_shown(sorted(facts))}, expected {sorted(expected)}")
+        raise Refused(f"{what} has the facts {quoted(sorted(facts))}, expected {sorted(expected)}")
     for key, wanted in expected.items():
         fact = facts[key]
         if type(fact) is not type(wanted):
@@ -164,6 +176,20 @@ def _check_facts(facts: Facts, expected: Facts, what: str) -> None:
             raise Refused(f"{what}'s fact {key!r} is a {kinds[0]}, expected a {kinds[1]}")
         if isinstance(fact, float) and not math.isfinite(fact):
             raise Refused(f"{what}'s fact {key!r} is {fact}, expected a finite number")
+
+
+def _check_number(key: str, fact: Fact) -> None:
+    """Whether a broadcast's fact is a number that a federation can come to.
+
+    Methods build as many slots as a fact says: a count without a limit fills the memory.
+    """
+    if key == WEIGHT and isinstance(fact, int | float) and fact < 0:
+        raise Refused(f"the broadcast's {WEIGHT} is {quoted(fact)}, expected at least 0")
+    if type(fact) is int and not FEWEST_COUNTED <= fact <= MOST_COUNTED:
+        raise Refused(
+            f"the broadcast's fact {key!r} is {quoted(fact)}, expected a whole number from "
+            f"{FEWEST_COUNTED} to {MOST_COUNTED}"
+        )
 
 
 def _check_place(name: Name, tensor: Tensor, tree: Tree, start: Start) -> None:
@@ -202,14 +228,14 @@ def _kind(tensor: Tensor) -> str:
 
 
 def _named(name: Name) -> str:
-    return _shown(str(name))
+    return quoted(str(name))
 
 
 def _first(names: Iterable[Name]) -> str:
     return f"first {_named(min(names))}"
 
 
-def _shown(value: object) -> str:
+def quoted(value: object) -> str:
     """What a stranger has sent, in short."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = 120

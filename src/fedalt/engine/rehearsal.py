@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from fedalt.adapters.plan import Plan
 from fedalt.adapters.start import Start
 from fedalt.methods.contract import AnyMethod, Facts, Message
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
@@ -107,7 +108,7 @@ def play(steps: Generator[Order, Any, T], start: Start, *, examples: int) -> T:
             return value
         match order:
             case Fit():
-                _require_bound(order, start)
+                require_bound(order.plan, order.compose(order.tree), start, "training")
                 answer = Fitted(order.tree, examples, Moments())
             case Embed():
                 answer = torch.zeros(order.examples, 1)  # how wide, only a model could tell
@@ -115,16 +116,16 @@ def play(steps: Generator[Order, Any, T], start: Start, *, examples: int) -> T:
                 answer = Found(order.start, 0.0)
 
 
-def _require_bound(order: Fit, start: Start) -> None:
-    bound = order.compose(order.tree)
-    needed = {**order.plan.shapes(start.sites), **start.heads}
+def require_bound(plan: Plan, bound: Tree, start: Start, what: str) -> None:
+    """ValueError unless a tree has exactly the tensors that a plan needs to be bound."""
+    needed = {**plan.shapes(start.sites), **start.heads}
     if missing := needed.keys() - bound.keys():
-        raise ValueError(f"training lacks {len(missing)} tensors, first {str(min(missing))!r}")
+        raise ValueError(f"{what} lacks {len(missing)} tensors, first {str(min(missing))!r}")
     if extra := bound.keys() - needed.keys():
-        raise ValueError(f"training has {len(extra)} tensors too many, first {str(min(extra))!r}")
+        raise ValueError(f"{what} has {len(extra)} tensors too many, first {str(min(extra))!r}")
     for name, tensor in bound.items():
         if tuple(tensor.shape) != needed[name] or tensor.dtype != torch.float32:
             raise ValueError(
-                f"training has {str(name)!r} as {tuple(tensor.shape)} of {tensor.dtype}, "
+                f"{what} has {str(name)!r} as {tuple(tensor.shape)} of {tensor.dtype}, "
                 f"expected {needed[name]} of torch.float32"
             )

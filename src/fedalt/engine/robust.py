@@ -1,4 +1,4 @@
-"""The coordinate-wise centre of uploads, which a few outliers cannot move far.
+"""Centres that a few outliers cannot move far: of uploads, number by number, and of losses.
 
 Yin, Chen, Ramchandran, Bartlett: "Byzantine-Robust Distributed Learning: Towards Optimal
 Statistical Rates", arXiv 1803.01498: median and trimmed mean. Every upload counts the same,
@@ -8,7 +8,8 @@ whatever weight it claims.
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from statistics import fmean
+from typing import Final, Literal
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from fedalt.tree import Tree, numbers
 
 Robust = Literal["median", "trimmed_mean"]
 
+_LEFT_OUT: Final = 0.1  # of the losses that choose a round, at either end
 _BLOCK = 2**22  # numbers of all uploads together that are in memory at once
 
 
@@ -56,6 +58,18 @@ def cut_of(robust: Robust, trim: float, count: int) -> int:
     if robust == "median":
         return most
     return min(most, math.ceil(round(trim * count, 9)))  # 0.1 * 30 is a little more than 3
+
+
+def central_loss(losses: Sequence[float]) -> float:
+    """What a round's validation losses, one for each client, are together; nats.
+
+    Their mean without a tenth of the least and of the greatest, rounded up: of three clients or
+    more at least one at either end, so that no single client decides which round is the best. Of
+    one or two it is the plain mean. A loss that is NaN counts as the greatest.
+    """
+    ordered = sorted(math.inf if math.isnan(each) else each for each in losses)
+    cut = cut_of("trimmed_mean", _LEFT_OUT, len(ordered))
+    return fmean(ordered[cut : len(ordered) - cut])
 
 
 def _body(file: Path) -> int:

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from statistics import fmean
 from typing import Final, Literal
 
 from fedalt import tree as trees
@@ -61,16 +60,15 @@ class Run:
     def _round(self, progress: Progress, round_: int) -> Progress:
         began = time.monotonic()
         cohort = self.schedule.cohort(self.clients, round_, self.learner.seed)
-        best = dict(progress.best)
         last = round_ + 1 == self.schedule.rounds
         for arm in self.arms:
             self._train(arm, round_, cohort)
             if last or (round_ + 1) % self.schedule.evaluate_every == 0:
-                loss = self.score(arm, round_, "validation", whole=False)
-                if loss is not None and loss < best.get(arm.column, (0, float("inf")))[1]:
-                    best[arm.column] = (round_, loss)
+                losses = self.score(arm, round_, "validation", whole=False)
+                best = progress.best_with(arm.column, round_, losses)
+                progress = replace(progress, best=best)
         self.journal.record(round_line(round_, len(cohort), began))
-        progress = Progress(round_ + 1, best)
+        progress = replace(progress, rounds_done=round_ + 1)
         self.journal.commit(progress)
         return progress
 
@@ -114,13 +112,13 @@ class Run:
         *,
         whole: bool,
         show: Callable[[Line], None] | None = None,
-    ) -> float | None:
-        """Score what every client serves after a round; the mean loss of the arm's own column.
+    ) -> list[float]:
+        """Score what every client serves after a round; the losses of the arm's own column.
 
-        None where no client has data. `whole` also scores the shared part and generated texts,
+        One for each client with data. `whole` also scores the shared part and generated texts,
         which is what takes long. `show` gets lines of each client's best and worst examples.
         """
-        losses = []
+        losses: list[float] = []
         places = {client_id: at for at, client_id in enumerate(self.clients, 1)}
         what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
         job = Score(arm.column, round_, split, whole, show is not None)
@@ -137,7 +135,7 @@ class Run:
                     show(json.loads(line))
             at, of = places[scored.client_id], len(places)
             self.hear(Event(what, round_, arm.column, scored.client_id, at, of))
-        return fmean(losses) if losses else None
+        return losses
 
     def work(self, job: Train | Score) -> Callable[[Sequence[str]], Sequence[Reply | Scored]]:
         """Does a job for any group of clients, in whichever process."""

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -12,20 +12,23 @@ from fedalt.data.foreign import shown
 from fedalt.engine.firewall import Refused, check_size, check_upload
 from fedalt.engine.gate import Gate
 from fedalt.engine.in_process import encoded
-from fedalt.engine.rehearsal import rehearse
+from fedalt.engine.rehearsal import Form, rehearse
+from fedalt.federation.answer_schema import Asked, asked_of, check_answer
 from fedalt.federation.channel import Channel, Lost
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.terms import Terms
-from fedalt.methods.contract import Message
 from fedalt.states import FileStates
 from fedalt.store import RunFolder
 
 _REST: Final = 30.0  # seconds before a client that could not do it is asked again
 _SHOWN: Final = 1.0  # seconds between two status files
-_REFUSED: Final = "refused"
 
 Say = Callable[[str], None]
-Called = dict[str, list[int]]  # of each client, the rounds of the calls it has not answered yet
+Called = dict[str, list[Asked]]  # of each client, the calls that it has not answered yet
+
+
+class Late(Exception):  # noqa: N818 - nobody's mistake
+    """An answer whose round is over, which the rules do not let count in this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +56,12 @@ class Rules:
 class Desk:
     """The round in progress; what it holds can be had again from the disk and the channel.
 
-    `folder` is the run's. Uploads stay on disk: `answers` hold all but them, `uploads` their sizes
-    in bytes, `downloads` those of the calls.
+    `columns` are those of the run's arms, `folder` is the run's. Uploads stay on disk: `answers`
+    hold all but them, `uploads` their sizes in bytes, `downloads` those of the calls.
     """
 
     terms: Terms
+    columns: Collection[str]
     folder: Path
     channel: Channel
     rules: Rules
@@ -70,6 +74,7 @@ class Desk:
     downloads: dict[str, int] = field(default_factory=dict)
     _calls: Mapping[str, Call] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
+    _asked: dict[str, Asked] = field(default_factory=dict)
     _heard: dict[str, float] = field(default_factory=dict)  # when, in seconds of the epoch
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
     _shown: tuple[float, object] = (0.0, None)
@@ -99,7 +104,7 @@ class Desk:
             free = [each for each in sorted(missing & online) if self._is_free(each)]
             self.channel.send((each, self._encoded(each)) for each in free)
             for each in free:
-                self.called.setdefault(each, []).append(self.round)
+                self.called.setdefault(each, []).append(self.asked(each))
             for client_id, came in self.channel.receive():
                 self._take(client_id, came)
             missing = self._missing()
@@ -116,12 +121,14 @@ class Desk:
                 )
                 told = True
 
-    def upload(self, client_id: str) -> tuple[bytes, Message]:
-        """An answer that has an upload, as it came, and the upload."""
-        data = self._file(client_id).read_bytes()
-        upload = decode(Answer, data).upload
-        assert upload is not None
-        return data, upload
+    def answer_file(self, client_id: str) -> Path:
+        """Where a client's answer of this round lies as it came; empty if it was refused."""
+        return self.folder / "incoming" / f"{self.round:04d}" / f"{client_id}.bin"
+
+    def forms(self, client_id: str) -> Sequence[Form]:
+        """What a client's upload must look like in this round."""
+        message = self._calls[client_id].message
+        return rehearse(self.terms.settings.method, self.terms.start, client_id, message)
 
     def _missing(self) -> set[str]:
         """Who has not answered yet, of those who still take part."""
@@ -132,7 +139,9 @@ class Desk:
         if client_id in self._unable and time.monotonic() - self._unable[client_id][1] < _REST:
             return False
         calls = self.called.get(client_id, [])
-        return not (calls if self.rules.late == "count" else self.round in calls)
+        if self.rules.late == "count":
+            return not calls
+        return all(each.round != self.round for each in calls)
 
     def _encoded(self, client_id: str) -> bytes:
         """A call's bytes. They are made when they are needed: calls share what they have in common.
@@ -149,36 +158,51 @@ class Desk:
             self._encoded(client_id)
         return self._digests[client_id]
 
+    def asked(self, client_id: str) -> Asked:
+        """What a client's call of this round asks for."""
+        if client_id not in self._asked:
+            call, digest_ = self._calls[client_id], self._digest(client_id)
+            self._asked[client_id] = asked_of(call, digest_, self.terms, self.columns)
+        return self._asked[client_id]
+
     def _take(self, client_id: str, came: bytes | Lost) -> None:
         """Put an answer on disk if it is one that counts, or say why not."""
         calls = self.called.get(client_id, [])
-        of = calls.pop(0) if calls else self.round  # calls are answered one after the other
+        asked = calls.pop(0) if calls else None  # calls are answered one after the other
         if isinstance(came, Lost):
-            self._tell(f"{client_id}: {came.reason}")
+            self._tell(f"{client_id}: {shown(came.reason)}")
             return
         self._heard[client_id] = time.time()
         if client_id in self.answers:
             return
         try:
-            answer = self._checked(client_id, came, of)
+            answer = self._checked(client_id, came, asked)
+        except Late as late:
+            self._tell(f"{client_id}: late: {late}")
+            return
         except Refused as error:
             states = FileStates(self.folder, self.round)
             states.quarantine(client_id, str(error), came, self.gate.firewall.quarantine_bytes)
             self._tell(f"{client_id}: refused: {error}")
-            if of < self.round:
+            if asked is not None and asked.round < self.round:
                 return  # its turn in this round is still to come
-            about = self.terms
-            answer = Answer(about.name, about.digest, client_id, of, NEVER, "", error=_REFUSED)
-            came = encode(answer)
-        answer = replace(answer, error=shown(answer.error))
-        if answer.error and answer.error != _REFUSED:
+            about = self.terms.name, self.terms.digest, client_id, self.round, NEVER, ""
+            self._keep(client_id, Answer(*about), b"")
+            return
+        if answer.error:
+            answer = replace(answer, error=shown(answer.error))
             if self._unable.get(client_id, ("", 0.0))[0] != answer.error:
                 self._tell(f"{client_id}: {answer.error}")
             self._unable[client_id] = answer.error, time.monotonic()
             return
+        self._keep(client_id, answer, came)
+
+    def _keep(self, client_id: str, answer: Answer, data: bytes) -> None:
+        """Put a client's answer of this round on disk."""
         self._unable.pop(client_id, None)
-        self._file(client_id).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(self._file(client_id), came)
+        file = self.answer_file(client_id)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(file, data)
         self._note(client_id, answer)
 
     def _note(self, client_id: str, answer: Answer) -> None:
@@ -186,50 +210,57 @@ class Desk:
             self.uploads[client_id] = len(encoded(answer.upload))
         self.answers[client_id] = replace(answer, upload=None)
 
-    def _checked(self, client_id: str, data: bytes, of: int) -> Answer:
-        """The answer in these bytes to a call of round `of`, if it may count; Refused otherwise."""
+    def _checked(self, client_id: str, data: bytes, asked: Asked | None) -> Answer:
+        """The answer in these bytes, if it is one to what was asked and may count.
+
+        `asked` is the oldest call that the client has not answered, None if there is none. Raises
+        Late or Refused.
+        """
         check_size(len(data), self.gate.firewall.max_upload_bytes)
+        late = asked is not None and asked.round < self.round
+        if asked is not None and late:
+            self._require_counting(client_id, asked)
+        if client_id not in self._calls:
+            raise Refused(f"nothing was asked in round {self.round}")
         try:
             answer = decode(Answer, data, finite=True)
         except CodecError as error:
             raise Refused(f"it cannot be read: {error}") from error
-        for what, theirs, ours in (
-            ("federation", answer.federation, self.terms.name),
-            ("terms", answer.terms, self.terms.digest),
-            ("client", answer.client, client_id),
-        ):
-            if theirs != ours:
-                raise Refused(f"it is from {what} {theirs!r}, but {ours!r} was called")
-        if client_id not in self._calls:
-            raise Refused(f"nothing was asked in round {self.round}")
-        call = self._calls[client_id]
-        if of < self.round and not (call.train and self.rules.late == "count"):
-            raise Refused(f"it is of round {of}, but this is round {self.round}")
-        if answer.error:
-            return answer
-        if answer.round != of:
-            raise Refused(f"it is of round {answer.round}, but round {of} was asked for")
-        if of == self.round and answer.call != self._digest(client_id):
-            raise Refused("it answers another call than the one of this round")
-        if answer.accepted != call.accepted:
-            raise Refused(f"it goes on from round {answer.accepted}, which is not the last counted")
-        if (answer.upload is None) == call.train:
-            raise Refused("it has no upload" if call.train else "an upload was not asked for")
+        check_answer(answer, asked or self.asked(client_id), self.terms)
+        if answer.error and late:
+            raise Late(f"in round {answer.round} it could not: {answer.error}")
         if answer.upload is not None:
-            forms = rehearse(self.terms.settings.method, self.terms.start, client_id, call.message)
-            check_upload(answer.upload, forms)
+            check_upload(answer.upload, self.forms(client_id))
+        if late:
+            self._tell(f"{client_id}: late: its upload of round {answer.round} counts in this one")
         return answer
 
+    def _require_counting(self, client_id: str, asked: Asked) -> None:
+        """Whether the rules let an answer to a call of an earlier round count; Late otherwise."""
+        over = f"its answer to the call of round {asked.round} came after that round had ended"
+        call = self._calls.get(client_id)
+        if self.rules.late == "drop":
+            raise Late(f"{over}; it is dropped")
+        if call is None or not call.train or not asked.trains:
+            raise Late(f"{over}, and it does not train in this one; it is dropped")
+        if asked.accepted != call.accepted:
+            raise Late(f"{over}, and another upload of it has counted since; it is dropped")
+
     def _resume(self) -> None:
-        """What has come of this round before the process was killed."""
+        """What has come of this round before the process was killed.
+
+        Whoever sent what is no answer to this round's call, or none at all, is called again.
+        """
         for client_id in self._calls:
-            if not self._file(client_id).exists():
-                continue
+            file = self.answer_file(client_id)
+            data = file.read_bytes() if file.exists() else b""
             try:
-                answer = decode(Answer, self._file(client_id).read_bytes())
-            except CodecError:
+                answer = self._checked(client_id, data, self.asked(client_id)) if data else None
+            except Refused as error:
+                file.unlink()
+                self._tell(f"{client_id}: its answer on disk is dropped: {error}")
                 continue
-            if answer.call == self._digest(client_id):
+            if answer is not None and not answer.error:
                 self._note(client_id, answer)
 
     def _show(self, online: Collection[str], missing: Collection[str]) -> None:
@@ -248,9 +279,6 @@ class Desk:
             "time": time.time(),
         }
         atomic_write(self.folder / "status.json", json.dumps(status).encode())
-
-    def _file(self, client_id: str) -> Path:
-        return self.folder / "incoming" / f"{self.round:04d}" / f"{client_id}.bin"
 
     def _tell(self, text: str) -> None:
         self.say(f"round {self.round}: {text}")

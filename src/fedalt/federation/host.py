@@ -13,22 +13,23 @@ may be killed at any time and goes on where it was.
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from statistics import fmean
 from typing import Final, Literal
 
 from fedalt.codec import encode
+from fedalt.engine.blame import take_in_usable
 from fedalt.engine.course import Arm, Progress
-from fedalt.engine.gate import Arrival, Gate, take_in
+from fedalt.engine.gate import Gate
 from fedalt.engine.in_process import server_of
 from fedalt.engine.schedule import round_line
 from fedalt.federation.channel import Channel
 from fedalt.federation.desk import Called, Desk, Rules, Say
-from fedalt.federation.messages import NEVER, Call, Score
+from fedalt.federation.messages import NEVER, Call
+from fedalt.federation.record_lines import is_validated, last_counted, score_lines, train_lines
+from fedalt.federation.round_uploads import RoundUploads
 from fedalt.federation.terms import Terms
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.local import LocalOnly
@@ -55,12 +56,12 @@ class Host:
     def to_the_end(self) -> None:
         """Go on from where the folder stands until the test data are scored and all know it."""
         schedule = self.terms.settings.rounds
-        progress = self.folder.progress()
+        progress = self.folder.progress().sound()
         self._sweep(progress)
         called: Called = {}
         for round_ in range(progress.rounds_done, schedule.rounds):
             progress = self._round(progress, round_, called)
-        if not self._validated(schedule.rounds - 1):
+        if not is_validated(self.folder.lines(), schedule.rounds - 1):
             progress = self._score(progress, called)
         if schedule.test and not progress.tested:
             progress = self._test(progress, called)
@@ -78,16 +79,12 @@ class Host:
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
         desk = self._desk(round_, called)
         desk.gather(calls, cohort)
-        best = self._scores(desk, dict(progress.best))
-        states = self._states(round_)
-        server = server_of(self._method, self.terms.start, states)
-        after = take_in(self._method, server, self._arrivals(desk), self.gate, states)
-        if after is None:
-            self.say(f"round {round_}: no upload counts; the server's state stays as it was")
-        else:
-            states.put("server", after)
+        verdicts = self._take_in(desk)
+        self._record(desk, verdicts)
         self.folder.record(round_line(round_, len(cohort), began))
-        progress = Progress(round_ + 1, best)
+        refused = [each for each, reason in verdicts.items() if reason is not None]
+        progress = self._with_best(progress, desk, score, refused)
+        progress = replace(progress, rounds_done=round_ + 1)
         self.folder.commit(progress)
         self._sweep(progress)
         return progress
@@ -98,7 +95,8 @@ class Host:
         call = self._calling(progress, round_, dict.fromkeys(self._columns(), round_ - 1))
         desk = self._desk(round_, called)
         desk.gather({each: call(each) for each in self._clients()})
-        progress = replace(progress, best=self._scores(desk, dict(progress.best)))
+        self._record(desk, {})
+        progress = self._with_best(progress, desk, dict.fromkeys(self._columns(), round_ - 1))
         self.folder.commit(progress)
         return progress
 
@@ -109,7 +107,7 @@ class Host:
         call = self._calling(progress, progress.rounds_done + 1, chosen, split="test")
         desk = self._desk(progress.rounds_done + 1, called)
         desk.gather({each: call(each) for each in self._clients()})
-        self._scores(desk, {})
+        self._record(desk, {})
         progress = replace(progress, tested=True)
         self.folder.commit(progress)
         return progress
@@ -144,7 +142,7 @@ class Host:
         """Makes calls of one kind."""
         at = score.get("own", round_ - 1) if split == "test" else progress.rounds_done - 1
         server = server_of(self._method, self.terms.start, self._states(at + 1))
-        accepted = self._accepted()
+        accepted = last_counted(self.folder.lines())
         keep = {column: best[0] for column, best in progress.best.items()}
 
         def call(client_id: str, *, train: bool = False, last: bool = False) -> Call:
@@ -164,63 +162,60 @@ class Host:
 
         return call
 
-    def _arrivals(self, desk: Desk) -> Iterator[Arrival]:
-        """The round's uploads, one at a time in memory, sorted by client."""
+    def _take_in(self, desk: Desk) -> dict[str, str | None]:
+        """Aggregate a round's uploads; of each client why its answer is refused, None if it counts.
 
-        def decide(client_id: str, reason: str | None) -> None:
+        Nothing is recorded yet: what has come of an upload may depend on all others.
+        """
+        states = self._states(desk.round)
+        server = server_of(self._method, self.terms.start, states)
+        uploads = RoundUploads(desk, {})
+        after = take_in_usable(self._method, server, uploads, self.gate, states)
+        if after is None:
+            self.say(f"round {desk.round}: no upload counts; the server's state stays as it was")
+        else:
+            states.put("server", after)
+        return uploads.verdicts
+
+    def _record(self, desk: Desk, verdicts: Mapping[str, str | None]) -> None:
+        """Record scores and training of a round; of a refused answer, the training with why."""
+        counted = [each for each in sorted(desk.answers) if verdicts.get(each) is None]
+        lines = [line for each in counted for line in score_lines(desk, each)]
+        for client_id, reason in verdicts.items():
             if reason is not None:
                 self.say(f"round {desk.round}: {client_id}: refused: {reason}")
-            self._record_training(desk, client_id, reason)
+            lines += train_lines(desk, client_id, reason)
+        for line in lines:
+            self.folder.record(line)
 
-        for client_id in sorted(desk.uploads):
-            data, upload = desk.upload(client_id)
-            yield Arrival(client_id, upload, data, None, partial(decide, client_id))
+    def _with_best(
+        self,
+        progress: Progress,
+        desk: Desk,
+        asked: Mapping[str, int],
+        refused: Collection[str] = (),
+    ) -> Progress:
+        """The best rounds once the scores that a round has asked for are known.
 
-    def _scores(
-        self, desk: Desk, best: dict[str, tuple[int, float]]
-    ) -> dict[str, tuple[int, float]]:
-        """Record the scores of a round's answers; the best rounds with these among them."""
-        losses: dict[tuple[str, int], list[float]] = {}
-        for client_id, answer in sorted(desk.answers.items()):
-            for score in answer.scores:
-                self.folder.record(_line(client_id, score))
-                if score.split == "validation":
-                    losses.setdefault((score.column, score.round), []).append(score.metrics["loss"])
-        for (column, round_), found in losses.items():
-            if fmean(found) < best.get(column, (0, float("inf")))[1]:
-                best[column] = (round_, fmean(found))
-        return best
-
-    def _record_training(self, desk: Desk, client_id: str, refused: str | None) -> None:
-        answer = desk.answers[client_id]
-        for cost in answer.costs:
-            own = cost.column == "own"
-            line = {
-                "kind": "train",
-                "round": desk.round,
-                "trained": answer.round,
-                "client": client_id,
-                "column": cost.column,
-                "metrics": dict(cost.metrics),
-                "upload_bytes": desk.uploads[client_id] if own else 0,
-                "download_bytes": desk.downloads.get(client_id, 0) if own else 0,
-                "seconds": cost.seconds,
-            }
-            self.folder.record(line if refused is None else {**line, "refused": refused})
-
-    def _accepted(self) -> dict[str, int]:
-        """The last round of each client whose upload counts, as the record tells."""
-        return {
-            line["client"]: line["trained"]
-            for line in self.folder.lines()
-            if line["kind"] == "train" and line["column"] == "own" and "refused" not in line
-        }
-
-    def _validated(self, round_: int) -> bool:
-        return any(
-            line["kind"] == "score" and line["split"] == "validation" and line["round"] == round_
-            for line in self.folder.lines()
-        )
+        Late and refused answers are none; and unless more than half of the clients have answered,
+        the few do not choose for all.
+        """
+        answers = [
+            answer
+            for client_id, answer in desk.answers.items()
+            if answer.call and answer.round == desk.round and client_id not in refused
+        ]
+        if 2 * len(answers) <= len(self._clients()):
+            return progress
+        for column, round_ in asked.items():
+            losses = [
+                score.metrics["loss"]
+                for answer in answers
+                for score in answer.scores
+                if (score.split, score.column, score.round) == ("validation", column, round_)
+            ]
+            progress = replace(progress, best=progress.best_with(column, round_, losses))
+        return progress
 
     def _sweep(self, progress: Progress) -> None:
         """Drop answers of rounds that are over."""
@@ -231,6 +226,7 @@ class Host:
     def _desk(self, round_: int, called: Called) -> Desk:
         return Desk(
             self.terms,
+            self._columns(),
             self.folder.path,
             self.channel,
             self.rules,
@@ -253,17 +249,6 @@ class Host:
     @property
     def _method(self) -> AnyMethod:
         return self.arms[0].method
-
-
-def _line(client_id: str, score: Score) -> dict[str, object]:
-    return {
-        "kind": "score",
-        "split": score.split,
-        "round": score.round,
-        "client": client_id,
-        "column": score.column,
-        "metrics": dict(score.metrics),
-    }
 
 
 def open_host(

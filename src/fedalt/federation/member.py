@@ -12,23 +12,25 @@ round that does not count is dropped, so that client and server never disagree o
 """
 
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 from fedalt import tree as trees
 from fedalt.codec import CodecError, atomic_write, decode, encode
-from fedalt.data.records import DataError
 from fedalt.engine.course import Arm, Event
-from fedalt.engine.firewall import Refused, check_broadcast
+from fedalt.engine.firewall import check_broadcast
 from fedalt.engine.in_process import client_of, drive, drive_all
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import training_metrics
+from fedalt.federation.answer_schema import asked_of, check_answer
+from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
 from fedalt.federation.here import require_model, settings_here
 from fedalt.federation.kept import keep
-from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, answers, digest
+from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.terms import Terms
 from fedalt.federation.told import Say, silent, what_did_not_count, what_was_done, where
 from fedalt.methods.contract import Message, Serving
@@ -36,11 +38,13 @@ from fedalt.prepare import Parts, Prepared, learner_of, prepare
 from fedalt.settings import SettingsError
 from fedalt.states import newest, prune
 from fedalt.store import RunFolder, StoreError
-from fedalt.training.group import Trained, TrainingError
+from fedalt.training.group import Trained
 from fedalt.training.orders import Order
 
 Hear = Callable[[Event], None]
 FORMAT = 1
+
+_log: Final = logging.getLogger(__name__)  # on standard error, where nobody says otherwise
 
 
 def ignore(_: Event) -> None:
@@ -60,48 +64,63 @@ class Member:
     say: Say = silent
 
     def answer(self, data: bytes) -> bytes:
-        """What to send back to a call; to the same call always the same bytes.
+        """What to send back: to the same call the same bytes, to a bad one why it is refused.
 
         `say` is told of it, and of all that hinders it.
         """
         call_digest = digest(data)
-        kept = self.folder / "answer.bin"
-        if kept.exists() and (old := kept.read_bytes()) and answers(old, call_digest):
-            self.say("the server asks once more; it gets the same answer")
-            return old
         answer = Answer(
             self.terms.name, self.terms.digest, self.client_id, NEVER, NEVER, call_digest
         )
         rounds, place = self.terms.settings.rounds.rounds, "a call of the server"
         try:
-            call = decode(Call, data, finite=True)
+            old, known = self._last_answer()
+            if known is not None and known.call == call_digest:
+                self.say("the server asks once more; it gets the same answer")
+                return old
+            call = read_call(data, self.client_id)
             place = where(call, rounds)
             answer = replace(answer, round=call.round, accepted=call.accepted)
+            since = NEVER if known is None else known.round
+            check_call(call, self.terms, self.client_id, self._columns, since)
             done = self._carry_out(call, answer)
+            check_answer(done, asked_of(call, call_digest, self.terms, self._columns), self.terms)
             sent = encode(done)
-            atomic_write(kept, sent)
-        # These texts name tensors, rounds and settings, never anything of the data.
-        except (CodecError, Refused, StoreError, TrainingError) as error:
-            return self._unable(answer, place, str(error), str(error))
-        except DataError as error:
-            why = f"client {self.client_id!r}: its data cannot be used"
-            return self._unable(answer, place, why, str(error))
-        except OSError as error:  # a full disk; where that is, is nobody else's business
-            why = error.strerror or type(error).__name__
-            named = f"{error.filename}: {why}" if error.filename else why
-            return self._unable(answer, place, f"client {self.client_id!r}: {why}", named)
+            atomic_write(self.folder / "answer.bin", sent)
+        except Exception as error:  # a client that ends with an error could be called to death
+            return self._unable(answer, place, error)
         if told := what_was_done(call, done, len(sent), rounds):
             self.say(told)
         return sent
 
-    def _unable(self, answer: Answer, place: str, told: str, why: str) -> bytes:
-        """The answer that there is none: the server hears `told`, the client's owner `why`."""
-        self.say(f"{place}: this client could not answer: {why}; the server asks it again")
-        return encode(replace(answer, error=told))
+    def _unable(self, answer: Answer, place: str, error: Exception) -> bytes:
+        """The answer that there is none: the server hears no path and no data, the owner all."""
+        named = str(error)
+        if isinstance(error, OSError) and error.filename:
+            named = f"{error.filename}: {error.strerror}"
+        self.say(f"{place}: this client could not answer: {named}; the server asks it again")
+        if not isinstance(error, ValueError | OSError):
+            _log.error("%s: %s", self.client_id, error, exc_info=True)
+        return encode(replace(answer, upload=None, scores=(), costs=(), error=self._told(error)))
+
+    def _told(self, error: Exception) -> str:
+        """What the server is told of an error, without paths of this machine."""
+        settings = self.parts.settings
+        mine = [self.folder, settings.data.path, Path(settings.model.name), Path.home(), Path.cwd()]
+        return told_outside(error, self.client_id, [*mine, *(each.absolute() for each in mine)])
+
+    def _last_answer(self) -> tuple[bytes, Answer | None]:
+        """The last answer, as it was sent; a damaged file is none."""
+        file = self.folder / "answer.bin"
+        data = file.read_bytes() if file.exists() else b""
+        try:
+            return data, decode(Answer, data)
+        except CodecError:
+            return data, None
 
     def _carry_out(self, call: Call, answer: Answer) -> Answer:
-        self._require_ours(call)
-        self._require_known(call)
+        self._require_counted(call)
+        self._require_fitting(call)
         if lost := what_did_not_count(self.folder, self.client_id, call):
             self.say(f"{where(call, self.terms.settings.rounds.rounds)}: {lost}")
         self._settle(call)
@@ -119,43 +138,41 @@ class Member:
                 upload = sent if arm.column == "own" else upload
         return replace(answer, upload=upload, scores=tuple(scores), costs=tuple(costs))
 
-    def _require_ours(self, call: Call) -> None:
-        """Whether the call is for this client, of this federation, under the terms it knows."""
-        for what, theirs, ours in (
-            ("federation", call.federation, self.terms.name),
-            ("client", call.client, self.client_id),
-            ("terms", call.terms, self.terms.digest),
-        ):
-            if theirs != ours:
-                raise StoreError(
-                    f"client {self.client_id!r}: the call is for {what} {theirs!r}, "
-                    f"but this is {ours!r}"
-                )
-
-    def _require_known(self, call: Call) -> None:
-        """Refuse a server that has forgotten what it said."""
+    def _require_counted(self, call: Call) -> None:
+        """Refuse a server that has forgotten what it said, or counts what is not here."""
         known = self._accepted()
         if call.accepted < known:
-            raise StoreError(
+            raise CallRefused(
                 f"client {self.client_id!r}: the server says that round {call.accepted} was the "
                 f"last to count, but it said {known} before; nothing was changed. It was set back "
                 "to an older state, or this is an old message"
             )
+        mine = newest(
+            self._run().states("own", 0).folder / "clients" / self.client_id, call.accepted
+        )
+        is_there = mine is not None and int(mine.stem) == call.accepted
+        if call.accepted != NEVER and not is_there and not call.last:
+            raise CallRefused(
+                f"client {self.client_id!r}: the server counts an upload of round "
+                f"{call.accepted}, but this client has no state of it; restore its folder from a "
+                "backup, or let the server's operator take the client out"
+            )
+
+    def _require_fitting(self, call: Call) -> None:
+        """Refuse a broadcast before anything is computed with it."""
+        (own,) = (arm for arm in self.parts.arms if arm.column == "own")
+        scored = call.score.get(own.column, call.accepted)
+        for round_ in {call.accepted, min(scored, call.accepted)}:
+            states = self._run().states(own.column, round_ + 1)
+            client = client_of(own.method, self.parts.start, states, self.client_id)
+            check_broadcast(call.message, own.method, self.parts.start, client)
 
     def _settle(self, call: Call) -> None:
-        """Drop what does not count."""
-        states = self._run().states("own", call.accepted + 1)
-        if call.accepted != NEVER:
-            mine = newest(states.folder / "clients" / self.client_id, call.accepted)
-            if mine is None or int(mine.stem) != call.accepted:
-                raise StoreError(
-                    f"client {self.client_id!r}: the server counts an upload of round "
-                    f"{call.accepted}, but {self.folder} has no state of it; restore the folder "
-                    "from a backup, or let the server's operator take the client out"
-                )
+        """Drop what does not count, and remember what does."""
         for arm in self.parts.arms:
-            keep = {call.accepted, call.keep.get(arm.column, call.accepted)}
-            prune(self._run().states(arm.column, 0).folder, sorted(keep))
+            kept = min(call.keep.get(arm.column, call.accepted), call.accepted)
+            folder = self._run().states(arm.column, 0).folder
+            prune(folder, sorted({call.accepted, kept}))
         atomic_write(self.folder / "accepted.json", json.dumps(call.accepted).encode())
 
     def _accepted(self) -> int:
@@ -176,7 +193,7 @@ class Member:
         examples = self.learner.task.examples(self.client_id, call.split)
         if not examples:
             return []
-        states = self._run().states(arm.column, round_ + 1)
+        states = self._run().states(arm.column, min(round_, call.accepted) + 1)
         client = client_of(arm.method, self.parts.start, states, self.client_id)
         message = self._message(arm, call)
         deploying = arm.method.deploy(client, message)
@@ -201,7 +218,6 @@ class Member:
         states = self._run().states(arm.column, call.round)
         client = client_of(arm.method, self.parts.start, states, self.client_id)
         message = self._message(arm, call)
-        check_broadcast(message, arm.method, self.parts.start, client)
 
         def on_step(client_id: str, done: int, of: int, loss: float) -> None:
             self.hear(Event("train", call.round, arm.column, client_id, done, of, loss))
@@ -225,14 +241,18 @@ class Member:
             return call.message
         return arm.method.broadcast(arm.method.init_server(self.parts.start), self.client_id)
 
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return tuple(arm.column for arm in self.parts.arms)
+
     def _run(self) -> RunFolder:
         return RunFolder(self.folder)
 
 
-def is_last(data: bytes) -> bool:
-    """Whether a call says that nothing comes after it."""
+def is_last(data: bytes, answer: bytes) -> bool:
+    """Whether a call says that nothing comes after it, and this answer does not refuse it."""
     try:
-        return decode(Call, data).last
+        return decode(Call, data).last and not decode(Answer, answer).error
     except CodecError:
         return False
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fedalt.codec import CodecError, decode
 from fedalt.methods.contract import Message
 
 Split = Literal["validation", "test"]
@@ -76,11 +75,3 @@ class Answer:
 def digest(data: bytes) -> str:
     """What tells two calls, or two agreements, apart."""
     return hashlib.sha256(data).hexdigest()[:32]
-
-
-def answers(data: bytes, call_digest: str) -> bool:
-    """Whether kept bytes are the answer to this call; a damaged file is none."""
-    try:
-        return decode(Answer, data).call == call_digest
-    except CodecError:
-        return False

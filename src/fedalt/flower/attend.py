@@ -93,8 +93,9 @@ def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[s
                 case "trouble":
                     troubles.tell(f"{data.decode(errors='replace')}; trying again")
                 case "call":
-                    last = is_last(data)
-                    send(pair, "answer", member.answer(data))
+                    answer = member.answer(data)
+                    last = is_last(data, answer)
+                    send(pair, "answer", answer)
                 case "delivered" if last:
                     return connected, True
                 case "ended":

@@ -1,0 +1,201 @@
+"""What an answer may hold: the schema that it is held against before it is kept anywhere.
+
+A member checks its own answers against it too, so nobody honest sends what a server refuses. The
+tensors of an upload have a check of their own, `engine.firewall.check_upload`.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from fedalt.engine.firewall import Refused, quoted
+from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, Split
+from fedalt.federation.terms import Terms
+from fedalt.methods.contract import Message
+from fedalt.tree import on
+
+LONGEST_ERROR: Final = 600  # characters; honest clients cut theirs before that
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a metric may be: both ends belong to it, NaN and infinity never do."""
+
+    least: float
+    most: float
+    whole: bool = False
+
+    def require(self, number: float, what: str) -> None:
+        """Refuse what lies outside."""
+        fits = math.isfinite(number) and self.least <= number <= self.most
+        if not fits or (self.whole and number != int(number)):
+            kind = "a whole number" if self.whole else "a number"
+            raise Refused(
+                f"{what} is {number!r}, expected {kind} from {self.least:g} to {self.most:g}"
+            )
+
+
+# Nats, counts and seconds have no upper end by nature; these are beyond what anybody comes to,
+# and small enough for sums over many clients.
+LOSS: Final = Range(0, 1e9)
+COUNT: Final = Range(0, 1e15, whole=True)
+SECONDS: Final = Range(0, 1e9)
+SHARE: Final = Range(0, 1)
+PERCENT: Final = Range(0, 100)
+
+TRAINING: Final = {"loss": LOSS, "steps": COUNT, "tokens": COUNT}
+LIKELIHOOD: Final = {"loss": LOSS}
+OPTIONS: Final = {"accuracy": SHARE}
+TEXTS: Final = {"exact_match": SHARE, "rouge1": PERCENT, "rougeL": PERCENT}
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The metrics that a score has, and those that it may have beside them."""
+
+    needed: Mapping[str, Range]
+    optional: Mapping[str, Range] = field(default_factory=dict)
+
+    def require(self, found: Mapping[str, float], what: str) -> None:
+        """Refuse a metric too few or too many, and a number outside its range."""
+        if missing := self.needed.keys() - found.keys():
+            raise Refused(f"{what} has no {min(missing)!r}")
+        known = {**self.needed, **self.optional}
+        if unknown := found.keys() - known.keys():
+            raise Refused(f"{what} has the unknown metric {quoted(min(unknown))}")
+        for key, number in found.items():
+            known[key].require(number, f"{what}: {key}")
+
+
+def metrics_of(terms: Terms, split: Split) -> Metrics:
+    """The metrics of a score on a split under these terms.
+
+    Labels are always compared with their options, answers only where a client's records list some;
+    texts are written for test data alone, and not where that is switched off.
+    """
+    if terms.labels:
+        return Metrics(LIKELIHOOD | OPTIONS)
+    written = TEXTS if split == "test" and terms.settings.scoring.generate else {}
+    return Metrics(LIKELIHOOD | written, OPTIONS)
+
+
+COSTS: Final = Metrics(TRAINING)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a call asked for, without the broadcast: what its answer is held against.
+
+    `trains` are the columns that train, `scores` those that are scored, each with its round; the
+    shared part is one of them on test data, where there is one.
+    """
+
+    client: str
+    round: int
+    accepted: int
+    digest: str
+    trains: Collection[str]
+    scores: Mapping[str, int]
+    split: Split
+
+
+def asked_of(call: Call, digest: str, terms: Terms, columns: Collection[str]) -> Asked:
+    """What a call asks of a client whose arms have these columns."""
+    scores = {column: call.score[column] for column in columns if column in call.score}
+    own = scores.get("own")
+    if own is not None and call.split == "test" and _has_shared(call, terms):
+        scores["shared"] = own
+    trains = tuple(columns) if call.train else ()
+    return Asked(call.client, call.round, call.accepted, digest, trains, scores, call.split)
+
+
+def _has_shared(call: Call, terms: Terms) -> bool:
+    """Whether a client would score the shared part alone after this call's broadcast."""
+    method = terms.settings.method
+    with torch.device("meta"):
+        client = method.init_client(terms.start, call.client)
+        sent = Message(on(call.message.tree, "meta"), call.message.facts)
+        return method.shared(client, sent) is not None
+
+
+def check_answer(answer: Answer, asked: Asked, terms: Terms) -> None:
+    """Refuse an answer that is anything but what was asked for, or why it could not be done.
+
+    A client without examples of a split scores nothing, others score all that was asked for.
+    """
+    _check_sender(answer, asked, terms)
+    if answer.error:
+        _check_error(answer, asked)
+        return
+    if answer.round != asked.round:
+        raise Refused(f"it is of round {answer.round}, but round {asked.round} was asked for")
+    if answer.call != asked.digest:
+        raise Refused(f"it answers another call than the one of round {asked.round}")
+    if answer.accepted != asked.accepted:
+        raise Refused(f"it goes on from round {answer.accepted}, which is not the last counted")
+    if (answer.upload is None) == bool(asked.trains):
+        raise Refused("it has no upload" if asked.trains else "an upload was not asked for")
+    _check_columns([each.column for each in answer.costs], asked.trains, "the cost")
+    for cost in answer.costs:
+        _check_cost(cost)
+    if answer.scores:
+        _check_columns([each.column for each in answer.scores], asked.scores, "the score")
+        metrics = metrics_of(terms, asked.split)
+        for score in answer.scores:
+            _check_score(score, asked, metrics)
+
+
+def _check_sender(answer: Answer, asked: Asked, terms: Terms) -> None:
+    for what, theirs, ours in (
+        ("federation", answer.federation, terms.name),
+        ("terms", answer.terms, terms.digest),
+        ("client", answer.client, asked.client),
+    ):
+        if theirs != ours:
+            raise Refused(f"it is from {what} {quoted(theirs)}, but {ours!r} was called")
+
+
+def _check_error(answer: Answer, asked: Asked) -> None:
+    """An answer that says why it could not be done says nothing else."""
+    if answer.upload is not None or answer.scores or answer.costs:
+        raise Refused("it has an error and something beside it")
+    if len(answer.error) > LONGEST_ERROR or not answer.error.isprintable():
+        raise Refused(
+            f"its error is {quoted(answer.error)}, expected at most {LONGEST_ERROR} printable "
+            "characters"
+        )
+    for what, theirs, ours in (
+        ("round", answer.round, asked.round),
+        ("last counted round", answer.accepted, asked.accepted),
+    ):
+        if theirs not in (ours, NEVER):  # a client that could not read the call knows neither
+            raise Refused(f"it has an error about {what} {theirs}, expected {ours}")
+    if answer.call != asked.digest:
+        raise Refused(f"it has an error about another call than the one of round {asked.round}")
+
+
+def _check_columns(found: Collection[str], expected: Collection[str], what: str) -> None:
+    if unknown := set(found) - set(expected):
+        raise Refused(f"{what} of column {quoted(min(unknown))} was not asked for")
+    if missing := set(expected) - set(found):
+        raise Refused(f"{what} of column {min(missing)!r} is missing")
+    if len(found) != len(expected):
+        raise Refused(f"{what} of a column is there twice")
+
+
+def _check_cost(cost: Cost) -> None:
+    what = f"the cost of column {cost.column!r}"
+    COSTS.require(cost.metrics, what)
+    SECONDS.require(cost.seconds, f"{what}: seconds")
+
+
+def _check_score(score: Score, asked: Asked, metrics: Metrics) -> None:
+    what = f"the score of column {score.column!r}"
+    if score.split != asked.split:
+        raise Refused(f"{what} is of the {score.split} data, expected {asked.split}")
+    if score.round != asked.scores[score.column]:
+        raise Refused(f"{what} is of round {score.round}, expected {asked.scores[score.column]}")
+    metrics.require(score.metrics, what)

@@ -21,6 +21,7 @@ from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fdlora import FDLoRA
 from fedalt.methods.fedalt import FedALT
+from fedalt.methods.fedalt_select import FedALTSelect
 from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
@@ -45,6 +46,9 @@ ROWS: dict[str, AnyMethod] = {
     "fedalt, 1/K": FedALT(lora=SMALL, gate="one_over_clients"),
     "fedalt, shared mixer": FedALT(lora=SMALL, share_mixer=True),
     "fedalt, own starts": FedALT(lora=SMALL, shared_start=False, mixer_init="zeros"),
+    "fedalt select": FedALTSelect(lora=SMALL),
+    "fedalt select, all": FedALTSelect(lora=SMALL, tau=-1.0, width=0.1, memory=0.9, power=0.0),
+    "fedalt select, late": FedALTSelect(lora=SMALL, tau=-1.0, alone=3, gain=0.5),
     "fedit": FedIT(lora=SMALL),
     "fedit, by examples": FedIT(lora=SMALL, weighting="examples"),
     "local": LocalOnly(lora=SMALL),

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fdlora import FDLoRA
 from fedalt.methods.fedalt import FedALT
+from fedalt.methods.fedalt_select import FedALTSelect
 from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
@@ -19,6 +20,7 @@ from fedalt.methods.unequal_ranks import UnequalRanks
 # tells them apart, and nothing else sets that.
 METHODS: Mapping[str, AnyMethod] = {
     "fedalt": FedALT(),
+    "fedalt_select": FedALTSelect(),
     "fedit": FedIT(),
     "local": LocalOnly(),
     "fedlease": FedLEASE(),

@@ -7,7 +7,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,11 +16,13 @@ import torch
 
 from fedalt.data.folder import DataFolder, open_data
 from fedalt.prepare import require_known
+from fedalt.report.effort import by_slot, effort_of
 from fedalt.runs import is_finished
 from fedalt.settings import (
     DataSettings,
     Settings,
     SettingsError,
+    read_settings,
     read_table,
     settings_of,
     to_toml,
@@ -60,13 +62,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: numbers, bytes per client and round, seconds of training, peak bytes."""
+    """What a run took: numbers, bytes per client and round, seconds of training, peak bytes.
+
+    `trainable_numbers` are all that the client with most of them trains at any time, `trained` by
+    slot, `least_numbers` those of the client with fewest; `ranks` the smallest and the largest.
+    `steps` and `serving_steps` are means over clients: in all rounds, and before each serving.
+    """
 
     trainable_numbers: int
     upload_bytes: float
     download_bytes: float
     seconds: float
     peak_memory_bytes: int
+    least_numbers: int = 0
+    ranks: tuple[int, int] = (0, 0)
+    steps: float = 0.0
+    serving_steps: float = 0.0
+    trained: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
@@ -191,8 +203,14 @@ def cost_of(path: Path) -> Cost:
     folder = open_run(path)
     lines = folder.lines()
     trained = [line for line in lines if line["kind"] == "train"]
+    effort = effort_of(folder, read_settings(path / "settings.toml"))
     return Cost(
-        trainable_numbers=folder.facts()["trainable_numbers"]["own"],
+        trainable_numbers=effort.most,
+        least_numbers=effort.least,
+        ranks=effort.ranks,
+        steps=effort.steps,
+        serving_steps=effort.serving_steps,
+        trained=by_slot(effort.trained),
         upload_bytes=fmean(line["upload_bytes"] for line in trained),
         download_bytes=fmean(line["download_bytes"] for line in trained),
         seconds=sum(line["seconds"] for line in trained),

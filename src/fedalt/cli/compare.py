@@ -1,6 +1,7 @@
 """`fedalt compare` and `tune`: several methods under one budget, and a fair choice of settings."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,7 +33,14 @@ def compare(
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
     from fedalt.comparison import jobs_of, read_comparison
-    from fedalt.report.comparison import budget_of, collect, draw_grid, grid_of, write_results
+    from fedalt.report.comparison import (
+        budget_of,
+        collect,
+        draw_grid,
+        gaps_of,
+        grid_of,
+        write_results,
+    )
     from fedalt.report.table import to_json
 
     entries, seeds = read_comparison(file)
@@ -44,13 +52,15 @@ def compare(
         write_results(out, results)
         if as_json:
             tables = {name: to_json(table) for name, table in results.tables().items()}
-            show_json({"folder": str(out), **tables})
+            gaps = [asdict(gap) for gap in gaps_of(results)]
+            show_json({"folder": str(out), **tables, "gaps": gaps})
         else:
             for name, table in results.tables().items():
                 console().print(draw_grid(grid_of(table), f"{name} on test data"))
             for sentence in budget_of(results):
                 note(sentence, quiet=quiet)
-            note(f"results.jsonl, table.md, table.csv and clients.csv lie in {out}", quiet=quiet)
+            files = "results.jsonl, table.md, table.csv, gaps.csv and clients.csv"
+            note(f"{files} lie in {out}", quiet=quiet)
     if failed:
         raise typer.Exit(1)
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from fedalt.data.folder import DataFolder, open_data
+from fedalt.methods import METHODS
+from fedalt.methods.lora import Lora
 from fedalt.prepare import require_known
 from fedalt.report.effort import by_slot, effort_of
 from fedalt.runs import is_finished
@@ -25,6 +27,7 @@ from fedalt.settings import (
     read_settings,
     read_table,
     settings_of,
+    settings_of_method,
     to_toml,
 )
 from fedalt.store import StoreError, open_run
@@ -35,10 +38,14 @@ _LABEL = re.compile(r"[\w][\w .,=+()-]*")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a comparison: a method with all its settings, but for the seed."""
+    """One line of a comparison: a method with all its settings, but for the seed.
+
+    `tune` holds the values that `fedalt tune` tries, by the name of a setting.
+    """
 
     label: str
     settings: Settings
+    tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -260,7 +267,8 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
             if not isinstance(given[section], dict):
                 raise SettingsError(f"{place}: [methods.{section}]: expected a section")
             table[section] = {**common.get(section, {}), **given[section]}
-    method = {key: value for key, value in given.items() if key not in (*_OVERRIDES, "label")}
+    other = (*_OVERRIDES, "label", "tune")
+    method = {key: value for key, value in given.items() if key not in other}
     if "name" not in method:
         raise SettingsError(f"{place}: name is missing")
     label = given.get("label", method["name"])
@@ -268,7 +276,33 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
         raise SettingsError(
             f"{place}: label: expected letters, digits and plain signs, got {label!r}"
         )
-    return Entry(label, settings_of({**table, "method": method}, place))
+    shared = table.pop("tune", {})
+    settings = settings_of({**table, "method": method}, place)
+    return Entry(label, settings, _grid(shared, given.get("tune", {}), table, method, place))
+
+
+def _grid(
+    shared: object, own: object, table: Mapping[str, Any], method: Mapping[str, Any], place: str
+) -> dict[str, tuple[Any, ...]]:
+    """The values to try of a method's settings, each of them checked."""
+    if not isinstance(shared, dict) or not isinstance(own, dict):
+        raise SettingsError(f"{place}: tune: expected a section of settings with lists of values")
+    known = ("lr", *Lora.__dataclass_fields__, *settings_of_method(METHODS[method["name"]]))
+    grid = {key: values for key, values in {**shared, **own}.items() if key != "trials"}
+    for name, values in grid.items():
+        where = f"{place}: [tune] {name}"
+        if name not in known:
+            raise SettingsError(
+                f"{where}: method {method['name']!r} has no such setting, only {', '.join(known)}"
+            )
+        if not isinstance(values, list) or not values:
+            raise SettingsError(f"{where}: expected a list of values to try, got {values!r}")
+        for value in values:
+            part = {"training": {**table.get("training", {}), "lr": value}, "method": method}
+            if name != "lr":
+                part = {"method": {**method, name: value}}
+            settings_of({**table, **part}, where)
+    return {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
 
 
 def _are_seeds(seeds: object) -> bool:

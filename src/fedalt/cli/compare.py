@@ -68,7 +68,9 @@ def compare(
 def tune(
     file: File,
     out: Out,
-    lr: Annotated[str, typer.Option("--lr", help="Learning rates to try, with commas.")],
+    lr: Annotated[
+        str | None, typer.Option("--lr", help="Learning rates to try, with commas.")
+    ] = None,
     rank: Annotated[str | None, typer.Option("--rank", help="Ranks to try, with commas.")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of each trial; without it, the file's.")
@@ -78,9 +80,10 @@ def tune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose learning rate and rank for every method of a comparison, on validation data alone.
+    """Choose settings for every method of a comparison, on validation data alone.
 
-    All methods get the same trials. The test data are never read. Writes OUT/tuned.toml, a file
+    Learning rates and ranks are flags; a section [tune], common or a method's own, lists values of
+    any setting. All methods get as many trials. The test data are never read. Writes OUT/tuned.toml, a file
     for `fedalt compare`.
     """
     hush_libraries()
@@ -88,15 +91,14 @@ def tune(
     from fedalt.comparison import jobs_of, read_comparison
     from fedalt.files import atomic_write
     from fedalt.store import open_run
-    from fedalt.tuning import Trial, tuned_table, write_toml
+    from fedalt.tuning import Trial, trials_in, trials_of, tuned_table, write_toml
 
     entries, seeds = read_comparison(file)
-    trials = [
-        Trial.of(entry, rate, each, rounds)
-        for entry in entries
-        for rate in _numbers(lr, float, "--lr")
-        for each in (_numbers(rank, int, "--rank") if rank else [None])
-    ]
+    flags = {
+        **({"lr": _numbers(lr, float, "--lr")} if lr else {}),
+        **({"rank": _numbers(rank, int, "--rank")} if rank else {}),
+    }
+    trials = trials_of(entries, flags, trials_in(file), rounds)
     at = seeds[0] if seed is None else seed
     runs = jobs_of([trial.entry for trial in trials], [at], out)
     if run_jobs(runs, jobs, quiet=quiet):
@@ -123,10 +125,11 @@ def tune(
         return
     from rich.table import Table
 
-    drawn = Table("method", "lr", "rank", "validation loss")
+    drawn = Table("method", "tried", "validation loss")
     for trial, loss in zip(trials, losses, strict=True):
         style = "bold" if chosen[trial.label] == trial else ""
-        drawn.add_row(trial.label, f"{trial.lr:g}", str(trial.rank), f"{loss:.3f}", style=style)
+        tried = ", ".join(f"{name} = {value}" for name, value in trial.values.items())
+        drawn.add_row(trial.label, tried, f"{loss:.3f}", style=style)
     console().print(drawn)
     if edges:
         note(f"chosen at the edge of what was tried: {', '.join(edges)}", quiet=quiet)

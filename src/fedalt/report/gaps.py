@@ -61,7 +61,13 @@ def p_value(gaps: Sequence[float] | Floats) -> float:
     The least that n clients can give is 2 / 2^n: 0.03 of six.
     """
     values = np.asarray(gaps, dtype=np.float64)
-    return float(wilcoxon(values).pvalue) if len(values) and values.any() else 1.0
+    return float(p_values(values[None])[0]) if len(values) and values.any() else 1.0
+
+
+def p_values(gaps: Floats) -> Floats:
+    """The same of several comparisons at once: gaps (comparisons, clients), none of them all 0."""
+    found: Floats = wilcoxon(gaps, axis=1).pvalue
+    return found
 
 
 def holm(values: Sequence[float]) -> list[float]:

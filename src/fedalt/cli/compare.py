@@ -83,8 +83,8 @@ def tune(
     """Choose settings for every method of a comparison, on validation data alone.
 
     Learning rates and ranks are flags; a section [tune], common or a method's own, lists values of
-    any setting. All methods get as many trials. The test data are never read. Writes OUT/tuned.toml, a file
-    for `fedalt compare`.
+    any setting. All methods get as many trials. The test data are never read. Writes
+    OUT/tuned.toml, a file for `fedalt compare`.
     """
     hush_libraries()
     from fedalt.cli.jobs import run_jobs

@@ -54,7 +54,7 @@ def test_of_two_methods_that_are_equal_fewer_than_six_in_a_hundred_are_told_apar
 @pytest.mark.parametrize("methods", [2, 4])
 def test_of_methods_that_are_equal_fewer_than_six_in_a_hundred_tables_have_a_bold_mean(methods):
     stream = np.random.default_rng(methods)
-    runs, bold = 150, 0
+    runs, bold = 1000, 0
     for _ in range(runs):
         scores = nobody_is_better(stream, methods, 8, 3)
         grid = grid_of(table_of({f"m{at}": each for at, each in enumerate(scores)}))

@@ -58,8 +58,8 @@ class FedALTSelect:
 
     `tau` in [-1, 1) is the similarity from which on a client is heard, tau + `width` the one from
     which on the best of the heard gets full trust; `power` >= 0 is p: 0 weighs all the heard alike.
-    `memory` in [0, 1) is m. `alone` >= 1 rounds are plain LoRA. `gain` >= 0 is g. Ranges alone are
-    checked; the values are those that were tried (see the log of experiments).
+    `memory` in [0, 1) is m. `alone` >= 1 rounds are plain LoRA. `gain` >= 0 is g. The defaults are
+    those of the one run that has been made (see the log of experiments).
     """
 
     lora: Lora = Lora()

@@ -3,8 +3,10 @@
 import json
 import shutil
 import tomllib
+from dataclasses import replace
 
 import pytest
+import tomli_w
 from commands import call
 from runs_for_tests import adapters_of, save_model, write_clients
 
@@ -13,6 +15,7 @@ from fedalt.report.comparison import beats, grid_csv, grid_markdown, grid_of
 from fedalt.report.table import joined
 from fedalt.settings import SettingsError
 from fedalt.store import open_run
+from fedalt.tuning import trials_in, trials_of, tuned_table
 
 FILE = """
 seeds = [0, 1]
@@ -187,6 +190,91 @@ def test_tuning_reads_no_test_data_and_writes_a_file_to_compare_with(place, caps
         assert entry.settings.training.lr == best["lr"]
         assert entry.settings.method.lora.rank == best["rank"]
     assert jobs_of(entries, (0,), out)[0].settings.rounds.test
+
+
+GRID = """
+[tune]
+alpha = [2.0, 16.0]
+trials = 2
+"""
+TUNED = FILE.replace("[scoring]", f"{GRID}[scoring]") + (
+    "[[methods]]\nname = 'pf2lora'\nrank = 2\n"
+    "[methods.tune]\ninner_lr = [0.5, 1.0]\nhypergradient = ['first_order']\n"
+)
+
+
+def test_tuning_reaches_every_setting_with_as_many_trials_for_every_method(place):
+    file = place / "grid.toml"
+    file.write_text(TUNED)
+    entries, _ = read_comparison(file)
+    trials = trials_of(entries, {"lr": [1e-3]}, trials_in(file), None)
+    assert [trial.label for trial in trials] == [e.label for e in entries for _ in range(2)]
+    pf2lora = [trial for trial in trials if trial.label == "pf2lora"]
+    for trial in pf2lora:
+        method = trial.entry.settings.method
+        assert trial.values["inner_lr"] == method.inner_lr
+        assert method.hypergradient == "first_order"
+        assert trial.values["alpha"] == method.lora.alpha
+        assert trial.entry.settings.training.lr == 1e-3
+    assert len({tuple(trial.values.items()) for trial in pf2lora}) == 2
+    table = tuned_table(file, {trial.label: trial for trial in trials})
+    file.write_text(tomli_w.dumps(table))
+    again, _ = read_comparison(file)
+    assert again[2].settings.method == pf2lora[1].entry.settings.method
+    assert not again[2].tune
+
+
+def test_methods_never_get_different_numbers_of_trials(place):
+    file = place / "grid.toml"
+    file.write_text(TUNED.replace("trials = 2", ""))
+    entries, _ = read_comparison(file)
+    with pytest.raises(SettingsError, match=r"different numbers .*fedalt 2.*pf2lora 4.*trials = 2"):
+        trials_of(entries, {}, trials_in(file), None)
+    with pytest.raises(SettingsError, match=r"trials = 3, but .* fedalt 2"):
+        trials_of(entries, {}, 3, None)
+    with pytest.raises(SettingsError, match="nothing to try"):
+        trials_of([replace(entry, tune={}) for entry in entries], {}, None, None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "complaint"),
+    [
+        (
+            "inner_lr =",
+            "inner_rate =",
+            r"\[tune\] inner_rate: method 'pf2lora' has no such",
+        ),
+        (
+            "alpha =",
+            "outer_lr =",
+            r"outer_lr: method 'fedalt' has no.* lr, rank, alpha, dropout",
+        ),
+        ("[0.5, 1.0]", "0.5", r"inner_lr: expected a list of values to try, got 0.5"),
+        ("[0.5, 1.0]", "[0.5, -1.0]", "inner_lr.*cannot be negative"),
+        ("[2.0, 16.0]", "['big']", r"\[tune\] alpha.*expected a finite number, got 'big'"),
+    ],
+)
+def test_mistakes_in_a_grid_are_one_error_that_names_the_setting(place, old, new, complaint):
+    file = place / "wrong.toml"
+    file.write_text(TUNED.replace(old, new))
+    with pytest.raises(SettingsError, match=complaint):
+        read_comparison(file)
+
+
+def test_a_table_says_what_everybody_trained_and_how_long(place):
+    text = (place / "out" / "table.md").read_text()
+    assert "| trainable | rank | steps |" in text
+    # 8 sites: q and v of two layers have A (2, 32) and B (32, 2) or (16, 2); mixers are (2, 32).
+    costs = [
+        json.loads(line)
+        for line in (place / "out" / "results.jsonl").read_text().splitlines()
+        if "client" not in json.loads(line)
+    ]
+    fedalt = next(cost for cost in costs if cost["method"] == "fedalt")
+    assert fedalt["trained"] == {"individual": 2 * (2 * (32 + 32) + 2 * (32 + 16)), "mixer": 256}
+    assert fedalt["trainable_numbers"] == sum(fedalt["trained"].values())
+    assert fedalt["steps"] == 3  # 12 records, of which 3 validate: batches of 4
+    assert "fedalt individual" in text
 
 
 def scored(*rows: dict[str, float]):

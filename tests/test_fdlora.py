@@ -25,6 +25,7 @@ from fedalt.codec import read
 from fedalt.engine import learner as engine
 from fedalt.engine.in_process import drive, one_by_one, run_round
 from fedalt.evaluation import Scoring, score
+from fedalt.methods import METHODS
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.fdlora import FUSED, INDIVIDUAL, MIDDLE, SHARED, Client, FDLoRA, Server
 from fedalt.methods.lora import Lora
@@ -162,6 +163,17 @@ def test_every_h_rounds_a_client_keeps_its_own_copy_of_the_global_adapter():
         assert same(kept[4][each], move(watch.adapter(each, 4, SHARED), SHARED, INDIVIDUAL))
         assert not same(kept[4][each], move(states["server"].adapter, SHARED, INDIVIDUAL))
     assert not same(kept[4]["a"], kept[4]["b"])
+
+
+@pytest.mark.parametrize("rounds", [2, 3, 5])
+def test_by_default_a_client_copies_the_global_adapter_in_the_shortest_run_that_has_one(rounds):
+    watch = Watch()
+    states, _ = simulate(METHODS["fdlora"], [CLIENTS] * rounds, train=watch)
+    for each in CLIENTS:
+        newest = watch.answers[each][-1].tree
+        assert same(
+            move(select(newest, SHARED), SHARED, INDIVIDUAL), states[f"clients/{each}"].individual
+        )
 
 
 def test_stage_2_trains_the_global_adapter_alone_from_where_the_server_is():
@@ -407,7 +419,7 @@ def test_the_spared_examples_are_searched_on_and_never_trained_on(prepared, lear
 
 
 def test_adamw_goes_on_with_its_moments_from_round_to_round(prepared):
-    method = replace(METHOD, carry_inner=True)
+    method = replace(METHOD, carry_inner=True, sync_every=5)
     states, watch = rounds_of(method, prepared, 3)
     first, second, third = watch.orders["a"]
     assert first.moments is None  # stage 1 is another adapter's
@@ -419,7 +431,7 @@ def test_adamw_goes_on_with_its_moments_from_round_to_round(prepared):
     assert same(third.moments.second, after[1].second)
     assert same(states["clients/a"].moments.first, after[2].first)
     assert after[2].first.keys() == third.descending
-    anew, _ = rounds_of(replace(METHOD, carry_inner=False), prepared, 3)
+    anew, _ = rounds_of(replace(method, carry_inner=False), prepared, 3)
     assert anew["clients/a"].moments == Moments()
     assert same(anew["clients/a"].individual, states["clients/a"].individual)  # of stage 1
     assert not same(anew["server"].adapter, states["server"].adapter)

@@ -1,14 +1,19 @@
 """The oracles of FedALT that need no model; those of the mixed layer are in test_layer.py."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from federation import EXAMPLES, SITES, START, pull, served, simulate
+from federation import EXAMPLES, SITES, START, MemoryStates, pull, served, simulate
+from runs_for_tests import save_model, settings_for, write_clients
 
 from fedalt import tree as trees
 from fedalt.adapters.plan import MIXER
-from fedalt.engine.in_process import client_of, server_of
+from fedalt.engine.in_process import client_of, drive, one_by_one, run_round, server_of, servings
+from fedalt.federation.terms import write_terms
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
 from fedalt.methods.lora import Lora
+from fedalt.prepare import prepare
 from fedalt.training.orders import Fitted
 from fedalt.tree import Name, move, select
 
@@ -152,6 +157,57 @@ def test_fixed_gates_replace_the_mixer(gate, weights):
     serving = served(method, states, "a")["a"]
     assert serving.plan.combine.weights == pytest.approx(weights)
     assert not select(serving.tree, MIXER)
+
+
+def weights_of(method, start, cohorts, clients):
+    """The fixed weights of each round's orders, then those that each client serves with."""
+    seen = []
+
+    def watch(client_id, number, order):
+        seen.append(order.plan.combine.weights)
+        return pull(client_id, number, order)
+
+    states = MemoryStates()
+    for cohort in cohorts:
+        run_round(method, start, states, [cohort], one_by_one(watch), lambda _: None)
+    own = [servings(method, start, states, each, watch)[0] for each in clients]
+    return seen, [serving.plan.combine.weights for serving in own]
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 8])
+def test_one_over_k_counts_the_whole_federation_from_the_first_round_on(clients):
+    method = FedALT(lora=LORA, gate="one_over_clients")
+    start = replace(START, clients=clients)
+    names = [f"c{number}" for number in range(clients)]
+    cohorts = [names[:1], names[:2], names]  # the others come later, and count from the beginning
+    trained, own = weights_of(method, start, cohorts, names)
+    assert {*trained, *own} == {(1 / clients, 1 - 1 / clients)}
+
+
+def test_one_over_k_follows_who_joins_and_who_leaves():
+    method = FedALT(lora=LORA, gate="one_over_clients")
+    server = method.init_server(replace(START, clients=2))
+    for each in "abc":
+        _, upload = drive(
+            method.local(method.init_client(START, each), method.broadcast(server, each)),
+            pull,
+            each,
+        )
+        server = method.aggregate(server, [(each, upload)])
+    assert method.broadcast(server, "a").facts["clients"] == 3
+    for left, of in (("a", 2), ("b", 1)):
+        server = method.without(server, left)
+        assert method.broadcast(server, "c").facts["clients"] == of
+
+
+def test_a_run_tells_its_method_how_many_clients_there_are(tmp_path):
+    model, data = save_model(tmp_path / "model"), write_clients(tmp_path / "data", clients="abcd")
+    method = {"name": "fedalt", "gate": "one_over_clients", "rank": 2}
+    prepared = prepare(settings_for(model, data, method=method))
+    server = prepared.parts.settings.method.init_server(prepared.parts.start)
+    assert prepared.parts.settings.method.broadcast(server, "a").facts["clients"] == 4
+    terms = write_terms(tmp_path, "six", tuple("abcdef"), (), prepared.parts)
+    assert terms.start.clients == 6
 
 
 def test_a_shared_mixer_is_the_mean_of_all_mixers():

@@ -11,6 +11,7 @@ from tiny import bert_classifier, gpt2, llama
 
 from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Slot, Sum, names_of
+from fedalt.adapters.start import Start
 from fedalt.data.examples import Example
 from fedalt.engine.in_process import drive, one_by_one, run_round
 from fedalt.evaluation import Scoring, embed, generate, score
@@ -74,12 +75,18 @@ def test_with_a_blend_of_one_t_trains_its_own_adapter_as_local_training_does():
             case Embed():
                 return embed(base, order.plan, order.tree, PROMPTS, 2)
 
+    class Apart(Start):
+        """Gives everyone the draw that FedDPA's second adapter begins with."""
+
+        def adapter(self, slot, *, only_for="", apart=False):
+            return super().adapter(slot, only_for=only_for, apart=slot.name == INDIVIDUAL)
+
+    start = Apart(base.adapted.sites, base.adapted.heads, seed=0)
+
     def individual_of(method, rounds):
         states = MemoryStates()
         for _ in range(rounds):
-            run_round(
-                method, start_of(base), states, [("a", "bb")], one_by_one(carry_out), lambda _: None
-            )
+            run_round(method, start, states, [("a", "bb")], one_by_one(carry_out), lambda _: None)
         return select(states["clients/bb"].individual, INDIVIDUAL)
 
     alone = individual_of(LocalOnly(lora=LORA), 2)
@@ -109,7 +116,7 @@ def test_the_individual_phase_comes_from_the_second_round_on_and_holds_the_recei
 def test_an_individual_adapter_of_t_starts_afresh():
     watch = Watch()
     simulate(T, [EVERYONE] * 2, train=watch)
-    start = START.adapter(LORA.slot(INDIVIDUAL))
+    start = START.adapter(LORA.slot(INDIVIDUAL), apart=True)
     assert trees.equal(select(watch.orders["a"][2].tree, INDIVIDUAL), start)
 
 

@@ -159,8 +159,9 @@ def test_before_serving_a_client_moves_lengths_of_b_alone():
     states, _ = simulate(METHOD, [EVERYONE] * 2)
     serving = served(METHOD, states, ["a"], watch)["a"]
     (order,) = orders
-    assert {name.factor for name in order.train if name.slot != HEAD} == {"b"}
-    assert sum(order.tree[n].numel() for n in order.train if n.slot != HEAD) == R * N
+    assert {name.factor for name in order.train} == {"b"}  # the head stays as the rounds made it
+    assert sum(order.tree[n].numel() for n in order.train) == R * N
+    assert trees.equal(trees.select(serving.tree, HEAD), states["clients/a"].head)
     assert order.rate == 10.0
     common = METHOD.shared(states["clients/a"], METHOD.broadcast(states["server"], "a"))
     for site in SITES:

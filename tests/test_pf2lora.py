@@ -93,6 +93,49 @@ def test_the_lower_level_takes_a_plain_step_on_its_own_batch():
         torch.testing.assert_close(moved, tree[name] - 0.3 * slope)
 
 
+@pytest.mark.parametrize("gradient", ["exact", "finite_difference", "first_order"])
+def test_what_the_lower_level_does_is_the_same_whatever_alpha_is(gradient):
+    # A layer whose individual adapter is scaled by s, and D / s in the place of D, is one layer.
+    def at(scaling):
+        tree, loss = toy()
+        name = Name("s", INDIVIDUAL, "B")
+        tree[name] = (tree[name] / scaling).detach().requires_grad_()
+
+        def scaled(tree, which):
+            return loss({**tree, name: tree[name] * scaling}, which)
+
+        stepped = Unrolled(0.3, gradient, scaling)(tree, sorted(tree), scaled)
+        return {**stepped.moved, name: stepped.moved[name] * scaling}, stepped.gradients
+
+    (moved, upper), (again, once_more) = at(1.0), at(16.0)
+    for name, tensor in moved.items():
+        torch.testing.assert_close(again[name], tensor)
+    tolerance = 1e-3 if gradient == "finite_difference" else 1e-9
+    for name, tensor in upper.items():
+        torch.testing.assert_close(once_more[name], tensor, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("alpha", [6.0, 32.0, 128.0])
+def test_a_clients_first_lower_step_moves_its_model_alike_for_every_alpha(alpha):
+    base = base_of()
+
+    def moved(alpha):
+        method = PF2LoRA(lora=Lora(rank=3, alpha=alpha, dropout=0.0), client_rank=1)
+        message = method.broadcast(method.init_server(start_of(base)), "a")
+        order = next(method.local(method.init_client(start_of(base), "a"), message))
+        tree = train(base, order, EXAMPLES[:2], Training(batch_size=2), seed=3).tree
+        scaling = order.plan.slots[1].scaling
+        return {
+            site: scaling * tree[Name(site, INDIVIDUAL, "B")] @ tree[Name(site, INDIVIDUAL, "A")]
+            for site in base.adapted.sites
+        }
+
+    expected, found = moved(3.0), moved(alpha)
+    assert all(tensor.abs().max() > 1e-4 for tensor in expected.values())
+    for site, tensor in expected.items():
+        torch.testing.assert_close(found[site], tensor, rtol=1e-4, atol=1e-7)
+
+
 def fit(base, gradient="exact", rate=0.1, tree=None, **settings):
     method = PF2LoRA(lora=LORA, client_rank=1, inner_lr=rate, hypergradient=gradient)
     start = start_of(base)

@@ -8,6 +8,7 @@ from federation import EXAMPLES, HEADS, SITES, START, MemoryStates, pull, served
 
 from fedalt import tree as trees
 from fedalt.adapters.plan import Slot
+from fedalt.methods import METHODS
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.methods.unequal_ranks import SHARED, UnequalRanks
@@ -20,10 +21,11 @@ FLEXLORA = UnequalRanks(variant="flexlora", lora=LORA, ranks=RANKS)
 FLORIST = UnequalRanks(variant="florist", lora=LORA, ranks=RANKS, tau=0.95)
 MEAN = UnequalRanks(variant="hetlora_mean", lora=LORA, ranks=RANKS)
 ALL = [FLEXLORA, FLORIST, MEAN]
+SPLITTING = ("flexlora", "florist")
 each_method = pytest.mark.parametrize("method", ALL, ids=[each.variant for each in ALL])
 SUMS = [
+    replace(FLEXLORA, split="balanced"),
     FLEXLORA,
-    replace(FLEXLORA, split="in_b"),
     replace(FLEXLORA, weighting="examples"),
     replace(FLORIST, tau=1.0),
 ]
@@ -64,6 +66,21 @@ def test_every_client_has_its_own_rank_and_all_have_one_scaling(method):
         assert slot.scaling == LORA.slot(SHARED).scaling == 2
         assert uploads[client].keys() == serving.tree.keys()
         assert all(uploads[client][name].shape == serving.tree[name].shape for name in serving.tree)
+
+
+@pytest.mark.parametrize("method", [FLEXLORA, FLORIST, *(METHODS[each] for each in SPLITTING)])
+def test_the_singular_values_all_go_into_b_unless_they_are_to_be_split(method):
+    method = replace(method, lora=LORA)
+    states, uploads = watched(method, [("a", "b", "c")])
+    halves, _ = watched(replace(method, split="balanced"), [("a", "b", "c")])
+    for site in SITES:
+        names = [Name(site, SHARED, factor) for factor in "AB"]
+        a, b = (states["server"].adapter[name] for name in names)
+        s = torch.linalg.svdvals(sum(product(uploads[each], site) for each in "abc") / 3)
+        close(a @ a.T, torch.eye(len(a)), 1e-5)
+        close(b.norm(dim=0).double(), s[: len(a)], 1e-5)
+        a, b = (halves["server"].adapter[name] for name in names)
+        close(a.norm(dim=1), b.norm(dim=0), 1e-5)
 
 
 @each_method

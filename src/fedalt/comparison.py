@@ -7,7 +7,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -15,14 +15,19 @@ from typing import Any
 import torch
 
 from fedalt.data.folder import DataFolder, open_data
+from fedalt.methods import METHODS
+from fedalt.methods.lora import Lora
 from fedalt.prepare import require_known
+from fedalt.report.effort import by_slot, effort_of
 from fedalt.runs import is_finished
 from fedalt.settings import (
     DataSettings,
     Settings,
     SettingsError,
+    read_settings,
     read_table,
     settings_of,
+    settings_of_method,
     to_toml,
 )
 from fedalt.store import StoreError, open_run
@@ -33,10 +38,14 @@ _LABEL = re.compile(r"[\w][\w .,=+()-]*")
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a comparison: a method with all its settings, but for the seed."""
+    """One line of a comparison: a method with all its settings, but for the seed.
+
+    `tune` holds the values that `fedalt tune` tries, by the name of a setting.
+    """
 
     label: str
     settings: Settings
+    tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -60,13 +69,23 @@ class Job:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run took: numbers, bytes per client and round, seconds of training, peak bytes."""
+    """What a run took: numbers, bytes per client and round, seconds of training, peak bytes.
+
+    `trainable_numbers` are all that the client with most of them trains at any time, `trained` by
+    slot, `least_numbers` those of the client with fewest; `ranks` the smallest and the largest.
+    `steps` and `serving_steps` are means over clients: in all rounds, and before each serving.
+    """
 
     trainable_numbers: int
     upload_bytes: float
     download_bytes: float
     seconds: float
     peak_memory_bytes: int
+    least_numbers: int = 0
+    ranks: tuple[int, int] = (0, 0)
+    steps: float = 0.0
+    serving_steps: float = 0.0
+    trained: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
@@ -191,8 +210,14 @@ def cost_of(path: Path) -> Cost:
     folder = open_run(path)
     lines = folder.lines()
     trained = [line for line in lines if line["kind"] == "train"]
+    effort = effort_of(folder, read_settings(path / "settings.toml"))
     return Cost(
-        trainable_numbers=folder.facts()["trainable_numbers"]["own"],
+        trainable_numbers=effort.most,
+        least_numbers=effort.least,
+        ranks=effort.ranks,
+        steps=effort.steps,
+        serving_steps=effort.serving_steps,
+        trained=by_slot(effort.trained),
         upload_bytes=fmean(line["upload_bytes"] for line in trained),
         download_bytes=fmean(line["download_bytes"] for line in trained),
         seconds=sum(line["seconds"] for line in trained),
@@ -242,7 +267,8 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
             if not isinstance(given[section], dict):
                 raise SettingsError(f"{place}: [methods.{section}]: expected a section")
             table[section] = {**common.get(section, {}), **given[section]}
-    method = {key: value for key, value in given.items() if key not in (*_OVERRIDES, "label")}
+    other = (*_OVERRIDES, "label", "tune")
+    method = {key: value for key, value in given.items() if key not in other}
     if "name" not in method:
         raise SettingsError(f"{place}: name is missing")
     label = given.get("label", method["name"])
@@ -250,7 +276,33 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
         raise SettingsError(
             f"{place}: label: expected letters, digits and plain signs, got {label!r}"
         )
-    return Entry(label, settings_of({**table, "method": method}, place))
+    shared = table.pop("tune", {})
+    settings = settings_of({**table, "method": method}, place)
+    return Entry(label, settings, _grid(shared, given.get("tune", {}), table, method, place))
+
+
+def _grid(
+    shared: object, own: object, table: Mapping[str, Any], method: Mapping[str, Any], place: str
+) -> dict[str, tuple[Any, ...]]:
+    """The values to try of a method's settings, each of them checked."""
+    if not isinstance(shared, dict) or not isinstance(own, dict):
+        raise SettingsError(f"{place}: tune: expected a section of settings with lists of values")
+    known = ("lr", *Lora.__dataclass_fields__, *settings_of_method(METHODS[method["name"]]))
+    grid = {key: values for key, values in {**shared, **own}.items() if key != "trials"}
+    for name, values in grid.items():
+        where = f"{place}: [tune] {name}"
+        if name not in known:
+            raise SettingsError(
+                f"{where}: method {method['name']!r} has no such setting, only {', '.join(known)}"
+            )
+        if not isinstance(values, list) or not values:
+            raise SettingsError(f"{where}: expected a list of values to try, got {values!r}")
+        for value in values:
+            part = {"training": {**table.get("training", {}), "lr": value}, "method": method}
+            if name != "lr":
+                part = {"method": {**method, name: value}}
+            settings_of({**table, **part}, where)
+    return {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
 
 
 def _are_seeds(seeds: object) -> bool:

@@ -69,7 +69,7 @@ def prepare(
     file = settings.data.template
     template = Template() if file is None else read_template(file)
     require_known(settings, clients or data.clients)
-    parts = load_parts(settings, data.labels, base)
+    parts = load_parts(settings, data.labels, base, clients=len(clients or data.clients))
     task = Task(
         folder=data,
         tokenizer=parts.base.tokenizer,
@@ -103,8 +103,13 @@ def question(form: str, text: str) -> Record:
             raise DataError("records with labels are classified, no text is generated for them")
 
 
-def load_parts(settings: Settings, labels: Sequence[str], base: Base | None = None) -> Parts:
-    """The base model with its arms; `labels` are those of a classifier's data."""
+def load_parts(
+    settings: Settings, labels: Sequence[str], base: Base | None = None, *, clients: int = 0
+) -> Parts:
+    """The base model with its arms; `labels` are those of a classifier's data.
+
+    `clients` is how many take part, 0 where nothing begins that needs to know.
+    """
     model = settings.model
     require_room(settings, gpus=torch.cuda.device_count())
     if base is None:
@@ -120,7 +125,7 @@ def load_parts(settings: Settings, labels: Sequence[str], base: Base | None = No
     yardstick = LocalOnly(lora=lora_of(settings.method))
     if settings.yardstick and method_name(settings.method) != method_name(yardstick):
         arms.append(Arm("local", yardstick))
-    start = Start(base.adapted.sites, base.adapted.heads, settings.seed)
+    start = Start(base.adapted.sites, base.adapted.heads, settings.seed, clients)
     return Parts(settings, base, tuple(arms), start)
 
 

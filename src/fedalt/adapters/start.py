@@ -20,20 +20,26 @@ class Start:
     Each tensor has a stream of its own, named by the run's seed and the site: all clients draw the
     same values, all methods start from the same A, and one more site changes no other.
     `heads` holds name and shape of the tensors of a trained head (none for causal models).
+    `clients` is how many clients the federation has, 0 where that is not known.
     """
 
     sites: Mapping[str, Shape]
     heads: Mapping[Name, tuple[int, ...]]
     seed: int
+    clients: int = 0
 
-    def adapter(self, slot: Slot, *, only_for: str = "") -> Tree:
+    def adapter(self, slot: Slot, *, only_for: str = "", apart: bool = False) -> Tree:
         """A: uniform in +-1/sqrt(d_in) (Kaiming with a = sqrt(5)); B: zeros.
 
         `only_for` names a client that shall draw an A of its own instead of the common one.
+        `apart` is for the second adapter that a client trains: the slot's name is then part of the
+        stream's. Two adapters with one A span r directions between them, not 2 r, and with B = 0
+        they take the same first steps.
         """
         tree: Tree = {}
         for site, (d_in, d_out) in self.sites.items():
-            stream = generator(self.seed, "A", site, only_for)
+            key = (site, only_for, slot.name) if apart else (site, only_for)
+            stream = generator(self.seed, "A", *key)
             a = torch.empty(slot.rank, d_in).uniform_(-1, 1, generator=stream) / d_in**0.5
             tree[Name(site, slot.name, "A")] = a
             tree[Name(site, slot.name, "B")] = torch.zeros(d_out, slot.rank)

@@ -1,6 +1,7 @@
 """`fedalt compare` and `tune`: several methods under one budget, and a fair choice of settings."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +34,14 @@ def compare(
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
     from fedalt.comparison import jobs_of, read_comparison
-    from fedalt.report.comparison import budget_of, collect, draw_grid, grid_of, write_results
+    from fedalt.report.comparison import (
+        budget_of,
+        collect,
+        draw_grid,
+        gaps_of,
+        grid_of,
+        write_results,
+    )
     from fedalt.report.table import to_json
 
     entries, seeds = read_comparison(file)
@@ -45,13 +53,15 @@ def compare(
         write_results(out, results)
         if as_json:
             tables = {name: to_json(table) for name, table in results.tables().items()}
-            show_json({"folder": str(out), **tables})
+            gaps = [asdict(gap) for gap in gaps_of(results)]
+            show_json({"folder": str(out), **tables, "gaps": gaps})
         else:
             for name, table in results.tables().items():
                 console().print(draw_grid(grid_of(table), f"{name} on test data"))
             for sentence in budget_of(results):
                 note(sentence, quiet=quiet)
-            note(f"results.jsonl, table.md, table.csv and clients.csv lie in {out}", quiet=quiet)
+            files = "results.jsonl, table.md, table.csv, gaps.csv and clients.csv"
+            note(f"{files} lie in {out}", quiet=quiet)
     if failed:
         raise typer.Exit(1)
 
@@ -59,7 +69,9 @@ def compare(
 def tune(
     file: File,
     out: Out,
-    lr: Annotated[str, typer.Option("--lr", help="Learning rates to try, with commas.")],
+    lr: Annotated[
+        str | None, typer.Option("--lr", help="Learning rates to try, with commas.")
+    ] = None,
     rank: Annotated[str | None, typer.Option("--rank", help="Ranks to try, with commas.")] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of each trial; without it, the file's.")
@@ -69,25 +81,25 @@ def tune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Choose learning rate and rank for every method of a comparison, on validation data alone.
+    """Choose settings for every method of a comparison, on validation data alone.
 
-    All methods get the same trials. The test data are never read. Writes OUT/tuned.toml, a file
-    for `fedalt compare`.
+    Learning rates and ranks are flags; a section [tune], common or a method's own, lists values of
+    any setting. All methods get as many trials. The test data are never read. Writes
+    OUT/tuned.toml, a file for `fedalt compare`.
     """
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
     from fedalt.comparison import jobs_of, read_comparison
     from fedalt.files import atomic_write
     from fedalt.store import open_run
-    from fedalt.tuning import Trial, tuned_table, write_toml
+    from fedalt.tuning import Trial, trials_in, trials_of, tuned_table, write_toml
 
     entries, seeds = read_comparison(file)
-    trials = [
-        Trial.of(entry, rate, each, rounds)
-        for entry in entries
-        for rate in _numbers(lr, float, "--lr")
-        for each in (_numbers(rank, int, "--rank") if rank else [None])
-    ]
+    flags = {
+        **({"lr": _numbers(lr, float, "--lr")} if lr else {}),
+        **({"rank": _numbers(rank, int, "--rank")} if rank else {}),
+    }
+    trials = trials_of(entries, flags, trials_in(file), rounds)
     at = seeds[0] if seed is None else seed
     runs = jobs_of([trial.entry for trial in trials], [at], out)
     if run_jobs(runs, jobs, quiet=quiet):
@@ -119,9 +131,10 @@ def tune(
     rows = []
     for trial, loss in zip(trials, losses, strict=True):
         style = "bold" if chosen[trial.label] == trial else ""
-        cells = (shown(trial.label), f"{trial.lr:g}", str(trial.rank), f"{loss:.3f}")
+        tried = ", ".join(f"{name} = {value}" for name, value in trial.values.items())
+        cells = (shown(trial.label), shown(tried), f"{loss:.3f}")
         rows.append([Text(cell, style=style) for cell in cells])
-    console().print(Sheet(("method", "lr", "rank", "validation loss"), rows))
+    console().print(Sheet(("method", "tried", "validation loss"), rows))
     if edges:
         note(f"chosen at the edge of what was tried: {', '.join(edges)}", quiet=quiet)
     note(f"`fedalt compare {out / 'tuned.toml'} --out ...` compares with these", quiet=quiet)

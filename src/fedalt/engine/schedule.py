@@ -23,6 +23,7 @@ from fedalt.methods.contract import Serving
 from fedalt.training.group import Trained
 from fedalt.training.orders import Moments, Order
 
+TRAINED: Final = "trained "
 WATCHED: Final = 8  # examples of each client on which a mixer's weights are looked at
 
 
@@ -235,10 +236,18 @@ class Run:
 
 
 def training_metrics(fits: Sequence[Trained]) -> dict[str, float]:
-    """Mean loss over all steps of a client's fits, their number, and their tokens."""
+    """Mean loss over all steps of a client's fits, their number, and their tokens.
+
+    Under TRAINED with slot and factor: how many numbers they trained.
+    """
     steps = sum(each.steps for each in fits)
     loss = sum(each.loss * each.steps for each in fits) / max(steps, 1)
-    return {"loss": loss, "steps": steps, "tokens": sum(each.tokens for each in fits)}
+    trained = {
+        f"{TRAINED}{slot} {factor}": count
+        for each in fits
+        for (slot, factor), count in sorted(each.trained.items())
+    }
+    return {"loss": loss, "steps": steps, "tokens": sum(each.tokens for each in fits), **trained}
 
 
 def round_line(round_: int, cohort: int, began: float) -> Line:

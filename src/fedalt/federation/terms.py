@@ -105,6 +105,6 @@ def read_terms(file: Path) -> Terms:
         labels=tuple(map(str, about["labels"])),
         model=str(about["model"]),
         settings=settings,
-        start=Start(sites, heads, settings.seed),
+        start=Start(sites, heads, settings.seed, len(about["clients"])),
         digest=digest(whole),
     )

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fdlora import FDLoRA
 from fedalt.methods.fedalt import FedALT
+from fedalt.methods.fedalt_select import FedALTSelect
 from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
@@ -19,6 +20,7 @@ from fedalt.methods.unequal_ranks import UnequalRanks
 # tells them apart, and nothing else sets that.
 METHODS: Mapping[str, AnyMethod] = {
     "fedalt": FedALT(),
+    "fedalt_select": FedALTSelect(),
     "fedit": FedIT(),
     "local": LocalOnly(),
     "fedlease": FedLEASE(),
@@ -26,8 +28,8 @@ METHODS: Mapping[str, AnyMethod] = {
     "ffa_lora": SharedFactors(variant="ffa_lora"),
     "fedsa_lora": SharedFactors(variant="fedsa_lora"),
     "rolora": SharedFactors(variant="rolora"),
-    "flexlora": UnequalRanks(variant="flexlora"),
-    "florist": UnequalRanks(variant="florist", tau=0.95),
+    "flexlora": UnequalRanks(variant="flexlora", split="in_b"),
+    "florist": UnequalRanks(variant="florist", tau=0.95, split="in_b"),
     "hetlora_mean": UnequalRanks(variant="hetlora_mean"),
     "feddpa": FedDPA(),
     "fdlora": FDLoRA(),

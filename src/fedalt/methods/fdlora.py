@@ -58,9 +58,11 @@ class FDLoRA:
     """The method; clients that sit out a round do not count in its mean.
 
     `outer`: the server's form of momentum, `outer_lr` its eta, `momentum` its mu. `sync_every` is
-    H. `carry_inner`: clients keep AdamW's moments from round to round. `l1`: what the fusion pays
-    for large weights, which lie within +-`bound` and are found with `evaluations` looks at the
-    loss. `spare` in (0, 1): the share of the training examples kept from training for that.
+    H: in a run of at most H rounds nothing is ever copied, so the usual one is 1, one of the two
+    values that readers of the method give (the other is 5). `carry_inner`: clients keep AdamW's
+    moments from round to round. `l1`: what the fusion pays for large weights, which lie within
+    +-`bound` and are found with `evaluations` looks at the loss. `spare` in (0, 1): the share of
+    the training examples kept from training for that.
 
     A client whose first round comes later has its stage 1 then, and uploads nothing: the seed is
     sown. `outer_lr`, `momentum`, `sync_every`, `bound`, `evaluations`, `spare` are our choice.
@@ -71,7 +73,7 @@ class FDLoRA:
     outer: Literal["nesterov", "heavy_ball"] = "nesterov"
     outer_lr: float = 0.7
     momentum: float = 0.9
-    sync_every: int = 5
+    sync_every: int = 1
     carry_inner: bool = True
     l1: float = 0.05
     bound: float = 1.5

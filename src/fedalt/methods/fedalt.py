@@ -40,22 +40,31 @@ REST_OF_WORLD = "rest_of_world"
 
 @dataclass(frozen=True)
 class Server:
-    """Sum of all latest uploads (float64) and of their weights, how many, and the uploads."""
+    """Sum of all latest uploads (float64) and of their weights, how many, and the uploads.
+
+    `size` is how many clients the federation has, those that have not yet uploaded included; 0
+    where that is not known.
+    """
 
     total: Tree = field(default_factory=dict)
     weight: float = 0.0
     clients: int = 0
+    size: int = 0
     latest: Ledger = field(default_factory=MemoryLedger)
 
 
 @dataclass(frozen=True)
 class Client:
-    """`weight` is what this client's last upload counts: 0 before the first."""
+    """`weight` is what this client's last upload counts: 0 before the first.
+
+    `second` is where a rest of world that is trained begins as long as there are no others.
+    """
 
     individual: Tree
     mixer: Tree
     head: Tree
     weight: float = 0.0
+    second: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +73,8 @@ class FedALT:
 
     `row`: the frozen adapter is the mean of the others, or of everybody ("global_mean").
     `train_row`: train both adapters; the trained rest of world is forgotten after the round.
-    `gate`: the mixer, or fixed weights: one half, or 1/K for the individual adapter.
+    `gate`: the mixer, or fixed weights: one half, or 1/K for the individual adapter, K being all
+    clients of the federation from the first round on.
     `share_mixer`: average the mixers over the clients instead of keeping them private.
     `shared_start`: all clients draw the same first A; the authors' code draws one for each.
     """
@@ -82,9 +92,9 @@ class FedALT:
     client_state = Client
     averages = False
 
-    def init_server(self, start: Start) -> Server:  # noqa: ARG002 - the contract's signature
+    def init_server(self, start: Start) -> Server:
         """Before anyone has uploaded, the total is empty."""
-        return Server()
+        return Server(size=start.clients)
 
     def init_client(self, start: Start, client_id: str) -> Client:
         """A drawn, B zero: the individual adapter starts as no change at all."""
@@ -94,12 +104,16 @@ class FedALT:
             ),
             mixer=start.mixer(2, self.mixer_init) if self.gate == "mixer" else {},
             head=start.head(),
+            second=start.adapter(self.lora.slot(REST_OF_WORLD), apart=True)
+            if self.train_row
+            else {},
         )
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The same tree for every client, so that it can be encoded once."""
         included = client_id in server.latest
-        facts = {"weight": server.weight, "clients": server.clients, "included": included}
+        clients = max(server.size or 2, server.clients)  # newcomers add to a size that is known
+        facts = {"weight": server.weight, "clients": clients, "included": included}
         return Message(server.total, facts)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
@@ -113,7 +127,8 @@ class FedALT:
         mixer = select(fitted.tree, MIXER)
         weight = weight_of(fitted, self.weighting)
         upload = merge(individual, mixer) if self.share_mixer else individual
-        after = Client(individual, mixer, select(fitted.tree, HEAD), weight)
+        head = select(fitted.tree, HEAD)
+        after = replace(client, individual=individual, mixer=mixer, head=head, weight=weight)
         return after, Message(upload, {"weight": weight})
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
@@ -130,7 +145,7 @@ class FedALT:
             weight += float(upload.facts["weight"])
             clients += 1
             latest = latest.put(client_id, upload)
-        return Server(total, weight, clients, latest)
+        return Server(total, weight, clients, server.size, latest)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The newest rest of world with the mixer trained against the one before, as published."""
@@ -148,19 +163,22 @@ class FedALT:
         """The total once more, of all uploads but this client's: nothing is left by rounding."""
         latest = server.latest.without(client_id)
         uploads = ((each, latest[each]) for each in latest.clients())
-        return replace(self.aggregate(Server(), uploads), latest=latest)
+        size = max(server.size, server.clients) - 1 if server.size else 0
+        return replace(self.aggregate(Server(), uploads), size=size, latest=latest)
 
     def rest_of_world(self, client: Client, message: Message) -> Tree:
         """(total - own) / (weight - own weight), or, where there are no others, a zero adapter.
 
-        "No others" is round 0, or a federation of one. A is kept at its start then, so that
-        `train_row` has something to train.
+        "No others" is round 0, or a federation of one. With `train_row` it then begins with a draw
+        of its own: with the individual adapter's A it would learn what that learns.
         """
         total = select(message.tree, INDIVIDUAL)
         weight = float(message.facts["weight"])
         counted = self.row == "rest_of_world" and bool(message.facts["included"])
         others = weight - client.weight if counted else weight
         if not total or others <= 0:
+            if client.second:
+                return client.second
             absent = {
                 name: tensor if name.factor == "A" else torch.zeros_like(tensor)
                 for name, tensor in client.individual.items()
@@ -180,7 +198,7 @@ class FedALT:
 
     def _plan(self, message: Message) -> Plan:
         slots = (self.lora.slot(INDIVIDUAL), self.lora.slot(REST_OF_WORLD))
-        clients = max(2, int(message.facts["clients"]))
+        clients = int(message.facts["clients"])
         combine: Mixer | Sum
         match self.gate:
             case "mixer":

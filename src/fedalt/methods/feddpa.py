@@ -97,10 +97,13 @@ class FedDPA:
         return Server(start.adapter(self.lora.slot(SHARED)))
 
     def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
-        """The individual adapter of "T": A as the shared one's, B zero, and a head of its own."""
+        """The individual adapter of "T": A drawn apart from the shared one, B zero, its own head.
+
+        That of "F" is no second draw: it goes on from the shared adapter before the client serves.
+        """
         if self.schedule == "F":
             return Client(start.head())
-        individual = start.adapter(self.lora.slot(INDIVIDUAL))
+        individual = start.adapter(self.lora.slot(INDIVIDUAL), apart=True)
         return Client(start.head(), merge(individual, move(start.head(), HEAD, INDIVIDUAL_HEAD)))
 
     def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002

@@ -10,6 +10,8 @@ column k of B is a length times a direction:
     global stage  G rounds   train U alone;  U <- its mean, to length 1 again
     to serve      a client   descends on b alone:  loss + l2 / 2 |b - its mean|^2
 
+"Alone" leaves a classifier's head out, which the stages before have trained as every method does.
+
 This is a RECONSTRUCTION. Known are the decomposition, that A's directions are refined for all and
 then B's magnitudes for each client, and this order; not known are the axes, the losses, what the
 global stage trains on (here: the clients' data, federated), the numbers of rounds and the rates.
@@ -93,7 +95,8 @@ class FedLoRAOptimizer:
     """The method; clients that sit out a round do not count in its mean.
 
     `global_rounds` G >= 0 follow each round of the local stage. Before it serves, a client trains
-    its b for `personal_epochs` at `personal_rate` times the run's learning rate, with `l2` >= 0.
+    its b, and nothing else, for `personal_epochs` at `personal_rate` times the run's learning rate,
+    with `l2` >= 0.
     `a_axis`: the lengths of A are those of its rank rows, or those of its columns. All of these
     are our choice.
     """
@@ -179,9 +182,13 @@ class FedLoRAOptimizer:
         part: str,
         penalty: Callable[[Tree], Tensor] | None = None,
     ) -> Fit:
-        """An order to train one part of the adapter, and the head."""
+        """An order to train one part of the adapter; with the head, but not before serving.
+
+        A head that had further steps, at the personal rate, would be most of what is compared.
+        """
         tree = merge(message.tree, client.head)
         personal = penalty is not None
+        head = frozenset() if personal else names_of(tree, HEAD)
 
         def whole(tree: Tree) -> Tree:
             return merge(compose(select(tree, SHARED), self.a_axis), select(tree, HEAD))
@@ -189,7 +196,7 @@ class FedLoRAOptimizer:
         return Fit(
             self._plan(),
             tree,
-            frozenset(_of(tree, part)) | names_of(tree, HEAD),
+            frozenset(_of(tree, part)) | head,
             epochs=self.personal_epochs if personal else None,
             rate=self.personal_rate if personal else 1.0,
             compose=whole,

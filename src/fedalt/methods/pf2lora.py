@@ -9,10 +9,15 @@ y = (C_k, D_k) of client k, of a smaller rank:
 
     a step, on its own batch and on the next one:
         y+ = y - a grad_y f(x, y; batch)                                                plain SGD
-        h  = grad_x f(x, y+; next) - a [d2 f / dx dy](x, y; batch) grad_y f(x, y+; next)
+        h  = grad_x f(x, y+; next) - [d2 f / dx dy](x, y; batch) a grad_y f(x, y+; next)
         x  <- AdamW with h,   y <- y+                       server:  x <- sum_k p_k x_k
+        a  = inner_lr for C_k and inner_lr / s^2 for D_k
 
-The product with the second derivative is grad_x <grad_y f(x, y), v> with v = grad_y f(x, y+) held
+That is plain descent with the rate inner_lr on C_k and s D_k, whose product is all that the layer
+sees: sD+ = sD - inner_lr grad_sD f. What the lower level does is therefore the same for every
+alpha; one rate for both factors would act through s^2.
+
+The product with the second derivative is grad_x <grad_y f(x, y), v> with v = a grad_y f(x, y+) held
 fixed. How the paper computes it and how often it communicates were not at hand: the equations are
 our reading of its two levels, one communication is one round.
 """
@@ -58,13 +63,15 @@ class Client:
 class Unrolled:
     """One step on both levels: the individual adapter moves, the shared one gets a hypergradient.
 
-    `rate` is a, the lower level's learning rate. A classifier's head is part of the upper level.
+    `rate` is the lower level's learning rate, of C and of D times `scaling`, which is the s of the
+    individual adapter. A classifier's head is part of the upper level.
     "exact" differentiates twice, which fused attention kernels cannot; "finite_difference" takes
     the difference of two first derivatives instead; "first_order" leaves the second term out.
     """
 
     rate: float
     gradient: Gradient
+    scaling: float = 1.0
     moves = INDIVIDUAL
 
     def __call__(
@@ -77,13 +84,14 @@ class Unrolled:
         with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
             first = loss(tree, 0)
         slope = _gradients(first, tree, lower, keep=exact)
-        moved = {name: (tree[name] - self.rate * slope[name]).detach() for name in lower}
+        rates = {name: self._rate(name) for name in lower}
+        moved = {name: (tree[name] - rates[name] * slope[name]).detach() for name in lower}
         for tensor in moved.values():
             tensor.requires_grad_()
         after = {**tree, **moved}
         both = _gradients(loss(after, 1), after, [*upper, *lower])
         h = {name: both[name] for name in upper}
-        v = {name: both[name].detach() for name in lower}
+        v = {name: rates[name] * both[name].detach() for name in lower}
         if exact:
             along = torch.stack([(slope[name] * v[name]).sum() for name in lower]).sum()
             crossed = _gradients(along, tree, upper)
@@ -91,7 +99,11 @@ class Unrolled:
             crossed = self._difference(tree, upper, v, loss)
         else:
             return Stepped(first.detach(), h, moved)
-        return Stepped(first.detach(), {n: h[n] - self.rate * crossed[n] for n in upper}, moved)
+        return Stepped(first.detach(), {n: h[n] - crossed[n] for n in upper}, moved)
+
+    def _rate(self, name: Name) -> float:
+        """What a gradient is multiplied with; that of D holds one s, and D's effect another."""
+        return self.rate / self.scaling**2 if name.factor == "B" else self.rate
 
     def _difference(
         self, tree: Tree, upper: Sequence[Name], v: Tree, loss: Callable[[Tree, int], Tensor]
@@ -126,14 +138,15 @@ class PF2LoRA:
     """The method; clients that sit out a round keep what is theirs and do not count in its mean.
 
     `client_rank` is the rank of C_k and D_k, whose output is scaled as the shared adapter's is.
-    `inner_lr` > 0 is a; unlike the learning rate of the run it does not fall within a round. The
-    rank is the paper's (a quarter of the shared one); it leaves a open, 0.01 is our choice.
+    `inner_lr` >= 0 means the same whatever alpha is (see above); unlike the learning rate of the
+    run it does not fall within a round. The rank is the paper's (a quarter of the shared one);
+    `inner_lr` is our choice, since the paper's was not at hand.
     """
 
     lora: Lora = Lora()
     weighting: Weighting = "uniform"
     client_rank: int = 2
-    inner_lr: float = 1e-2
+    inner_lr: float = 1.0
     hypergradient: Gradient = "exact"
 
     server_state = Server
@@ -151,8 +164,8 @@ class PF2LoRA:
         return Server(start.adapter(self.lora.slot(SHARED)))
 
     def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
-        """C drawn, the same for everyone, D zero."""
-        return Client(merge(start.adapter(self._individual()), start.head()))
+        """C drawn apart from the shared A but the same for everyone, D zero."""
+        return Client(merge(start.adapter(self._individual(), apart=True), start.head()))
 
     def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
         """The averaged adapter, the same for every client."""
@@ -161,7 +174,7 @@ class PF2LoRA:
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Both levels descend together; only the shared adapter is sent back."""
         tree = merge(message.tree, client.kept)
-        step = Unrolled(self.inner_lr, self.hypergradient)
+        step = Unrolled(self.inner_lr, self.hypergradient, self._individual().scaling)
         fitted: Fitted = yield Fit(self._plan(), tree, frozenset(tree), step=step)
         upload = Message(select(fitted.tree, SHARED), {"weight": weight_of(fitted, self.weighting)})
         return Client(select(fitted.tree, INDIVIDUAL, HEAD)), upload

@@ -71,8 +71,9 @@ class UnequalRanks:
 
     `ranks`: rank by client id; all others have that of `lora`. Of the sum of products, `tau` in
     (0, 1] is the share of the squared singular values to keep on every site (1: all directions),
-    and `split` says where the singular values go: their roots into both factors, or all into B,
-    as in FlexLoRA's code. Neither means anything to a mean of rows.
+    and `split` says where the singular values go: "in_b" all into B, as FlexLoRA's code has it and
+    as is usual here, or "balanced" their roots into both factors. FLoRIST's split is not known, so
+    a comparison shows both. Neither setting means anything to a mean of rows.
     """
 
     variant: Literal["flexlora", "florist", "hetlora_mean"]
@@ -80,7 +81,7 @@ class UnequalRanks:
     weighting: Weighting = "uniform"
     ranks: Mapping[str, int] = field(default_factory=dict)
     tau: float = 1.0
-    split: Split = "balanced"
+    split: Split | None = None
 
     server_state = Server
     client_state = Client
@@ -92,7 +93,7 @@ class UnequalRanks:
                 raise ValueError(f"ranks: {client_id!r} has rank {rank}, but a rank is at least 1")
         if not 0 < self.tau <= 1:
             raise ValueError(f"tau={self.tau}, but it is above 0 and at most 1")
-        if self.variant == "hetlora_mean" and (self.tau < 1 or self.split != "balanced"):
+        if self.variant == "hetlora_mean" and (self.tau < 1 or self.split is not None):
             raise ValueError(
                 "tau and split are settings of sums of products, not of a mean of rows"
             )
@@ -167,7 +168,7 @@ class UnequalRanks:
             found = strongest(found, energy_rank(found.s, self.tau))
             if self.variant == "flexlora":
                 found = strongest(found, self._largest())  # nobody can hold more
-            b, a = factors(found._replace(s=found.s / weights), self.split)
+            b, a = factors(found._replace(s=found.s / weights), self.split or "in_b")
             tree[Name(site, SHARED, "A")], tree[Name(site, SHARED, "B")] = a, b
         return cast(tree, torch.float32)
 

@@ -1,6 +1,7 @@
 """A comparison's page: the methods' table, gains by client, and what quality costs."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -15,9 +16,11 @@ from fedalt.report.comparison import (
     Results,
     budget_of,
     cost_cells,
+    gaps_of,
     grid_of,
     shown_cell,
 )
+from fedalt.report.gaps import ABOUT_GAPS, GAP_HEADS, gap_cells
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
 from fedalt.report.run_page import explained
 from fedalt.report.table import YARDSTICK
@@ -42,7 +45,8 @@ def read_results(path: Path) -> Results:
         if "client" in line:
             scores[label][at].setdefault(line["client"], {})[line["metric"]] = line["value"]
         else:
-            costs[label].append(Cost(**{name: line[name] for name in _COSTS}))
+            took = {name: line[name] for name in _COSTS if name in line}
+            costs[label].append(Cost(**{**took, "ranks": tuple(took.get("ranks", (0, 0)))}))
     if not labels:
         raise StoreError(f"{path / RESULTS} is empty")
     runs = {label: path / folder_of(label) / f"seed-{seeds[0]}" for label in labels}
@@ -72,6 +76,7 @@ def comparison_page(path: Path) -> Page:
             [
                 *(_grid_table(grid, caption) for caption, grid in grids.items()),
                 Notes(budget[-1:], quiet=True),
+                *_gap_table(results),
                 Figure(
                     "gains", f"Gain over {over}, by client", "Mean over seeds; above 0 is better.",
                     figures.gain_map(scores, yardstick), wide=True,
@@ -143,12 +148,34 @@ def _grid_table(grid: Grid, caption: str) -> Table:
     return Table(caption, ["method", *grid.columns], rows)
 
 
+def _gap_table(results: Results) -> list[Table | Notes]:
+    gaps = gaps_of(results)
+    if not gaps:
+        return []
+    rows = [
+        [Cell(text, text) for text in gap_cells(gap)[:3]]
+        + [
+            Cell(text, value)
+            for text, value in zip(
+                gap_cells(gap)[3:], (gap.clients, gap.mean, gap.low, gap.p, gap.holm), strict=True
+            )
+        ]
+        for gap in gaps
+    ]
+    return [Table("Gaps between methods", list(GAP_HEADS), rows, wide=True), Notes([ABOUT_GAPS])]
+
+
 def _cost_table(costs: Mapping[str, Sequence[Cost]]) -> Table:
     rows = [
-        [Cell(method, method), *(Cell(text, float(text)) for text in cost_cells(each))]
+        [Cell(method, method), *(Cell(text, _leading(text)) for text in cost_cells(each))]
         for method, each in costs.items()
     ]
     return Table("Costs, bytes per client and round", ["method", *HEADS], rows, wide=True)
+
+
+def _leading(text: str) -> float:
+    """The number that a cell such as 4–12 or 120 + 12 is sorted by: its first."""
+    return float(re.split("[– ]", text)[0])
 
 
 def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> Figure:

@@ -13,12 +13,23 @@ from typing import Any
 
 import numpy as np
 from rich.text import Text
-from scipy.stats import wilcoxon
 
 from fedalt.comparison import Cost, Entry, Job, cost_of
 from fedalt.files import atomic_write
+from fedalt.methods.notes import notes_on
+from fedalt.report.gaps import (
+    ABOUT_GAPS,
+    SIGNIFICANT,
+    Gap,
+    gaps_csv,
+    gaps_markdown,
+    gaps_over,
+    p_value,
+    told_apart,
+)
 from fedalt.report.sheet import Sheet
 from fedalt.report.table import (
+    YARDSTICK,
     Row,
     Scored,
     Table,
@@ -28,13 +39,12 @@ from fedalt.report.table import (
     scores_of,
     to_csv,
 )
-from fedalt.settings import lora_of
+from fedalt.settings import lora_of, method_name
 from fedalt.store import open_run
 
-HEADS = ("trainable", "upload kB", "download kB", "seconds", "peak MB")
+HEADS = ("trainable", "rank", "steps", "upload kB", "download kB", "seconds", "peak MB")
 
 MOST_COLUMNS = 12  # more clients than this are shown by task, if their names tell tasks
-SIGNIFICANT = 0.05
 
 
 @dataclass(frozen=True)
@@ -65,9 +75,8 @@ class Results:
 
 @dataclass(frozen=True)
 class Cell:
-    """A method's scores on a task: one per client and seed, and the means that are shown."""
+    """A method's scores on a task: for each seed the mean over clients."""
 
-    pairs: Values
     seeds: Values
     bold: bool = False
 
@@ -84,13 +93,13 @@ class Grid:
 def grid_of(table: Table) -> Grid:
     """The cells of a table of clients by methods; lower is better in a table of losses.
 
-    The best of a column is bold where Wilcoxon's signed-rank test over its (client, seed) pairs
-    tells it from the second best, p < 0.05: with fewer than six pairs nothing ever is.
+    The best of a column is bold where `told_apart` tells it from all others: with fewer than six
+    clients nothing ever is.
     """
     columns: dict[str, list[Cell]] = {}
     for task, rows in _tasks(table.clients).items():
-        columns[task] = _marked([_cell(rows, at) for at in range(len(table.columns))], table)
-    columns["mean"] = _marked([_cell(table.clients, at) for at in range(len(table.columns))], table)
+        columns[task] = _marked(rows, table)
+    columns["mean"] = _marked(table.clients, table)
     worst = max if table.of_losses else min
     columns["worst client"] = [_cell(table.clients, at, worst) for at in range(len(table.columns))]
     rows_of = {
@@ -113,15 +122,21 @@ def collect(entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job])
 
 
 def write_results(out: Path, results: Results) -> None:
-    """Write results.jsonl, table.md, table.csv and clients.csv."""
+    """Write results.jsonl, table.md, table.csv, gaps.csv and clients.csv."""
     tables = results.tables()
     grids = {name: grid_of(table) for name, table in tables.items()}
     costs = {label: cost_cells(each) for label, each in results.costs.items()}
-    parts = [*budget_of(results), *(grid_markdown(grid, costs, HEADS) for grid in grids.values())]
+    gaps = gaps_of(results)
+    parts = [
+        *budget_of(results),
+        *(grid_markdown(grid, costs, HEADS) for grid in grids.values()),
+        *([ABOUT_GAPS, gaps_markdown(gaps)] if gaps else []),
+    ]
     files = {
         "results.jsonl": "".join(f"{json.dumps(line)}\n" for line in results.lines()),
         "table.md": "\n".join(f"{part.rstrip()}\n" for part in parts),
         "table.csv": grid_csv(grids["scores"]),
+        "gaps.csv": gaps_csv(gaps),
         "clients.csv": to_csv(tables["scores"]),
     }
     for name, text in files.items():
@@ -155,10 +170,22 @@ def budget_of(results: Results) -> Iterator[str]:
         own = {key: value for key, value in facts(entry).items() if value != common[key]}
         if own:
             yield f"{entry.label}: {', '.join(f'{key} {value}' for key, value in own.items())}."
+    for entry in results.entries:
+        for note in notes_on(entry.settings.method, entry.settings.rounds.rounds):
+            yield f"{entry.label}: {note}."
+    trained = "; ".join(
+        f"{label} {_parts(costs[0].trained)}"
+        for label, costs in results.costs.items()
+        if costs[0].trained
+    )
+    if trained:
+        yield f"What a client trains at any time, in numbers by part: {trained}."
     yield (
-        "Bold: best of its column, and told from the second best by Wilcoxon's signed-rank test "
-        "over (client, seed) pairs, p < 0.05; columns of fewer than six pairs have none. Bytes are "
-        "means per client and round, seconds are those of training, peak memory is the process's."
+        "Bold: best of its column, and told from all others by Wilcoxon's signed-rank test over "
+        "clients (means over their seeds), p < 0.05 after Holm's correction, metric by metric; "
+        "columns of fewer than six clients have none. Trainable numbers are all that a client "
+        "trains, steps those of a client in all rounds, + those before it serves. Bytes are means "
+        "per client and round, seconds are those of training, peak memory is the process's."
     )
 
 
@@ -201,13 +228,28 @@ def grid_csv(grid: Grid) -> str:
 
 
 def beats(first: Values, second: Values) -> bool:
-    """Whether paired scores tell two methods apart; each pair is one client and seed."""
-    if len(first) != len(second) or not first:
-        return False
-    gaps = np.subtract(first, second)
-    if not gaps.any():
-        return False
-    return bool(wilcoxon(gaps).pvalue < SIGNIFICANT)
+    """Whether paired scores tell two methods apart: one of each client, its mean over seeds."""
+    return len(first) == len(second) and p_value(np.subtract(first, second)) < SIGNIFICANT
+
+
+def gaps_of(results: Results) -> list[Gap]:
+    """Each method's gaps to local-only, if that is there, and to the best of each table's means."""
+    alone = [
+        each.label for each in results.entries if method_name(each.settings.method) == YARDSTICK
+    ]
+    found: dict[tuple[str, str, str], Gap] = {}
+    for table in results.tables().values():
+        means = [cells[-2].seeds for cells in grid_of(table).rows.values()]
+        ranked = sorted(zip(table.columns, means, strict=True), key=lambda pair: fmean(pair[1]))
+        best = ranked[0 if table.of_losses else -1][0]
+        for over in dict.fromkeys([*alone, best]):
+            for gap in gaps_over(table, over):
+                found.setdefault((gap.family, gap.over, gap.method), gap)
+    return list(found.values())
+
+
+def _parts(trained: Mapping[str, int]) -> str:
+    return ", ".join(f"{slot} {count}" for slot, count in sorted(trained.items()))
 
 
 def _tasks(clients: Sequence[Row]) -> dict[str, Sequence[Row]]:
@@ -219,20 +261,21 @@ def _tasks(clients: Sequence[Row]) -> dict[str, Sequence[Row]]:
 
 
 def _cell(rows: Sequence[Row], at: int, fold: Callable[[Values], float] = fmean) -> Cell:
-    """The scores of one method on those clients of a column that it had.
-
-    There are no pairs if it had not all of them: the test needs the same clients everywhere.
-    """
+    """The scores of one method on those clients of a column that it had."""
     values = [row.scores[at] for row in rows if row.scores[at]]
-    whole = len(values) == len(rows)
-    pairs = tuple(score for scores in values for score in scores) if whole else ()
-    return Cell(pairs, tuple(fold(seed) for seed in zip(*values, strict=True)))
+    return Cell(tuple(fold(seed) for seed in zip(*values, strict=True)))
 
 
 def cost_cells(costs: Sequence[Cost]) -> list[str]:
     """Means over the seeds, in the order of HEADS."""
+    most, least = costs[0].trainable_numbers, costs[0].least_numbers
+    smallest, largest = costs[0].ranks
+    steps = f"{fmean(cost.steps for cost in costs):.0f}"
+    before_serving = fmean(cost.serving_steps for cost in costs)
     return [
-        str(costs[0].trainable_numbers),
+        str(most) if least in (0, most) else f"{least}–{most}",
+        str(largest) if smallest == largest else f"{smallest}–{largest}",
+        f"{steps} + {before_serving:.0f}" if before_serving else steps,
         f"{fmean(cost.upload_bytes for cost in costs) / 1e3:.1f}",
         f"{fmean(cost.download_bytes for cost in costs) / 1e3:.1f}",
         f"{fmean(cost.seconds for cost in costs):.0f}",
@@ -240,14 +283,16 @@ def cost_cells(costs: Sequence[Cost]) -> list[str]:
     ]
 
 
-def _marked(cells: list[Cell], table: Table) -> list[Cell]:
+def _marked(rows: Sequence[Row], table: Table) -> list[Cell]:
     """The cells of a column, the best one bold where the test supports it."""
     sign = -1 if table.of_losses else 1
+    cells = [_cell(rows, at) for at in range(len(table.columns))]
     there = [at for at, cell in enumerate(cells) if cell.seeds]
     ranked = sorted(there, key=lambda at: -sign * fmean(cells[at].seeds))
     if len(ranked) > 1:
-        best, second = cells[ranked[0]], cells[ranked[1]]
-        cells[ranked[0]] = Cell(best.pairs, best.seeds, beats(best.pairs, second.pairs))
+        best, *others = ranked
+        bold = told_apart(rows, best, others, sign=sign)
+        cells[best] = Cell(cells[best].seeds, bold)
     return cells
 
 

@@ -1,9 +1,10 @@
 """Clients in the middle of a fit: their batches, losses and gradients, a step of each at a time."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -73,13 +74,17 @@ class Share:
 
 @dataclass(frozen=True)
 class Trained:
-    """The outcome of a fit: the whole tree on the CPU, and the mean loss over its steps."""
+    """The outcome of a fit: the whole tree on the CPU, and the mean loss over its steps.
+
+    `trained` are how many numbers of each slot and factor were trained.
+    """
 
     tree: Tree
     moments: Moments
     loss: float
     steps: int
     tokens: int
+    trained: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
 
 class Client:
@@ -122,7 +127,10 @@ class Client:
         """The outcome."""
         steps = len(self.batches)
         kept = Moments() if self.order.moments is None else moments
-        return Trained(tree, kept, self.loss / max(steps, 1), steps, self.tokens)
+        trained: Counter[tuple[str, str]] = Counter()
+        for name in self.order.train:
+            trained[name.slot, name.factor] += tree[name].numel()
+        return Trained(tree, kept, self.loss / max(steps, 1), steps, self.tokens, trained)
 
 
 @dataclass(frozen=True)

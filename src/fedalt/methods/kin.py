@@ -1,0 +1,65 @@
+"""Whom a client should hear: how alike clients' products are, weights, and sums of products."""
+
+from collections.abc import Mapping
+
+import torch
+from torch.nn.functional import pad
+
+from fedalt.methods.clustering import distances, has_direction
+from fedalt.methods.low_rank_sums import Pair, core_svd, factors, strongest, weighted_stack
+from fedalt.tree import Name, Tree
+
+Similar = Mapping[str, Mapping[str, float]]
+
+
+def similarities(adapters: Mapping[str, Tree], before: Similar, memory: float) -> Similar:
+    """Of each client to each other one, the mean over sites of the cosine of B A, in [-1, 1].
+
+    `before` counts `memory` in [0, 1) where it knows the pair. Clients whose B A is zero on a site
+    point nowhere and are left out.
+    """
+    known = {each: tree for each, tree in adapters.items() if has_direction(tree, "BA")}
+    found = (1 - distances(known, "BA")).tolist() if known else []
+    return {
+        one: {
+            other: memory * before.get(one, {}).get(other, s) + (1 - memory) * s
+            for other, s in zip(known, row, strict=True)
+            if other != one
+        }
+        for one, row in zip(known, found, strict=True)
+    }
+
+
+def kin_weights(
+    similar: Mapping[str, float], *, tau: float, width: float, power: float
+) -> dict[str, float]:
+    """Weights of the others by their similarity s: (s - tau)^power of those above tau.
+
+    Their sum is the trust in them, (largest s - tau) / width, at most 1; empty where nobody is
+    above tau.
+    """
+    above = {each: s - tau for each, s in similar.items() if s > tau}
+    if not above:
+        return {}
+    trust = min(max(above.values()) / width, 1.0)
+    total = sum(s**power for s in above.values())
+    return {each: trust * s**power / total for each, s in above.items()}
+
+
+def sum_of_products(
+    adapters: Mapping[str, Tree], weights: Mapping[str, float], target: str, rank: int
+) -> Tree:
+    """sum_j w_j B_j A_j on every site, cut to its `rank` strongest directions, in slot `target`.
+
+    Summed in float64 and exact before the cut. All of the strength lies in B; where there are
+    fewer directions, rows and columns of zeros fill up.
+    """
+    tree: Tree = {}
+    for name in (name for name in adapters[min(weights)] if name.factor == "B"):
+        a = name._replace(factor="A")
+        pairs = ((w, Pair(adapters[each][name], adapters[each][a])) for each, w in weights.items())
+        pair = factors(strongest(core_svd(weighted_stack(*pairs)), rank), "in_b")
+        missing = rank - len(pair.a)
+        tree[Name(name.site, target, "A")] = pad(pair.a, (0, 0, 0, missing)).to(torch.float32)
+        tree[Name(name.site, target, "B")] = pad(pair.b, (0, missing)).to(torch.float32)
+    return tree

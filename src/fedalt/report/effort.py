@@ -1,0 +1,121 @@
+"""What a finished run's clients trained: steps in the rounds and before serving, every tensor."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from fedalt.adapters.start import Start
+from fedalt.engine.in_process import drive, server_of
+from fedalt.engine.schedule import TRAINED
+from fedalt.settings import Settings, lora_of
+from fedalt.store import RunFolder
+from fedalt.training.orders import Embed, Fit, Fitted, Found, Order
+
+# What a layer or a head consists of; other factors, such as lengths of B, are another form of it.
+_WHOLE = ("A", "B", "G", "weight", "bias")
+
+
+@dataclass(frozen=True)
+class Effort:
+    """`steps` are optimiser steps of a client in all its rounds, the mean over clients.
+
+    `serving_steps` are those that it takes once more each time before it serves. `trained` are
+    numbers by "slot factor" that it trains at any time, of the client with most; `least` and `most`
+    are the sums of the clients with fewest and most, `ranks` the smallest and the largest.
+    """
+
+    steps: float = 0.0
+    serving_steps: float = 0.0
+    trained: Mapping[str, int] = field(default_factory=dict)
+    least: int = 0
+    most: int = 0
+    ranks: tuple[int, int] = (0, 0)
+
+
+def effort_of(folder: RunFolder, settings: Settings) -> Effort:
+    """What the clients of a finished run trained, by its record and by their last states."""
+    steps: dict[str, float] = {}
+    trained: dict[str, dict[str, int]] = {}
+    for line in folder.lines():
+        if line["kind"] != "train" or line["column"] != "own":
+            continue
+        client, metrics = line["client"], line["metrics"]
+        steps[client] = steps.get(client, 0) + metrics["steps"]
+        parts = trained.setdefault(client, {})
+        for key, count in metrics.items():
+            if key.startswith(TRAINED):
+                part = key.removeprefix(TRAINED)
+                parts[part] = max(parts.get(part, 0), int(count))
+    serving = _serving(folder, settings, sorted(steps))
+    for client, (_, parts) in serving.items():
+        trained[client] = {**trained[client], **parts}
+    totals = {client: _total(parts) for client, parts in trained.items()}
+    most = max(totals, key=lambda client: totals[client])
+    given: Mapping[str, int] = getattr(settings.method, "ranks", {})
+    ranks = [given.get(client, lora_of(settings.method).rank) for client in steps]
+    return Effort(
+        steps=fmean(steps.values()),
+        serving_steps=fmean(count for count, _ in serving.values()) if serving else 0.0,
+        trained=trained[most],
+        least=min(totals.values()),
+        most=totals[most],
+        ranks=(min(ranks), max(ranks)),
+    )
+
+
+def by_slot(trained: Mapping[str, int]) -> dict[str, int]:
+    """Numbers by slot; a factor's parts count where the factor itself was not trained."""
+    found: dict[str, int] = {}
+    for key, count in trained.items():
+        slot, factor = key.rsplit(" ", 1)
+        if factor in _WHOLE:
+            found[slot] = found.get(slot, 0) + count
+    return found
+
+
+def _total(parts: Mapping[str, int]) -> int:
+    return sum(by_slot(parts).values())
+
+
+def _serving(
+    folder: RunFolder, settings: Settings, clients: list[str]
+) -> dict[str, tuple[int, dict[str, int]]]:
+    """Steps and trained numbers of each client's orders before it serves."""
+    method, training = settings.method, settings.training
+    states = folder.states("own", folder.rounds_done())
+    nowhere = Start({}, {}, settings.seed)  # every client here has been trained
+    server = server_of(method, nowhere, states)
+    counts = folder.facts()["clients"]
+    found: dict[str, tuple[int, dict[str, int]]] = {}
+    for client_id in clients:
+        client = states.get(f"clients/{client_id}", method.client_state)
+        if client is None:
+            continue
+        fits: list[Fit] = []
+        examples = counts[client_id]["train"]
+        answer = partial(_unmoved, fits, examples)
+        drive(method.deploy(client, method.broadcast(server, client_id)), answer, client_id)
+        epochs = [training.local_epochs if fit.epochs is None else fit.epochs for fit in fits]
+        parts: Counter[str] = Counter()
+        for fit in fits:
+            for name in fit.train:
+                parts[f"{name.slot} {name.factor}"] += fit.tree[name].numel()
+        found[client_id] = sum(epochs) * -(-examples // training.batch_size), dict(parts)
+    return found
+
+
+def _unmoved(fits: list[Fit], examples: int, client_id: str, number: int, order: Order) -> Any:  # noqa: ARG001
+    """Answers an order as if training had moved nothing, and keeps the fits."""
+    match order:
+        case Fit():
+            fits.append(order)
+            return Fitted(order.tree, examples)
+        case Embed():
+            return torch.zeros(order.examples, 1)
+        case _:
+            return Found(order.start, 0.0)

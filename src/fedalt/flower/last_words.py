@@ -1,0 +1,70 @@
+"""What a process said last: quoted, and written down by the app, whose output Flower drops."""
+
+import contextlib
+import faulthandler
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Final, TextIO
+
+_TAIL: Final = 2**14  # bytes of a log's end in which its last line is looked for
+_QUOTED: Final = 300  # characters of it
+
+
+@contextmanager
+def last_words(log: Path) -> Iterator[None]:
+    """Write down whatever ends this process within the context, for its own user to read alone."""
+    with _private(log) as file:
+        if file is None:  # the disk is full: it ends as it would have
+            yield
+            return
+        faulthandler.enable(file)
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}\n{traceback.format_exc()}")
+            raise
+        finally:
+            faulthandler.disable()
+
+
+@contextmanager
+def _private(log: Path) -> Iterator[TextIO | None]:
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        file = os.fdopen(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "w", 1)
+    except OSError:
+        yield None
+        return
+    with file:
+        yield file
+
+
+def length(log: Path) -> int:
+    """How long a log is, in bytes; 0 where there is none."""
+    try:
+        return log.stat().st_size
+    except OSError:
+        return 0
+
+
+def told_in(log: Path, since: int = 0) -> str:
+    """Where to look, and the last line that a log has gained since it was so long."""
+    line = _last_line(log, since)
+    return f"see {log}: {line}" if line else f"see {log}, where it has said nothing"
+
+
+def _last_line(log: Path, since: int) -> str:
+    try:
+        with log.open("rb") as file:
+            file.seek(max(since, length(log) - _TAIL))
+            lines = file.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    # Control characters of a stranger's would be obeyed by the operator's terminal.
+    clean = ("".join(c if c.isprintable() else " " for c in each).strip() for each in lines)
+    return next((each for each in reversed(list(clean)) if each), "")[:_QUOTED]

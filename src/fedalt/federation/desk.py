@@ -219,7 +219,8 @@ class Desk:
         return answer
 
     def _resume(self) -> None:
-        """What has come of this round before the process was killed."""
+        """What has come of this round before the process was killed, and who was heard before."""
+        self._heard = _heard_in(self.folder / "status.json") | self._heard
         for client_id in self._calls:
             if not self._file(client_id).exists():
                 continue
@@ -252,3 +253,11 @@ class Desk:
 
     def _tell(self, text: str) -> None:
         self.say(f"round {self.round}: {text}")
+
+
+def _heard_in(status: Path) -> dict[str, float]:
+    """When each client was heard last, as an earlier round or server has shown it."""
+    try:
+        return {each: float(when) for each, when in json.loads(status.read_text())["heard"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # nobody needs it but who looks; it is written anew

@@ -163,12 +163,15 @@ class Connections:
     ) -> None:
         """Begin TLS, once the other side has begun: until then a connection costs nothing."""
         loop = asyncio.get_running_loop()
+        has_begun = False
         try:
-            await _first_byte(loop, plain)
-        except asyncio.CancelledError:
-            plain.close()
-            self.end(connection)
-            raise
+            has_begun = await _has_begun(loop, plain)
+        finally:
+            if not has_begun:  # it has gone again, or is dropped
+                plain.close()
+                self.end(connection)
+        if not has_begun:
+            return
         try:
             await loop.connect_accepted_socket(
                 lambda: _Watched(connection, self, serve(connection)),
@@ -218,14 +221,18 @@ def _take_out(connection: Connection, held: dict[Name, dict[Connection, None]], 
         del held[name]
 
 
-async def _first_byte(loop: asyncio.AbstractEventLoop, plain: socket.socket) -> None:
-    """Wait until something has come, or the other side has gone."""
+async def _has_begun(loop: asyncio.AbstractEventLoop, plain: socket.socket) -> bool:
+    """Wait until something has come, or the other side has gone; whether something has."""
     came = asyncio.Event()
     loop.add_reader(plain.fileno(), came.set)
     try:
         await came.wait()
     finally:
         loop.remove_reader(plain.fileno())
+    try:
+        return bool(plain.recv(1, socket.MSG_PEEK))
+    except OSError:
+        return False
 
 
 def _network(address: str) -> str:

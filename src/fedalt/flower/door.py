@@ -159,6 +159,7 @@ def door(passing: Door) -> Starlette:
             Route("/v1/fleet/{call}", passing.pass_on, methods=["POST"]),
         ],
         exception_handlers={404: refuse_other, 405: refuse_other},
+        lifespan=passing.refusals.told,
     )
 
 
@@ -167,13 +168,13 @@ async def _greet(_: Request) -> Response:
     return PlainTextResponse("a federation's server", headers=_CLOSE)
 
 
-def closed() -> Starlette:
+def closed(refusals: Refusals) -> Starlette:
     """The application after the federation's end: whoever calls hears of it, key or no key."""
 
     async def tell(_: Request, __: Exception) -> Response:
         return PlainTextResponse("the federation has ended", HTTPStatus.GONE, _CLOSE)
 
-    return Starlette(exception_handlers={404: tell})
+    return Starlette(exception_handlers={404: tell}, lifespan=refusals.told)
 
 
 def _address(request: Request) -> str | None:
@@ -206,7 +207,7 @@ async def _serve(words: argparse.Namespace) -> None:
         signatures.read()
         return signatures.keys
 
-    app, context = closed(), None
+    app, context = closed(refusals), None
     if words.inner != ENDED:
         keys()
         app = door(_door(words, signatures, connections, refusals))
@@ -234,7 +235,7 @@ async def _serve(words: argparse.Namespace) -> None:
         return made
 
     tasks = [connections.accept(each, context, speak) for each in places]
-    tasks += [connections.look(keys), refusals.tell_often()]
+    tasks += [connections.look(keys)]
     await _first(serving, *map(asyncio.create_task, tasks))
 
 

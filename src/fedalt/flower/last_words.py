@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Final, TextIO
 
 _TAIL: Final = 2**14  # bytes of a log's end in which its last line is looked for
 _QUOTED: Final = 300  # characters of it
+_ERROR: Final = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b|Fatal Python error")
 
 
 @contextmanager
@@ -26,7 +28,7 @@ def last_words(log: Path) -> Iterator[None]:
             yield
         except BaseException:
             with contextlib.suppress(OSError):
-                file.write(f"{datetime.now():%Y-%m-%d %H:%M:%S}\n{traceback.format_exc()}")
+                file.write(_dated(traceback.format_exc()))
             raise
         finally:
             faulthandler.disable()
@@ -44,6 +46,17 @@ def _private(log: Path) -> Iterator[TextIO | None]:
         yield file
 
 
+def note(log: Path, text: str) -> None:
+    """Write down what somebody else has heard of a process."""
+    with _private(log) as file:
+        if file is not None:
+            file.write(_dated(text))
+
+
+def _dated(text: str) -> str:
+    return f"{datetime.now():%Y-%m-%d %H:%M:%S}\n{text}\n"
+
+
 def length(log: Path) -> int:
     """How long a log is, in bytes; 0 where there is none."""
     try:
@@ -53,18 +66,19 @@ def length(log: Path) -> int:
 
 
 def told_in(log: Path, since: int = 0) -> str:
-    """Where to look, and the last line that a log has gained since it was so long."""
-    line = _last_line(log, since)
-    return f"see {log}: {line}" if line else f"see {log}, where it has said nothing"
+    """Where to look, and what a log has gained since it was so long: an error's line, or the last.
 
-
-def _last_line(log: Path, since: int) -> str:
+    Control characters of a stranger's would be obeyed by the operator's terminal; they are left out.
+    """
     try:
         with log.open("rb") as file:
             file.seek(max(since, length(log) - _TAIL))
-            lines = file.read().decode(errors="replace").splitlines()
+            text = file.read().decode(errors="replace")
     except OSError:
-        return ""
-    # Control characters of a stranger's would be obeyed by the operator's terminal.
-    clean = ("".join(c if c.isprintable() else " " for c in each).strip() for each in lines)
-    return next((each for each in reversed(list(clean)) if each), "")[:_QUOTED]
+        text = ""
+    lines = ["".join(c if c.isprintable() else " " for c in each) for each in text.splitlines()]
+    told = [each.strip() for each in lines if each.strip()]
+    errors = [each for each in told if _ERROR.match(each)]
+    if line := next(iter([*errors[-1:], *told[-1:]]), ""):
+        return f"see {log}: {line[:_QUOTED]}"
+    return f"see {log}, where it has said nothing"

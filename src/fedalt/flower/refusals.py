@@ -3,6 +3,8 @@
 import asyncio
 import json
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -35,14 +37,19 @@ class Refusals:
         self.counts.clear()
         self.last_from.clear()
 
-    async def tell_often(self) -> None:
-        """Tell once a minute, until cancelled; the rest is told then."""
-        try:
+    @asynccontextmanager
+    async def told(self, _: object) -> AsyncIterator[None]:
+        """Tell once a minute while an application runs, and at its end."""
+
+        async def often() -> None:
             while True:
                 await asyncio.sleep(_TELL)
                 self.tell()
-        finally:
-            self.tell()
+
+        task = asyncio.create_task(often())
+        yield
+        task.cancel()
+        self.tell()
 
     def is_other(self, record: logging.LogRecord) -> bool:
         """Count what uvicorn warns of, which is what strangers send; all else goes to the log.

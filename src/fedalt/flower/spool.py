@@ -1,6 +1,5 @@
 """Bodies of requests and answers on disk while they come in: memory does not grow with them."""
 
-import tempfile
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
@@ -86,9 +85,8 @@ async def receive(stream: AsyncIterator[bytes], body: Incoming, most: int) -> No
 
 def new_body(folder: Path | None) -> Body:
     """An empty one; nothing of it is left when it is closed, or its process killed."""
-    return tempfile.SpooledTemporaryFile(
-        max_size=_IN_MEMORY, dir=None if folder is None else str(folder)
-    )
+    place = None if folder is None else str(folder)
+    return SpooledTemporaryFile(max_size=_IN_MEMORY, dir=place)
 
 
 async def parts(file: Body) -> AsyncIterator[bytes]:

@@ -3,7 +3,9 @@
 Whatever of it dies is started again; the app goes on where its folder stands.
 """
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,13 +25,15 @@ from fedalt.flower.config import ServerConfig
 from fedalt.flower.control import Control
 from fedalt.flower.credentials import require_usable
 from fedalt.flower.door import ENDED
-from fedalt.flower.last_words import length, told_in
+from fedalt.flower.last_words import length, note, told_in
 from fedalt.flower.processes import Group, free_port, group, require_free, shorten, wait_for_port
 from fedalt.flower.signatures import write_keys
 from fedalt.store import StoreError, locked
 
 APP: Final = Path(__file__).parent / "app"
-_START: Final = 180.0  # seconds that Flower's server or the app may take to come up on a busy machine
+_START: Final = (
+    180.0  # seconds that Flower's server or the app may take to come up on a busy machine
+)
 _LOOK: Final = 0.5
 _AGAIN: Final = 2.0  # seconds before something that has died is started again
 _MOST_DEATHS: Final = 6  # in a row, while nothing gets further
@@ -240,14 +244,16 @@ def _run(processes: Group, config: ServerConfig) -> None:
     pid, log = config.place.pid, config.place.app_log
     pid.unlink(missing_ok=True)
     written = length(log)
-    about = {"config": str(config.file), "log": str(config.place.app_log)}
-    settings = tomli_w.dumps(about).strip().replace("\n", " ")
-    _flwr(processes, config, "run", str(APP), _NAME, "--run-config", settings)
+    words = {"config": str(config.file), "log": str(log)}  # Flower takes no space around a "="
+    settings = " ".join(f"{name}={json.dumps(each)}" for name, each in words.items())
+    said = _flwr(processes, config, "run", str(APP), _NAME, "--run-config", settings)
     end = time.monotonic() + _START
     while not pid.exists():
         if (name := processes.dead()) is not None:
             raise _DiedError(f"{name} has ended, {processes.told(name)}")
         if time.monotonic() > end:
+            if number := re.search(r"run (\d+)", said):  # it may have ended before it was ours
+                note(log, _flwr(processes, config, "log", number[1], _NAME, "--show"))
             raise _DiedError(f"the app did not come up, {told_in(log, written)}")
         time.sleep(_LOOK)
 

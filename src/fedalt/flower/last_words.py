@@ -68,7 +68,7 @@ def length(log: Path) -> int:
 def told_in(log: Path, since: int = 0) -> str:
     """Where to look, and what a log has gained since it was so long: an error's line, or the last.
 
-    Control characters of a stranger's would be obeyed by the operator's terminal; they are left out.
+    Control characters are left out: they may be a stranger's, and a terminal would obey them.
     """
     try:
         with log.open("rb") as file:

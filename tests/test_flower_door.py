@@ -24,6 +24,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+import uvicorn
 from access import signed
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -57,13 +58,17 @@ class Opened:
     context: ssl.SSLContext
     key: Any  # client a's
 
-    def web(self) -> httpx.Client:
-        return httpx.Client(base_url=f"https://{self.address}", verify=self.context, timeout=60)
+    def web(self, kept: int | None = None) -> httpx.Client:
+        """Whoever calls, with so many connections that are kept."""
+        limits = httpx.Limits(max_keepalive_connections=kept)
+        base = f"https://{self.address}"
+        return httpx.Client(base_url=base, verify=self.context, timeout=60, limits=limits)
 
     def told(self) -> dict[str, dict[str, Any]]:
         """What the door has told by kind, once it has ended."""
-        lines = (self.place.logs / "door.log").read_text().splitlines()
-        return {each["what"]: each for each in map(json.loads, lines)}
+        text = (self.place.logs / "door.log").read_text()
+        assert "Traceback" not in text
+        return {each["what"]: each for each in _json_lines(text)}
 
 
 @contextmanager
@@ -219,7 +224,7 @@ def test_a_request_without_a_clients_signature_is_refused_before_its_body_comes(
 def test_a_key_is_let_in_from_when_and_until_its_file_says_so(
     machines: Machines, inner: int
 ) -> None:
-    with door(machines, inner) as there, there.web() as web:
+    with door(machines, inner) as there, there.web(0) as web:
 
         def code(call: str = "get-run") -> int:
             return web.post(
@@ -303,7 +308,7 @@ def test_of_too_many_strangers_the_oldest_go_and_a_client_stays(
 
 
 @contextmanager
-def here(machines: Machines, inner: int) -> Iterator[Opened]:
+def here(machines: Machines, inner: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[Opened]:
     """The door as a thread of this process, whose times can be changed."""
     config = read_server_config(machines.server / "federation.toml")
     place, address = config.place, f"127.0.0.1:{free_port()}"
@@ -315,14 +320,15 @@ def here(machines: Machines, inner: int) -> Iterator[Opened]:
         *(place.let_in, place.flower),
         *(64, 32),
     )
-    loop = asyncio.new_event_loop()
-    serving = loop.create_task(_serve(words))
+    servers: list[uvicorn.Server] = []
+    make = uvicorn.Server
 
-    def serve() -> None:
-        with pytest.raises(asyncio.CancelledError):
-            loop.run_until_complete(serving)
+    def made(config: uvicorn.Config) -> uvicorn.Server:
+        servers.append(make(config))
+        return servers[0]
 
-    thread = threading.Thread(target=serve)
+    monkeypatch.setattr(uvicorn, "Server", made)
+    thread = threading.Thread(target=lambda: asyncio.run(_serve(words)))
     thread.start()
     key = load_ssh_private_key((machines.client("a") / "client.key").read_bytes(), None)
     context = ssl.create_default_context(cafile=place.authority)
@@ -331,9 +337,8 @@ def here(machines: Machines, inner: int) -> Iterator[Opened]:
         wait_for(lambda: _listens(address), "the door")
         yield opened
     finally:
-        loop.call_soon_threadsafe(serving.cancel)
+        servers[0].should_exit = True
         thread.join()
-        loop.close()
 
 
 def _listens(address: str) -> bool:
@@ -361,7 +366,7 @@ def test_who_is_too_slow_is_dropped_but_not_who_goes_on_slowly(
         time.sleep(8.0)
         yield b"a"
 
-    with here(machines, inner) as there, there.web() as web:
+    with here(machines, inner, monkeypatch) as there, there.web() as web:
         flood = Flood(there.address, there.place.authority)
         for kind in ("idle, no TLS begun", "half a TLS greeting", "TLS and nothing else"):
             flood.send(kind, 2)

@@ -1,6 +1,6 @@
 """Disturb a federation of real processes in every way, and compare it with an undisturbed one.
 
-    python scripts/drill.py            the long drill: 4 clients, 20 rounds; prints a table
+    python scripts/drill.py            the long drill: 4 clients, 21 rounds; prints a table
     python scripts/drill.py --access   who is not let in, and what each attempt sees
 
 Exits with 1 if a number differs, a state is lost, or a refusal is missing.
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import psutil
 import tomli_w
 from access import attempts
+from floods import KINDS, flooded
 from machines import Machines, Relay, Wire, assert_close, found, kill, newest_state, wait_for
 from malicious import PLAN, Malicious
 from runs_for_tests import save_model, scores_of
@@ -36,7 +37,8 @@ from fedalt.flower.config import read_client_config, read_server_config
 from fedalt.quarantine import refusals
 
 CLIENTS = ("a", "b", "c", "d")
-ROUNDS = 20
+ROUNDS = 21
+STRANGERS = 20  # of each kind
 CUT = 75.0  # seconds without a network; Flower counts a client as gone after 60
 FIREWALL = {"norm_limit": 100.0, "max_upload_bytes": 2**20}
 
@@ -171,6 +173,18 @@ class Drill:
             time.sleep(CUT)
             self.relay.mend()
 
+    def strangers(self) -> None:
+        """Connections without a key, of every kind, while a round goes on."""
+        there = self.machines
+        what = f"{STRANGERS} strangers of each of {len(KINDS)} kinds at the door"
+        with (
+            self.event(what) as round_,
+            flooded(there.address, there.server / "ca.crt", STRANGERS),
+        ):
+            self.go()
+            there.wait_for(lambda: there.rounds_done() > round_, "the round")
+            self.hold()
+
     def power_cut(self) -> None:
         """Kill everything and start it again."""
         with self.event("all machines cut off from power") as round_:
@@ -273,6 +287,7 @@ def long_drill(drill: Drill) -> tuple[list[str], set[tuple[int, str]]]:
     left_out = {(drill.fill_disk("c"), "c")}
     drill.stop_client("c")
     drill.cut()
+    drill.strangers()
     drill.power_cut()
     return drill.end(), left_out
 

@@ -247,10 +247,11 @@ class Desk:
             raise Late(f"{over}, and another upload of it has counted since; it is dropped")
 
     def _resume(self) -> None:
-        """What has come of this round before the process was killed.
+        """What has come of this round before the process was killed, and who was heard before.
 
         Whoever sent what is no answer to this round's call, or none at all, is called again.
         """
+        self._heard = _heard_in(self.folder / "status.json") | self._heard
         for client_id in self._calls:
             file = self.answer_file(client_id)
             data = file.read_bytes() if file.exists() else b""
@@ -282,3 +283,11 @@ class Desk:
 
     def _tell(self, text: str) -> None:
         self.say(f"round {self.round}: {text}")
+
+
+def _heard_in(status: Path) -> dict[str, float]:
+    """When each client was heard last, as an earlier round or server has shown it."""
+    try:
+        return {each: float(when) for each, when in json.loads(status.read_text())["heard"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # nobody needs it but who looks; it is written anew

@@ -2,7 +2,7 @@
 
 import os
 import traceback
-from functools import partial
+from contextlib import nullcontext
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -10,10 +10,17 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedalt.files import atomic_write
-from fedalt.flower.config import member_of, read_client_config, read_server_config
+from fedalt.flower.client_keys import ClientKeys
+from fedalt.flower.config import (
+    ServerConfig,
+    member_of,
+    read_client_config,
+    read_server_config,
+)
 from fedalt.flower.grid import GridChannel
+from fedalt.flower.last_words import last_words
 from fedalt.flower.records import bytes_of, content_of
-from fedalt.flower.serve import clients_by_key, host_of
+from fedalt.flower.serve import host_of
 from fedalt.store import locked
 
 server = ServerApp()
@@ -22,15 +29,23 @@ client = ClientApp()
 
 @server.main()
 def serve(grid: Grid, context: Context) -> None:
-    """Run the federation of `--run-config config=...` from where its folder stands."""
-    config = read_server_config(Path(str(context.run_config["config"])))
+    """Run the federation of `--run-config config=...` from where its folder stands.
+
+    What ends it too early goes into the file that `log=...` names: Flower shows it to nobody.
+    """
+    about = context.run_config
+    log = Path(str(about["log"])) if about.get("log") else None
+    with nullcontext() if log is None else last_words(log):
+        _serve(grid, read_server_config(Path(str(about["config"]))))
+
+
+def _serve(grid: Grid, config: ServerConfig) -> None:
     place = config.place
     with locked(place.folder):
         atomic_write(place.pid, str(os.getpid()).encode())
         try:
-            channel = GridChannel(
-                grid, partial(clients_by_key, config), config.firewall.max_upload_bytes
-            )
+            most = config.firewall.max_upload_bytes
+            channel = GridChannel(grid, ClientKeys(config).now, most)
             host_of(config, channel).to_the_end()
         except ValueError as error:  # a mistake that does not go away by trying again
             place.failed.write_text(str(error), encoding="utf-8")

@@ -146,4 +146,5 @@ def _why(log: Path) -> str:
             "last connection broke off less than a minute ago; trying again"
         )
     told = [line for line in lines if "rror" in line]
-    return f"{(told or lines or ['the connection failed'])[-1][:300]}; trying again"
+    said = (told or lines or ["the connection failed"])[-1][:300]
+    return f"{said} (see {log}); trying again"

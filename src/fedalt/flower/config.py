@@ -19,7 +19,9 @@ class ServerPlace:
     """`address` is where clients come in, host:port; `folder` keeps the server's state.
 
     Relative paths are those of the configuration's own folder. `insecure` leaves out encryption
-    and keys. `warn_below` clients, what one receives tells too much about another.
+    and keys. `warn_below` clients, what one receives tells too much about another. Connections
+    over which no client's key was shown yet are at most `keyless`, and `keyless_per_address` of one
+    address, behind which several clients may be.
     """
 
     address: str = "127.0.0.1:8443"
@@ -30,6 +32,15 @@ class ServerPlace:
     clients: Path = Path("clients")
     insecure: bool = False
     warn_below: int = 3
+    keyless: int = 256
+    keyless_per_address: int = 128
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.keyless_per_address <= self.keyless:
+            raise ValueError(
+                f"keyless_per_address = {self.keyless_per_address} and keyless = {self.keyless}: "
+                "expected at least 1, and no more of one address than in all"
+            )
 
     @property
     def run(self) -> Path:
@@ -45,6 +56,16 @@ class ServerPlace:
     def flower(self) -> Path:
         """What Flower keeps."""
         return self.folder / "flower"
+
+    @property
+    def let_in(self) -> Path:
+        """The keys that are let in, for the door."""
+        return self.flower / "keys.json"
+
+    @property
+    def app_log(self) -> Path:
+        """What has ended the app too early."""
+        return self.logs / "app.log"
 
     @property
     def pid(self) -> Path:

@@ -1,6 +1,6 @@
 """Which keys Flower's server lets in: those of the clients' folder, and no others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 import httpx
@@ -22,8 +22,11 @@ class Control:
     port: int
     place: ServerPlace
 
-    def let_in(self, clients: dict[str, str], say: Say) -> None:
-        """Register the keys of these clients, by public key, and shut all others out."""
+    def let_in(self, clients: Mapping[str, str], others: Collection[str], say: Say) -> None:
+        """Register the keys of these clients, by public key; all but `others` are shut out.
+
+        That is for good: Flower never lets a key in again that it has shut out.
+        """
         insecure = self.place.insecure
         authority = None if insecure else self.place.authority.read_bytes()
         address = f"127.0.0.1:{self.port}"
@@ -31,7 +34,7 @@ class Control:
             nodes = client.ListNodes(ListNodesRequest()).nodes_info
             known = {text_of(each.public_key): each for each in nodes if each.status != _GONE}
             for key, node in known.items():
-                if key not in clients:
+                if key not in clients and key not in others:
                     client.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
                     say("a key that is no client's any more is shut out")
             for key in clients.keys() - known.keys():

@@ -11,6 +11,7 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import (
     SECP384R1,
     EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
     generate_private_key,
 )
 from cryptography.hazmat.primitives.hashes import SHA384
@@ -28,6 +29,7 @@ from fedalt.settings import SettingsError
 
 _AUTHORITY_YEARS: Final = 10
 _SERVER_YEARS: Final = 2
+_LONGEST_KEY: Final = 2**16  # bytes that are read of a public key
 
 
 def make_authority(folder: Path, federation: str) -> None:
@@ -91,11 +93,21 @@ def require_usable(certificate: Path, key: Path, authority: Path) -> None:
 
 
 def pem_of(public: Path) -> str:
-    """A public key as Flower's server shows it. Raises SettingsError."""
+    """A public key as Flower's server shows it. Raises SettingsError, also where it is cut off."""
     try:
-        key = load_ssh_public_key(public.read_bytes())
+        if not public.is_file():  # to read a pipe would be to wait for ever
+            raise SettingsError(f"{public}: cannot be read: it is no file")
+        with public.open("rb") as file:
+            key = load_ssh_public_key(file.read(_LONGEST_KEY))
+    except OSError as error:
+        raise SettingsError(f"{public}: cannot be read: {error.strerror}") from None
     except (ValueError, UnsupportedAlgorithm) as error:
         raise SettingsError(f"{public}: it is no public key: {error}") from None
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise SettingsError(
+            f"{public}: it is no public key of this kind: expected ecdsa-sha2-nistp384, as "
+            "`fedalt federation init` makes them"
+        )
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return pem.decode()
 

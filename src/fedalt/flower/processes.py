@@ -11,11 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import psutil
 
 from fedalt.files import atomic_write
+from fedalt.flower.last_words import length, told_in
 from fedalt.settings import SettingsError
 
 _POLITE: Final = 5.0  # seconds from asking a process to end to killing it
@@ -32,19 +34,27 @@ class Group:
     environment: Mapping[str, str]
     register: Path  # who they are, for the next one to end if we are killed
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    _logs: dict[str, tuple[Path, int]] = field(default_factory=dict)  # and how long one was
     _seen: dict[int, psutil.Process] = field(default_factory=dict)
 
-    def start(self, name: str, command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+    def start(
+        self,
+        name: str,
+        command: Sequence[str],
+        log: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> subprocess.Popen[bytes]:
         """Start a process whose output goes to the end of a file."""
         log.parent.mkdir(parents=True, exist_ok=True)
         shorten(log)
+        self._logs[name] = log, length(log)
         with log.open("ab") as file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
+                env={**os.environ, **self.environment, **environment},
                 start_new_session=True,  # Ctrl-C is for us alone; we end them in order
             )
         self.running[name] = process
@@ -61,6 +71,10 @@ class Group:
                 }
         self._write()
         return next((n for n, each in self.running.items() if each.poll() is not None), None)
+
+    def told(self, name: str) -> str:
+        """Where a process has put its last words, and the last line of them."""
+        return told_in(*self._logs[name])
 
     def stop(self) -> None:
         """End all of them, and what they have started."""

@@ -1,6 +1,5 @@
 """A federation's server from its files, over whatever channel."""
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -10,12 +9,11 @@ from fedalt.data.names import is_safe
 from fedalt.engine.gate import Gate
 from fedalt.federation.channel import Channel
 from fedalt.federation.host import Host, open_host
+from fedalt.flower.client_keys import REVOKED
 from fedalt.flower.config import ServerConfig
-from fedalt.flower.credentials import pem_of
 from fedalt.settings import SettingsError
 from fedalt.store import RunFolder
 
-_REVOKED: Final = ".revoked"
 _LONGEST: Final = 1000  # characters of a line, which may quote a client
 
 
@@ -31,31 +29,19 @@ def host_of(config: ServerConfig, channel: Channel) -> Host:
     return host
 
 
-def clients_by_key(config: ServerConfig) -> Mapping[str, str]:
-    """Who is behind a node's public key, as Flower's server shows it. Raises SettingsError."""
-    found = {}
-    for client_id in config.terms.clients:
-        file = config.place.clients / f"{client_id}.pub"
-        if file.exists():
-            found[pem_of(file)] = client_id
-        elif not file.with_suffix(_REVOKED).exists():
-            raise SettingsError(f"{file}: the public key of client {client_id!r} is missing")
-    return found
-
-
 def revoke_key(config: ServerConfig, client_id: str) -> None:
     """Take a client's key away; who runs the server looks for that."""
     file = config.place.clients / f"{client_id}.pub"
     if not is_safe(client_id) or not file.exists():
         there = ", ".join(sorted(each.stem for each in config.place.clients.glob("*.pub")))
         raise SettingsError(f"client {client_id!r} has no key here; there are {there or 'none'}")
-    file.rename(file.with_suffix(_REVOKED))
+    file.rename(file.with_suffix(REVOKED))
     _take_out(config)
 
 
 def revoked(config: ServerConfig) -> list[str]:
     """The clients whose keys were taken away and that have got no other."""
-    taken = config.place.clients.glob(f"*{_REVOKED}")
+    taken = config.place.clients.glob(f"*{REVOKED}")
     return sorted(each.stem for each in taken if not each.with_suffix(".pub").exists())
 
 

@@ -3,12 +3,18 @@
 import json
 import time
 from collections import Counter
+from collections.abc import Mapping
 from datetime import datetime
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+from psutil import STATUS_ZOMBIE as ZOMBIE
 
 from fedalt.data.foreign import shown as one_line
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.serve import revoked
+from fedalt.store import StoreError
 
 _SHOWN: Final = 5  # lines of one sort
 
@@ -20,21 +26,22 @@ def shown(config: ServerConfig) -> str:
     if not file.exists():
         begun = f"{terms.name}: has not begun; no status in {folder}"
         return "\n".join(one_line(line) for line in [begun, *_refused_requests(config)])
-    status = json.loads(file.read_text())
-    ago = time.time() - status["time"]
-    state = "has ended" if config.place.ended.exists() else f"seen {ago:.0f} seconds ago"
+    status = _read(file)
+    ago, ended, runs = time.time() - status["time"], config.place.ended.exists(), is_running(config)
+    state = f"seen {ago:.0f} seconds ago"
+    if ended or not runs:
+        state = "has ended" if ended else f"does not run; it was {state}"
     done = min(status["round"], status["rounds"])
     lines = [f"{terms.name}: {done} of {status['rounds']} rounds done; the server {state}"]
     out = set(revoked(config))
     for client_id in terms.clients:
-        here = "revoked" if client_id in out else "absent"
-        if client_id in status["online"]:
-            here = "online"
-        waits = ", awaited" if client_id in status["awaited"] else ""
+        there = runs and not ended and client_id in status["online"]
+        here = "revoked" if client_id in out else "online" if there else "absent"
+        waits = ", awaited" if client_id in status["awaited"] and not ended else ""
         heard = status["heard"].get(client_id)
         when = "never" if heard is None else f"{datetime.fromtimestamp(heard):%Y-%m-%d %H:%M:%S}"
         lines.append(f"  {client_id}: {here}{waits}; last answer {when}")
-        if client_id in status["unable"]:
+        if client_id in status["unable"] and not ended:
             lines.append(f"    it could not: {status['unable'][client_id]}")
     refused = folder / "refused.jsonl"
     found = (
@@ -45,11 +52,30 @@ def shown(config: ServerConfig) -> str:
     return "\n".join(one_line(line) for line in [*lines, *_refused_requests(config)])
 
 
+def is_running(config: ServerConfig) -> bool:
+    """Whether the process is alive that calls clients; its number may be another's by now."""
+    try:
+        process = psutil.Process(int(config.place.pid.read_text()))
+        written = config.place.pid.stat().st_mtime
+        return bool(process.create_time() <= written + 1 and process.status() != ZOMBIE)
+    except (OSError, ValueError, psutil.Error):
+        return False
+
+
+def _read(file: Path) -> Mapping[str, Any]:
+    """What the server has shown last. Raises StoreError."""
+    try:
+        status: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise StoreError(f"{file}: cannot be read: {error}") from None
+    return status
+
+
 def _refused_requests(config: ServerConfig) -> list[str]:
     """What the door has turned away since its log began; nothing where that is nothing."""
     log = config.place.logs / "door.log"
     written = log.read_text(errors="replace").splitlines() if log.exists() else []
-    told = [json.loads(line) for line in written if line.startswith("{") and line.endswith("}")]
+    told = [found for line in written if (found := _refusals(line))]
     if not told:
         return []
     counts: Counter[str] = Counter()
@@ -61,3 +87,12 @@ def _refused_requests(config: ServerConfig) -> list[str]:
         f"  refused requests: {counts.total()} since {told[0]['time']}{come}",
         *(f"    {count}: {what}" for what, count in counts.most_common(_SHOWN)),
     ]
+
+
+def _refusals(line: str) -> Mapping[str, Any]:
+    """What a line of the door's log counts; nothing where it is another one, or cut off."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) and {"what", "refused"} <= found.keys() else {}

@@ -3,7 +3,9 @@
 Whatever of it dies is started again; the app goes on where its folder stands.
 """
 
+import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,22 +20,29 @@ import psutil
 import tomli_w
 
 from fedalt.files import atomic_write
+from fedalt.flower.client_keys import ClientKeys, clients_by_key
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.control import Control
 from fedalt.flower.credentials import require_usable
 from fedalt.flower.door import ENDED
+from fedalt.flower.last_words import length, note, told_in
 from fedalt.flower.processes import Group, free_port, group, require_free, shorten, wait_for_port
-from fedalt.flower.serve import clients_by_key
+from fedalt.flower.signatures import write_keys
 from fedalt.store import StoreError, locked
 
 APP: Final = Path(__file__).parent / "app"
-_START: Final = 60.0  # seconds that Flower's server or the app may take to come up
+_START: Final = (
+    180.0  # seconds that Flower's server or the app may take to come up on a busy machine
+)
 _LOOK: Final = 0.5
 _AGAIN: Final = 2.0  # seconds before something that has died is started again
 _MOST_DEATHS: Final = 6  # in a row, while nothing gets further
 _LONG: Final = 300.0  # seconds; what has lived so long did not die at once
 _NAME: Final = "federation"  # of the server in Flower's own configuration
 _DOOR: Final = "the door"
+_FLOWER: Final = "Flower's server"
+# What an allocator keeps of a flood's buffers is not given back otherwise (glibc).
+_GIVE_BACK: Final = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 
 Say = Callable[[str], None]
 
@@ -58,12 +67,13 @@ def supervise(config: ServerConfig, say: Say) -> None:
         if place.ended.exists():
             _tell_of_the_end(config, processes, say)
         place.failed.unlink(missing_ok=True)
-        shorten(place.logs / "flwr.log")
-        shorten(place.logs / "server.log")
+        for log in ("flwr.log", "server.log", "app.log"):
+            shorten(place.logs / log)
         patience = _Patience(config, _standing(config), time.monotonic())
+        keys = _Keys(ClientKeys(config))
         while not place.ended.exists():
             try:
-                _one_life(config, processes, patience, say)
+                _one_life(config, processes, patience, keys, say)
             except _DiedError as death:
                 patience.died(str(death))
                 say(f"{death}; starting again")
@@ -74,15 +84,14 @@ def supervise(config: ServerConfig, say: Say) -> None:
 
 def _tell_of_the_end(config: ServerConfig, processes: Group, say: Say) -> NoReturn:
     """Tell clients that were away at the end, until stopped. Raises StoreError."""
-    log = config.place.logs / "door.log"
-    processes.start(_DOOR, _door(config, ENDED), log)
+    _open_door(processes, config, ENDED)
     say(
         f"the federation has ended; clients that call {config.place.address} are told so, "
         "until this is stopped (Ctrl-C)"
     )
     while processes.dead() is None:
         time.sleep(_LOOK)
-    raise StoreError(f"{_DOOR} has ended, see {log}")
+    raise StoreError(f"{_DOOR} has ended, {processes.told(_DOOR)}")
 
 
 class _DiedError(Exception):
@@ -107,8 +116,7 @@ class _Patience:
         self.deaths += 1
         if self.deaths >= _MOST_DEATHS:
             raise StoreError(
-                f"{what}; that was {self.deaths} deaths in a row without getting further, see "
-                f"{self.config.place.logs}"
+                f"{what}; that was {self.deaths} deaths in a row without getting further"
             )
 
 
@@ -122,58 +130,74 @@ def _standing(config: ServerConfig) -> object:
     )
 
 
-def _one_life(config: ServerConfig, processes: Group, patience: _Patience, say: Say) -> None:
+@dataclass
+class _Keys:
+    """Tells Flower and the door whose keys are let in whenever the clients' folder has changed."""
+
+    keys: ClientKeys
+    told: frozenset[str] = frozenset()
+    settled: object = None
+
+    def settle(self, control: Control, say: Say) -> None:
+        """Look at the folder, and tell once what is wrong with it.
+
+        Raises `_DiedError` where Flower's server does not answer.
+        """
+        keys, before = self.keys, self.keys.troubles
+        clients = dict(keys.now())
+        for each in sorted((keys.troubles | keys.strays) - self.told):
+            say(f"{each}; it is looked at again when that changes")
+        if before and not keys.troubles:
+            say("every client's key is in order again")
+        self.told = keys.troubles | keys.strays
+        known = set(keys.known.values())
+        if (standing := (control, clients, known)) == self.settled:
+            return
+        write_keys(control.place.let_in, clients)
+        try:
+            control.let_in(clients, known, say)
+        except httpx.HTTPError as error:
+            raise _DiedError(f"{_FLOWER} does not answer: {error}") from error
+        self.settled = standing
+
+
+def _one_life(
+    config: ServerConfig, processes: Group, patience: _Patience, keys: _Keys, say: Say
+) -> None:
     """Start everything; return when the federation has ended, raise `_DiedError` otherwise."""
     place, logs = config.place, config.place.logs
     port = free_port()
-    link = processes.start("Flower's server", _superlink(config, port), logs / "superlink.log")
+    link = processes.start(_FLOWER, _superlink(config, port), logs / "superlink.log")
     if not wait_for_port(port, link, _START):
-        raise _DiedError(f"Flower's server did not come up, see {logs / 'superlink.log'}")
+        raise _DiedError(f"{_FLOWER} did not come up, {processes.told(_FLOWER)}")
     _configure(place.flower, port, config)
-    keys = _Keys(Control(port, place))
-    keys.settle(config, say)
-    processes.start(_DOOR, _door(config, port), logs / "door.log")
+    control = Control(port, place)
+    keys.settle(control, say)
+    _open_door(processes, config, port)
     say(f"listening at {place.address}{' WITHOUT ENCRYPTION' if place.insecure else ''}")
-    told = _end_of(logs / "server.log")
+    told = length(logs / "server.log")
     while not place.ended.exists():
+        written = length(place.app_log)
         _run(processes, config)
         while _alive(place.pid) and not place.ended.exists():
             name = processes.dead()
             if name == _DOOR:  # nobody else notices
-                patience.died(f"{_DOOR} has ended")
-                say(f"{_DOOR} has ended; starting it again")
-                processes.start(_DOOR, _door(config, port), logs / "door.log")
+                ended = f"{_DOOR} has ended, {processes.told(_DOOR)}"
+                patience.died(ended)
+                say(f"{ended}; starting it again")
+                _open_door(processes, config, port)
             elif name is not None:
-                raise _DiedError(f"{name} has ended")
-            keys.settle(config, say)
+                raise _DiedError(f"{name} has ended, {processes.told(name)}")
+            keys.settle(control, say)
             told = _tell(logs / "server.log", told, say)
             time.sleep(_LOOK)
         told = _tell(logs / "server.log", told, say)
         if place.failed.exists():
-            raise StoreError(place.failed.read_text(encoding="utf-8"))
+            raise StoreError(f"{place.failed.read_text(encoding='utf-8')} (see {place.app_log})")
         if not place.ended.exists():
-            patience.died("the app has ended before the federation")
-            say("the app has ended before the federation; starting it again")
-
-
-@dataclass
-class _Keys:
-    """Tells Flower whose keys are let in whenever the clients' folder has changed."""
-
-    control: Control
-    seen: object = None
-
-    def settle(self, config: ServerConfig, say: Say) -> None:
-        """Look at the folder. Raises `_DiedError` where Flower's server does not answer."""
-        folder = config.place.clients
-        now = sorted((each.name, each.stat().st_mtime_ns) for each in folder.iterdir())
-        if now == self.seen:
-            return
-        try:
-            self.control.let_in(dict(clients_by_key(config)), say)
-        except httpx.HTTPError as error:
-            raise _DiedError(f"Flower's server does not answer: {error}") from error
-        self.seen = now
+            ended = f"the app has ended before the federation, {told_in(place.app_log, written)}"
+            patience.died(ended)
+            say(f"{ended}; starting it again")
 
 
 def _superlink(config: ServerConfig, port: int) -> list[str]:
@@ -201,26 +225,36 @@ def _configure(home: Path, port: int, config: ServerConfig) -> None:
     atomic_write(home / "config.toml", text.encode())
 
 
-def _door(config: ServerConfig, port: int | str) -> list[str]:
+def _open_door(processes: Group, config: ServerConfig, port: int | str) -> None:
+    """Start what clients reach, before Flower's server at `port` or after the end."""
     place = config.place
     files = [] if place.insecure else [place.certificate, place.key, place.authority]
-    most = str(config.firewall.max_upload_bytes)
-    words = [place.address, str(port), most, *map(str, files)]
-    return [sys.executable, "-m", "fedalt.flower.door", *words]
+    words = [place.address, str(port), str(config.firewall.max_upload_bytes), *map(str, files)]
+    words += ["--keyless", str(place.keyless)]
+    words += ["--keyless-per-address", str(place.keyless_per_address)]
+    words += ["--spool", str(place.flower)]
+    if port != ENDED:
+        words += ["--keys", str(place.let_in)]
+    command = [sys.executable, "-m", "fedalt.flower.door", *words]
+    processes.start(_DOOR, command, place.logs / "door.log", _GIVE_BACK)
 
 
 def _run(processes: Group, config: ServerConfig) -> None:
     """Start the app and wait until it is there."""
-    pid = config.place.pid
+    pid, log = config.place.pid, config.place.app_log
     pid.unlink(missing_ok=True)
-    settings = f'config="{config.file}"'
-    _flwr(processes, config, "run", str(APP), _NAME, "--run-config", settings)
+    written = length(log)
+    words = {"config": str(config.file), "log": str(log)}  # Flower takes no space around a "="
+    settings = " ".join(f"{name}={json.dumps(each)}" for name, each in words.items())
+    said = _flwr(processes, config, "run", str(APP), _NAME, "--run-config", settings)
     end = time.monotonic() + _START
     while not pid.exists():
         if (name := processes.dead()) is not None:
-            raise _DiedError(f"{name} has ended")
+            raise _DiedError(f"{name} has ended, {processes.told(name)}")
         if time.monotonic() > end:
-            raise _DiedError(f"the app did not come up, see {config.place.logs}")
+            if number := re.search(r"run (\d+)", said):  # it may have ended before it was ours
+                note(log, _flwr(processes, config, "log", number[1], _NAME, "--show"))
+            raise _DiedError(f"the app did not come up, {told_in(log, written)}")
         time.sleep(_LOOK)
 
 
@@ -246,10 +280,6 @@ def _alive(pid_file: Path) -> bool:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def _end_of(log: Path) -> int:
-    return log.stat().st_size if log.exists() else 0
 
 
 def _tell(log: Path, told: int, say: Say) -> int:

@@ -1,0 +1,107 @@
+"""Whether a request was signed with a client's key: told by its headers, before its body is read.
+
+Flower signs the time at which a request is made, and nothing else of it.
+"""
+
+import json
+import time
+from base64 import b64decode
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
+from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
+from flwr.supercore.error.base import ApiErrorCode, FlowerError
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+
+from fedalt.files import atomic_write
+
+_REMEMBERED: Final = 700.0  # seconds; Flower takes a signature for 305 to either side
+_MOST_REMEMBERED: Final = 20_000  # requests of one key within that time; a client makes 5 a second
+_ACTIVATE: Final = "activate-node"
+
+
+class UnsignedError(Exception):
+    """A request is not a client's: the code and text of the answer, and what kind of refusal."""
+
+    def __init__(self, code: int, text: str, kind: str | None = None) -> None:
+        super().__init__(text)
+        self.code, self.text, self.kind = code, text, kind or text
+
+
+def write_keys(file: Path, clients: Mapping[str, str]) -> None:
+    """Tell who is let in: clients by public key, in the form that Flower sends keys in."""
+    atomic_write(file, json.dumps(sorted(clients)).encode())
+
+
+@dataclass
+class Signatures:
+    """The keys of a file that `write_keys` wrote, and the requests of the last minutes.
+
+    Without a file nobody is let in.
+    """
+
+    file: Path | None
+    keys: dict[bytes, EllipticCurvePublicKey] = field(default_factory=dict)
+    _written: object = None
+    _made: dict[bytes, OrderedDict[str, float]] = field(default_factory=dict)  # key: times, when
+
+    def read(self) -> None:
+        """Look whether the file has changed."""
+        if self.file is None:
+            return
+        now = self.file.stat()
+        if (written := (now.st_mtime_ns, now.st_ino)) == self._written:
+            return
+        pems = [each.encode() for each in json.loads(self.file.read_text())]
+        self.keys = {each: bytes_to_public_key(each) for each in pems}
+        self._made = {key: made for key, made in self._made.items() if key in self.keys}
+        self._written = written
+
+    def key_of(self, headers: Mapping[str, str], call: str) -> bytes:
+        """The key that a request is signed with, made now and for the first time.
+
+        Raises UnsignedError for any other, with the answer that Flower's server would give to it.
+        """
+        try:
+            key = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
+            signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
+            when = headers[TIMESTAMP_HEADER]
+            age = (datetime.now(UTC) - datetime.fromisoformat(when)).total_seconds()
+        except (KeyError, ValueError, TypeError):  # a time without a zone is the last
+            raise UnsignedError(401, "no signature of a client") from None
+        if (known := self.keys.get(key)) is None:
+            # Flower's client tells this answer from others, and only to this request.
+            text = _not_let_in() if call == _ACTIVATE else "no client has this key"
+            raise UnsignedError(412 if call == _ACTIVATE else 401, text, "no client has this key")
+        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+            raise UnsignedError(401, "the signature is not of now; look at this machine's clock")
+        if not verify_signature(known, when.encode(), signature):
+            raise UnsignedError(401, "the signature is not one of this key")
+        self._remember(key, when)
+        return key
+
+    def _remember(self, key: bytes, when: str) -> None:
+        """Take a signature once.
+
+        What it stands for is remembered: whoever has one can write it in another way.
+        """
+        now, made = time.monotonic(), self._made.setdefault(key, OrderedDict())
+        while made and now - next(iter(made.values())) > _REMEMBERED:
+            made.popitem(last=False)
+        if when in made:
+            raise UnsignedError(409, "this request has been made before")
+        if len(made) >= _MOST_REMEMBERED:
+            raise UnsignedError(429, "too many requests with one key")
+        made[when] = now
+
+
+def _not_let_in() -> str:
+    """In Flower's form, by which its client knows that it is this."""
+    error = FlowerError(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "")
+    return json.dumps(error.to_json("no client has this key"))

@@ -1,0 +1,96 @@
+"""Bodies of requests and answers on disk while they come in: memory does not grow with them."""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
+from typing import Final
+
+_IN_MEMORY: Final = 2**16  # bytes; most are smaller
+_PART: Final = 2**18  # bytes that are read at a time
+
+Body = SpooledTemporaryFile[bytes]
+
+
+class NoRoomError(Exception):
+    """There is no room for more of somebody's bodies, now."""
+
+
+@dataclass
+class Spool:
+    """Where bodies lie, and how many bytes of them there may be: of one key, and in all.
+
+    None as a folder is the system's for temporary files.
+    """
+
+    folder: Path | None
+    of_one: int
+    in_all: int
+    held: Counter[bytes] = field(default_factory=Counter)
+
+    @contextmanager
+    def body(self, key: bytes) -> Iterator["Incoming"]:
+        """A body that counts as this key's until the end of the context."""
+        with new_body(self.folder) as file:
+            incoming = Incoming(self, key, file)
+            try:
+                yield incoming
+            finally:
+                self.held[key] -= incoming.size
+                if self.held[key] <= 0:
+                    del self.held[key]
+
+
+@dataclass
+class Incoming:
+    """A body that comes in."""
+
+    spool: Spool
+    key: bytes
+    file: Body
+    size: int = 0
+
+    def add(self, part: bytes) -> None:
+        """Write a part. Raises NoRoomError."""
+        held = self.spool.held
+        if (
+            held[self.key] + len(part) > self.spool.of_one
+            or held.total() + len(part) > self.spool.in_all
+        ):
+            raise NoRoomError
+        held[self.key] += len(part)
+        self.size += len(part)
+        try:
+            self.file.write(part)
+        except OSError as error:  # the disk is full
+            raise NoRoomError from error
+
+
+async def receive(stream: AsyncIterator[bytes], body: Incoming, most: int) -> None:
+    """Put a request's body on disk. Of one with more than `most` bytes as many are dropped.
+
+    Who sends it hears of that only when it is done sending. Raises NoRoomError.
+    """
+    over = 0
+    async for part in stream:
+        if body.size <= most:
+            body.add(part)
+        else:
+            over += len(part)
+        if over > most:
+            return
+
+
+def new_body(folder: Path | None) -> Body:
+    """An empty one; nothing of it is left when it is closed, or its process killed."""
+    place = None if folder is None else str(folder)
+    return SpooledTemporaryFile(max_size=_IN_MEMORY, dir=place)
+
+
+async def parts(file: Body) -> AsyncIterator[bytes]:
+    """All of it, in parts."""
+    file.seek(0)
+    while part := file.read(_PART):
+        yield part

@@ -17,6 +17,7 @@ FLOORS = {
     "tree": 0,
     "codec": 1,
     "adapters": 1,
+    "base_model": 2,
     "models": 2,
     "data": 2,
     "metrics": 2,

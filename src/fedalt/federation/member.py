@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedalt import tree as trees
+from fedalt.base_model.identity import parts_that_differ
 from fedalt.codec import CodecError, atomic_write, decode, encode
 from fedalt.engine.course import Arm, Event
 from fedalt.engine.firewall import Refused, check_broadcast
@@ -257,7 +258,8 @@ def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Pat
     if found != terms.model:
         raise SettingsError(
             f"the base model {prepared.parts.base.name!r} here has the fingerprint {found!r}, but "
-            f"the terms of {terms.name!r} are about {terms.model!r}: it is another model"
+            f"the terms of {terms.name!r} are about {terms.model!r}: it is another model, with "
+            f"other {parts_that_differ(terms.model, found)}"
         )
 
 

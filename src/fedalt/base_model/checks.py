@@ -1,0 +1,73 @@
+"""What a loaded model is tried for before anything is trained on it."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedalt.adapters.packing import agree
+from fedalt.adapters.reach import read, short_texts
+from fedalt.base_model.errors import ModelError, in_short
+
+
+def require_causal(model: PreTrainedModel, name: str) -> None:
+    """Raise ModelError for a model whose logits of a token depend on the tokens that follow it."""
+    ids = short_texts(model, 1, 8).repeat(2, 1)
+    ids[1, -1] = ids[1, 0]
+    if ids[1, -1] == ids[0, -1]:
+        ids[1, -1] = ids[1, 1]
+    try:
+        logits = read(model, ids)[:, :-1]
+    except ValueError as error:
+        raise ModelError(f"cannot use the model {name!r}: {in_short(error)}") from error
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(f"the model {name!r} computes no numbers: {_first_without_numbers(model)}")
+    if not agree(logits[1], logits[0]):
+        raise ModelError(
+            f"the model {name!r} ({type(model).__name__}) sees the tokens that follow, so it "
+            "cannot learn to write them; expected a causal language model (an encoder serves for "
+            "data with labels)"
+        )
+
+
+def _first_without_numbers(model: PreTrainedModel) -> str:
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            return f"its tensor {name} holds values that are not finite"
+    return "its logits are not finite for a short text"
+
+
+def require_room_for_tokens(
+    tokenizer: PreTrainedTokenizerBase, name: str, rows: int | None
+) -> None:
+    """Raise ModelError where a tokenizer has tokens that the model has no embedding for."""
+    if rows is None:
+        return
+    ids = tokenizer.get_vocab()
+    token, last = max(ids.items(), key=lambda each: each[1])
+    if last >= rows:
+        raise ModelError(
+            f"the tokenizer of {name!r} has {last + 1} tokens, but the model an embedding for "
+            f"{rows}: {token!r} ({last}) and others have none; expected the tokenizer that the "
+            "model was trained with"
+        )
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """How many tokens a model numbers; None where it sets no limit.
+
+    Some tables of positions begin behind the padding's, as RoBERTa's does.
+    """
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is None:
+        return None
+    most = int(most)
+    tokens = model.get_input_embeddings()
+    for layer in model.modules():
+        padding = getattr(layer, "padding_idx", None)
+        if isinstance(padding, int) and layer is not tokens and _rows(layer) == most:
+            return most - padding - 1
+    return most
+
+
+def _rows(layer: torch.nn.Module) -> int | None:
+    weight = getattr(layer, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None

@@ -71,7 +71,9 @@ def chosen(
         # Two seconds of imports that every command would wait for.
         from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
-        targets = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(kind)
+        known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        # A model that reads images as well has a language model of a type of its own.
+        targets = known.get(kind) or known.get(model.config.get_text_config().model_type)
         if targets is None:
             raise ValueError(
                 f"no default sites are known for the architecture {kind!r}; name them, or use "

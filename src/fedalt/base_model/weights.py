@@ -47,14 +47,20 @@ def load_weights(kind: Any, place: str, name: str, options: Mapping[str, Any]) -
     shapes = {key: (tuple(found), tuple(own)) for key, found, own in report["mismatched_keys"]}
     fresh = {*report["missing_keys"], *shapes}
     allowed = _of_head(model, report["missing_keys"])
-    _require_none(name, "lacks", fresh - allowed - shapes.keys(), model)
+    left_over = _left_over(model, report["unexpected_keys"])
+    if lacking := fresh - allowed - shapes.keys():
+        others = report["unexpected_keys"]
+        beside = f", and has {_count(others, 'other')}, first {min(others)}" if others else ""
+        raise ModelError(_not_of(model, name, f"lacks {_some(lacking)}{beside}"))
     if wrong := sorted(shapes.keys() - allowed):
         found, own = shapes[wrong[0]]
         raise ModelError(
             f"the checkpoint of {name!r} does not fit its config.json: {_count(wrong, 'tensor')} "
             f"of another shape, first {wrong[0]} with {list(found)}, expected {list(own)}"
         )
-    _require_none(name, "has no place for", _left_over(model, report["unexpected_keys"]), model)
+    if left_over:
+        told = f"has {_count(left_over, 'tensor')} without a place in the model, first {min(left_over)}"
+        raise ModelError(_not_of(model, name, told))
     return Loaded(model, frozenset(fresh & allowed))
 
 
@@ -107,16 +113,15 @@ def _left_over(model: PreTrainedModel, unexpected: Iterable[str]) -> set[str]:
     }
 
 
-def _require_none(name: str, verb: str, keys: Collection[str], model: PreTrainedModel) -> None:
-    if not keys:
-        return
-    what = {"lacks": "lacks {}", "has no place for": "has {} that the model has no place for"}
-    count = _count(keys, "tensor")
-    raise ModelError(
-        f"the checkpoint of {name!r} {what[verb].format(count)}, first {min(keys)}: it is not one "
-        f"of a {type(model).__name__} as config.json describes it, and what is not loaded would "
-        "be random or left out"
+def _not_of(model: PreTrainedModel, name: str, told: str) -> str:
+    return (
+        f"the checkpoint of {name!r} {told}: expected the weights of a {type(model).__name__} as "
+        "its config.json describes it; what is missing would be drawn at random"
     )
+
+
+def _some(keys: Collection[str]) -> str:
+    return f"{_count(keys, 'tensor')}, first {min(keys)}"
 
 
 def _count(keys: Collection[str], word: str) -> str:

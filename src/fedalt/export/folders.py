@@ -96,7 +96,6 @@ def export_personal(serving: Serving, base: Base, folder: Path, *, readme: str =
     }
     with _new_folder(folder) as unfinished:
         _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
-        _write_identity(unfinished, base)
         base.tokenizer.save_pretrained(unfinished)
     return folder
 
@@ -136,6 +135,7 @@ def _for_network(base: Base) -> dict[str, Any]:
     about: dict[str, Any] = {
         "pad_token_id": config.get_text_config().pad_token_id,
         "quantise": base.quantise,
+        "base_identity": None if base.identity is None else base.identity.table(),
     }
     if base.adapted.heads:
         about["labels"] = [config.id2label[index] for index in range(config.num_labels)]
@@ -143,7 +143,7 @@ def _for_network(base: Base) -> dict[str, Any]:
 
 
 def _write_identity(folder: Path, base: Base) -> None:
-    """What the base model is known by, for whoever puts the adapter on one again."""
+    """What the base model is known by, beside a configuration that has no place for it."""
     if base.identity is not None:
         about = {"fingerprint": base.fingerprint, "identity": base.identity.table()}
         (folder / IDENTITY).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

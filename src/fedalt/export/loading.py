@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from fedalt.base_model.head import tensors_of_head
 from fedalt.base_model.identity import differences, identify, identity_in
 from fedalt.base_model.weights import Loaded
-from fedalt.export.folders import BUILT_IN_REFERENCE, IDENTITY
+from fedalt.export.folders import BUILT_IN_REFERENCE
 from fedalt.export.peft_type import SLOTS, FedALTConfig, FedALTLayer, Kind, register
 from fedalt.models import BUILT_IN, ModelError, load_network, location
 
@@ -95,8 +95,8 @@ def _keys_of(model: PeftModel) -> set[str]:
 
 def _load_base(config: FedALTConfig, folder: Path, device: str) -> PreTrainedModel:
     """The base model as the run loaded it; a classifier's head is there to be replaced."""
-    reference = str(config.base_model_name_or_path)
-    name = BUILT_IN if reference == BUILT_IN_REFERENCE else reference
+    reference = config.base_model_name_or_path
+    name = BUILT_IN if reference == BUILT_IN_REFERENCE else str(reference)
     labels = config.labels or ()
     try:
         loaded, _ = load_network(
@@ -118,13 +118,12 @@ def _load_base(config: FedALTConfig, folder: Path, device: str) -> PreTrainedMod
 
 def _require_same(loaded: Loaded, config: FedALTConfig, folder: Path) -> None:
     """Refuse another network than the adapter was trained on; the folder has a tokenizer itself."""
-    file = folder / IDENTITY
-    if not file.is_file():
-        raise ValueError(f"{folder} does not tell its base model: it has no {IDENTITY}")
+    if config.base_identity is None:
+        raise ValueError(f"{folder / CONFIG_NAME} does not tell what its base model is known by")
     try:
-        then = identity_in(json.loads(file.read_text(encoding="utf-8"))["identity"])
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read: {_in_short(error)}") from error
+        then = identity_in(config.base_identity)
+    except TypeError as error:
+        raise ValueError(f"{folder / CONFIG_NAME} cannot be read: {_in_short(error)}") from error
     names = tensors_of_head(loaded.model, loaded.fresh).keys() | loaded.fresh
     now = identify(loaded.model, labels=config.labels or (), without=names)
     then = replace(

@@ -21,7 +21,7 @@ import transformers
 from peft import PeftModel
 from tiny_architectures import CAUSAL, CLASSIFIERS, LABELS, build
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from fedalt.adapters.plan import HEAD, Slot, single
 from fedalt.adapters.start import Start
@@ -146,6 +146,9 @@ def _loss(base: Base, plain: Any, tree: Any, examples: Sequence[Example]) -> flo
 
 @torch.no_grad()
 def _same_text(base: Base, plain: Any, examples: Sequence[Example]) -> bool:
+    # Without what a configuration adds to greedy decoding, such as an end that is forced.
+    ends = plain.generation_config.eos_token_id
+    plain.generation_config = GenerationConfig(eos_token_id=ends, use_cache=True)
     prompts = [example.prompt_ids for example in examples]
     found = generate(base, None, prompts, SCORING)
     wanted = []

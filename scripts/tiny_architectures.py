@@ -2,7 +2,7 @@
 
 import inspect
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,6 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 16},
     "rwkv": {"attention_hidden_size": 32, "context_length": 128},
     "mpt": {"max_seq_len": 128},
-    "deepseek_v3": {"num_key_value_heads": 4, "head_dim": None},
     "gemma3": {
         "text_config": {"sliding_window": 16},
         "vision_config": {
@@ -126,30 +125,54 @@ _OWN: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 
 
-def build(kind: str, *, classifies: bool, folder: Path) -> PreTrainedModel:
-    """Save a tiny random model of a type and its tokenizer. Raises where that cannot be done."""
-    config = _config(kind)
+# Where a model does not run with the sizes above, others are tried: of architectures whose key and
+# value heads are the query's, or that have no size of a head of their own.
+_ELSE: Sequence[Mapping[str, Any]] = (
+    {},
+    {"num_key_value_heads": 4},
+    {"head_dim": None},
+    {"num_key_value_heads": 4, "head_dim": None},
+    {"num_key_value_heads": 4, "head_dim": 16},
+    {"num_hidden_layers": 4},
+)
+
+
+def build(kind: str, *, classifies: bool, folder: Path) -> None:
+    """Save a tiny random model of a type and its tokenizer. Raises where none of them runs."""
     name = (CLASSIFIERS if classifies else CAUSAL)[kind]
-    built = getattr(transformers, name)
+    first: Exception | None = None
+    for change in _ELSE:
+        try:
+            _running(getattr(transformers, name), _config(kind, change)).save_pretrained(folder)
+        except Exception as error:  # sizes that do not fit may fail in any way
+            first = first or error
+        else:
+            letters().save_pretrained(folder)
+            return
+    assert first is not None
+    raise first
+
+
+@torch.no_grad()
+def _running(built: Any, config: Any) -> PreTrainedModel:
     with torch.device("meta"):
         size = sum(each.numel() for each in built(config).parameters())
     if size > MOST:
         raise ValueError(f"{size} numbers remain")
     torch.manual_seed(1)
-    model = built(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1 and parameter.is_floating_point():
-                parameter.add_(torch.randn_like(parameter) * 0.1)  # attention that is not uniform
-    model.save_pretrained(folder)
-    letters().save_pretrained(folder)
+    model: PreTrainedModel = built(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1 and parameter.is_floating_point():
+            parameter.add_(torch.randn_like(parameter) * 0.1)  # attention that is not uniform
+    ids = torch.tensor([[1, *range(5, 18), 2]])
+    model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return model
 
 
-def _config(kind: str) -> Any:
+def _config(kind: str, change: Mapping[str, Any]) -> Any:
     config = CONFIG_MAPPING[kind]
     own = dict(_OWN.get(kind, {}))
-    values = _known(config, _SIZES) | own
+    values = _known(config, {**_SIZES, **change}) | own
     for part, of in getattr(config, "sub_configs", {}).items():
         if part == "text_config" and part in own:
             values[part] = {**_known(of, _SIZES), **own[part]}

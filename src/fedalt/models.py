@@ -20,7 +20,7 @@ from transformers import (
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.reach import rows_of_embedding
 from fedalt.base_model.checks import positions_of, require_causal, require_room_for_tokens
-from fedalt.base_model.config import own_labels, read_config, set_labels
+from fedalt.base_model.config import own_labels, read_config, set_labels, set_padding
 from fedalt.base_model.errors import ModelError, in_short
 from fedalt.base_model.folder import (
     require_folder_of_model,
@@ -91,10 +91,12 @@ def load_base(
     missing or left over, and for a model that sees what follows.
     """
     place = location(name)
+    config = network_config(name, place, labels)
     tokenizer = load_tokenizer(name)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    set_padding(config, pad)
     loaded, own = load_network(
-        name, place, labels=labels, pad=pad, quantise=quantise, device=device
+        name, place, config, labels=labels, quantise=quantise, device=device
     )
     model, fresh = loaded.model, loaded.fresh
     require_room_for_tokens(tokenizer, name, rows_of_embedding(model))
@@ -114,24 +116,28 @@ def load_base(
     return Base(adapted, tokenizer, name, identity.short, identity, given, notes, quantise)
 
 
+def network_config(name: str, place: str, labels: Sequence[str]) -> Any:
+    """The configuration that `load_network` takes. Raises ModelError."""
+    require_no_own_config_code(place, name)
+    return read_config(place, name, labels=labels)
+
+
 def load_network(
     name: str,
     place: str,
+    config: Any,
     *,
     labels: Sequence[str],
-    pad: int | None,
     quantise: Quantise | None = None,
     device: str | None = None,
 ) -> tuple[Loaded, tuple[str, ...]]:
     """A base model's network before it is wrapped, and the labels that its checkpoint is for.
 
-    `pad` is the padding of a configuration that names none. Raises ModelError, as `load_base`.
+    Raises ModelError, as `load_base`.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _require_device(device)
-    require_no_own_config_code(place, name)
-    config = read_config(place, name, pad=pad, labels=labels)
     own = own_labels(config) if labels else ()
     options: dict[str, Any] = {
         "config": config,

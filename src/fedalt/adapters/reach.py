@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -71,8 +72,9 @@ def plain_layers(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> dic
 @torch.no_grad()
 def read(model: PreTrainedModel, ids: Tensor) -> Tensor:
     """Logits of a model for texts (texts, tokens). Raises ValueError where it reads none."""
+    known = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **known).logits
     except Exception as error:  # a foreign network may raise anything
         raise ValueError(
             f"this {model.config.model_type} model ({type(model).__name__}) does not read a text "

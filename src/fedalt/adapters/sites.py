@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Collection, Mapping, Sequence
+from typing import Final
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +13,10 @@ from fedalt.adapters.plan import Shape
 from fedalt.adapters.reach import plain_layers
 
 ALL_LINEAR = "all-linear"
+# Of these architectures PEFT adapts no layer of this name: fast kernels read its weight and leave
+# the layer itself, and what is beside it, out.
+_STATE_SPACE: Final = frozenset(("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"))
+_FUSED_INTO_THE_SCAN: Final = "out_proj"
 
 
 def linear_layers(
@@ -31,6 +36,12 @@ def linear_layers(
         for path, layer in model.named_modules()
         if isinstance(layer, nn.Linear | Conv1D) and id(layer) not in excluded
     }
+    if model.config.model_type in _STATE_SPACE:
+        candidates = {
+            path: layer
+            for path, layer in candidates.items()
+            if path.rpartition(".")[2] != _FUSED_INTO_THE_SCAN
+        }
     plain = plain_layers(model, candidates)
     return {path: (layer, plain[path]) for path, layer in candidates.items() if path in plain}
 

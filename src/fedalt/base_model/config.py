@@ -8,8 +8,8 @@ from transformers import AutoConfig
 from fedalt.base_model.errors import ModelError, in_short
 
 
-def read_config(place: str, name: str, *, pad: int | None, labels: Sequence[str]) -> Any:
-    """The configuration of a model, with these labels, and this padding where it names none.
+def read_config(place: str, name: str, *, labels: Sequence[str]) -> Any:
+    """The configuration of a model that is to write text, or to classify where there are labels.
 
     Raises ModelError, also for encoder-decoders that are to write text.
     """
@@ -26,10 +26,14 @@ def read_config(place: str, name: str, *, pad: int | None, labels: Sequence[str]
         for key, value in part.to_dict().items():
             if "drop" in key and isinstance(value, float):
                 setattr(part, key, 0.0)
+    return config
+
+
+def set_padding(config: Any, pad: int | None) -> None:
+    """Name a token for padding where a configuration names none: classifiers look for it."""
     text = config.get_text_config()
     if getattr(text, "pad_token_id", None) is None:
         text.pad_token_id = pad
-    return config
 
 
 def set_labels(config: Any, labels: Sequence[str]) -> None:

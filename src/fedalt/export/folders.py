@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.plan import HEAD, Mixer, Router, Slot, Sum
 from fedalt.codec import check_tree
+from fedalt.export.keys import as_peft_reads
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
 from fedalt.export.targets import names_of_sites, saved_whole, targets_of, tensors_of_head
 from fedalt.methods.contract import Serving
@@ -58,6 +59,7 @@ def export_individual(
         f"{name.site}.lora_{name.factor}.weight": tensor
         for name, tensor in select(serving.tree, chosen.name).items()
     }
+    tensors = as_peft_reads(model, config, tensors)
     with _new_folder(folder) as unfinished:
         _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
         _write_identity(unfinished, base)

@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import ParameterDict
 from transformers import PreTrainedModel
 
+from fedalt.base_model.config import set_padding
 from fedalt.base_model.head import tensors_of_head
 from fedalt.base_model.identity import differences, identify, identity_in
 from fedalt.base_model.weights import Loaded
 from fedalt.export.folders import BUILT_IN_REFERENCE
 from fedalt.export.peft_type import SLOTS, FedALTConfig, FedALTLayer, Kind, register
-from fedalt.models import BUILT_IN, ModelError, load_network, location
+from fedalt.models import BUILT_IN, ModelError, load_network, location, network_config
 
 
 def load(path: str | Path, *, device: str | None = None) -> PeftModel:
@@ -99,11 +100,14 @@ def _load_base(config: FedALTConfig, folder: Path, device: str) -> PreTrainedMod
     name = BUILT_IN if reference == BUILT_IN_REFERENCE else str(reference)
     labels = config.labels or ()
     try:
+        place = location(name)
+        about = network_config(name, place, labels)
+        set_padding(about, config.pad_token_id)
         loaded, _ = load_network(
             name,
-            location(name),
+            place,
+            about,
             labels=labels,
-            pad=config.pad_token_id,
             quantise=cast(Any, config.quantise),
             device=device,
         )

@@ -148,7 +148,8 @@ def _loss(base: Base, plain: Any, tree: Any, examples: Sequence[Example]) -> flo
 def _same_text(base: Base, plain: Any, examples: Sequence[Example]) -> bool:
     # Without what a configuration adds to greedy decoding, such as an end that is forced.
     ends = plain.generation_config.eos_token_id
-    plain.generation_config = GenerationConfig(eos_token_id=ends, use_cache=True)
+    for model in (plain, base.adapted.model):
+        model.generation_config = GenerationConfig(eos_token_id=ends, use_cache=True)
     prompts = [example.prompt_ids for example in examples]
     found = generate(base, None, prompts, SCORING)
     wanted = []

@@ -19,7 +19,12 @@ from transformers import (
 
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.reach import rows_of_embedding
-from fedalt.base_model.checks import positions_of, require_causal, require_room_for_tokens
+from fedalt.base_model.checks import (
+    bears_padding_before,
+    positions_of,
+    require_causal,
+    require_room_for_tokens,
+)
 from fedalt.base_model.config import own_labels, read_config, set_labels, set_padding
 from fedalt.base_model.errors import ModelError, in_short
 from fedalt.base_model.folder import (
@@ -47,6 +52,7 @@ class Base:
 
     `fingerprint` is the short form of `identity`, which tells what differs. `given` are the tensors
     of a classifier's head that begin as the checkpoint has them, `notes` sentences for the user.
+    `bears_padding_before`: whether prompts of different lengths can be continued in one batch.
     """
 
     adapted: AdaptedModel
@@ -57,6 +63,7 @@ class Base:
     given: Mapping[Name, Tensor] = field(default_factory=dict, repr=False)
     notes: tuple[str, ...] = ()
     quantise: Quantise | None = None
+    bears_padding_before: bool = True
 
     @property
     def pad_id(self) -> int:
@@ -106,6 +113,7 @@ def load_base(
         model.generation_config.update(
             do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True
         )
+    before = bool(labels) or bears_padding_before(model)
     given = own_head(model, fresh, own, labels)
     identity = identify(model, tokenizer, labels=labels, without=drawn(loaded, kept=bool(given)))
     notes = notes_on_head(model, fresh, (own, labels), kept=bool(given))
@@ -113,7 +121,9 @@ def load_base(
         adapted = AdaptedModel(model, targets, fresh=fresh, compile_parts=compile_parts)
     except ValueError as error:
         raise ModelError(f"the model {name!r}: {error}") from error
-    return Base(adapted, tokenizer, name, identity.short, identity, given, notes, quantise)
+    return Base(
+        adapted, tokenizer, name, identity.short, identity, given, notes, quantise, before
+    )
 
 
 def network_config(name: str, place: str, labels: Sequence[str]) -> Any:

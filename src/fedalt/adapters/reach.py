@@ -86,20 +86,25 @@ def read(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def short_texts(model: PreTrainedModel, texts: int, tokens: int) -> Tensor:
     """Ids (texts, tokens) of which neighbours differ; the last one ends a text."""
     config = model.config.get_text_config()
-    size = min(rows_of_embedding(model), getattr(config, "vocab_size", None) or 2**31)
+    sizes = rows_of_embedding(model), getattr(config, "vocab_size", None)
+    size = min((each for each in sizes if each), default=256)
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
     pad = getattr(config, "pad_token_id", None)
-    usual = [each for each in range(size) if each not in (end, pad)][: texts * tokens * 7 : 7]
+    usual = [each for each in range(min(size, 1024)) if each not in (end, pad)][: texts * tokens * 7 : 7]
     ids = torch.tensor([usual[at % len(usual)] for at in range(texts * tokens)])
     if isinstance(end, int) and 0 <= end < size:  # some classifiers look for it
         ids[tokens - 1 :: tokens] = end
     return ids.reshape(texts, tokens).to(model.device)
 
 
-def rows_of_embedding(model: PreTrainedModel) -> int:
-    """How many tokens a model can read."""
-    return int(model.get_input_embeddings().weight.shape[0])
+def rows_of_embedding(model: PreTrainedModel) -> int | None:
+    """How many tokens a model can read; None where it has no table of them."""
+    try:
+        weight = getattr(model.get_input_embeddings(), "weight", None)
+    except NotImplementedError:
+        return None
+    return None if weight is None else int(weight.shape[0])
 
 
 def _is_one_of_many(model: nn.Module, path: str, ran: set[str]) -> bool:

@@ -1,10 +1,10 @@
 """What a loaded model is tried for before anything is trained on it."""
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedalt.adapters.packing import agree
-from fedalt.adapters.reach import read, short_texts
+from fedalt.adapters.reach import read, rows_of_embedding, short_texts
 from fedalt.base_model.errors import ModelError, in_short
 
 
@@ -60,7 +60,8 @@ def positions_of(model: PreTrainedModel) -> int | None:
     if most is None:
         return None
     most = int(most)
-    tokens = model.get_input_embeddings()
+    rows = rows_of_embedding(model)
+    tokens = None if rows is None else model.get_input_embeddings()
     for layer in model.modules():
         padding = getattr(layer, "padding_idx", None)
         if isinstance(padding, int) and layer is not tokens and _rows(layer) == most:
@@ -71,3 +72,34 @@ def positions_of(model: PreTrainedModel) -> int | None:
 def _rows(layer: torch.nn.Module) -> int | None:
     weight = getattr(layer, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+
+
+@torch.no_grad()
+def bears_padding_before(model: PreTrainedModel) -> bool:
+    """Whether a prompt that is padded on its left goes on as it does alone, which is tried.
+
+    Not where positions are counted from the row's beginning, nor where a recurrence reads padding.
+    """
+    ids = short_texts(model, 1, 8)
+    padded = torch.cat([torch.full_like(ids[:, :3], int(ids[0, 0])), ids], 1)
+    mask = torch.ones_like(padded)
+    mask[:, :3] = 0
+    try:
+        alone, behind = (
+            model.generate(
+                input_ids=row,
+                attention_mask=there,
+                generation_config=GenerationConfig(
+                    max_new_tokens=2,
+                    min_new_tokens=2,
+                    do_sample=False,
+                    pad_token_id=0,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ),
+            ).logits
+            for row, there in ((ids, torch.ones_like(ids)), (padded, mask))
+        )
+    except Exception:  # noqa: BLE001 - whoever generates next says what is wrong
+        return False
+    return all(agree(found, wanted) for found, wanted in zip(behind, alone, strict=True))

@@ -54,13 +54,14 @@ class Row:
     same_text: bool | None = None
     exported: float | None = None
     together: float | None = None
+    padding: bool = False  # told: the model does not overlook padding
     refused: str = ""
 
     @property
     def right(self) -> bool:
         """Whether everything agrees, or the model is refused."""
         return bool(self.refused) or (
-            (self.loss or 0) < LOSS
+            ((self.loss or 0) < LOSS or self.padding)
             and self.trained is not False
             and self.same_text is not False
             and (self.exported or 0) < LOGITS
@@ -80,6 +81,8 @@ def tried(kind: str, *, classifies: bool, folder: Path) -> Row:
     examples = _examples(base, labels)
     start = Start(base.adapted.sites, base.adapted.heads, 0, base.given)
     tree = {**start.adapter(PLAN.slots[0]), **start.head()}
+    padding = any("changes with the padding" in note for note in base.notes)
+    row = replace(row, padding=padding)
     plain = _plain(folder, labels, base, tree)
     row = replace(row, sites=len(base.adapted.sites), loss=_loss(base, plain, tree, examples))
     if not classifies:

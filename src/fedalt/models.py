@@ -21,6 +21,7 @@ from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.reach import rows_of_embedding
 from fedalt.base_model.checks import (
     bears_padding_before,
+    note_on_padding,
     positions_of,
     require_causal,
     require_room_for_tokens,
@@ -113,10 +114,14 @@ def load_base(
         model.generation_config.update(
             do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True
         )
+    try:
+        notes_on_texts = note_on_padding(model) if labels else ()
+    except ValueError as error:
+        raise ModelError(f"cannot use the model {name!r}: {in_short(error)}") from error
     before = bool(labels) or bears_padding_before(model)
     given = own_head(model, fresh, own, labels)
     identity = identify(model, tokenizer, labels=labels, without=drawn(loaded, kept=bool(given)))
-    notes = notes_on_head(model, fresh, (own, labels), kept=bool(given))
+    notes = (*notes_on_head(model, fresh, (own, labels), kept=bool(given)), *notes_on_texts)
     try:
         adapted = AdaptedModel(model, targets, fresh=fresh, compile_parts=compile_parts)
     except ValueError as error:

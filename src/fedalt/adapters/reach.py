@@ -1,4 +1,4 @@
-"""Which layers a text goes through, and what they make of it: seen while the model reads two."""
+"""Which layers a text goes through, and what they make of it: seen while the model reads some."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-_TEXTS, _TOKENS = 2, 8
+# Odd numbers: what else a layer may see, such as a table of positions, has hardly as many rows.
+_TEXTS, _TOKENS = 3, 7
 
 
 @dataclass
@@ -38,7 +39,9 @@ class _Seen:
             self.odd.add(path)
         else:
             rows = x.shape[:-1].numel()
-            whole = (x.dim() > 1 and x.shape[0] == _TEXTS) or rows == _TEXTS * _TOKENS
+            # A pooler sees one row of each text; an expert within a block may by chance see as many.
+            texts = x.shape[0] == _TEXTS and (x.dim() > 2 or not _is_in_a_block(path))
+            whole = x.dim() > 1 and (texts or rows == _TEXTS * _TOKENS)
             self.whole[path] = whole and self.whole.get(path, True)
 
 
@@ -70,11 +73,15 @@ def plain_layers(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> dic
 
 
 @torch.no_grad()
-def read(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits of a model for texts (texts, tokens). Raises ValueError where it reads none."""
+def read(model: PreTrainedModel, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Logits of a model for texts (texts, tokens). Raises ValueError where it reads none.
+
+    `mask` is 0 where padding stands; without one there is none.
+    """
+    mask = torch.ones_like(ids) if mask is None else mask
     known = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
     try:
-        logits: Tensor = model(input_ids=ids, attention_mask=torch.ones_like(ids), **known).logits
+        logits: Tensor = model(input_ids=ids, attention_mask=mask, **known).logits
     except Exception as error:  # a foreign network may raise anything
         raise ValueError(
             f"this {model.config.model_type} model ({type(model).__name__}) does not read a text "
@@ -105,6 +112,10 @@ def rows_of_embedding(model: PreTrainedModel) -> int | None:
     except NotImplementedError:
         return None
     return None if weight is None else int(weight.shape[0])
+
+
+def _is_in_a_block(path: str) -> bool:
+    return any(part.isdecimal() for part in path.split("."))
 
 
 def _is_one_of_many(model: nn.Module, path: str, ran: set[str]) -> bool:

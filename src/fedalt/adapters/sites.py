@@ -65,8 +65,13 @@ def head_layers(model: PreTrainedModel, fresh: Collection[str] = ()) -> dict[str
     return {
         path: layer
         for path, layer in linear.items()
-        if path in named or f"{path}.weight" in fresh
+        if path in named or (f"{path}.weight" in fresh and not _is_in_a_block(path))
     }
+
+
+def _is_in_a_block(path: str) -> bool:
+    """Whether a layer is part of one of the network's numbered blocks, which none may lack."""
+    return any(part.isdecimal() for part in path.split("."))
 
 
 def chosen(

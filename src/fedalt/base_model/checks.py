@@ -9,15 +9,31 @@ from fedalt.base_model.errors import ModelError, in_short
 
 
 def require_causal(model: PreTrainedModel, name: str) -> None:
-    """Raise ModelError for a model whose logits of a token depend on the tokens that follow it."""
+    """Raise ModelError for a model whose logits of a token depend on the tokens that follow it.
+
+    Also for one without an output embedding that turns each token's hidden state into its logits.
+    """
     ids = short_texts(model, 1, 8).repeat(2, 1)
     ids[1, -1] = ids[1, 0]
     if ids[1, -1] == ids[0, -1]:
         ids[1, -1] = ids[1, 1]
+    seen: list[torch.Size] = []
+    last = model.get_output_embeddings()
+    handle = None
+    if isinstance(last, torch.nn.Module):
+        handle = last.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
     try:
         logits = read(model, ids)[:, :-1]
     except ValueError as error:
         raise ModelError(f"cannot use the model {name!r}: {in_short(error)}") from error
+    finally:
+        if handle is not None:
+            handle.remove()
+    if [shape[:-1] for shape in seen] != [ids.shape]:
+        raise ModelError(
+            f"the model {name!r} ({type(model).__name__}) does not make its logits of one hidden "
+            "state for each token, which the loss on answers needs"
+        )
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(f"the model {name!r} computes no numbers: {_first_without_numbers(model)}")
     if not agree(logits[1], logits[0]):
@@ -72,6 +88,21 @@ def positions_of(model: PreTrainedModel) -> int | None:
 def _rows(layer: torch.nn.Module) -> int | None:
     weight = getattr(layer, "weight", None)
     return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
+
+
+def note_on_padding(model: PreTrainedModel) -> tuple[str, ...]:
+    """What a user should know of a classifier that does not overlook padding behind a text."""
+    ids = short_texts(model, 1, 8)
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    behind = torch.cat([ids, torch.full_like(ids[:, :5], 0 if pad is None else pad)], 1)
+    mask = torch.ones_like(behind)
+    mask[:, ids.shape[1] :] = 0
+    if agree(read(model, behind, mask), read(model, ids)):
+        return ()
+    return (
+        "what this model makes of a text changes with the padding behind it, so with the texts it "
+        "shares a batch with; --batch-size 1 and --eval-batch-size 1 keep texts apart",
+    )
 
 
 @torch.no_grad()

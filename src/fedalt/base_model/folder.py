@@ -69,7 +69,7 @@ def require_no_own_config_code(place: str, name: str) -> None:
         raw, _ = transformers.PretrainedConfig.get_config_dict(place)
     except Exception:  # noqa: BLE001 - whoever loads the configuration next says what is wrong
         return
-    own = raw.get("auto_map")
+    own = raw.get("auto_map") if isinstance(raw, dict) else None
     if isinstance(own, dict) and own and raw.get("model_type") not in _known_types():
         raise ModelError(_own_code(name, own, "config.json"))
 

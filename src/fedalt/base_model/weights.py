@@ -79,10 +79,11 @@ def _of_head(model: PreTrainedModel, missing: Collection[str]) -> set[str]:
     if not layers:
         return set()
     names = {f"{path}.{each}" for path in layers for each in ("weight", "bias")}
+    network = set(model.base_model.modules())
     return names | {
         key
         for key in missing
-        if not isinstance(model.get_submodule(key.rpartition(".")[0]), nn.Linear)
+        if model.get_submodule(key.rpartition(".")[0]) not in network
         and _constant(_tensor(model, key))
     }
 

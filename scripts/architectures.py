@@ -1,4 +1,4 @@
-"""Try fedalt on a tiny random model of every architecture that transformers offers; docs/architectures.md.
+"""Try fedalt on a tiny random model of every architecture that transformers offers.
 
     python scripts/architectures.py [--write] [TYPE...]
 
@@ -83,7 +83,7 @@ def tried(kind: str, *, classifies: bool, folder: Path) -> Row:
     tree = {**start.adapter(PLAN.slots[0]), **start.head()}
     padding = any("changes with the padding" in note for note in base.notes)
     row = replace(row, padding=padding)
-    plain = _plain(folder, labels, base, tree)
+    plain = _plain(folder, labels, tree)
     row = replace(row, sites=len(base.adapted.sites), loss=_loss(base, plain, tree, examples))
     if not classifies:
         row = replace(row, same_text=_same_text(base, plain, examples))
@@ -121,7 +121,7 @@ def _examples(base: Base, labels: Sequence[str]) -> list[Example]:
     return found
 
 
-def _plain(folder: Path, labels: Sequence[str], base: Base, tree: Any) -> Any:
+def _plain(folder: Path, labels: Sequence[str], tree: Any) -> Any:
     """The same model as anybody loads it, with the head that training begins with."""
     auto = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
     model = auto.from_pretrained(folder, dtype=torch.float32).eval()
@@ -182,7 +182,7 @@ def _varied(tree: Any) -> Any:
 def _exported(
     base: Base, serving: Serving, plain: Any, examples: Sequence[Example], folder: Path
 ) -> float:
-    """The largest difference of logits to PEFT's, as an adapter and merged, relative to their size."""
+    """The largest difference of logits to PEFT's, adapter and merged, relative to their size."""
     out = export_individual(serving, base, folder / "exported")
     model = PeftModel.from_pretrained(plain, str(out)).eval()
     worst = 0.0

@@ -6,40 +6,42 @@ from typing import Any
 
 _HEAD = """# Architectures
 
-fedalt knows no architecture by name. It adapts the linear layers of whatever model transformers loads, and tries the
-rest with numbers when the model is loaded: whether a token's logits depend on the tokens that follow it, which layers a text
-goes through, whether several texts can stand in one row, whether a prompt may be padded before its beginning. What does not
-pass is refused in one sentence, or done the slower way.
+fedalt adapts the linear layers of whatever model transformers loads, and tries the rest with
+numbers when the model is loaded: whether a token's logits depend on the tokens that follow it,
+which layers a text goes through, whether several texts can stand in one row, whether a prompt may
+be padded before its beginning. What does not pass is refused in one sentence, or done the slower
+way.
 
-This page is written by `python scripts/architectures.py --write`, which makes a tiny random model of every architecture that
-transformers {transformers} offers for causal language models and sequence classifiers ({peft}) and tries for each:
+This page is written by `python scripts/architectures.py --write`. It makes a tiny random model of
+every architecture that transformers {transformers} offers for causal language models and sequence
+classifiers, and tries for each ({peft}):
 
-* **loss**: answer losses, or those of labels, are those of transformers alone on each text, to 1e-5; a few classifiers change
-  with the padding behind a text, in transformers as here, and say so when they are loaded;
+* **loss**: answer losses, or those of labels, are those of transformers alone on each text, to
+  1e-5; a few classifiers change with the padding behind a text, in transformers as here, and say so
+  when they are loaded;
 * **trains**: a step with PEFT's default layers (where it has none, `all-linear`) moves the adapter;
-* **text**: greedy answers to two prompts of different lengths are those of transformers alone, token for token;
-* **export**: the trained adapter, exported as LoRA, gives the same logits in PEFT, and merged with `merge_and_unload`, to a
-  relative 1e-4;
+* **text**: greedy answers to two prompts of different lengths are those of transformers alone,
+  token for token;
+* **export**: the trained adapter, exported as LoRA, gives the same logits in PEFT, and merged with
+  `merge_and_unload`, to a relative 1e-4;
 * **together**: two clients scored at once get the losses that they get alone, to 1e-5.
 
-Tiny random models tell that the arithmetic is right. They do not tell how well a real model learns, nor whether it fits
-into memory.
+Tiny random models tell that the arithmetic is right. They do not tell how well a real model learns,
+nor whether it fits into memory.
 """
 
 
 def page(causal: Sequence[Any], classifiers: Sequence[Any], unbuilt: Sequence[str]) -> str:
     """The page; rows as `scripts/architectures.py` makes them."""
     parts = [
-        _HEAD.format(
-            transformers=version("transformers"), peft=f"with PEFT {version('peft')}"
-        ),
+        _HEAD.format(transformers=version("transformers"), peft=f"with PEFT {version('peft')}"),
         _section("Causal language models", causal, text=True),
         _section("Sequence classifiers", classifiers, text=False),
     ]
     if unbuilt:
         parts.append(
-            "## Not tried\n\nNo tiny model was made of these, most often because their configuration "
-            "needs sizes of its own or another package: "
+            "## Not tried\n\nNo tiny model was made of these, most often because their "
+            "configuration needs sizes of its own or another package: "
             + ", ".join(f"`{kind}`" for kind in unbuilt)
             + ".\n"
         )

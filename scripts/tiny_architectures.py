@@ -17,7 +17,9 @@ from transformers.models.auto.modeling_auto import (
 
 VOCAB = 64
 LABELS = ("no", "maybe", "yes")
-MOST = 3_000_000  # numbers: what stays larger than this has sizes of its own that are not known here
+MOST = (
+    3_000_000  # numbers: what stays larger than this has sizes of its own that are not known here
+)
 CAUSAL: Mapping[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 CLASSIFIERS: Mapping[str, str] = dict(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES)
 

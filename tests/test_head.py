@@ -117,7 +117,7 @@ def test_other_random_layers_are_refused(tmp_path: Path) -> None:
 
 
 def test_clients_of_a_layer_that_also_sees_positions_are_scored_as_alone(tmp_path: Path) -> None:
-    """DeBERTa's query and key layers get the table of positions, too, which belongs to no client."""
+    """DeBERTa's query and key layers see the table of positions, too, which is no client's."""
     config = DebertaV2Config(
         **SIZES,
         relative_attention=True,
@@ -134,9 +134,10 @@ def test_clients_of_a_layer_that_also_sees_positions_are_scored_as_alone(tmp_pat
     together = score_together(base, [(each, examples) for each in servings], scoring)
     for serving, found in zip(servings, together, strict=True):
         assert found.losses == pytest.approx(score(base, serving, examples, scoring).losses)
-    both = {
-        name: torch.stack([each.tree[name] for each in servings]) for name in servings[0].tree
-    }
-    with pytest.raises(ValueError, match="clients cannot share a pass"):
-        with base.adapted.bound(Plan(PLAN.slots, Sum((1.0,))), both):
-            pass
+    both = {name: torch.stack([each.tree[name] for each in servings]) for name in servings[0].tree}
+    plan = Plan(PLAN.slots, Sum((1.0,)))
+    with (
+        pytest.raises(ValueError, match="clients cannot share a pass"),
+        base.adapted.bound(plan, both),
+    ):
+        pass

@@ -17,7 +17,7 @@ import fedalt
 from fedalt.answers import served
 from fedalt.base_model.identity import differences, identify, parts_that_differ
 from fedalt.membership import join
-from fedalt.models import Base, load_base
+from fedalt.models import load_base
 from fedalt.prepare import prepare
 from fedalt.runs import reopen, start_run
 from fedalt.store import StoreError
@@ -80,7 +80,8 @@ def test_what_changes_the_model_is_told_by_name(
     change(folder)
     now = load_base(str(folder), device="cpu")
     assert now.fingerprint != then.fingerprint
-    assert then.identity is not None and now.identity is not None
+    assert then.identity is not None
+    assert now.identity is not None
     assert differences(then.identity, now.identity).startswith(told)
 
 
@@ -176,5 +177,3 @@ def test_all_numbers_count_in_every_tensor(tmp_path: Path) -> None:
 def _with_other_end(tensor: torch.Tensor) -> torch.Tensor:
     tensor.view(-1)[-1] += 0.25
     return tensor
-
-

@@ -103,9 +103,7 @@ def load_base(
     tokenizer = load_tokenizer(name)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     set_padding(config, pad)
-    loaded, own = load_network(
-        name, place, config, labels=labels, quantise=quantise, device=device
-    )
+    loaded, own = load_network(name, place, config, labels=labels, quantise=quantise, device=device)
     model, fresh = loaded.model, loaded.fresh
     require_room_for_tokens(tokenizer, name, rows_of_embedding(model))
     model.config.use_cache = False
@@ -126,9 +124,7 @@ def load_base(
         adapted = AdaptedModel(model, targets, fresh=fresh, compile_parts=compile_parts)
     except ValueError as error:
         raise ModelError(f"the model {name!r}: {error}") from error
-    return Base(
-        adapted, tokenizer, name, identity.short, identity, given, notes, quantise, before
-    )
+    return Base(adapted, tokenizer, name, identity.short, identity, given, notes, quantise, before)
 
 
 def network_config(name: str, place: str, labels: Sequence[str]) -> Any:
@@ -176,7 +172,9 @@ def load_network(
 
 def drawn(loaded: Loaded, *, kept: bool) -> frozenset[str]:
     """The tensors of a model that are no part of what it is known by: a head that begins anew."""
-    return loaded.fresh if kept else loaded.fresh | tensors_of_head(loaded.model, loaded.fresh).keys()
+    return (
+        loaded.fresh if kept else loaded.fresh | tensors_of_head(loaded.model, loaded.fresh).keys()
+    )
 
 
 def location(name: str) -> str:

@@ -103,7 +103,9 @@ def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
     told = (
         what_differs(facts["model"], base.identity, found)
         if base.identity is not None
-        else "" if facts["model"]["fingerprint"] == found else f"fingerprint {found!r}"
+        else ""
+        if facts["model"]["fingerprint"] == found
+        else f"fingerprint {found!r}"
     )
     if told:
         raise StoreError(f"{path} began with another base model than {base.name!r} is now: {told}")

@@ -156,9 +156,7 @@ class Packs:
 def _window(config: Any) -> int:
     """The smallest window or chunk of tokens that any layer's attention is kept to."""
     values = (
-        getattr(part, key, None)
-        for part in (config, config.get_text_config())
-        for key in _WINDOWS
+        getattr(part, key, None) for part in (config, config.get_text_config()) for key in _WINDOWS
     )
     return min(
         (value for value in values if isinstance(value, int) and value > 0), default=sys.maxsize
@@ -197,7 +195,7 @@ def try_packing(model: PreTrainedModel) -> Packs:
             second = slice(lengths[0], None)
             if agree(together, alone) and _same(beside[:, second], together[:, second]):
                 return Packs(longest)
-        except Exception:  # noqa: BLE001, S110 - a network that packing does not suit may fail anyhow
+        except Exception:  # noqa: S110 - a network that packing does not suit may fail anyhow
             pass
     model.set_attn_implementation("sdpa")
     return Packs(0, "it computes something else for packed texts")

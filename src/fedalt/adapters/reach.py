@@ -33,13 +33,11 @@ class _Seen:
         if not linear:
             return
         x = inputs[0] if inputs else None
-        if not isinstance(x, Tensor) or not isinstance(out, Tensor) or len(inputs) != 1:
-            self.odd.add(path)
-        elif out.shape[:-1] != x.shape[:-1] or out.shape[-1] != _width(layer):
+        if not isinstance(x, Tensor) or not _is_product(layer, x, out) or len(inputs) != 1:
             self.odd.add(path)
         else:
             rows = x.shape[:-1].numel()
-            # A pooler sees one row of each text; an expert within a block may by chance see as many.
+            # A pooler sees one row of each text; by chance an expert in a block sees as many.
             texts = x.shape[0] == _TEXTS and (x.dim() > 2 or not _is_in_a_block(path))
             whole = x.dim() > 1 and (texts or rows == _TEXTS * _TOKENS)
             self.whole[path] = whole and self.whole.get(path, True)
@@ -98,7 +96,9 @@ def short_texts(model: PreTrainedModel, texts: int, tokens: int) -> Tensor:
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
     pad = getattr(config, "pad_token_id", None)
-    usual = [each for each in range(min(size, 1024)) if each not in (end, pad)][: texts * tokens * 7 : 7]
+    usual = [each for each in range(min(size, 1024)) if each not in (end, pad)][
+        : texts * tokens * 7 : 7
+    ]
     ids = torch.tensor([usual[at % len(usual)] for at in range(texts * tokens)])
     if isinstance(end, int) and 0 <= end < size:  # some classifiers look for it
         ids[tokens - 1 :: tokens] = end
@@ -129,6 +129,11 @@ def _is_one_of_many(model: nn.Module, path: str, ran: set[str]) -> bool:
         inside = any(each.startswith(f"{child}.") for each in ran)
         return isinstance(model.get_submodule(child), nn.ModuleList) and inside
     return False
+
+
+def _is_product(layer: nn.Module, x: Tensor, out: Any) -> bool:
+    """Whether an output (..., d_out) can be that of a linear layer for its input (..., d_in)."""
+    return isinstance(out, Tensor) and tuple(out.shape) == (*x.shape[:-1], _width(layer))
 
 
 def _width(layer: nn.Module) -> int:

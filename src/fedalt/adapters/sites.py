@@ -24,9 +24,10 @@ def linear_layers(
 ) -> dict[str, tuple[nn.Module, bool]]:
     """Linear layers by path, without the output embedding and a classification head.
 
-    With each, whether it always sees all texts; else clients cannot share a pass. Only those that a text goes through as through a plain linear layer, which is tried: a router
-    that is built on one returns more than a product, and images have a tower of their own. `fresh`:
-    as for `head_layers`.
+    With each, whether it always sees all texts; else clients cannot share a pass. Only those that a
+    text goes through as through a plain linear layer, which is tried: a router that is built on one
+    returns more than a product, and images have a tower of their own. `fresh`: as for
+    `head_layers`.
     """
     excluded = {id(model.get_output_embeddings())} | {
         id(layer) for layer in head_layers(model, fresh).values()
@@ -55,9 +56,7 @@ def head_layers(model: PreTrainedModel, fresh: Collection[str] = ()) -> dict[str
     """
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return {}
-    linear = {
-        path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)
-    }
+    linear = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     named = {path for path in linear if path.split(".")[0] in ("classifier", "score")}
     if not named:
         network = set(model.base_model.modules())

@@ -1,1 +1,1 @@
-"""Reading a base model so that nothing of it is drawn at random or guessed, and telling bases apart."""
+"""Reading a base model so that nothing of it is random or guessed, and telling bases apart."""

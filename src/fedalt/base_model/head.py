@@ -1,4 +1,4 @@
-"""A classifier's head: the checkpoint's own where it was trained for the same labels, or a new one."""
+"""A classifier's head: the checkpoint's own where it is for the same labels, or a new one."""
 
 from collections.abc import Collection, Sequence
 

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -104,9 +103,7 @@ def parts_that_differ(then: str, now: str) -> str:
     one, two = then.split("-"), now.split("-")
     if len(one) != len(PARTS) or len(two) != len(PARTS):
         return "what it was known by"
-    return ", ".join(
-        part for part, old, new in zip(PARTS, one, two, strict=True) if old != new
-    )
+    return ", ".join(part for part, old, new in zip(PARTS, one, two, strict=True) if old != new)
 
 
 def what_differs(then: Mapping[str, Any], now: Identity, short: str) -> str:

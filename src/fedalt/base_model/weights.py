@@ -59,7 +59,8 @@ def load_weights(kind: Any, place: str, name: str, options: Mapping[str, Any]) -
             f"of another shape, first {wrong[0]} with {list(found)}, expected {list(own)}"
         )
     if left_over:
-        told = f"has {_count(left_over, 'tensor')} without a place in the model, first {min(left_over)}"
+        count = _count(left_over, "tensor")
+        told = f"has {count} without a place in the model, first {min(left_over)}"
         raise ModelError(_not_of(model, name, told))
     return Loaded(model, frozenset(fresh & allowed))
 

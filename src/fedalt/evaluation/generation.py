@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from fedalt.evaluation.cache import can_select, cache_for
+from fedalt.evaluation.cache import cache_for, can_select
 from fedalt.evaluation.group import Group, Ids, Share, Shares, shares_of, sizes_of
 from fedalt.evaluation.scores import Scoring
 from fedalt.methods.contract import Serving

@@ -79,4 +79,3 @@ def tensors_of_head(adapted: AdaptedModel, tree: Tree, names: Sequence[str]) -> 
 def _plain(key: str) -> str:
     """A tensor's name in the model before its layers were wrapped."""
     return ".".join(part for part in key.split(".") if part != "base_layer")
-

@@ -24,7 +24,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fedalt.models import ModelError, load_base, load_tokenizer
+from fedalt.models import ModelError, load_base, load_tokenizer, require_tokenizer_fits
 
 
 def prefixed(prefix: str) -> Callable[[Path], object]:
@@ -186,6 +186,8 @@ def test_a_tokenizer_larger_than_the_embedding_is_told_with_both_sizes(tmp_path:
     problem = r"has 65 tokens, but the model an embedding for 64: '<\|turn\|>' \(64\)"
     with pytest.raises(ModelError, match=problem):
         load_base(str(folder), device="cpu")
+    with pytest.raises(ModelError, match=problem):
+        require_tokenizer_fits(load_tokenizer(str(folder)), str(folder))
 
 
 def test_positions_begin_behind_the_padding(tmp_path: Path) -> None:

@@ -234,6 +234,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def require_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ModelError where a tokenizer has more tokens than its model's config.json tells of."""
+    config = network_config(name, location(name), ("any",))
+    require_room_for_tokens(tokenizer, name, getattr(config.get_text_config(), "vocab_size", None))
+
+
 def _require_device(device: str) -> None:
     try:
         torch.empty(1, device=device)

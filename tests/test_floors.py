@@ -18,6 +18,7 @@ FLOORS = {
     "codec": 1,
     "adapters": 1,
     "gguf_files": 2,
+    "base_model": 2,
     "models": 2,
     "data": 2,
     "metrics": 2,

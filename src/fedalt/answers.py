@@ -12,7 +12,7 @@ from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.prepare import Parts, load_parts, question
 from fedalt.record import require_clients
-from fedalt.runs import require_client, serving
+from fedalt.runs import require_client, require_same_base, serving
 from fedalt.settings import read_settings
 from fedalt.store import open_run
 
@@ -28,11 +28,15 @@ class Served:
 
 
 def load_run_parts(path: Path, base: Base | None = None) -> Parts:
-    """What gives a run's states their meaning; `base` is its base model, if that is loaded."""
-    folder = open_run(path)
+    """What gives a run's states their meaning; `base` is its base model, if that is loaded.
+
+    Raises StoreError for another base model than the run began with.
+    """
+    facts = open_run(path).facts()
     require_clients(path)
-    labels = folder.facts()["data"]["labels"]
-    return load_parts(read_settings(path / "settings.toml"), labels, base)
+    parts = load_parts(read_settings(path / "settings.toml"), facts["data"]["labels"], base)
+    require_same_base(path, facts, parts.base)
+    return parts
 
 
 def served(

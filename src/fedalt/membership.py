@@ -8,7 +8,7 @@ from fedalt.engine.course import Line
 from fedalt.engine.in_process import client_of, drive, server_of
 from fedalt.prepare import Prepared, facts_of, learner_of, prepare
 from fedalt.record import require_clients
-from fedalt.runs import require_client, score_clients
+from fedalt.runs import require_client, require_same_base, score_clients
 from fedalt.settings import method_name, read_settings
 from fedalt.store import RunFolder, StoreError, kept_rounds, locked, open_run
 
@@ -88,12 +88,12 @@ def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
     then, now = folder.facts(), facts_of(prepared)
     if twice := _members(folder) & set(prepared.task.clients):
         raise StoreError(f"{folder.path} has a client {min(twice)!r} already; rename its files")
-    for part, key, what in (("model", "fingerprint", "base model"), ("data", "labels", "labels")):
-        if then[part][key] != now[part][key]:
-            raise StoreError(
-                f"{data} does not fit {folder.path}: the run's {what} are {then[part][key]!r}, "
-                f"these are {now[part][key]!r}"
-            )
+    if then["data"]["labels"] != now["data"]["labels"]:
+        raise StoreError(
+            f"{data} does not fit {folder.path}: the run's labels are {then['data']['labels']!r}, "
+            f"these are {now['data']['labels']!r}"
+        )
+    require_same_base(folder.path, then, prepared.parts.base)
     return prepared
 
 

@@ -1,17 +1,15 @@
 """The base model and its tokenizer, from a folder, a hub id, or the one that comes built in."""
 
-import hashlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -21,7 +19,28 @@ from transformers import (
 )
 
 from fedalt.adapters.layer import AdaptedModel
+from fedalt.adapters.reach import rows_of_embedding
+from fedalt.base_model.checks import (
+    bears_padding_before,
+    note_on_padding,
+    positions_of,
+    require_causal,
+    require_room_for_tokens,
+)
+from fedalt.base_model.config import own_labels, read_config, set_labels, set_padding
+from fedalt.base_model.errors import ModelError, in_short
+from fedalt.base_model.folder import (
+    require_folder_of_model,
+    require_no_own_config_code,
+    require_no_own_tokenizer_code,
+)
+from fedalt.base_model.head import notes_on_head, own_head, tensors_of_head
+from fedalt.base_model.identity import Identity, identify
+from fedalt.base_model.weights import Loaded, load_weights
 from fedalt.gguf_files import SUFFIX, GGUFError, converted
+from fedalt.tree import Name
+
+__all__ = ["BUILT_IN", "PACKAGED", "Base", "ModelError", "load_base", "load_tokenizer", "location"]
 
 BUILT_IN = "tiny"
 
@@ -47,18 +66,24 @@ Quantise = Literal["8bit", "4bit"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
-class ModelError(ValueError):
-    """A base model or tokenizer that cannot be used, and why."""
-
-
 @dataclass(frozen=True)
 class Base:
-    """A frozen base model ready to be bound, its tokenizer, and what identifies it."""
+    """A frozen base model ready to be bound, its tokenizer, and what identifies it.
+
+    `fingerprint` is the short form of `identity`, which tells what differs. `given` are the tensors
+    of a classifier's head that begin as the checkpoint has them, `notes` sentences for the user.
+    `bears_padding_before`: whether prompts of different lengths can be continued in one batch.
+    """
 
     adapted: AdaptedModel
     tokenizer: PreTrainedTokenizerBase
     name: str
     fingerprint: str
+    identity: Identity | None = None
+    given: Mapping[Name, Tensor] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
+    quantise: Quantise | None = None
+    bears_padding_before: bool = True
 
     @property
     def pad_id(self) -> int:
@@ -69,9 +94,9 @@ class Base:
     @property
     def positions(self) -> int:
         """The most tokens of one text that the model can number, or that its tokenizer says."""
-        own = getattr(self.adapted.model.config, "max_position_embeddings", None)
+        own = positions_of(self.adapted.model)
         said = int(self.tokenizer.model_max_length)  # huge where the tokenizer says nothing
-        return said if own is None else min(int(own), said)
+        return said if own is None else min(own, said)
 
 
 def load_base(
@@ -86,54 +111,89 @@ def load_base(
     """Load a base model and wrap its layers.
 
     `name` is a folder, a hub id, "tiny" or a name of PACKAGED. With `labels` the model becomes a
-    sequence classifier with a fresh head for them. On a CPU the weights are float32; on a GPU they
-    keep their own dtype. The model's own dropout is off: fedalt's adapters bring theirs, seeded.
-    `compile_parts`: as for AdaptedModel.
-    Raises ModelError.
+    sequence classifier for them; its head begins as the checkpoint's own where that was trained for
+    the same labels, else anew. On a CPU the weights are float32; on a GPU they keep their own
+    dtype. The model's own dropout is off: fedalt's adapters bring theirs, seeded. `compile_parts`:
+    as for AdaptedModel. No code that comes with a model is run. Raises ModelError where a tensor is
+    missing or left over, and for a model that sees what follows.
     """
     place = location(name)
+    config = network_config(name, place, labels)
     tokenizer = load_tokenizer(name)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    _require_device(device)
-    try:
-        config = AutoConfig.from_pretrained(place)
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)
-        if config.pad_token_id is None:  # a classifier looks for the last token that is not this
-            pad = tokenizer.pad_token_id
-            config.pad_token_id = tokenizer.eos_token_id if pad is None else pad
-        options: dict[str, Any] = {
-            "config": config,
-            "dtype": torch.float32 if device == "cpu" else "auto",
-        }
-        if quantise:
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_8bit=quantise == "8bit", load_in_4bit=quantise == "4bit"
-            )
-        if labels:
-            config.num_labels = len(labels)
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {label: i for i, label in enumerate(labels)}
-            # Only to keep the global generator as it was: fedalt draws the head's start itself.
-            with torch.random.fork_rng():
-                model = AutoModelForSequenceClassification.from_pretrained(place, **options)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(place, **options)
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        raise ModelError(f"cannot load the model {name!r}: {_first_line(error)}") from error
-    if not quantise:
-        model = model.to(device)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    set_padding(config, pad)
+    loaded, own = load_network(name, place, config, labels=labels, quantise=quantise, device=device)
+    model, fresh = loaded.model, loaded.fresh
+    require_room_for_tokens(tokenizer, name, rows_of_embedding(model))
     model.config.use_cache = False
     if not labels:
         # What a model's card sets for sampling would only draw warnings from greedy decoding.
         model.generation_config.update(
             do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True
         )
-    fingerprint = fingerprint_of(model)
-    adapted = AdaptedModel(model, targets, compile_parts=compile_parts)
-    return Base(adapted, tokenizer, name, fingerprint)
+    try:
+        notes_on_texts = note_on_padding(model) if labels else ()
+    except ValueError as error:
+        raise ModelError(f"cannot use the model {name!r}: {in_short(error)}") from error
+    before = bool(labels) or bears_padding_before(model)
+    given = own_head(model, fresh, own, labels)
+    identity = identify(model, tokenizer, labels=labels, without=drawn(loaded, kept=bool(given)))
+    notes = (*notes_on_head(model, fresh, (own, labels), kept=bool(given)), *notes_on_texts)
+    try:
+        adapted = AdaptedModel(model, targets, fresh=fresh, compile_parts=compile_parts)
+    except ValueError as error:
+        raise ModelError(f"the model {name!r}: {error}") from error
+    return Base(adapted, tokenizer, name, identity.short, identity, given, notes, quantise, before)
+
+
+def network_config(name: str, place: str, labels: Sequence[str]) -> Any:
+    """The configuration that `load_network` takes. Raises ModelError."""
+    require_no_own_config_code(place, name)
+    return read_config(place, name, labels=labels)
+
+
+def load_network(
+    name: str,
+    place: str,
+    config: Any,
+    *,
+    labels: Sequence[str],
+    quantise: Quantise | None = None,
+    device: str | None = None,
+) -> tuple[Loaded, tuple[str, ...]]:
+    """A base model's network before it is wrapped, and the labels that its checkpoint is for.
+
+    Raises ModelError, as `load_base`.
+    """
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    _require_device(device)
+    own = own_labels(config) if labels else ()
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": torch.float32 if device == "cpu" else "auto",
+    }
+    if quantise:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_8bit=quantise == "8bit", load_in_4bit=quantise == "4bit"
+        )
+    if labels:
+        set_labels(config, labels)
+    kind = AutoModelForSequenceClassification if labels else AutoModelForCausalLM
+    loaded = load_weights(kind, place, name, options)
+    model = loaded.model
+    if not quantise:
+        model.to(device)
+    if not labels:
+        require_causal(model.eval(), name)
+    return loaded, own
+
+
+def drawn(loaded: Loaded, *, kept: bool) -> frozenset[str]:
+    """The tensors of a model that are no part of what it is known by: a head that begins anew."""
+    return (
+        loaded.fresh if kept else loaded.fresh | tensors_of_head(loaded.model, loaded.fresh).keys()
+    )
 
 
 def location(name: str) -> str:
@@ -146,9 +206,8 @@ def location(name: str) -> str:
             return str(converted(folder, lambda text: print(text, file=sys.stderr, flush=True)))
         except GGUFError as error:
             raise ModelError(str(error)) from error
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"the model folder {name!r} has no config.json")
+    if folder.exists():
+        require_folder_of_model(folder, name)
         return str(folder)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(f"there is no model folder {name!r}")
@@ -168,16 +227,8 @@ def _packaged(name: str) -> Path:
 
 
 def fingerprint_of(model: PreTrainedModel) -> str:
-    """A digest of all shapes and of the first numbers of each tensor.
-
-    Cheap, and tells models apart; not a proof against somebody who forges one. The dtype is left
-    out: a GPU keeps half precision that a CPU widens without changing a number.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(str(tensor.flatten()[:16].float().tolist()).encode())
-    return digest.hexdigest()[:16]
+    """The short form of a model's identity, without a tokenizer."""
+    return identify(model).short
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -188,11 +239,12 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
             f"the model folder {name!r} has no tokenizer; expected tokenizer.json and "
             "tokenizer_config.json beside the weights"
         )
+    require_no_own_tokenizer_code(place, name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place)
-    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    except Exception as error:  # a tokenizer's files may hold anything
         raise ModelError(
-            f"cannot load a tokenizer for the model {name!r}: {_first_line(error)}; expected "
+            f"cannot load a tokenizer for the model {name!r}: {in_short(error)}; expected "
             "tokenizer.json and tokenizer_config.json beside the weights"
         ) from error
     if len(tokenizer) == 0 or not tokenizer("a b c", add_special_tokens=False)["input_ids"]:
@@ -205,13 +257,14 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def require_tokenizer_fits(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raise ModelError where a tokenizer has more tokens than its model's config.json tells of."""
+    config = network_config(name, location(name), ("any",))
+    require_room_for_tokens(tokenizer, name, getattr(config.get_text_config(), "vocab_size", None))
+
+
 def _require_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ModelError(f"cannot use the device {device!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+        raise ModelError(f"cannot use the device {device!r}: {in_short(error)}") from error

@@ -125,7 +125,8 @@ def load_parts(
     yardstick = LocalOnly(lora=lora_of(settings.method))
     if settings.yardstick and method_name(settings.method) != method_name(yardstick):
         arms.append(Arm("local", yardstick))
-    start = Start(base.adapted.sites, base.adapted.heads, settings.seed, clients)
+    heads, given = base.adapted.heads, base.given
+    start = Start(base.adapted.sites, heads, settings.seed, clients, given)
     return Parts(settings, base, tuple(arms), start)
 
 
@@ -150,7 +151,11 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
             "labels": list(task.labels),
             "template": task.template.text,
         },
-        "model": {"name": parts.base.name, "fingerprint": parts.base.fingerprint},
+        "model": {
+            "name": parts.base.name,
+            "fingerprint": parts.base.fingerprint,
+            "identity": None if parts.base.identity is None else parts.base.identity.table(),
+        },
         "method": method_name(parts.settings.method),
         "trainable_numbers": {arm.column: trainable(arm, parts.start) for arm in parts.arms},
         "clients": {
@@ -207,7 +212,7 @@ def _warnings(
     parts: Parts, limit: int, counts: Mapping[str, Mapping[Split, int]], cut: Sequence[int]
 ) -> list[str]:
     """What a user should know before the first step, in sentences."""
-    found = []
+    found = list(parts.base.notes)
     if _shares(parts) and len(counts) == 1:
         found.append(
             "there is one client, so nobody to learn from: what comes from others stays empty, and "

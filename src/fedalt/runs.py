@@ -1,12 +1,13 @@
 """A run in its folder: start it, go on with it, score it again, serve one of its clients."""
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+from fedalt.base_model.identity import what_differs
 from fedalt.engine.course import Arm, Column, Event, HeldOut, Line, Progress
 from fedalt.engine.crew import Crew
 from fedalt.engine.in_process import servings
@@ -76,10 +77,10 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     require_clients(path)
     prepared = prepare(read_settings(path / "settings.toml"), base=base)
     then, now = folder.facts(), facts_of(prepared)
+    require_same_base(path, then, prepared.parts.base)
     for part, key, what in (
         ("data", "fingerprint", "other client data"),
         ("data", "template", "another prompt template"),
-        ("model", "fingerprint", "another base model"),
     ):
         expected, found = then.get(part, {}).get(key), now[part][key]
         if expected != found:
@@ -94,6 +95,20 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     # What else there is to warn of has been said when the run began.
     text = f"the run began with {', '.join(old)}: numbers may differ in their last digits"
     return replace(prepared, warnings=(text,) if old else ())
+
+
+def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
+    """Raise StoreError, which names what differs, for another base model than a run's own."""
+    found = base.fingerprint
+    told = (
+        what_differs(facts["model"], base.identity, found)
+        if base.identity is not None
+        else ""
+        if facts["model"]["fingerprint"] == found
+        else f"fingerprint {found!r}"
+    )
+    if told:
+        raise StoreError(f"{path} began with another base model than {base.name!r} is now: {told}")
 
 
 def is_finished(path: Path) -> bool:

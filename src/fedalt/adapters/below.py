@@ -105,7 +105,7 @@ def try_leaving_out(model: PreTrainedModel, sites: Iterable[str]) -> Below | Non
     numbers = [site.removeprefix(f"{name}.").partition(".")[0] for site in sites]
     if not numbers or "0" in numbers or not all(each.isdecimal() for each in numbers):
         return None
-    text = tuple(each % model.config.vocab_size for each in range(1, 8))
+    text = tuple(each % model.config.get_text_config().vocab_size for each in range(1, 8))
     packing = packing_of([[len(text)]], model.device)
 
     @torch.no_grad()

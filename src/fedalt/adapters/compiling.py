@@ -60,7 +60,7 @@ def try_compiling(model: PreTrainedModel) -> Compiled:
 
 def _play(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Logits of some tokens, and the gradient of their inputs."""
-    ids = torch.arange(1, 8, device=model.device)[None] % model.config.vocab_size
+    ids = torch.arange(1, 8, device=model.device)[None] % model.config.get_text_config().vocab_size
     inputs = model.get_input_embeddings()(ids).detach().requires_grad_()
     logits = model(inputs_embeds=inputs).logits
     (grad,) = torch.autograd.grad(logits.float().square().sum(), inputs)

@@ -1,6 +1,6 @@
 """Adapters are bound, not owned: wrapped layers of a base model are pointed at a tree's tensors."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,6 +48,7 @@ class _Bound:
     rows: tuple[int, ...] | None = None  # of each client in a padded batch, where not equal
     watch: Watch | None = None
     seen: Tensor | None = None  # the tokens that a pruned layer computes
+    unwatched: frozenset[str] = frozenset()  # sites that do not see all tokens in their order
 
     def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
         """The base layer's output y (batch, ..., d_out) plus what the slots make of x."""
@@ -59,7 +60,7 @@ class _Bound:
             scalings=tuple(slot.scaling * stays for slot in self.plan.slots),
             weights=self._weights(x),
             router=combine if isinstance(combine, Router) else None,
-            watch=None if self.watch is None else partial(self._saw, self.watch, site),
+            watch=self._watch(site),
         )
         factors = (
             [self.tree[Name(site, slot.name, "A")] for slot in self.plan.slots],
@@ -71,6 +72,11 @@ class _Bound:
         low = y.reshape(*rows.shape[:2], y.shape[-1])
         out = add_low_rank(low, rows, self._keep(site, rows, spans), combination, factors, spans)
         return out.reshape(y.shape)
+
+    def _watch(self, site: str) -> Callable[[Tensor], None] | None:
+        if self.watch is None or site in self.unwatched:
+            return None
+        return partial(self._saw, self.watch, site)
 
     def _saw(self, watch: Watch, site: str, weights: Tensor) -> None:
         watch(site, weights.reshape(-1, weights.shape[-1]), self.seen)
@@ -192,8 +198,8 @@ class AdaptedModel:
     """A frozen transformers model whose linear layers can be bound to a tree.
 
     `sites` maps the path of every adapted layer to its sizes, `heads` name to shape of the tensors
-    of a classification head. Both are in the order of the model's layers. `compiled` is None where
-    nobody asked for it.
+    of a classification head. Both are in the order of the model's layers. Without `shares_passes`
+    the trees of one client alone can be bound. `compiled` is None where nobody asked for it.
     """
 
     def __init__(
@@ -201,29 +207,42 @@ class AdaptedModel:
         model: PreTrainedModel,
         targets: str | Sequence[str] | None = None,
         *,
+        fresh: Collection[str] = (),
         compile_parts: bool = False,
     ) -> None:
         """Wrap the layers in place.
 
         `targets`: None for PEFT's default of this architecture, "all-linear", or names that end
-        the paths of the wanted layers. A name that ends none raises ValueError. `compile_parts`:
-        those between matrix products, where torch can; it changes the last bits of results.
+        the paths of the wanted layers. A name that ends none raises ValueError. `fresh` names
+        tensors that the model's checkpoint lacks: a classifier's layers of such are trained with
+        its head. `compile_parts`: those between matrix products, where torch can; it changes the
+        last bits of results.
         """
         self.model = model.requires_grad_(False).eval()
         _keep_differentiable(model)
         self._binding = _Binding()
-        classifies = bool(head_layers(model))
-        self.packs = Packs(0, "it classifies") if classifies else try_packing(model)
+        heads = head_layers(model, fresh)
+        classifies = bool(heads)
+        linear = linear_layers(model, fresh)
+        sites = chosen(model, {path: layer for path, (layer, _) in linear.items()}, targets)
+        self._partial = frozenset(site for site in sites if not linear[site][1])
+        self.shares_passes = not self._partial
+        if classifies:
+            self.packs = Packs(0, "it classifies")
+        elif not self.shares_passes:
+            self.packs = Packs(0, "an adapted layer does not see all tokens in their order")
+        else:
+            self.packs = try_packing(model)
         mlp = None if classifies else last_mlp(model)
         if mlp is not None:
             self._prune(mlp)
-        linear = linear_layers(model)
         self.sites: dict[str, Shape] = {}
-        for site in chosen(model, linear, targets):
-            self.sites[site] = shape_of(linear[site])
-            _put(model, site, AdaptedLinear(linear[site], site, self._binding))
+        for site in sites:
+            layer, _ = linear[site]
+            self.sites[site] = shape_of(layer)
+            _put(model, site, AdaptedLinear(layer, site, self._binding))
         self.heads: dict[Name, tuple[int, ...]] = {}
-        for site, layer in head_layers(model).items():
+        for site, layer in heads.items():
             self.heads[Name(site, HEAD, "weight")] = tuple(layer.weight.shape)
             if layer.bias is not None:
                 self.heads[Name(site, HEAD, "bias")] = tuple(layer.bias.shape)
@@ -271,6 +290,12 @@ class AdaptedModel:
                     f"{name} holds {full.shape[0]} clients, but {first} holds {axis}: "
                     "the tensors of a bound tree share one client axis"
                 )
+        if not self.shares_passes and (axis > 1 or shares is not None):
+            raise ValueError(
+                f"an adapted layer of this {self.model.config.model_type} model does not see all "
+                "texts in their order: clients cannot share a pass, and no weights of each text "
+                "can be told from others"
+            )
         if noise is not None and len(noise.seeds) != axis:
             raise ValueError(f"{len(noise.seeds)} dropout seeds for {axis} clients")
         if (shares is None) == isinstance(plan.combine, Similarity):
@@ -295,6 +320,7 @@ class AdaptedModel:
             labelled,
             uneven,
             watch,
+            unwatched=self._partial,
         )
         try:
             with packed(packing):

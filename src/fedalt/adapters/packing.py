@@ -21,6 +21,16 @@ from transformers.masking_utils import sdpa_mask
 PACKED: Final = "fedalt_packed"
 
 
+# What configurations call a window or chunk beyond which a token attends to nothing.
+_WINDOWS: Final = (
+    "sliding_window",
+    "sliding_window_size",
+    "attention_window",
+    "attention_window_size",
+    "attention_chunk_size",
+    "local_attention",
+    "window_size",
+)
 # A block ends where texts become shorter than this share of its longest, unless it is small.
 _SIMILAR, _SMALL = 0.75, 256
 
@@ -127,12 +137,30 @@ def agree(found: Tensor, wanted: Tensor) -> bool:
     return float((found - wanted).norm()) <= share * max(float(wanted.norm()), 1e-3)
 
 
+def _same(found: Tensor, wanted: Tensor) -> bool:
+    """Whether nothing of another text gets into logits, such as the state of a recurrence."""
+    most = float((found - wanted).abs().max())
+    return most <= 1e-3 * float(torch.finfo(wanted.dtype).eps) ** 0.5 + 1e-5 * float(
+        wanted.abs().max()
+    )
+
+
 @dataclass(frozen=True)
 class Packs:
     """How long packed texts may be; 0: they are not packed, and why not."""
 
     longest: int
     why_not: str = ""
+
+
+def _window(config: Any) -> int:
+    """The smallest window or chunk of tokens that any layer's attention is kept to."""
+    values = (
+        getattr(part, key, None) for part in (config, config.get_text_config()) for key in _WINDOWS
+    )
+    return min(
+        (value for value in values if isinstance(value, int) and value > 0), default=sys.maxsize
+    )
 
 
 def try_packing(model: PreTrainedModel) -> Packs:
@@ -145,9 +173,10 @@ def try_packing(model: PreTrainedModel) -> Packs:
     if attention != "sdpa":
         return Packs(0, f"its attention is {attention!r} and not 'sdpa'")
     # Within its window a model attends to everything before.
-    longest = getattr(config, "sliding_window", None) or sys.maxsize
+    longest = _window(config)
     lengths = [min(longest, 4), min(longest, 3)]
-    ids = torch.arange(1, 1 + sum(lengths), device=model.device) % config.vocab_size
+    size = config.get_text_config().vocab_size
+    ids = torch.arange(1, 1 + sum(lengths), device=model.device) % size
     texts = [part[None] for part in ids.split(lengths)]
     with torch.no_grad():
         alone = torch.cat([model(input_ids=text).logits for text in texts], 1)
@@ -155,12 +184,18 @@ def try_packing(model: PreTrainedModel) -> Packs:
             model.set_attn_implementation(PACKED)
             packing = packing_of([lengths], model.device)
             with packed(packing):
-                together = model(
-                    input_ids=torch.cat(texts, 1), position_ids=packing.positions, use_cache=False
-                ).logits
-            if agree(together, alone):
+                together, beside = (
+                    model(
+                        input_ids=torch.cat([first, texts[1]], 1),
+                        position_ids=packing.positions,
+                        use_cache=False,
+                    ).logits
+                    for first in (texts[0], (texts[0] + lengths[0]) % size)
+                )
+            second = slice(lengths[0], None)
+            if agree(together, alone) and _same(beside[:, second], together[:, second]):
                 return Packs(longest)
-        except (TypeError, ValueError):
+        except Exception:  # noqa: S110 - a network that packing does not suit may fail anyhow
             pass
     model.set_attn_implementation("sdpa")
     return Packs(0, "it computes something else for packed texts")

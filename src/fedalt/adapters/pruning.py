@@ -65,7 +65,10 @@ def last_mlp(model: PreTrainedModel) -> nn.Module | None:
     mlp = getattr(blocks[-1][-1], "mlp", None) if blocks else None
     if not isinstance(mlp, nn.Module) or model.get_output_embeddings() is None:
         return None
-    ids = torch.arange(1, 9, device=model.device).reshape(2, 4) % model.config.vocab_size
+    ids = (
+        torch.arange(1, 9, device=model.device).reshape(2, 4)
+        % model.config.get_text_config().vocab_size
+    )
     rows = torch.tensor([1, 2, 7], device=model.device)
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)[rows]

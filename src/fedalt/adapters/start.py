@@ -1,10 +1,11 @@
 """The tensors every client starts from, drawn from the run's seed and from nothing else."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from fedalt.adapters.plan import HEAD, MIXER, Shape, Slot
 from fedalt.seeds import generator
@@ -20,13 +21,15 @@ class Start:
     Each tensor has a stream of its own, named by the run's seed and the site: all clients draw the
     same values, all methods start from the same A, and one more site changes no other.
     `heads` holds name and shape of the tensors of a trained head (none for causal models).
-    `clients` is how many clients the federation has, 0 where that is not known.
+    `clients` is how many clients the federation has, 0 where that is not known. `given` are tensors
+    that begin as the base model's checkpoint has them.
     """
 
     sites: Mapping[str, Shape]
     heads: Mapping[Name, tuple[int, ...]]
     seed: int
     clients: int = 0
+    given: Mapping[Name, Tensor] = field(default_factory=dict, repr=False)
 
     def adapter(self, slot: Slot, *, only_for: str = "", apart: bool = False) -> Tree:
         """A: uniform in +-1/sqrt(d_in) (Kaiming with a = sqrt(5)); B: zeros.
@@ -56,12 +59,14 @@ class Start:
         return tree
 
     def head(self) -> Tree:
-        """Weights: normal with deviation 0.02; biases: zeros. Empty for a causal model."""
+        """Weights: normal, deviation 0.02; biases: zeros; or as given. Empty for causal models."""
         tree: Tree = {}
         for name, shape in self.heads.items():
             assert name.slot == HEAD
             tensor = torch.zeros(shape)
-            if name.factor == "weight":
+            if name in self.given:
+                tensor.copy_(self.given[name])
+            elif name.factor == "weight":
                 tensor.normal_(0, 0.02, generator=generator(self.seed, HEAD, name.site))
             tree[name] = tensor
         return tree

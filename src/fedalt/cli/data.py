@@ -49,11 +49,13 @@ def check(
     from fedalt.data.check import check as examine
     from fedalt.data.folder import open_data
     from fedalt.data.prompts import Template, read_template
-    from fedalt.models import load_tokenizer
+    from fedalt.models import load_tokenizer, require_tokenizer_fits
 
     folder = open_data(path, client_field=client_field)
     form = Template() if template is None else read_template(template)
-    report = examine(folder, load_tokenizer(model), form, max_length)
+    tokenizer = load_tokenizer(model)
+    require_tokenizer_fits(tokenizer, model)
+    report = examine(folder, tokenizer, form, max_length)
     if html:
         from fedalt.report.data_page import data_page
         from fedalt.report.page import write_page

@@ -4,6 +4,8 @@ Transformers' own cache copies all of it for every new token, and once more with
 that is half of the time that writing an answer takes.
 """
 
+from inspect import signature
+
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
@@ -69,8 +71,16 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
         self.buffers = []
 
 
+def can_select(cache: object) -> bool:
+    """Whether rows of what a model has read can be kept and others dropped."""
+    layers = getattr(cache, "layers", ())
+    return all(hasattr(each, "batch_select_indices") for each in (cache, *layers))
+
+
 def cache_for(model: PreTrainedModel, tokens: int) -> Cache | None:
     """A cache with room for so many tokens; None for a model that needs one of its own kind."""
+    if "past_key_values" not in signature(model.forward).parameters:
+        return None
     cache = DynamicCache(config=model.config.get_text_config(decoder=True))
     if not cache.layers or any(type(layer) is not DynamicLayer for layer in cache.layers):
         return None

@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from fedalt.evaluation.cache import cache_for
+from fedalt.evaluation.cache import cache_for, can_select
 from fedalt.evaluation.group import Group, Ids, Share, Shares, shares_of, sizes_of
 from fedalt.evaluation.scores import Scoring
 from fedalt.methods.contract import Serving
@@ -36,7 +36,7 @@ def written(
     """An answer to every prompt of every client."""
     base = group.base
     found = [[""] * len(each) for each in prompts]
-    for batch in in_turn(sizes_of(prompts), scoring.batch_size):
+    for batch in _batches(base, prompts, scoring.batch_size):
         chosen = [(client, at) for client, texts in batch for at in texts]
         width = max(len(prompts[client][at]) for client, at in chosen)
         # Padded on the left, so that every prompt ends where its answer begins.
@@ -52,6 +52,22 @@ def written(
             for (client, at), text in zip(places, decoded, strict=True):
                 found[client][at] = text.strip()
     return found
+
+
+def _batches(
+    base: Base, prompts: Sequence[Sequence[Ids]], batch_size: int
+) -> Iterator[list[Share]]:
+    """Which prompts are continued together: of any lengths, where the model bears padding."""
+    for batch in in_turn(sizes_of(prompts), batch_size):
+        if base.bears_padding_before:
+            yield list(batch)
+            continue
+        for length in sorted({len(prompts[client][at]) for client, of in batch for at in of}):
+            alike = [
+                (client, [at for at in of if len(prompts[client][at]) == length])
+                for client, of in batch
+            ]
+            yield [share for share in alike if share[1]]
 
 
 def _continued(
@@ -110,7 +126,7 @@ def _continued(
         batch = [share for share in shared if share[1]]
         if batch:
             # Without a cache, or with one that cannot be cut, the model reads it all once more.
-            if hasattr(out.past_key_values, "batch_select_indices"):
+            if can_select(out.past_key_values):
                 out.past_key_values.batch_select_indices(stay)
                 known["past_key_values"] = out.past_key_values
             mask = functional.pad(mask[stay], (0, written.shape[1] - ids.shape[1]), value=1)

@@ -83,7 +83,8 @@ def _alike(
     for at, (serving, asked) in enumerate(zip(servings, questions, strict=True)):
         if asked:
             shapes = {name: tuple(tensor.shape) for name, tensor in serving.tree.items()}
-            key = serving.plan, frozenset(shapes.items()), can_pack(base, asked)
+            apart = None if base.adapted.shares_passes else at
+            key = serving.plan, frozenset(shapes.items()), can_pack(base, asked), apart
             groups.setdefault(key, []).append(at)
     yield from groups.values()
 

@@ -17,11 +17,14 @@ from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.plan import HEAD, Mixer, Router, Slot, Sum
 from fedalt.codec import check_tree
+from fedalt.export.keys import as_peft_reads
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
+from fedalt.export.targets import names_of_sites, saved_whole, targets_of, tensors_of_head
 from fedalt.methods.contract import Serving
 from fedalt.models import BUILT_IN, Base, location
-from fedalt.tree import Tree, select
+from fedalt.tree import select
 
+IDENTITY = "base_model.json"
 BUILT_IN_REFERENCE = f"fedalt:{BUILT_IN}"
 
 
@@ -38,12 +41,16 @@ def export_individual(
     chosen = _slot(serving, slot)
     model = base.adapted.model
     whole = chosen.alpha == int(chosen.alpha)
+    targets = targets_of(base.adapted)
     config = LoraConfig(
         **_for_any_type(base),
+        target_modules=targets.modules,
+        target_parameters=targets.parameters or None,
         base_model_name_or_path=_place(base.name),
         r=chosen.rank,
         lora_alpha=int(chosen.alpha) if whole else chosen.alpha,  # other tools may want an int
-        lora_dropout=serving.plan.dropout,
+        # PEFT has no dropout for what is named by its parameter.
+        lora_dropout=0.0 if targets.parameters else serving.plan.dropout,
         fan_in_fan_out=any(
             isinstance(model.get_submodule(site).base_layer, Conv1D) for site in base.adapted.sites
         ),
@@ -52,8 +59,10 @@ def export_individual(
         f"{name.site}.lora_{name.factor}.weight": tensor
         for name, tensor in select(serving.tree, chosen.name).items()
     }
+    tensors = as_peft_reads(model, config, tensors)
     with _new_folder(folder) as unfinished:
-        _write(unfinished, config, {**tensors, **_head(serving.tree)}, readme)
+        _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
+        _write_identity(unfinished, base)
     return folder
 
 
@@ -72,7 +81,8 @@ def export_personal(serving: Serving, base: Base, folder: Path, *, readme: str =
         )
     config = FedALTConfig(
         **_for_any_type(base),
-        **_for_classifier(base),
+        **_for_network(base),
+        target_modules=names_of_sites(base.adapted),
         base_model_name_or_path=(
             BUILT_IN_REFERENCE if base.name == BUILT_IN else _place(base.name)
         ),
@@ -87,7 +97,7 @@ def export_personal(serving: Serving, base: Base, folder: Path, *, readme: str =
         if name.slot != HEAD
     }
     with _new_folder(folder) as unfinished:
-        _write(unfinished, config, {**tensors, **_head(serving.tree)}, readme)
+        _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
         base.tokenizer.save_pretrained(unfinished)
     return folder
 
@@ -107,37 +117,38 @@ def _slot(serving: Serving, wanted: str | None) -> Slot:
     return slots[wanted]
 
 
-def _head(tree: Tree) -> dict[str, Tensor]:
-    return {f"{name.site}.{name.factor}": tensor for name, tensor in select(tree, HEAD).items()}
+def _head(serving: Serving, base: Base) -> dict[str, Tensor]:
+    return tensors_of_head(base.adapted, serving.tree, saved_whole(base.adapted))
 
 
 def _for_any_type(base: Base) -> dict[str, Any]:
     """The fields of a PEFT configuration that do not depend on its type."""
-    heads = {name.site.partition(".")[0] for name in base.adapted.heads}
+    heads = saved_whole(base.adapted)
     return {
         "task_type": "SEQ_CLS" if heads else "CAUSAL_LM",
-        "target_modules": _targets(base),
-        "modules_to_save": sorted(heads) or None,
+        "modules_to_save": heads or None,
         "inference_mode": True,
     }
 
 
-def _for_classifier(base: Base) -> dict[str, Any]:
-    if not base.adapted.heads:
-        return {}
+def _for_network(base: Base) -> dict[str, Any]:
+    """What the base model is loaded with."""
     config = base.adapted.model.config
-    labels = [config.id2label[index] for index in range(config.num_labels)]
-    return {"labels": labels, "pad_token_id": config.pad_token_id}
-
-
-def _targets(base: Base) -> list[str]:
-    """The sites' last names, as people write them, or whole paths where those say too much."""
-    sites = base.adapted.sites
-    endings = {site.rpartition(".")[2] for site in sites}
-    meant = {
-        path for path, _ in base.adapted.model.named_modules() if path.rpartition(".")[2] in endings
+    about: dict[str, Any] = {
+        "pad_token_id": config.get_text_config().pad_token_id,
+        "quantise": base.quantise,
+        "base_identity": None if base.identity is None else base.identity.table(),
     }
-    return sorted(endings if meant == sites.keys() else sites)
+    if base.adapted.heads:
+        about["labels"] = [config.id2label[index] for index in range(config.num_labels)]
+    return about
+
+
+def _write_identity(folder: Path, base: Base) -> None:
+    """What the base model is known by, beside a configuration that has no place for it."""
+    if base.identity is not None:
+        about = {"fingerprint": base.fingerprint, "identity": base.identity.table()}
+        (folder / IDENTITY).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def _place(name: str) -> str:

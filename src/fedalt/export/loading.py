@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,22 +11,23 @@ from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors import SafetensorError, safe_open
 from torch.nn import ParameterDict
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
+from fedalt.base_model.config import set_padding
+from fedalt.base_model.head import tensors_of_head
+from fedalt.base_model.identity import differences, identify, identity_in
+from fedalt.base_model.weights import Loaded
 from fedalt.export.folders import BUILT_IN_REFERENCE
 from fedalt.export.peft_type import SLOTS, FedALTConfig, FedALTLayer, Kind, register
-from fedalt.models import BUILT_IN, location
+from fedalt.models import BUILT_IN, ModelError, load_network, location, network_config
 
 
 def load(path: str | Path, *, device: str | None = None) -> PeftModel:
     """The model in a folder that `export_personal` wrote, ready to `generate` or to classify.
 
     It lies on the GPU if there is one. On a CPU it is float32, on a GPU it keeps the base model's
-    dtype. `AutoTokenizer.from_pretrained(path)` gives the tokenizer. Raises ValueError.
+    dtype. `AutoTokenizer.from_pretrained(path)` gives the tokenizer. Raises ValueError, also where
+    the base model is not the one that was trained on.
     """
     register()
     folder = Path(path)
@@ -93,27 +95,52 @@ def _keys_of(model: PeftModel) -> set[str]:
 
 
 def _load_base(config: FedALTConfig, folder: Path, device: str) -> PreTrainedModel:
-    """The base model as transformers loads it, with a fresh head if it is to be a classifier."""
-    name = config.base_model_name_or_path
-    options: dict[str, Any] = {"dtype": torch.float32 if device == "cpu" else "auto"}
+    """The base model as the run loaded it; a classifier's head is there to be replaced."""
+    reference = config.base_model_name_or_path
+    name = BUILT_IN if reference == BUILT_IN_REFERENCE else str(reference)
+    labels = config.labels or ()
     try:
-        place = location(BUILT_IN if name == BUILT_IN_REFERENCE else str(name))
-        if config.labels is None:
-            return AutoModelForCausalLM.from_pretrained(place, **options).to(device)
-        with torch.random.fork_rng():  # the fresh head is only there to be replaced
-            model = AutoModelForSequenceClassification.from_pretrained(
-                place,
-                id2label=dict(enumerate(config.labels)),
-                label2id={label: index for index, label in enumerate(config.labels)},
-                pad_token_id=config.pad_token_id,
-                **options,
-            )
-        return model.to(device)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        place = location(name)
+        about = network_config(name, place, labels)
+        set_padding(about, config.pad_token_id)
+        loaded, _ = load_network(
+            name,
+            place,
+            about,
+            labels=labels,
+            quantise=cast(Any, config.quantise),
+            device=device,
+        )
+    except ModelError as error:
         raise ValueError(
-            f"cannot load {name!r}, the base model of {folder}: {_in_short(error)}; if it lies "
-            "elsewhere now, load it from there and give it to peft.PeftModel.from_pretrained"
+            f"cannot load {reference!r}, the base model of {folder}: {error}; if it lies elsewhere "
+            "now, load it from there and give it to peft.PeftModel.from_pretrained"
         ) from error
+    _require_same(loaded, config, folder)
+    return loaded.model
+
+
+def _require_same(loaded: Loaded, config: FedALTConfig, folder: Path) -> None:
+    """Refuse another network than the adapter was trained on; the folder has a tokenizer itself."""
+    if config.base_identity is None:
+        raise ValueError(f"{folder / CONFIG_NAME} does not tell what its base model is known by")
+    try:
+        then = identity_in(config.base_identity)
+    except TypeError as error:
+        raise ValueError(f"{folder / CONFIG_NAME} cannot be read: {_in_short(error)}") from error
+    names = tensors_of_head(loaded.model, loaded.fresh).keys() | loaded.fresh
+    now = identify(loaded.model, labels=config.labels or (), without=names)
+    then = replace(
+        then,
+        weights={name: each for name, each in then.weights.items() if name not in names},
+        tokenizer={},
+        template="",
+    )
+    if told := differences(then, now):
+        raise ValueError(
+            f"{folder} was trained on another base model than {config.base_model_name_or_path!r} "
+            f"is now: {told}"
+        )
 
 
 def _in_short(error: Exception) -> str:

@@ -38,7 +38,9 @@ class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no 
     `slots` are mappings of name, rank and alpha. `weights` are those of a fixed sum, `router` maps
     the fields of a router to their values; without both a mixer decides. `labels` are a
     classifier's, in the order of its outputs, and `pad_token_id` what it skips to find a text's
-    last token. The fields before all these mean what they mean in PEFT's own LoRA.
+    last token. `quantise` is how the base model is kept, "8bit" or "4bit", and
+    `base_identity` the table of what it is known by. The fields before all these mean what they
+    mean in PEFT's own LoRA.
     """
 
     target_modules: list[str] | str | None = None
@@ -50,6 +52,8 @@ class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no 
     dropout: float = 0.0
     labels: list[str] | None = None
     pad_token_id: int | None = None
+    quantise: str | None = None
+    base_identity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from fedalt.base_model.identity import parts_that_differ
 from fedalt.federation.terms import Terms
 from fedalt.prepare import Parts
 from fedalt.settings import Settings, SettingsError
@@ -27,5 +28,6 @@ def require_model(parts: Parts, terms: Terms) -> None:
     if found != terms.model:
         raise SettingsError(
             f"the base model {parts.base.name!r} here has the fingerprint {found!r}, but "
-            f"the terms of {terms.name!r} are about {terms.model!r}: it is another model"
+            f"the terms of {terms.name!r} are about {terms.model!r}: it is another model, with "
+            f"other {parts_that_differ(terms.model, found)}"
         )

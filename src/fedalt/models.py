@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 from fedalt.adapters.layer import AdaptedModel
+from fedalt.adapters.positions import positions_of
 
 BUILT_IN = "tiny"
 # Pretrained models that come inside a package of the index: name, and the package's module.
@@ -44,15 +46,17 @@ class Base:
     @property
     def pad_id(self) -> int:
         """The token that fills up a batch; it carries no loss and no attention."""
-        token = self.tokenizer.pad_token_id
-        return int(token if token is not None else self.tokenizer.eos_token_id)
+        known = getattr(self.adapted.model.get_input_embeddings(), "num_embeddings", inf)
+        # Some tokenizers have got a token for it that the model has no embedding of.
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(each) for each in tokens if each is not None and each < known)
 
     @property
     def positions(self) -> int:
         """The most tokens of one text that the model can number, or that its tokenizer says."""
-        own = getattr(self.adapted.model.config, "max_position_embeddings", None)
+        own = positions_of(self.adapted.model)
         said = int(self.tokenizer.model_max_length)  # huge where the tokenizer says nothing
-        return said if own is None else min(int(own), said)
+        return said if own is None else min(own, said)
 
 
 def load_base(
@@ -108,7 +112,8 @@ def load_base(
         model = model.to(device)
     model.config.use_cache = False
     if not labels:
-        # What a model's card sets for sampling would only draw warnings from greedy decoding.
+        # What a model's card sets for sampling would only draw warnings from whoever decodes it
+        # greedily without our own settings, which take nothing from the card but its end tokens.
         model.generation_config.update(
             do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True
         )

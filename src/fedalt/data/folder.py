@@ -211,7 +211,8 @@ class _Survey:
             self._once(place, f"client {client_id!r} already has {split} data in {other}", key)
             return
         self._starts.setdefault(key, array("Q")).append(item.start)
-        line = json.dumps(vars(record))  # the same for a record in any layout
+        # The same for a record in any layout. Only a conversation with calls has a `whole`.
+        line = json.dumps({name: v for name, v in vars(record).items() if name != "whole" or v})
         self._hashes.setdefault(key, hashlib.sha256()).update(f"{line}\n".encode())
 
     def _seal(self, key: tuple[str, Split], *, shared: bool) -> None:

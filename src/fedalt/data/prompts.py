@@ -124,7 +124,7 @@ def encode_prompt(
     if isinstance(record, Labelled):
         raise DataError("a record with a label is classified, no text is generated for it")
     if isinstance(record, Chat):
-        opening, prompt = _opened(ids_of(asked(record, tokenizer), tokenizer), tokenizer)
+        opening, prompt = opened(ids_of(asked(record, tokenizer), tokenizer), tokenizer)
     else:
         opening, prompt = _prompt(record, tokenizer, template)
     return (*opening, *_cut_middle(prompt, max_length - len(opening)))
@@ -137,7 +137,7 @@ def cut_prompt(ids: Sequence[int], tokenizer: "Tokenizer", room: int) -> tuple[i
     """
     if len(ids) <= room:
         return tuple(ids)
-    opening, rest = _opened(tuple(ids), tokenizer)
+    opening, rest = opened(tuple(ids), tokenizer)
     return (*opening, *_cut_middle(rest, room - len(opening)))
 
 
@@ -204,7 +204,7 @@ def _parts(
             other = replace(other, whole=json.dumps(whole, ensure_ascii=False))
         both = asked_and_answered(other, tokenizer)
         answers.append(rendered_answer(option, both, ids, tokenizer))
-    return *_opened(ids, tokenizer), answers
+    return *opened(ids, tokenizer), answers
 
 
 def _prompt(
@@ -217,10 +217,8 @@ def _prompt(
     return opening, ids[len(opening) :] if ids[: len(opening)] == opening else ids
 
 
-def _opened(
-    ids: tuple[int, ...], tokenizer: "Tokenizer"
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids as what opens them and the rest."""
+def opened(ids: tuple[int, ...], tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A prompt's ids as what opens them, which is never cut, and the rest."""
     opening = opening_ids(tokenizer)
     begins = len(opening) if ids[: len(opening)] == opening else 0
     if not begins and ids[:1] == (tokenizer.bos_token_id,):

@@ -20,7 +20,7 @@ from fedalt.models import Base
 from fedalt.training.batches import answers_in_one, collate, in_turn
 from fedalt.training.group import TrainingError, out_of_memory, packs
 from fedalt.training.loop import usual_tokens
-from fedalt.training.loss import token_losses
+from fedalt.training.loss import label_logits, token_losses
 
 Questions = Sequence[Sequence[Example]]  # with each of the answers to choose from, the right first
 
@@ -202,7 +202,7 @@ def classified(
             _watching(watched, seen, whole.ids.numel()) as watch,
             group.bound(batch, shares, watch=watch) as model,
         ):
-            logits = model(input_ids=whole.ids, attention_mask=whole.mask).logits.float()
+            logits = label_logits(model, whole).float()
         found = functional.cross_entropy(logits, whole.targets, reduction="none").cpu()
         likeliest = logits.argmax(-1).cpu()
         for row, (client, at) in enumerate(chosen):

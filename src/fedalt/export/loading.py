@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from fedalt.adapters.last_token import pick_last_tokens
 from fedalt.export.folders import BUILT_IN_REFERENCE
 from fedalt.export.peft_type import SLOTS, FedALTConfig, FedALTLayer, Kind, register
 from fedalt.models import BUILT_IN, location
@@ -47,6 +48,7 @@ def load(path: str | Path, *, device: str | None = None) -> PeftModel:
             f"{folder} does not fit its base model {config.base_model_name_or_path!r}: "
             f"{len(different)} tensors are on one side only, first {different[0]}"
         )
+    pick_last_tokens(model.base_model.model)
     return model.eval()
 
 

@@ -234,7 +234,7 @@ def open_member(
             device=device or terms.settings.model.device,
         ),
     )
-    prepared = prepare(settings, clients=terms.clients)
+    prepared = prepare(settings, clients=terms.clients, labels=terms.labels)
     _require_fitting(prepared, terms, client_id, data)
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, terms, client_id)

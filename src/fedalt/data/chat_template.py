@@ -5,6 +5,7 @@ would leave out of a conversation is an error, never dropped in silence.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from functools import lru_cache
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 # Templates that tell the model what day it is are told this one, always: a prompt is then the same
 # in training, when a run is resumed, and years later. Llama 3 itself falls back to this day.
 TODAY: Final = datetime(2024, 7, 26)
+_DAY: Final = re.compile(r"""strftime_now\(\s*(["'])([^"'\\]*)\1\s*\)""")
 _PROBE: Final = "qzxv"  # a text that no template writes by itself
 _SHOWN: Final = 40  # characters of a text in an error
 
@@ -96,9 +98,10 @@ def _render(
             "or records with instruction/output or prompt/completion"
         )
     known: dict[str, Any] = {"tools": list(tools)} if tools else {}
-    if tells_the_day(tokenizer):
-        known["strftime_now"] = TODAY.strftime
     try:
+        template = tokenizer.get_chat_template(None, known.get("tools"))
+        if "strftime_now" in template:
+            known["chat_template"] = _with_a_fixed_day(template)
         text: str = tokenizer.apply_chat_template(
             list(messages), add_generation_prompt=ask, tokenize=False, **known
         )
@@ -107,9 +110,18 @@ def _render(
     return text
 
 
-def tells_the_day(tokenizer: "Tokenizer") -> bool:
-    """Whether the chat template asks what day it is."""
-    return "strftime_now" in json.dumps(tokenizer.chat_template)
+def days_in(template: str) -> dict[str, str]:
+    """How a template asks what day it is, and the text that stands there instead."""
+    return {call[0]: f'"{TODAY.strftime(call[2])}"' for call in _DAY.finditer(template)}
+
+
+def _with_a_fixed_day(template: str) -> str:
+    """Transformers lets nobody tell a template another day, but takes another template."""
+    for call, day in days_in(template).items():
+        template = template.replace(call, day)
+    if re.search(r"strftime_now\s*\(", template):
+        raise ValueError("it tells what day it is, in a form that is not written out in it")
+    return template
 
 
 def _require_all_told(chat: Chat, tokenizer: "Tokenizer") -> None:

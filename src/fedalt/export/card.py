@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedalt.answers import Served
-from fedalt.data.chat_template import TODAY, special_ids, tells_the_day
+from fedalt.data.chat_template import days_in, special_ids
 from fedalt.data.prompts import encode_prompt, opened, opening_ids
 from fedalt.evaluation.asking import ends, room_of
 from fedalt.models import BUILT_IN, location
@@ -13,8 +13,6 @@ from fedalt.prepare import question
 from fedalt.settings import method_name
 
 What = Literal["personal", "individual"]
-
-_IMPORT_DAY = "from datetime import datetime\n\n"
 
 
 def card(of: Served, client_id: str, what: What) -> str:
@@ -50,10 +48,9 @@ Trained with {method_name(of.parts.settings.method)} on {name} by fedalt {versio
 def _loading(of: Served, base: str, what: What) -> str:
     classifies = bool(of.parts.base.adapted.heads)
     asks = "" if classifies else "import torch\n"
-    tells = of.form == "messages" and tells_the_day(of.parts.base.tokenizer)
     names = ["AutoTokenizer"] if classifies else ["AutoTokenizer", "GenerationConfig"]
     if what == "personal":
-        return f"""{_IMPORT_DAY if tells else ""}import fedalt
+        return f"""import fedalt
 {asks}from transformers import {", ".join(names)}
 
 model = fedalt.load(".")
@@ -66,7 +63,7 @@ tokenizer = AutoTokenizer.from_pretrained(".")
         if hasattr(model, "score"):
             lasting = "base.config.pad_token_id = None  # of one text the last token counts\n"
     imported = ", ".join([f"AutoModelFor{kind}", *names])
-    return f"""{_IMPORT_DAY if tells else ""}{asks}from peft import PeftModel
+    return f"""{asks}from peft import PeftModel
 from transformers import {imported}
 
 base = AutoModelFor{kind}.from_pretrained({base!r}{more})
@@ -82,7 +79,7 @@ def _asking(of: Served) -> str:
     base, scoring = of.parts.base, of.parts.settings.scoring
     tokenizer = base.tokenizer
     opening = list(opening_ids(tokenizer)) if of.form != "messages" else []
-    lines = ['question = "..."', f"prompt = {_prompt(of)}"]
+    lines = [*_fixed_day(of), 'question = "..."', f"prompt = {_prompt(of)}"]
     lines.append("ids = tokenizer(prompt, add_special_tokens=False).input_ids")
     if opening:
         lines.append(f"ids = ids if ids[: {len(opening)}] == {opening} else {opening} + ids")
@@ -127,16 +124,24 @@ def _prompt(of: Served) -> str:
         case "prompt":
             return "question"
         case _:
-            day = ""
-            if tells_the_day(of.parts.base.tokenizer):
-                day = (
-                    f"\n    strftime_now=datetime({TODAY.year}, {TODAY.month}, {TODAY.day})"
-                    ".strftime,  # the day that the chat template told in training"
-                )
             return (
                 'tokenizer.apply_chat_template(\n    [{"role": "user", "content": question}],'
-                f"\n    add_generation_prompt=True,\n    tokenize=False,{day}\n)"
+                "\n    add_generation_prompt=True,\n    tokenize=False,\n)"
             )
+
+
+def _fixed_day(of: Served) -> list[str]:
+    """Lines that keep a chat template from telling another day than in training."""
+    if of.form != "messages":
+        return []
+    days = days_in(of.parts.base.tokenizer.get_chat_template())
+    lines = [
+        f"tokenizer.chat_template = tokenizer.chat_template.replace(\n    {call!r}, {day!r}\n)"
+        for call, day in days.items()
+    ]
+    if not lines:
+        return []
+    return ["# The chat template tells what day it is; in training it was always this one.", *lines]
 
 
 def _classifying(of: Served) -> str:

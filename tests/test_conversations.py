@@ -132,6 +132,12 @@ def test_a_call_of_a_tool_is_the_answer(answer):
     assert record.answer == '{"name": "lookup", "arguments": {"word": "cat"}}'
 
 
+def test_a_template_that_wants_arguments_as_json_text_gets_them_so():
+    joined = CHATML.replace("c.function.arguments | tojson", "'' + c.function.arguments")
+    answer = {"role": "assistant", "content": "", "tool_calls": [CALL]}
+    assert shown(chatty(joined), user(), answer) == shown(chatty(), user(), answer)
+
+
 def test_calls_results_and_tools_before_the_answer_are_rendered():
     turns = [
         user(),

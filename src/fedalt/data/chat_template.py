@@ -7,6 +7,7 @@ would leave out of a conversation is an error, never dropped in silence.
 import json
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
@@ -97,17 +98,43 @@ def _render(
             "a record has messages, but the tokenizer has no chat template; take a model with one, "
             "or records with instruction/output or prompt/completion"
         )
-    known: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
-        template = tokenizer.get_chat_template(None, known.get("tools"))
-        if "strftime_now" in template:
-            known["chat_template"] = _with_a_fixed_day(template)
-        text: str = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=ask, tokenize=False, **known
-        )
+        return _rendered(messages, tools, tokenizer, ask=ask)
     except Exception as error:  # the template is the model's own program and may raise anything
+        in_json = [_with_arguments_in_json(message) for message in messages]
+        if in_json != list(messages):  # some templates want them so
+            with suppress(Exception):
+                return _rendered(in_json, tools, tokenizer, ask=ask)
         raise DataError(f"the tokenizer's chat template refuses a conversation: {error}") from error
+
+
+def _rendered(
+    messages: Sequence[Message], tools: Sequence[Message], tokenizer: "Tokenizer", *, ask: bool
+) -> str:
+    known: dict[str, Any] = {"tools": list(tools)} if tools else {}
+    template = tokenizer.get_chat_template(None, known.get("tools"))
+    if "strftime_now" in template:
+        known["chat_template"] = _with_a_fixed_day(template)
+    text: str = tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=ask, tokenize=False, **known
+    )
     return text
+
+
+def _with_arguments_in_json(message: Message) -> Message:
+    if "tool_calls" not in message:
+        return message
+    calls = [
+        {
+            **call,
+            "function": {
+                **call["function"],
+                "arguments": json.dumps(call["function"]["arguments"], ensure_ascii=False),
+            },
+        }
+        for call in message["tool_calls"]
+    ]
+    return {**message, "tool_calls": calls}
 
 
 def days_in(template: str) -> dict[str, str]:

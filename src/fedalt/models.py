@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
@@ -51,7 +52,7 @@ class Base:
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(int(each) for each in tokens if each is not None and each < known)
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """The most tokens of one text that the model can number, or that its tokenizer says."""
         own = positions_of(self.adapted.model)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedalt.data.chat_template import ends_of, special_ids, turn_end
@@ -84,12 +85,15 @@ def without_end(ids: Sequence[int], tokenizer: "Tokenizer", ends: Sequence[int] 
     """An answer's ids up to the first that ends it; that one, too, if it is part of its text."""
     all_ends = {*ends_of(tokenizer), *ends}
     at = next((at for at, each in enumerate(ids) if each in all_ends), len(ids))
-    if at < len(ids) and ids[at] not in {
-        *special_ids(tokenizer),
-        *tokenizer.get_added_vocab().values(),
-    }:
+    if at < len(ids) and ids[at] not in _no_text(tokenizer, len(tokenizer)):
         at += 1
     return list(ids[:at])
+
+
+@lru_cache(maxsize=8)
+def _no_text(tokenizer: "Tokenizer", _: int) -> frozenset[int]:
+    """Tokens beside the vocabulary, of a tokenizer of this size: some have thousands."""
+    return special_ids(tokenizer) | frozenset(tokenizer.get_added_vocab().values())
 
 
 def ids_of(text: str, tokenizer: "Tokenizer") -> tuple[int, ...]:

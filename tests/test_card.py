@@ -3,19 +3,26 @@
 import json
 import re
 import tomllib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from bases import letters
 from data_files import CHAT_TEMPLATE
 from runs_for_tests import settings_for
 from tiny import llama
+from tokenizers.processors import TemplateProcessing
 
 import fedalt
-from fedalt.answers import served
+from fedalt import tree as trees
+from fedalt.adapters.plan import HEAD, single
+from fedalt.answers import answers, served
 from fedalt.api import Run
 from fedalt.export.card import card
 from fedalt.export.folders import export_individual
+from fedalt.methods.contract import Serving
 from fedalt.settings import to_toml
 
 RECORDS = {
@@ -32,34 +39,66 @@ RECORDS = {
 
 
 QUESTIONS = ("ask 3", "a", "what is it", "0")
+# Too long for 64 positions and an answer, or brings its own begin of text.
+HARD = (*QUESTIONS, "ask " * 30, "<s>ask 3")
+# Tells the day, and ends turns with a token that decoding does not leave out by itself.
+DATED = (
+    "<s>{{ strftime_now('%d %b') }}{% for m in messages %}{{ m.role }} {{ m.content }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
 
 
-def run_of(folder: Path, form: str) -> Run:
-    model, data = folder / "model", folder / "data"
-    llama().save_pretrained(model)
+def save_plain(folder: Path) -> None:
+    llama().save_pretrained(folder)
     tokenizer = letters()
     tokenizer.chat_template = CHAT_TEMPLATE
-    tokenizer.save_pretrained(model)
+    tokenizer.save_pretrained(folder)
+
+
+def save_chat(folder: Path) -> None:
+    """A chat model as they are published: ends, a penalty, a day, a begin and an end of text."""
+    model = llama()
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model.resize_token_embeddings(70, mean_resizing=False)
+    model.save_pretrained(folder)
+    card_ = {"eos_token_id": [2, 64, 11], "repetition_penalty": 1.9, "no_repeat_ngram_size": 2}
+    (folder / "generation_config.json").write_text(json.dumps(card_))
+    tokenizer = letters()
+    tokenizer.add_tokens(["<|end|>"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(folder)
+
+
+def run_of(folder: Path, form: str, save: Callable[[Path], None] = save_plain) -> Run:
+    model, data = folder / "model", folder / "data"
+    save(model)
     data.mkdir()
     for client in ("a", "b"):
         text = "".join(json.dumps(RECORDS[form](n)) + "\n" for n in range(8))
         (data / f"{client}.train.jsonl").write_text(text)
     template = folder / "template.txt"
     template.write_text("{{\"}}: {instruction}\n{input}\n'")
-    settings = settings_for(model, data, rounds={"rounds": 6}, training={"lr": 5e-2})
+    sections = {} if save is save_plain else {"scoring": {"max_new_tokens": 12}}
+    settings = settings_for(model, data, rounds={"rounds": 6}, training={"lr": 5e-2}, **sections)
     table = tomllib.loads(to_toml(settings))
     if form == "instruction":
         table["data"]["template"] = str(template)
     return fedalt.run(table, out=folder / "run")
 
 
-def printed_by(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> list[str]:
+def printed_by(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys, questions=QUESTIONS
+) -> list[str]:
     """What the README's code prints about each question, run in the folder."""
     readme = (folder / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     monkeypatch.chdir(folder)
     found = []
-    for question in QUESTIONS:
+    for question in questions:
         capsys.readouterr()
         exec(code.replace('"..."', repr(question)), {})
         found.append(capsys.readouterr().out.removesuffix("\n"))
@@ -84,3 +123,25 @@ def test_the_code_of_the_card_answers_as_the_run_does(
         assert told == [run.generate("b", question) for question in QUESTIONS]
         assert any(told)
         assert any(alone)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("form", ["instruction", "prompt", "messages"])
+def test_the_code_of_the_card_asks_a_chat_model_as_the_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, form: str
+) -> None:
+    run = run_of(tmp_path, form, save_chat)
+    told = printed_by(run.export("b", tmp_path / "mine"), monkeypatch, capsys, HARD)
+    assert told == [run.generate("b", question) for question in HARD]
+    of = served(run.path, "b")
+    alone = replace(of, serving=only_first(of.serving))
+    lone = export_individual(
+        of.serving, of.parts.base, tmp_path / "lone", readme=card(of, "b", "individual")
+    )
+    assert printed_by(lone, monkeypatch, capsys, HARD) == answers(alone, HARD)
+
+
+def only_first(serving: Serving) -> Serving:
+    """What `export_individual` writes of a serving."""
+    slot = serving.plan.slots[0]
+    return Serving(single(slot), trees.select(serving.tree, slot.name, HEAD))

@@ -8,6 +8,7 @@ from typing import Any
 from fedalt.data.prompts import Template, encode_prompt
 from fedalt.engine.course import Column
 from fedalt.evaluation import Scoring, generate
+from fedalt.evaluation.asking import fitted
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
 from fedalt.prepare import Parts, load_parts, question
@@ -72,10 +73,15 @@ def answers(of: Served, texts: Sequence[str], scoring: Scoring | None = None) ->
 
 
 def prompt_of(of: Served, text: str) -> tuple[int, ...]:
-    """The ids that a text is asked with. Raises DataError for a client of a classifier."""
-    return encode_prompt(
+    """The ids that a text is asked with, as the run asks in its own scoring.
+
+    Raises DataError for a client of a classifier.
+    """
+    base, settings = of.parts.base, of.parts.settings
+    prompt = encode_prompt(
         question(of.form, text),
-        of.parts.base.tokenizer,
+        base.tokenizer,
         of.template,
-        max_length=of.parts.settings.data.max_length,
+        max_length=min(settings.data.max_length, base.positions),
     )
+    return fitted(base, prompt, settings.scoring)

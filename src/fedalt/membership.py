@@ -84,8 +84,10 @@ def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
     if epochs is not None:
         training = replace(training, local_epochs=epochs)
     settings = replace(settings, data=replace(settings.data, path=data.absolute()))
-    prepared = prepare(replace(settings, training=training))
-    then, now = folder.facts(), facts_of(prepared)
+    then = folder.facts()
+    # Newcomers need not have all of the run's labels, nor sort them as its clients do.
+    prepared = prepare(replace(settings, training=training), labels=then["data"]["labels"])
+    now = facts_of(prepared)
     if twice := _members(folder) & set(prepared.task.clients):
         raise StoreError(f"{folder.path} has a client {min(twice)!r} already; rename its files")
     if then["data"]["labels"] != now["data"]["labels"]:

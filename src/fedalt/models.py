@@ -3,7 +3,9 @@
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib.util import find_spec
+from math import inf
 from pathlib import Path
 from typing import Any, Final, Literal, NamedTuple
 
@@ -19,11 +21,11 @@ from transformers import (
 )
 
 from fedalt.adapters.layer import AdaptedModel
+from fedalt.adapters.positions import positions_of
 from fedalt.adapters.reach import rows_of_embedding
 from fedalt.base_model.checks import (
     bears_padding_before,
     note_on_padding,
-    positions_of,
     require_causal,
     require_room_for_tokens,
 )
@@ -88,10 +90,12 @@ class Base:
     @property
     def pad_id(self) -> int:
         """The token that fills up a batch; it carries no loss and no attention."""
-        token = self.tokenizer.pad_token_id
-        return int(token if token is not None else self.tokenizer.eos_token_id)
+        known = getattr(self.adapted.model.get_input_embeddings(), "num_embeddings", inf)
+        # Some tokenizers have got a token for it that the model has no embedding of.
+        tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(each) for each in tokens if each is not None and each < known)
 
-    @property
+    @cached_property
     def positions(self) -> int:
         """The most tokens of one text that the model can number, or that its tokenizer says."""
         own = positions_of(self.adapted.model)
@@ -127,7 +131,8 @@ def load_base(
     require_room_for_tokens(tokenizer, name, rows_of_embedding(model))
     model.config.use_cache = False
     if not labels:
-        # What a model's card sets for sampling would only draw warnings from greedy decoding.
+        # What a model's card sets for sampling would only draw warnings from whoever decodes it
+        # greedily without our own settings, which take nothing from the card but its end tokens.
         model.generation_config.update(
             do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True
         )

@@ -58,14 +58,19 @@ class Prepared:
 
 
 def prepare(
-    settings: Settings, *, base: Base | None = None, clients: Sequence[str] = ()
+    settings: Settings,
+    *,
+    base: Base | None = None,
+    clients: Sequence[str] = (),
+    labels: Sequence[str] = (),
 ) -> Prepared:
     """Load what the settings name and check all that can be checked before the first step.
 
     `base` is the model of these settings, if it is loaded already. `clients` are all that take
-    part, where the data are those of some of them.
+    part, where the data are those of some of them, and `labels` what all have agreed to call the
+    answers of a classifier, in the order of its outputs.
     """
-    data = open_data(settings.data.path, client_field=settings.data.client_field)
+    data = open_data(settings.data.path, client_field=settings.data.client_field, labels=labels)
     file = settings.data.template
     template = Template() if file is None else read_template(file)
     require_known(settings, clients or data.clients)

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from fedalt.adapters.below import try_leaving_out
 from fedalt.adapters.compiling import Compiled, try_compiling
+from fedalt.adapters.last_token import pick_last_tokens
 from fedalt.adapters.lowrank import Combination, add_low_rank, times
 from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Shape, Similarity, Sum
@@ -247,6 +248,7 @@ class AdaptedModel:
             if layer.bias is not None:
                 self.heads[Name(site, HEAD, "bias")] = tuple(layer.bias.shape)
             _put(model, site, BoundHead(layer, site, self._binding))
+        pick_last_tokens(model)
         self.below = try_leaving_out(model, self.sites) if self.packs.longest else None
         self.compiled: Compiled | None = try_compiling(model) if compile_parts else None
 

@@ -4,7 +4,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedalt.adapters.packing import agree
-from fedalt.adapters.reach import read, rows_of_embedding, short_texts
+from fedalt.adapters.reach import read, short_texts
 from fedalt.base_model.errors import ModelError, in_short
 
 
@@ -65,29 +65,6 @@ def require_room_for_tokens(
             f"{rows}: {token!r} ({last}) and others have none; expected the tokenizer that the "
             "model was trained with"
         )
-
-
-def positions_of(model: PreTrainedModel) -> int | None:
-    """How many tokens a model numbers; None where it sets no limit.
-
-    Some tables of positions begin behind the padding's, as RoBERTa's does.
-    """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if most is None:
-        return None
-    most = int(most)
-    rows = rows_of_embedding(model)
-    tokens = None if rows is None else model.get_input_embeddings()
-    for layer in model.modules():
-        padding = getattr(layer, "padding_idx", None)
-        if isinstance(padding, int) and layer is not tokens and _rows(layer) == most:
-            return most - padding - 1
-    return most
-
-
-def _rows(layer: torch.nn.Module) -> int | None:
-    weight = getattr(layer, "weight", None)
-    return int(weight.shape[0]) if isinstance(weight, torch.Tensor) and weight.dim() == 2 else None
 
 
 def note_on_padding(model: PreTrainedModel) -> tuple[str, ...]:

@@ -109,7 +109,7 @@ def _answered(
     from rich.text import Text
 
     from fedalt.answers import prompt_of
-    from fedalt.data.prompts import encode_answer
+    from fedalt.data.endings import ids_of
     from fedalt.engine.telling import pieces
     from fedalt.evaluation import generate
     from fedalt.evaluation.weighing import weights_of
@@ -136,8 +136,8 @@ def _answered(
             yield Padding(answered, (0, 0, 0, 2))
     if own.serving.plan.gate is None:
         return
-    answer = encode_answer(found["own"], members.base.tokenizer)[:-1]
-    ids = (*prompt, *answer)
+    answer = ids_of(found["own"], members.base.tokenizer)
+    ids = (*prompt, *answer)[: members.base.positions]
     weights = weights_of(members.base, own.serving, ids)[:, 0].tolist()
     shown = list(zip(pieces(members.base.tokenizer, ids), weights, strict=True))
     yield Text(f"weight of {own.serving.plan.slots[0].name}, the mean over sites: ") + (

@@ -11,10 +11,12 @@ Split = Literal["train", "validation", "test"]
 class Example:
     """A tokenised example.
 
-    `ids` are prompt and answer; the answer, with the end-of-text token behind it where it fits,
+    `ids` are prompt and answer; the answer, with the token that ends it where that fits,
     begins at `answer_start`. `answer` is its text, `options` the texts to choose from (empty for
-    free text). For a classifier `ids` are the text, `answer_start` is its length, `options` the
-    names of all labels and `label` the index of the right one.
+    free text) and `option_ids` their ids as they follow the prompt, where these are known. For a
+    classifier `ids` are the text, `answer_start` is its length, `options` the names of all labels
+    and `label` the index of the right one; `segments` say of each id which text of a pair it
+    belongs to, where the tokenizer tells.
     """
 
     ids: tuple[int, ...]
@@ -22,6 +24,8 @@ class Example:
     answer: str
     options: tuple[str, ...] = ()
     label: int | None = None
+    option_ids: tuple[tuple[int, ...], ...] = ()
+    segments: tuple[int, ...] = ()
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,17 +83,21 @@ class DataFolder:
         return self.parts.get((client_id, split))
 
 
-def open_data(path: Path, *, client_field: str | None = None) -> DataFolder:
+def open_data(
+    path: Path, *, client_field: str | None = None, labels: Sequence[str] = ()
+) -> DataFolder:
     """Check every line of every file once and remember where the records are.
 
     `client_field` names the client column of a single file; `client` and `client_id` are found
-    without it. All that is wrong ends in one DataError.
+    without it. `labels` are those that are agreed on, in their order, where the records here are
+    some of several places': these need not have all of them. All that is wrong ends in one
+    DataError.
     """
     layout = find_layout(path)
     problems = Problems(path)
     require_distinct(layout, problems)
     require_train(layout, problems)
-    survey = _Survey(layout, problems)
+    survey = _Survey(layout, problems, labels)
     for source in layout.sources:
         survey.read(source, client_field)
     survey.finish()
@@ -103,7 +107,7 @@ def open_data(path: Path, *, client_field: str | None = None) -> DataFolder:
         path=path,
         clients=tuple(sorted({client_id for client_id, _ in survey.parts})),
         kind=survey.kind[0],
-        labels=_sorted_labels(survey.labels),
+        labels=_labels(survey, labels),
         fingerprint=survey.fingerprint(),
         ignored=layout.ignored,
         parts=survey.parts,
@@ -145,11 +149,11 @@ def _assigned(
 class _Survey:
     """What one pass over all files finds out; holds counts, digests and offsets, never text."""
 
-    def __init__(self, layout: Layout, problems: Problems) -> None:
+    def __init__(self, layout: Layout, problems: Problems, agreed: Sequence[str]) -> None:
         self.parts: dict[tuple[str, Split], Part] = {}
         self.labels: set[str] = set()
         self.kind: tuple[Kind, str] | None = None
-        self._layout, self._problems = layout, problems
+        self._layout, self._problems, self._agreed = layout, problems, agreed
         self._digests: dict[tuple[str, Split], str] = {}
         self._hashes: dict[tuple[str, Split], hashlib._Hash] = {}
         self._starts: dict[tuple[str, Split], array[int]] = {}
@@ -179,13 +183,17 @@ class _Survey:
         for client_id in sorted(set(self._spelling.values())):
             if (client_id, "train") not in self.parts:
                 self._problems.add(f"client {client_id!r}", "has no train records")
+        if self._agreed:
+            return
         for label in sorted(self._unproven.keys() - self.labels):
             self._problems.add(
                 self._unproven[label], f"field 'label': no train record has the label {label!r}"
             )
         if self.kind is not None and self.kind[0] == "classify" and len(self.labels) == 1:
             self._problems.add(
-                self.kind[1], f"all train records have the label {min(self.labels)!r}"
+                self.kind[1],
+                f"all train records have the label {min(self.labels)!r}; a classifier has two or "
+                "more (a client of a federation may have one: the agreed labels count there)",
             )
 
     def fingerprint(self) -> str:
@@ -202,6 +210,10 @@ class _Survey:
             return
         self._agree(record.kind, key, place)
         client_id, split = key
+        if record.kind == "classify" and self._agreed and record.answer not in self._agreed:
+            wanted = ", ".join(self._agreed)
+            text = f"field 'label': {record.answer!r} is none of the agreed labels {wanted}"
+            self._once(place, text, key)
         if record.kind == "classify" and split == "train":
             self.labels.add(record.answer)
         elif record.kind == "classify":
@@ -211,7 +223,8 @@ class _Survey:
             self._once(place, f"client {client_id!r} already has {split} data in {other}", key)
             return
         self._starts.setdefault(key, array("Q")).append(item.start)
-        line = json.dumps(vars(record))  # the same for a record in any layout
+        # The same for a record in any layout. Only a conversation with calls has a `whole`.
+        line = json.dumps({name: v for name, v in vars(record).items() if name != "whole" or v})
         self._hashes.setdefault(key, hashlib.sha256()).update(f"{line}\n".encode())
 
     def _seal(self, key: tuple[str, Split], *, shared: bool) -> None:
@@ -242,6 +255,13 @@ class _Survey:
         if (text, *key) not in self._told:
             self._told.add((text, *key))
             self._problems.add(place, text)
+
+
+def _labels(survey: _Survey, agreed: Sequence[str]) -> tuple[str, ...]:
+    """What a classifier's outputs stand for, in their order."""
+    assert survey.kind is not None
+    classifies = survey.kind[0] == "classify"
+    return tuple(agreed) if agreed and classifies else _sorted_labels(survey.labels)
 
 
 def _sorted_labels(labels: set[str]) -> tuple[str, ...]:

@@ -1,15 +1,20 @@
 """From a record to token ids: the template, the cut to a maximal length, where the answer begins.
 
-Prompt and answer are tokenised apart, so that the prompt's ids are the same whether an answer
-follows or is to be generated. The loss is on the answer and the end-of-text token behind it.
+The prompt's ids are the same whether an answer follows or is to be generated. The loss is on the
+answer and the token that ends it: the end-of-text token, or the one that ends a turn in the model's
+chat template. Nothing is put twice before or behind a text that brings it along.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from fedalt.data.chat_template import asked, asked_and_answered
+from fedalt.data.endings import Answer, ids_of, plain_answer, rendered_answer
+from fedalt.data.endings import encode_answer as encode_answer
 from fedalt.data.examples import Example
 from fedalt.data.records import Chat, Completion, DataError, Instruction, Labelled, Record
 
@@ -96,18 +101,20 @@ def encode(
         raise DataError(f"max_length={max_length}, but prompt and answer need at least 2 tokens")
     if isinstance(record, Labelled):
         return _encode_labelled(record, tokenizer, max_length, labels)
-    opening, prompt = _prompt(record, tokenizer, template)
-    answer = encode_answer(record.answer, tokenizer)
+    opening, prompt, answers = _parts(record, tokenizer, template)
     room = max_length - max(1, len(opening))
-    kept = answer[:room]
-    rest = _cut_middle(prompt, max_length - len(opening) - len(kept))
+    # Each option stands behind the same prompt, so the longest of them has to fit as well.
+    kept = [each.ids[:room] for each in answers]
+    rest = _cut_middle(prompt, max_length - len(opening) - max(map(len, kept)))
+    right, *others = answers
     example = Example(
-        ids=(*opening, *rest, *kept),
+        ids=(*opening, *rest, *kept[0]),
         answer_start=len(opening) + len(rest),
-        answer=record.answer,
-        options=record.options,
+        answer=right.text,
+        options=tuple(each.text for each in others),
+        option_ids=tuple(kept[1:]),
     )
-    return Encoded(example, len(prompt) - len(rest), max(0, len(answer) - 1 - room))
+    return Encoded(example, len(prompt) - len(rest), max(0, len(right.ids) - 1 - room))
 
 
 def encode_prompt(
@@ -116,18 +123,22 @@ def encode_prompt(
     """The ids to generate from: those of `encode` before the answer, if an answer takes no room."""
     if isinstance(record, Labelled):
         raise DataError("a record with a label is classified, no text is generated for it")
-    opening, prompt = _prompt(record, tokenizer, template)
+    if isinstance(record, Chat):
+        opening, prompt = opened(ids_of(asked(record, tokenizer), tokenizer), tokenizer)
+    else:
+        opening, prompt = _prompt(record, tokenizer, template)
     return (*opening, *_cut_middle(prompt, max_length - len(opening)))
 
 
-def encode_answer(text: str, tokenizer: "Tokenizer") -> tuple[int, ...]:
-    """An answer's ids as they follow any prompt, the end-of-text token included.
+def cut_prompt(ids: Sequence[int], tokenizer: "Tokenizer", room: int) -> tuple[int, ...]:
+    """A prompt's ids without so much of their middle that at most `room` of them are left.
 
-    Also the ids of an option: its likelihood is compared with that of the others.
+    The same as `encode_prompt` with that `max_length`; cutting twice is cutting once.
     """
-    if tokenizer.eos_token_id is None:
-        raise DataError("the tokenizer has no end-of-text token (eos_token), answers need one")
-    return (*_ids(text, tokenizer), int(tokenizer.eos_token_id))
+    if len(ids) <= room:
+        return tuple(ids)
+    opening, rest = opened(tuple(ids), tokenizer)
+    return (*opening, *_cut_middle(rest, room - len(opening)))
 
 
 def masked_example(example: Example, tokenizer: "Tokenizer") -> tuple[str, str]:
@@ -143,7 +154,7 @@ def masked_example(example: Example, tokenizer: "Tokenizer") -> tuple[str, str]:
 
 def opening_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
     """What this tokenizer puts before every text: mostly a begin-of-text token or nothing."""
-    plain = _ids("a", tokenizer)
+    plain = ids_of("a", tokenizer)
     full = [int(i) for i in tokenizer("a").input_ids]
     opening = next(
         (full[:at] for at in range(len(full)) if tuple(full[at : at + len(plain)]) == plain), []
@@ -159,44 +170,60 @@ def _encode_labelled(
 ) -> Encoded:
     if record.answer not in labels:
         raise DataError(f"label {record.answer!r} is none of {', '.join(labels) or 'no labels'}")
-    full = tokenizer(record.text, record.pair, verbose=False).input_ids
-    ids = full
-    if len(full) > max_length:
-        ids = tokenizer(record.text, record.pair, truncation=True, max_length=max_length).input_ids
+    full = found = tokenizer(record.text, record.pair, verbose=False)
+    if len(full.input_ids) > max_length:
+        found = tokenizer(record.text, record.pair, truncation=True, max_length=max_length)
+    ids = tuple(int(i) for i in found.input_ids)
     example = Example(
-        ids=tuple(int(i) for i in ids),
+        ids=ids,
         answer_start=len(ids),
         answer=record.answer,
         options=tuple(labels),
         label=labels.index(record.answer),
+        segments=tuple(int(i) for i in found.get("token_type_ids", ())),
     )
-    return Encoded(example, len(full) - len(ids), 0)
+    return Encoded(example, len(full.input_ids) - len(ids), 0)
+
+
+def _parts(
+    record: Instruction | Completion | Chat, tokenizer: "Tokenizer", template: Template
+) -> tuple[tuple[int, ...], tuple[int, ...], list[Answer]]:
+    """What opens the text, never cut, the rest of the prompt, and the answer and its options."""
+    if not isinstance(record, Chat):
+        opening, prompt = _prompt(record, tokenizer, template)
+        texts = [record.answer, *record.options]
+        return opening, prompt, [plain_answer(text, tokenizer) for text in texts]
+    prompt_text, behind = asked_and_answered(record, tokenizer)
+    ids = ids_of(prompt_text, tokenizer)
+    answers = [rendered_answer(record.answer, (prompt_text, behind), ids, tokenizer)]
+    for option in record.options:
+        other = replace(record, answer=option, whole="")
+        if record.whole:
+            messages = [*record.messages[:-1], {"role": "assistant", "content": option}]
+            whole = {"messages": messages, "tools": record.tools}
+            other = replace(other, whole=json.dumps(whole, ensure_ascii=False))
+        both = asked_and_answered(other, tokenizer)
+        answers.append(rendered_answer(option, both, ids, tokenizer))
+    return *opened(ids, tokenizer), answers
 
 
 def _prompt(
-    record: Instruction | Completion | Chat, tokenizer: "Tokenizer", template: Template
+    record: Instruction | Completion, tokenizer: "Tokenizer", template: Template
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """What opens the text, never cut, and the rest of the prompt."""
-    if isinstance(record, Chat):
-        ids = _chat_ids(record, tokenizer)
-        begins = ids[:1] == (tokenizer.bos_token_id,)
-        return (ids[:1], ids[1:]) if begins else ((), ids)
     text = template.render(record) if isinstance(record, Instruction) else record.prompt
-    return opening_ids(tokenizer), _ids(text, tokenizer)
+    opening, ids = opening_ids(tokenizer), ids_of(text, tokenizer)
+    # A text that was made for this model may bring its begin of text along.
+    return opening, ids[len(opening) :] if ids[: len(opening)] == opening else ids
 
 
-def _chat_ids(record: Chat, tokenizer: "Tokenizer") -> tuple[int, ...]:
-    if not tokenizer.chat_template:
-        raise DataError(
-            "a record has messages, but the tokenizer has no chat template; take a model with one, "
-            "or records with instruction/output or prompt/completion"
-        )
-    turns = [turn._asdict() for turn in record.turns]
-    try:
-        text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # the template is the model's own program and may raise anything
-        raise DataError(f"the tokenizer's chat template refuses a conversation: {error}") from error
-    return _ids(text, tokenizer)
+def opened(ids: tuple[int, ...], tokenizer: "Tokenizer") -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """A prompt's ids as what opens them, which is never cut, and the rest."""
+    opening = opening_ids(tokenizer)
+    begins = len(opening) if ids[: len(opening)] == opening else 0
+    if not begins and ids[:1] == (tokenizer.bos_token_id,):
+        begins = 1
+    return ids[:begins], ids[begins:]
 
 
 def _cut_middle(ids: tuple[int, ...], room: int) -> tuple[int, ...]:
@@ -204,10 +231,6 @@ def _cut_middle(ids: tuple[int, ...], room: int) -> tuple[int, ...]:
         return ids
     head = room // 4
     return ids[:head] + ids[len(ids) - (room - head) :]
-
-
-def _ids(text: str, tokenizer: "Tokenizer") -> tuple[int, ...]:
-    return tuple(int(i) for i in tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 def _decode(ids: Sequence[int], tokenizer: "Tokenizer") -> str:

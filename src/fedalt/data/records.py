@@ -2,15 +2,19 @@
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
+from fedalt.data.conversations import Chat as Chat
+from fedalt.data.conversations import Turn as Turn
+from fedalt.data.conversations import parse_conversation
 from fedalt.data.examples import Kind
 from fedalt.data.foreign import shown
+from fedalt.data.values import DataError as DataError
+from fedalt.data.values import as_text, described
 
 SHOWN_PROBLEMS = 20
-ROLES = ("system", "user", "assistant", "tool")
 
 # Per form, the fields without which it is not this form; names in one group stand for each other.
 _FORMS = {
@@ -20,10 +24,6 @@ _FORMS = {
     "label": (("text", "sentence1"), ("label",)),
 }
 _WANTED = "instruction/output, prompt/completion, messages, text/label or sentence1/sentence2/label"
-
-
-class DataError(ValueError):
-    """Client data that cannot be used; the text names file, line and field."""
 
 
 class Problems:
@@ -88,28 +88,6 @@ class Completion:
         return self.prompt
 
 
-class Turn(NamedTuple):
-    """One message of a conversation."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Chat:
-    """A conversation up to the assistant's last message, which is the answer."""
-
-    turns: tuple[Turn, ...]
-    answer: str
-    options: tuple[str, ...] = ()
-    kind: ClassVar[Kind] = "generate"
-
-    @property
-    def question(self) -> str:
-        """All that comes before the answer."""
-        return "\n".join(f"{turn.role}: {turn.content}" for turn in self.turns)
-
-
 @dataclass(frozen=True)
 class Labelled:
     """A text, or a pair of texts, and the name of its label."""
@@ -158,7 +136,7 @@ def parse_record(value: object) -> Record:
     Fields that belong to no form are left aside.
     """
     if not isinstance(value, dict):
-        raise DataError(f"expected a JSON object with {_WANTED}, got {_shown(value)}")
+        raise DataError(f"expected a JSON object with {_WANTED}, got {described(value)}")
     fields: dict[str, object] = value
     match _form(fields):
         case "instruction":
@@ -170,8 +148,8 @@ def parse_record(value: object) -> Record:
             prompt = _filled(fields, "prompt")
             return Completion(prompt, _text(fields, "completion"), _options(fields, prompt))
         case "messages":
-            *turns, last = _turns(fields["messages"])
-            return Chat(tuple(turns), last.content, _options(fields, turns[-1].content))
+            chat = parse_conversation(fields)
+            return replace(chat, options=_options(fields, chat.turns[-1].content))
         case _:
             first = "text" if "text" in fields else "sentence1"
             pair = None
@@ -205,7 +183,7 @@ def _form(fields: Mapping[str, object]) -> str:
 
 
 def _text(fields: Mapping[str, object], name: str) -> str:
-    return _as_text(fields[name], f"field {name!r}")
+    return as_text(fields[name], f"field {name!r}")
 
 
 def _filled(fields: Mapping[str, object], name: str) -> str:
@@ -213,16 +191,6 @@ def _filled(fields: Mapping[str, object], name: str) -> str:
     if not text.strip():
         raise DataError(f"field {name!r} is empty; expected text")
     return text
-
-
-def _as_text(value: object, place: str) -> str:
-    if not isinstance(value, str):
-        raise DataError(f"{place}: expected text, got {_shown(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: character {error.start} is half of a surrogate pair") from None
-    return value
 
 
 def _input(fields: Mapping[str, object]) -> str:
@@ -239,30 +207,8 @@ def _label(fields: Mapping[str, object]) -> str:
     if isinstance(label, int) and not isinstance(label, bool):
         return str(label)
     if not isinstance(label, str) or not label.strip():
-        raise DataError(f"field 'label': expected a name or a whole number, got {_shown(label)}")
+        raise DataError(f"field 'label': expected a name or a whole number, got {described(label)}")
     return _text(fields, "label").strip()
-
-
-def _turns(value: object) -> list[Turn]:
-    if not isinstance(value, list) or len(value) < 2:
-        raise DataError(
-            "field 'messages': expected a list of at least two messages, a question and its "
-            f"answer, got {_shown(value)}"
-        )
-    turns = []
-    for index, message in enumerate(value):
-        place = f"field 'messages[{index}]'"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise DataError(f"{place}: expected an object with role and content")
-        if message["role"] not in ROLES:
-            wanted = ", ".join(ROLES)
-            raise DataError(f"{place}: role {_shown(message['role'])} is none of {wanted}")
-        turns.append(Turn(message["role"], _as_text(message["content"], f"{place}.content")))
-    if turns[-1].role != "assistant":
-        raise DataError(
-            f"field 'messages': the last role is {turns[-1].role!r}; expected 'assistant'"
-        )
-    return turns
 
 
 def _options(fields: Mapping[str, object], question: str) -> tuple[str, ...]:
@@ -271,9 +217,9 @@ def _options(fields: Mapping[str, object], question: str) -> tuple[str, ...]:
     if value is None or value == []:
         return listed_options(question)
     if not isinstance(value, list):
-        raise DataError(f"field 'options': expected a list of texts, got {_shown(value)}")
+        raise DataError(f"field 'options': expected a list of texts, got {described(value)}")
     options = [
-        _as_text(option, f"field 'options[{index}]'").strip() for index, option in enumerate(value)
+        as_text(option, f"field 'options[{index}]'").strip() for index, option in enumerate(value)
     ]
     if len(set(options)) != len(options) or len(options) < 2 or not all(options):
         raise DataError("field 'options': expected at least two texts, all different, none empty")
@@ -290,19 +236,3 @@ def listed_options(question: str) -> tuple[str, ...]:
         return ()
     options = tuple(dict.fromkeys(line[2:].strip() for line in lines))
     return options if len(options) > 1 else ()
-
-
-def _shown(value: object) -> str:
-    """What a wrong value is, short enough for an error."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case list():
-            return f"a list of {len(value)}"
-        case dict():
-            return "an object"
-        case _:
-            shown = repr(value)
-            return shown if len(shown) <= 40 else f"{shown[:37]}..."

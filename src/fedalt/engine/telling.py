@@ -46,7 +46,7 @@ def telling(
             "loss": rounded(scores.losses[at]),
         }
         if serving.plan.gate is not None:
-            weights = weights_of(base, serving, example.ids)[:, 0].tolist()
+            weights = weights_of(base, serving, example.ids, example.segments)[:, 0].tolist()
             texts = pieces(base.tokenizer, example.ids)
             line["slots"] = [slot.name for slot in serving.plan.slots]
             tokens = _without_middle(list(zip(texts, weights, strict=True)), example.answer_start)

@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from fedalt.data.endings import without_end
+from fedalt.evaluation.asking import ends, fitted, greedily, longest_answer, without_card
 from fedalt.evaluation.cache import cache_for, can_select
 from fedalt.evaluation.group import Group, Ids, Share, Shares, shares_of, sizes_of
 from fedalt.evaluation.scores import Scoring
@@ -24,50 +26,64 @@ def generate(
 ) -> list[str]:
     """Write an answer to every prompt: greedy or beam search, never sampled.
 
-    Without a serving the base model answers as it is.
+    Of the model's own generation settings only the end tokens count. A prompt that leaves no room
+    for an answer loses a part of its middle. Without a serving the base model answers as it is.
     """
     group = Group(base, [] if serving is None else [serving])
-    return written(group, [prompts], shares_of(group, [prompts], scoring.batch_size), scoring)[0]
+    asked = [[fitted(base, prompt, scoring) for prompt in prompts]]
+    return written(group, asked, shares_of(group, asked, scoring.batch_size), scoring)[0]
 
 
 def written(
     group: Group, prompts: Sequence[Sequence[Ids]], shares: Shares | None, scoring: Scoring
 ) -> list[list[str]]:
-    """An answer to every prompt of every client."""
+    """An answer to every prompt of every client; the prompts are `fitted`."""
     base = group.base
     found = [[""] * len(each) for each in prompts]
-    for batch in _batches(base, prompts, scoring.batch_size):
-        chosen = [(client, at) for client, texts in batch for at in texts]
-        width = max(len(prompts[client][at]) for client, at in chosen)
-        # Padded on the left, so that every prompt ends where its answer begins.
-        ids = torch.full((len(chosen), width), base.pad_id)
-        mask = torch.zeros_like(ids)
-        for row, (client, at) in enumerate(chosen):
-            prompt = prompts[client][at]
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        device = base.adapted.device
-        for places, written in _continued(group, batch, shares, (ids.to(device), mask), scoring):
-            decoded = base.tokenizer.batch_decode(written, skip_special_tokens=True)
-            for (client, at), text in zip(places, decoded, strict=True):
-                found[client][at] = text.strip()
+    kinds = [[_kind(base, prompt, scoring) for prompt in each] for each in prompts]
+    for kind in sorted({each for of in kinds for each in of}):
+        alike = [[at for at, each in enumerate(of) if each == kind] for of in kinds]
+        sizes = sizes_of(
+            [[each[at] for at in some] for each, some in zip(prompts, alike, strict=True)]
+        )
+        for places in in_turn(sizes, scoring.batch_size):
+            batch = [(client, [alike[client][at] for at in texts]) for client, texts in places]
+            asked = _padded(base, [prompts[client][at] for client, texts in batch for at in texts])
+            for owners, rows in _continued(group, batch, shares, asked, scoring, kind.new_tokens):
+                for (client, at), text in zip(owners, _texts(base, rows), strict=True):
+                    found[client][at] = text
     return found
 
 
-def _batches(
-    base: Base, prompts: Sequence[Sequence[Ids]], batch_size: int
-) -> Iterator[list[Share]]:
-    """Which prompts are continued together: of any lengths, where the model bears padding."""
-    for batch in in_turn(sizes_of(prompts), batch_size):
-        if base.bears_padding_before:
-            yield list(batch)
-            continue
-        for length in sorted({len(prompts[client][at]) for client, of in batch for at in of}):
-            alike = [
-                (client, [at for at in of if len(prompts[client][at]) == length])
-                for client, of in batch
-            ]
-            yield [share for share in alike if share[1]]
+class _Kind(NamedTuple):
+    """Which prompts may be continued together: those with as much room, and perhaps as long."""
+
+    new_tokens: int
+    length: int
+
+
+def _kind(base: Base, prompt: Ids, scoring: Scoring) -> _Kind:
+    """Mostly all prompts are of one kind: answers fit, and the model bears padding before them."""
+    length = 0 if base.bears_padding_before else len(prompt)
+    return _Kind(longest_answer(base, prompt, scoring), length)
+
+
+def _padded(base: Base, prompts: Sequence[Ids]) -> tuple[Tensor, Tensor]:
+    """Ids and mask, (prompts, tokens): every prompt ends where its answer begins."""
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), base.pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(base.adapted.device), mask.to(base.adapted.device)
+
+
+def _texts(base: Base, rows: Tensor) -> list[str]:
+    """What a reader sees of written ids."""
+    tokens = [without_end(row, base.tokenizer, ends(base)) for row in rows.tolist()]
+    decoded = base.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [str(text).strip() for text in decoded]
 
 
 def _continued(
@@ -76,39 +92,33 @@ def _continued(
     shares: Shares | None,
     prompts: tuple[Tensor, Tensor],
     scoring: Scoring,
+    new_tokens: int,
 ) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
     """What follows padded prompts, ids and mask, of a batch: whose, and (rows, tokens), in parts.
 
     Greedy answers leave the batch as soon as it is half done: one that does not end would have
     all others wait for it.
     """
-    (ids, mask), end = prompts, group.base.tokenizer.eos_token_id
-    width = ids.shape[1]
+    ids, mask = prompts
+    last = torch.tensor(ends(group.base), dtype=torch.long, device=ids.device)
+    whole_width, width = ids.shape[1] + new_tokens, ids.shape[1]
     greedy = scoring.beams == 1
 
     def ended(ids: Tensor) -> Tensor:
-        whole = ids.shape[1] >= width + scoring.max_new_tokens
-        return torch.eq(ids[:, width:], end).any(1) | whole
+        whole = ids.shape[1] >= whole_width
+        return torch.isin(ids[:, width:], last).any(1) | whole
 
     def half_ended(ids: Tensor, *_: object, **__: object) -> Tensor:
         done = ended(ids)
         return done | (2 * done.sum() >= len(done))
 
     known: dict[str, Any] = {"stopping_criteria": [half_ended]} if greedy else {}
-    cache = cache_for(group.base.adapted.model, width + scoring.max_new_tokens)
+    cache = cache_for(group.base.adapted.model, whole_width)
     if cache is not None:
         known["past_key_values"] = cache
     while batch:
-        config = GenerationConfig(
-            max_new_tokens=width + scoring.max_new_tokens - ids.shape[1],
-            num_beams=scoring.beams,
-            do_sample=False,
-            pad_token_id=group.base.pad_id,
-            eos_token_id=end,
-            return_dict_in_generate=True,
-            use_cache=True,
-        )
-        with group.bound(batch, shares) as model:
+        config = greedily(group.base, scoring, whole_width - ids.shape[1])
+        with group.bound(batch, shares) as model, without_card(model):
             if cache is not None and not greedy:
                 _read_once(model, ids, mask, cache, scoring.beams)
             out: Any = model.generate(

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedalt.adapters.layer import Watch
+from fedalt.data.endings import encode_answer
 from fedalt.data.examples import Example
-from fedalt.data.prompts import encode_answer
 from fedalt.evaluation.group import Group, Shares
 from fedalt.evaluation.scores import Scores
 from fedalt.evaluation.weighing import Watched
@@ -20,7 +20,7 @@ from fedalt.models import Base
 from fedalt.training.batches import answers_in_one, collate, in_turn
 from fedalt.training.group import TrainingError, out_of_memory, packs
 from fedalt.training.loop import usual_tokens
-from fedalt.training.loss import token_losses
+from fedalt.training.loss import label_logits, token_losses
 
 Questions = Sequence[Sequence[Example]]  # with each of the answers to choose from, the right first
 
@@ -60,10 +60,12 @@ def questions_of(base: Base, examples: Sequence[Example]) -> Questions:
 def _wrong_options(base: Base, example: Example) -> Iterator[Example]:
     """The question with each of the answers that it offers but for the right one."""
     if example.label is None and example.answer in example.options:
-        for option in example.options:
+        known: Sequence[tuple[int, ...] | None] = example.option_ids
+        known = known or [None] * len(example.options)
+        for option, ids in zip(example.options, known, strict=True):
             if option != example.answer:
-                ids = (*example.prompt_ids, *encode_answer(option, base.tokenizer))
-                yield replace(example, ids=ids, answer=option)
+                behind = encode_answer(option, base.tokenizer) if ids is None else ids
+                yield replace(example, ids=(*example.prompt_ids, *behind), answer=option)
 
 
 def likelihoods(
@@ -200,7 +202,7 @@ def classified(
             _watching(watched, seen, whole.ids.numel()) as watch,
             group.bound(batch, shares, watch=watch) as model,
         ):
-            logits = model(input_ids=whole.ids, attention_mask=whole.mask).logits.float()
+            logits = label_logits(model, whole).float()
         found = functional.cross_entropy(logits, whole.targets, reduction="none").cpu()
         likeliest = logits.argmax(-1).cpu()
         for row, (client, at) in enumerate(chosen):

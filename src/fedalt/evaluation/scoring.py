@@ -7,6 +7,7 @@ from typing import Final, TypeVar
 import torch
 
 from fedalt.data.examples import Example
+from fedalt.evaluation.asking import fitted
 from fedalt.evaluation.generation import written
 from fedalt.evaluation.group import Group, shares_of
 from fedalt.evaluation.likelihood import (
@@ -107,7 +108,10 @@ def _scores(
         found = [replace(each, weighing=tally.of(at)) for at, each in enumerate(found)]
     if classifies or not scoring.generate:
         return found
-    texts_of = written(group, prompts, shares, scoring)
+    asked = [[fitted(group.base, prompt, scoring) for prompt in each] for each in prompts]
+    if asked != prompts:
+        shares = shares_of(group, asked, scoring.batch_size)
+    texts_of = written(group, asked, shares, scoring)
     return [
         replace(
             scores,

@@ -13,6 +13,7 @@ from fedalt.adapters.layer import Watch
 from fedalt.adapters.plan import Plan
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
+from fedalt.training.loss import segments_for
 
 BINS: Final = 20
 
@@ -114,10 +115,13 @@ class Watched:
 
 
 @torch.no_grad()
-def weights_by_site(base: Base, serving: Serving, ids: Sequence[int]) -> dict[str, Tensor]:
+def weights_by_site(
+    base: Base, serving: Serving, ids: Sequence[int], segments: Sequence[int] = ()
+) -> dict[str, Tensor]:
     """For each site the weights of the slots, (tokens, slots) float32, for the tokens of a text.
 
-    Raises ValueError for a plan that does not weigh its slots token by token.
+    `segments`: those of a classifier's example. Raises ValueError for a plan that does not weigh
+    its slots token by token.
     """
     if serving.plan.gate is None:
         raise ValueError("the plan has no mixer or router: every token's weights are the same")
@@ -129,10 +133,14 @@ def weights_by_site(base: Base, serving: Serving, ids: Sequence[int]) -> dict[st
 
     tree = trees.on(serving.tree, device)
     with base.adapted.bound(serving.plan, tree, watch=watch) as model:
-        model.base_model(input_ids=torch.tensor([list(ids)], device=device))
+        row = torch.tensor([list(ids)], device=device)
+        of_pair = torch.tensor([list(segments)], device=device) if segments else None
+        model.base_model(input_ids=row, **segments_for(model, of_pair))
     return found
 
 
-def weights_of(base: Base, serving: Serving, ids: Sequence[int]) -> Tensor:
+def weights_of(
+    base: Base, serving: Serving, ids: Sequence[int], segments: Sequence[int] = ()
+) -> Tensor:
     """The same as a mean over sites: (tokens, slots) float32."""
-    return torch.stack(list(weights_by_site(base, serving, ids).values())).mean(0)
+    return torch.stack(list(weights_by_site(base, serving, ids, segments).values())).mean(0)

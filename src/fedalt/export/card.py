@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Literal
 
 from fedalt.answers import Served
+from fedalt.data.chat_template import days_in, special_ids
 from fedalt.data.foreign import shown
+from fedalt.data.prompts import encode_prompt, opened, opening_ids
+from fedalt.evaluation.asking import ends, room_of
 from fedalt.models import BUILT_IN, location
+from fedalt.prepare import question
 from fedalt.settings import method_name
 
 What = Literal["personal", "individual"]
@@ -44,51 +48,108 @@ Trained with {method_name(of.parts.settings.method)} on {name} by fedalt {versio
 
 
 def _loading(of: Served, base: str, what: What) -> str:
-    labels = of.parts.base.adapted.model.config.num_labels if of.parts.base.adapted.heads else None
+    classifies = bool(of.parts.base.adapted.heads)
+    asks = "" if classifies else "import torch\n"
+    names = ["AutoTokenizer"] if classifies else ["AutoTokenizer", "GenerationConfig"]
     if what == "personal":
-        return """import fedalt
-from transformers import AutoTokenizer
+        return f"""import fedalt
+{asks}from transformers import {", ".join(names)}
 
 model = fedalt.load(".")
 tokenizer = AutoTokenizer.from_pretrained(".")
 """
-    kind = "CausalLM" if labels is None else "SequenceClassification"
-    more = "" if labels is None else f", num_labels={labels}"
-    return f"""from peft import PeftModel
-from transformers import AutoModelFor{kind}, AutoTokenizer
+    kind, more, lasting = "CausalLM", "", ""
+    if classifies:
+        model = of.parts.base.adapted.model
+        kind, more = "SequenceClassification", f", num_labels={model.config.num_labels}"
+        if hasattr(model, "score"):
+            lasting = "base.config.pad_token_id = None  # of one text the last token counts\n"
+    imported = ", ".join([f"AutoModelFor{kind}", *names])
+    return f"""{asks}from peft import PeftModel
+from transformers import {imported}
 
 base = AutoModelFor{kind}.from_pretrained({base!r}{more})
-model = PeftModel.from_pretrained(base, ".").eval()
+{lasting}model = PeftModel.from_pretrained(base, ".").eval()
 tokenizer = AutoTokenizer.from_pretrained({base!r})
 """
 
 
 def _asking(of: Served) -> str:
-    scoring = of.parts.settings.scoring
-    special = ""
+    """Code that asks as `fedalt generate` does: the same ids, the same search, the same ends."""
+    if of.form not in ("instruction", "prompt", "messages"):
+        return _classifying(of)
+    base, scoring = of.parts.base, of.parts.settings.scoring
+    tokenizer = base.tokenizer
+    opening = list(opening_ids(tokenizer)) if of.form != "messages" else []
+    lines = [*_fixed_day(of), 'question = "..."', f"prompt = {_prompt(of)}"]
+    lines.append("ids = tokenizer(prompt, add_special_tokens=False).input_ids")
+    if opening:
+        lines.append(f"ids = ids if ids[: {len(opening)}] == {opening} else {opening} + ids")
+    most = min(of.parts.settings.data.max_length, room_of(base, scoring))
+    asked = encode_prompt(question(of.form, "a"), tokenizer, of.template, max_length=most)
+    begin, _ = opened(asked, tokenizer)
+    head = len(begin) + (most - len(begin)) // 4
+    lines.append(f"if len(ids) > {most}:  # a prompt that is too long loses its middle")
+    lines.append(f"    ids = ids[:{head}] + ids[len(ids) - {most - head} :]")
+    new_tokens = str(scoring.max_new_tokens)
+    if scoring.max_new_tokens > base.positions // 2:
+        new_tokens = f"min({new_tokens}, {base.positions} - len(ids))"
+    lines.append(
+        f"""tokens = torch.tensor([ids], device=model.device)
+# Nothing of the base model's own settings, such as a repetition penalty, takes part.
+model.generation_config = GenerationConfig(
+    max_new_tokens={new_tokens},
+    num_beams={scoring.beams},
+    do_sample=False,
+    eos_token_id={list(ends(base))},
+    pad_token_id={base.pad_id},
+)
+written = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens))
+answer = written[0, len(ids) :].tolist()"""
+    )
+    added, special = set(tokenizer.get_added_vocab().values()), special_ids(tokenizer)
+    if unseen := [each for each in ends(base) if each in added - special]:
+        lines.append(
+            f"answer = answer[: next((at for at, each in enumerate(answer) if each in {unseen}), "
+            "None)]"
+        )
+    lines.append("print(tokenizer.decode(answer, skip_special_tokens=True).strip())")
+    return "\n".join(lines)
+
+
+def _prompt(of: Served) -> str:
+    """An expression for the prompt, of `question`."""
     match of.form:
         case "instruction":
             more = ', input=""' if "{input}" in of.template.text.replace("{{", "") else ""
-            prompt = f"{of.template.text!r}.format(instruction=question{more})"
+            return f"{of.template.text!r}.format(instruction=question{more})"
         case "prompt":
-            prompt = "question"
-        case "messages":
-            turns = '[{"role": "user", "content": question}]'
-            prompt = (
-                f"tokenizer.apply_chat_template(\n    {turns}, add_generation_prompt=True, "
-                "tokenize=False\n)"
-            )
-            special = ", add_special_tokens=False"
+            return "question"
         case _:
-            labels = of.parts.base.adapted.model.config.id2label
-            return f"""text = "..."
-tokens = tokenizer(text, return_tensors="pt").to(model.device)
+            return (
+                'tokenizer.apply_chat_template(\n    [{"role": "user", "content": question}],'
+                "\n    add_generation_prompt=True,\n    tokenize=False,\n)"
+            )
+
+
+def _fixed_day(of: Served) -> list[str]:
+    """Lines that keep a chat template from telling another day than in training."""
+    if of.form != "messages":
+        return []
+    days = days_in(of.parts.base.tokenizer.get_chat_template())
+    lines = [
+        f"tokenizer.chat_template = tokenizer.chat_template.replace(\n    {call!r}, {day!r}\n)"
+        for call, day in days.items()
+    ]
+    if not lines:
+        return []
+    return ["# The chat template tells what day it is; in training it was always this one.", *lines]
+
+
+def _classifying(of: Served) -> str:
+    labels = of.parts.base.adapted.model.config.id2label
+    most = min(of.parts.settings.data.max_length, of.parts.base.positions)
+    return f"""text, second = "...", None  # of a pair the second text
+tokens = tokenizer(text, second, truncation=True, max_length={most}, return_tensors="pt")
 labels = {[labels[at] for at in sorted(labels)]!r}
-print(labels[int(model(**tokens).logits.argmax())])"""
-    return f"""question = "..."
-prompt = {prompt}
-tokens = tokenizer(prompt, return_tensors="pt"{special}).to(model.device)
-written = model.generate(
-    **tokens, max_new_tokens={scoring.max_new_tokens}, num_beams={scoring.beams}, do_sample=False
-)
-print(tokenizer.decode(written[0, tokens.input_ids.shape[1] :], skip_special_tokens=True))"""
+print(labels[int(model(**tokens.to(model.device)).logits.argmax())])"""

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch.nn import ParameterDict
 from transformers import PreTrainedModel
 
+from fedalt.adapters.last_token import pick_last_tokens
 from fedalt.base_model.config import set_padding
 from fedalt.base_model.head import tensors_of_head
 from fedalt.base_model.identity import differences, identify, identity_in
@@ -49,6 +50,7 @@ def load(path: str | Path, *, device: str | None = None) -> PeftModel:
             f"{folder} does not fit its base model {config.base_model_name_or_path!r}: "
             f"{len(different)} tensors are on one side only, first {different[0]}"
         )
+    pick_last_tokens(model.base_model.model)
     return model.eval()
 
 

@@ -277,7 +277,8 @@ def open_member(
             f"client {client_id!r} is not in the terms of {terms.name!r}, which name "
             f"{', '.join(terms.clients)}"
         )
-    prepared = prepare(settings_here(terms, data, model, device), clients=terms.clients)
+    settings = settings_here(terms, data, model, device)
+    prepared = prepare(settings, clients=terms.clients, labels=terms.labels)
     _require_fitting(prepared, terms, client_id, data)
     folder.mkdir(parents=True, exist_ok=True)
     claim(folder, terms, client_id)

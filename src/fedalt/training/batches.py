@@ -25,7 +25,8 @@ class Batch:
     `ids` are (1, tokens), there is no mask, and `packing` says where examples begin. For a causal
     model `predicting` (n,) indexes the positions of the flattened ids whose next token belongs to
     an answer, `targets` (n,) are those tokens; for a classifier `predicting` is None and `targets`
-    (rows,) are labels. `owners` says for each target which client it belongs to.
+    (rows,) are labels. `owners` says for each target which client it belongs to. `segments`, like
+    ids, say which text of a pair a token belongs to, where the tokenizer told.
     """
 
     ids: Tensor
@@ -34,6 +35,7 @@ class Batch:
     targets: Tensor
     owners: Tensor
     packing: Packing | None = None
+    segments: Tensor | None = None
 
     def labelled(self, clients: int, whose: Sequence[int] | None = None) -> Labelled | None:
         """The tokens that predict an answer, of so many clients; None for a classifier.
@@ -60,6 +62,7 @@ def collate(
     examples = [example for group in groups for example in group]
     owner_of = [index for index, group in enumerate(groups) for _ in group]
     lengths = [len(example.ids) for example in examples]
+    segments: Tensor | None = None
     if pack:
         ids = torch.tensor([token for example in examples for token in example.ids])[None]
         starts = list(accumulate(lengths[:-1], initial=0))
@@ -71,6 +74,9 @@ def collate(
         for row, example in enumerate(examples):
             ids[row, : len(example.ids)] = torch.tensor(example.ids)
             mask[row, : len(example.ids)] = 1
+            if example.segments:
+                segments = torch.zeros_like(ids) if segments is None else segments
+                segments[row, : len(example.ids)] = torch.tensor(example.segments)
         starts = [row * width for row in range(len(examples))]
         mask, packing = mask.to(device), None
     if examples[0].label is not None:
@@ -90,7 +96,9 @@ def collate(
         owners = torch.cat(
             [torch.full_like(span, who) for span, who in zip(spans, owner_of, strict=True)]
         )
-    return Batch(ids.to(device), mask, predicting, targets.to(device), owners.to(device), packing)
+    segments = None if segments is None else segments.to(device)
+    targets, owners = targets.to(device), owners.to(device)
+    return Batch(ids.to(device), mask, predicting, targets, owners, packing, segments)
 
 
 def answers_in_one(groups: Sequence[Sequence[Sequence[Example]]], device: torch.device) -> Batch:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any, Final
 
 import torch
@@ -17,7 +18,7 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
     """Cross entropy of every target, (n,), float32: answer tokens, or labels of a classifier."""
     with autocast(batch.ids.device):
         if batch.predicting is None:
-            logits = model(input_ids=batch.ids, attention_mask=batch.mask).logits
+            logits = label_logits(model, batch)
         else:
             # Padded on the right under a causal mask, no real token sees padding: no mask is
             # needed, and attention kernels are fastest without one. Packed, none is padded.
@@ -26,6 +27,26 @@ def token_losses(model: PreTrainedModel, batch: Batch) -> Tensor:
                 logits = model(input_ids=batch.ids, use_cache=False, **placed).logits
             logits = logits.squeeze(0)  # not [0]: its gradient would be a copy into zeros
     return cross_entropy(logits, batch.targets)
+
+
+def label_logits(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """A classifier's logits for each text of a batch, (rows, labels).
+
+    The model is told of pairs what the tokenizer tells, if it has a use for it, as it is by whoever
+    gives it all of the tokenizer's output.
+    """
+    more = segments_for(model, batch.segments)
+    logits: Tensor = model(input_ids=batch.ids, attention_mask=batch.mask, **more).logits
+    return logits
+
+
+def segments_for(model: PreTrainedModel, segments: Tensor | None) -> dict[str, Tensor]:
+    """What says which text of a pair each token belongs to, for a model that has a use for it."""
+    if segments is None or "token_type_ids" not in signature(model.forward).parameters:
+        return {}
+    kinds = getattr(model.config, "type_vocab_size", None)
+    fits = not isinstance(kinds, int) or int(segments.max()) < kinds
+    return {"token_type_ids": segments} if fits else {}
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

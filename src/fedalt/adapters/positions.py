@@ -1,0 +1,27 @@
+"""How many tokens of one text a model can number."""
+
+from typing import Final
+
+from torch import nn
+from transformers import PreTrainedModel
+
+# What models call a table with a row for each position.
+_TABLES: Final = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The most tokens of one text; None for a model that sets no bound.
+
+    Where positions are looked up in a table its rows count, not what the configuration says: those
+    up to a padding id stand for no position, nor do rows that are skipped.
+    """
+    config = model.config.get_text_config(decoder=True)
+    said = [getattr(config, "max_position_embeddings", None)]
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _TABLES:
+            skipped = getattr(module, "offset", 0)
+            if module.padding_idx is not None:
+                skipped = max(skipped, module.padding_idx + 1)
+            said.append(module.num_embeddings - skipped)
+    known = [each for each in said if isinstance(each, int) and each > 0]
+    return min(known, default=None)

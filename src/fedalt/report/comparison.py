@@ -16,9 +16,10 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table as Drawn
 from rich.text import Text
 
-from fedalt.comparison import Cost, Entry, Job, cost_of
+from fedalt.comparison import Cost, Entry, Job
 from fedalt.files import atomic_write
 from fedalt.methods.notes import notes_on
+from fedalt.report.effort import cost_of
 from fedalt.report.gaps import (
     ABOUT_GAPS,
     SIGNIFICANT,

@@ -4,16 +4,18 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from fedalt.adapters.start import Start
+from fedalt.comparison import Cost
 from fedalt.engine.in_process import drive, server_of
 from fedalt.engine.schedule import TRAINED
-from fedalt.settings import Settings, lora_of
-from fedalt.store import RunFolder
+from fedalt.settings import Settings, lora_of, read_settings
+from fedalt.store import RunFolder, open_run
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Order
 
 # What a layer or a head consists of; other factors, such as lengths of B, are another form of it.
@@ -65,6 +67,28 @@ def effort_of(folder: RunFolder, settings: Settings) -> Effort:
         least=min(totals.values()),
         most=totals[most],
         ranks=(min(ranks), max(ranks)),
+    )
+
+
+def cost_of(path: Path) -> Cost:
+    """What a finished run took."""
+    folder = open_run(path)
+    lines = folder.lines()
+    trained = [line for line in lines if line["kind"] == "train"]
+    effort = effort_of(folder, read_settings(path / "settings.toml"))
+    return Cost(
+        trainable_numbers=effort.most,
+        least_numbers=effort.least,
+        ranks=effort.ranks,
+        steps=effort.steps,
+        serving_steps=effort.serving_steps,
+        trained=by_slot(effort.trained),
+        upload_bytes=fmean(line["upload_bytes"] for line in trained),
+        download_bytes=fmean(line["download_bytes"] for line in trained),
+        seconds=sum(line["seconds"] for line in trained),
+        peak_memory_bytes=max(
+            line["peak_memory_bytes"] for line in lines if line["kind"] == "round"
+        ),
     )
 
 

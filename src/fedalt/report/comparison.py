@@ -183,8 +183,8 @@ def budget_of(results: Results) -> Iterator[str]:
         yield f"What a client trains at any time, in numbers by part: {trained}."
     yield (
         "Bold: best of its column, and told from all others by Wilcoxon's signed-rank test over "
-        "clients (means over their seeds), p < 0.05 after Holm's correction, metric by metric; with "
-        "fewer than six clients nothing is. Trainable numbers are all that a client trains, steps "
+        "clients (means over their seeds), p < 0.05 after Holm's correction, metric by metric; "
+        "with fewer than six clients nothing is. Trainable numbers are all that a client trains, steps "
         "those of all rounds, + those before it serves. Bytes are means per client and round, "
         "seconds are those of training, peak memory is the process's."
     )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -18,13 +17,11 @@ from fedalt.data.folder import DataFolder, open_data
 from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.prepare import require_known
-from fedalt.report.effort import by_slot, effort_of
 from fedalt.runs import is_finished
 from fedalt.settings import (
     DataSettings,
     Settings,
     SettingsError,
-    read_settings,
     read_table,
     settings_of,
     settings_of_method,
@@ -203,28 +200,6 @@ def default_workers(jobs: Sequence[Job]) -> int:
     wanted = {job.settings.model.device for job in jobs}
     on_gpu = wanted != {"cpu"} and torch.cuda.is_available()
     return 1 if on_gpu else os.cpu_count() or 1
-
-
-def cost_of(path: Path) -> Cost:
-    """What a finished run took."""
-    folder = open_run(path)
-    lines = folder.lines()
-    trained = [line for line in lines if line["kind"] == "train"]
-    effort = effort_of(folder, read_settings(path / "settings.toml"))
-    return Cost(
-        trainable_numbers=effort.most,
-        least_numbers=effort.least,
-        ranks=effort.ranks,
-        steps=effort.steps,
-        serving_steps=effort.serving_steps,
-        trained=by_slot(effort.trained),
-        upload_bytes=fmean(line["upload_bytes"] for line in trained),
-        download_bytes=fmean(line["download_bytes"] for line in trained),
-        seconds=sum(line["seconds"] for line in trained),
-        peak_memory_bytes=max(
-            line["peak_memory_bytes"] for line in lines if line["kind"] == "round"
-        ),
-    )
 
 
 def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], None]) -> str | None:

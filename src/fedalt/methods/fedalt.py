@@ -49,8 +49,8 @@ class Server:
     total: Tree = field(default_factory=dict)
     weight: float = 0.0
     clients: int = 0
-    size: int = 0
     latest: Ledger = field(default_factory=MemoryLedger)
+    size: int = 0
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class FedALT:
             weight += float(upload.facts["weight"])
             clients += 1
             latest = latest.put(client_id, upload)
-        return Server(total, weight, clients, server.size, latest)
+        return Server(total, weight, clients, latest, server.size)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The newest rest of world with the mixer trained against the one before, as published."""

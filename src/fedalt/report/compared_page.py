@@ -11,15 +11,14 @@ from fedalt.methods import METHODS
 from fedalt.record import StoreError
 from fedalt.report import compared_figures as figures
 from fedalt.report.comparison import (
-    HEADS,
     Grid,
     Results,
     budget_of,
-    cost_cells,
     gaps_of,
     grid_of,
     shown_cell,
 )
+from fedalt.report.effort import HEADS, cost_cells
 from fedalt.report.gaps import ABOUT_GAPS, GAP_HEADS, gap_cells
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
 from fedalt.report.run_page import explained

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from fedalt.comparison import Cost, Entry, Job, cost_of
+from fedalt.comparison import Cost, Entry, Job
 from fedalt.files import atomic_write
 from fedalt.methods.notes import notes_on
+from fedalt.report.effort import HEADS, cost_cells, cost_of
 from fedalt.report.gaps import (
     ABOUT_GAPS,
     SIGNIFICANT,
@@ -41,8 +42,6 @@ from fedalt.report.table import (
 )
 from fedalt.settings import lora_of, method_name
 from fedalt.store import open_run
-
-HEADS = ("trainable", "rank", "steps", "upload kB", "download kB", "seconds", "peak MB")
 
 MOST_COLUMNS = 12  # more clients than this are shown by task, if their names tell tasks
 
@@ -182,10 +181,10 @@ def budget_of(results: Results) -> Iterator[str]:
         yield f"What a client trains at any time, in numbers by part: {trained}."
     yield (
         "Bold: best of its column, and told from all others by Wilcoxon's signed-rank test over "
-        "clients (means over their seeds), p < 0.05 after Holm's correction, metric by metric; "
-        "columns of fewer than six clients have none. Trainable numbers are all that a client "
-        "trains, steps those of a client in all rounds, + those before it serves. Bytes are means "
-        "per client and round, seconds are those of training, peak memory is the process's."
+        "clients (means over their seeds), p < 0.05 after Holm's correction, metric by metric; no "
+        "column of fewer than six clients has any. Trainable numbers are all that a client trains, "
+        "steps those of all rounds, + those before it serves. Bytes are means per client and "
+        "round, seconds are those of training, peak memory is the process's."
     )
 
 
@@ -264,23 +263,6 @@ def _cell(rows: Sequence[Row], at: int, fold: Callable[[Values], float] = fmean)
     """The scores of one method on those clients of a column that it had."""
     values = [row.scores[at] for row in rows if row.scores[at]]
     return Cell(tuple(fold(seed) for seed in zip(*values, strict=True)))
-
-
-def cost_cells(costs: Sequence[Cost]) -> list[str]:
-    """Means over the seeds, in the order of HEADS."""
-    most, least = costs[0].trainable_numbers, costs[0].least_numbers
-    smallest, largest = costs[0].ranks
-    steps = f"{fmean(cost.steps for cost in costs):.0f}"
-    before_serving = fmean(cost.serving_steps for cost in costs)
-    return [
-        str(most) if least in (0, most) else f"{least}–{most}",
-        str(largest) if smallest == largest else f"{smallest}–{largest}",
-        f"{steps} + {before_serving:.0f}" if before_serving else steps,
-        f"{fmean(cost.upload_bytes for cost in costs) / 1e3:.1f}",
-        f"{fmean(cost.download_bytes for cost in costs) / 1e3:.1f}",
-        f"{fmean(cost.seconds for cost in costs):.0f}",
-        f"{max(cost.peak_memory_bytes for cost in costs) / 1e6:.0f}",
-    ]
 
 
 def _marked(rows: Sequence[Row], table: Table) -> list[Cell]:

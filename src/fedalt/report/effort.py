@@ -1,20 +1,24 @@
 """What a finished run's clients trained: steps in the rounds and before serving, every tensor."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from fedalt.adapters.start import Start
+from fedalt.comparison import Cost
 from fedalt.engine.in_process import drive, server_of
 from fedalt.engine.schedule import TRAINED
-from fedalt.settings import Settings, lora_of
-from fedalt.store import RunFolder
+from fedalt.settings import Settings, lora_of, read_settings
+from fedalt.store import RunFolder, open_run
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Order
+
+HEADS = ("trainable", "rank", "steps", "upload kB", "download kB", "seconds", "peak MB")
 
 # What a layer or a head consists of; other factors, such as lengths of B, are another form of it.
 _WHOLE = ("A", "B", "G", "weight", "bias")
@@ -66,6 +70,45 @@ def effort_of(folder: RunFolder, settings: Settings) -> Effort:
         most=totals[most],
         ranks=(min(ranks), max(ranks)),
     )
+
+
+def cost_of(path: Path) -> Cost:
+    """What a finished run took."""
+    folder = open_run(path)
+    lines = folder.lines()
+    trained = [line for line in lines if line["kind"] == "train"]
+    effort = effort_of(folder, read_settings(path / "settings.toml"))
+    return Cost(
+        trainable_numbers=effort.most,
+        least_numbers=effort.least,
+        ranks=effort.ranks,
+        steps=effort.steps,
+        serving_steps=effort.serving_steps,
+        trained=by_slot(effort.trained),
+        upload_bytes=fmean(line["upload_bytes"] for line in trained),
+        download_bytes=fmean(line["download_bytes"] for line in trained),
+        seconds=sum(line["seconds"] for line in trained),
+        peak_memory_bytes=max(
+            line["peak_memory_bytes"] for line in lines if line["kind"] == "round"
+        ),
+    )
+
+
+def cost_cells(costs: Sequence[Cost]) -> list[str]:
+    """Means over the seeds, in the order of HEADS."""
+    most, least = costs[0].trainable_numbers, costs[0].least_numbers
+    smallest, largest = costs[0].ranks
+    steps = f"{fmean(cost.steps for cost in costs):.0f}"
+    before_serving = fmean(cost.serving_steps for cost in costs)
+    return [
+        str(most) if least in (0, most) else f"{least}–{most}",
+        str(largest) if smallest == largest else f"{smallest}–{largest}",
+        f"{steps} + {before_serving:.0f}" if before_serving else steps,
+        f"{fmean(cost.upload_bytes for cost in costs) / 1e3:.1f}",
+        f"{fmean(cost.download_bytes for cost in costs) / 1e3:.1f}",
+        f"{fmean(cost.seconds for cost in costs):.0f}",
+        f"{max(cost.peak_memory_bytes for cost in costs) / 1e6:.0f}",
+    ]
 
 
 def by_slot(trained: Mapping[str, int]) -> dict[str, int]:

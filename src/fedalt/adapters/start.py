@@ -53,7 +53,7 @@ class Start:
         return tree
 
     def head(self) -> Tree:
-        """Weights: normal with deviation 0.02; biases: zeros; or as given. Empty for causal models."""
+        """Weights: normal, deviation 0.02; biases: zeros; or as given. Empty for causal models."""
         tree: Tree = {}
         for name, shape in self.heads.items():
             assert name.slot == HEAD

@@ -41,7 +41,7 @@ def ends(base: Base) -> tuple[int, ...]:
     configuration name as ends at the time of the call: chat models name several.
     """
     model = base.adapted.model
-    found = list(ends_of(base.tokenizer))
+    found: list[int | None] = [*ends_of(base.tokenizer)]
     for config in (model.generation_config, model.config, model.config.get_text_config()):
         named = getattr(config, "eos_token_id", None)
         found += named if isinstance(named, list | tuple) else [named]

@@ -6,7 +6,7 @@ import gguf
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-WORDS = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(33, 127)), "\u0120", "ab"]
+WORDS = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(33, 127)), "\u0120", "ab", "<|endoftext|>"]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
 
 
@@ -45,7 +45,7 @@ def write_gguf(file: Path, model: LlamaForCausalLM, architecture: str = "llama")
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(WORDS)
-    writer.add_token_types([3, 3, 3, *[1] * (len(WORDS) - 3)])
+    writer.add_token_types([3, 3, 3, *[1] * (len(WORDS) - 4), 3])
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

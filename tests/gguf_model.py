@@ -6,7 +6,15 @@ import gguf
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-WORDS = ["<unk>", "<s>", "</s>", *(chr(code) for code in range(33, 127)), "\u0120", "ab", "<|endoftext|>"]
+WORDS = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(chr(code) for code in range(33, 127)),
+    "\u0120",
+    "ab",
+    "<|endoftext|>",
+]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
 
 

@@ -112,7 +112,7 @@ def _validation_problems(call: Call, schedule: Schedule) -> Iterable[str]:
 
 
 # Where a path begins: a root, a drive, a share or a home folder, not in the middle of a name.
-_PATH: Final = re.compile(r"(?<![\w.)])(?:[A-Za-z]:[\\/]|\\\\|~?/)[^\s'\"`,;()\[\]<>|]+")
+_PATH: Final = re.compile(r"(?<![\w.)])(?:[A-Za-z]:[\\/]|\\\\|~?/)[^\s'\"`,:;()\[\]<>|]+")
 _HIDDEN: Final = "(a path)"
 
 
@@ -134,5 +134,5 @@ def told_outside(error: Exception, client_id: str, private: Iterable[Path]) -> s
             kind = type(error).__name__
             text = f"client {client_id!r}: {kind}; what it prints itself says more"
     for folder in sorted({str(each) for each in private if each.parts[1:]}, key=len, reverse=True):
-        text = re.sub(re.escape(folder) + r"[^\s'\"]*", _HIDDEN, text)
+        text = re.sub(re.escape(folder) + r"[^\s'\"`,:;]*", _HIDDEN, text)
     return shown(_PATH.sub(_HIDDEN, text))

@@ -9,6 +9,8 @@ import pytest
 
 PYTHON = sys.executable
 OF_THE_USER = {"GOMP_SPINCOUNT": "77", "OMP_WAIT_POLICY": "ACTIVE", "KMP_BLOCKTIME": "5"}
+# What the installed script does.
+COMMAND = "import sys; sys.argv = ['fedalt', 'methods']; from fedalt.cli import main; main()"
 ENTRIES = {
     "python -m fedalt": ["-m", "fedalt", "methods"],
     "the command": [
@@ -52,7 +54,7 @@ def test_the_processes_that_hold_a_connection_set_it_too():
 
 @pytest.mark.parametrize("name", OF_THE_USER)
 def test_what_the_user_has_set_stays(name):
-    code = "import os, fedalt; print({n: os.environ.get(n) for n in %r})" % (tuple(OF_THE_USER),)
+    code = f"import os, fedalt; print({{n: os.environ.get(n) for n in {tuple(OF_THE_USER)}}})"
     clean = {each: value for each, value in os.environ.items() if each not in OF_THE_USER}
     told = subprocess.check_output(
         [PYTHON, "-c", code], env={**clean, name: OF_THE_USER[name]}, text=True

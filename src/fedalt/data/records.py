@@ -1,6 +1,7 @@
 """The forms of one record of client data, and how a JSON object becomes one of them."""
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,8 +134,9 @@ Record = Instruction | Completion | Chat | Labelled
 
 
 def normalised(text: str) -> str:
-    """The text without differences in case and white space."""
-    return " ".join(text.casefold().split())
+    """The text without differences in case, white space, and how Unicode composes accents."""
+    folded = unicodedata.normalize("NFC", text).casefold()
+    return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
 def question_key(record: Record) -> int:

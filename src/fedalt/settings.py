@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from fedalt.data.encodings import EncodingError, decoded
 from fedalt.engine.course import Schedule
 from fedalt.engine.firewall import Firewall
 from fedalt.evaluation import Scoring
@@ -178,12 +179,12 @@ def _kind(method: AnyMethod) -> tuple[type, object]:
 
 def _parse(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(file.read_bytes()))
     except FileNotFoundError:
         raise SettingsError(f"{file}: there is no such settings file") from None
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, EncodingError) as error:
         raise SettingsError(f"{file}: not valid TOML: {error}") from None
 
 

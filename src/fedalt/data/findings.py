@@ -6,6 +6,7 @@ from math import sqrt
 from typing import Literal
 
 from fedalt.data.examples import Kind
+from fedalt.data.layout import not_read
 
 FEWEST_TO_JUDGE = 20  # records, below which an order or a balance says nothing
 
@@ -114,10 +115,7 @@ def folder_warnings(
     """What of the whole folder deserves a warning, in sentences."""
     found = []
     if ignored:
-        found.append(
-            "ignored, because not named NAME.train.jsonl, NAME.validation.jsonl or "
-            f"NAME.test.jsonl: {_some(ignored)}"
-        )
+        found.append(not_read(ignored))
     if untested := [client.client_id for client in clients if "test" not in client.splits]:
         who = "no client has" if len(untested) == len(clients) else f"{_some(untested)}: without"
         found.append(f"{who} test data; such a client is trained but not scored")

@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.examples import Example
 from fedalt.data.records import Chat, Completion, DataError, Instruction, Labelled, Record
 
@@ -59,8 +60,8 @@ class Template:
 def read_template(file: Path) -> Template:
     """A template from a text file, taken as it is, a line end at its end included."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = decoded(file.read_bytes()).replace("\r\n", "\n")  # as Python reads text
+    except (OSError, EncodingError) as error:
         raise DataError(f"{file}: cannot be read as a template ({error})") from None
     return Template(text, str(file))
 

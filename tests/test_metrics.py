@@ -81,9 +81,7 @@ def test_english_numbers_are_those_of_rouge_score():
     from rouge_score.rouge_scorer import RougeScorer
 
     theirs = RougeScorer(["rouge1", "rougeL"], use_stemmer=True)
-    some = (
-        "running the RUNS Anna's well-known 3.5 % of_it U.S. cats, (ponies)! \n\t don't"
-    )
+    some = "running the RUNS Anna's well-known 3.5 % of_it U.S. cats, (ponies)! \n\t don't"
     draw = random.Random(0)
     for _ in range(200):
         a, b = (" ".join(draw.choices(some.split(" "), k=draw.randint(1, 9))) for _ in "ab")

@@ -26,6 +26,7 @@ from fedalt.settings import (
     to_toml,
 )
 from fedalt.store import StoreError, open_run
+from fedalt.training.recommended import recommended
 
 _OVERRIDES = ("data", "model", "training", "rounds", "scoring")
 _LABEL = re.compile(r"[\w][\w .,=+()-]*")
@@ -37,6 +38,7 @@ class Entry:
 
     label: str
     settings: Settings
+    advice: str = ""  # what was taken of the base model's recommended settings, in a sentence
 
     @property
     def folder(self) -> str:
@@ -250,7 +252,9 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
         raise SettingsError(
             f"{place}: label: expected letters, digits and plain signs, got {label!r}"
         )
-    return Entry(label, settings_of({**table, "method": method}, place))
+    settings_of({**table, "method": method}, place)  # an error is about what the user has written
+    filled, advice = recommended({**table, "method": method})
+    return Entry(label, settings_of(filled, place), advice)
 
 
 def _are_seeds(seeds: object) -> bool:

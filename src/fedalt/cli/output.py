@@ -80,11 +80,15 @@ def show_run(
     as_json: bool = False,
     quiet: bool = False,
 ) -> None:
-    """Tables of a run's scores and losses, as a drawing or as JSON; from its own lines if none."""
+    """Tables of a run's scores and losses, as a drawing or as JSON.
+
+    Without lines they are those of its own record; then it is also said if it has learnt nothing.
+    """
+    from fedalt.report.learning import nothing_learnt
     from fedalt.report.table import describe, run_table, to_json
     from fedalt.store import open_run
 
-    folder = open_run(path)
+    folder, of_itself = open_run(path), lines is None
     lines = folder.lines() if lines is None else lines
     about = {"run": str(path), "method": folder.facts().get("method"), "split": split}
     if not any(line["kind"] == "score" and line["split"] == split for line in lines):
@@ -93,7 +97,9 @@ def show_run(
             show_json(about)
         return
     scores, losses = (run_table(lines, split, losses=each) for each in (False, True))
+    learnt = nothing_learnt(path) if of_itself else ""
     if as_json:
+        warn([learnt] if learnt else [], quiet=quiet)
         tables = {"scores": to_json(scores), "losses": to_json(losses)}
         show_json({**about, **tables})
         return
@@ -101,3 +107,4 @@ def show_run(
     show((scores, f"{path}, {split} data"), *([] if scores.of_losses else [of_losses]))
     for sentence in describe(lines, split):
         note(sentence, quiet=quiet)
+    warn([learnt] if learnt else [], quiet=quiet)

@@ -200,7 +200,12 @@ def _form(fields: Mapping[str, object]) -> str:
         present = [name for name in first if name in fields]
         missing = [group[0] for group in others if not any(name in fields for name in group)]
         if present and missing:
-            raise DataError(f"field {missing[0]!r} is missing beside {present[0]!r}")
+            hint = (
+                "; without a label, a text to learn is the completion of a prompt (prompt/completion)"
+                if present == ["text"]
+                else ""
+            )
+            raise DataError(f"field {missing[0]!r} is missing beside {present[0]!r}{hint}")
     names = ", ".join(sorted(fields)[:8]) or "none"
     raise DataError(f"no known record form; expected the fields {_WANTED}, got {names}")
 

@@ -201,7 +201,7 @@ def _form(fields: Mapping[str, object]) -> str:
         missing = [group[0] for group in others if not any(name in fields for name in group)]
         if present and missing:
             hint = (
-                "; without a label, a text to learn is the completion of a prompt (prompt/completion)"
+                "; a text to learn, without a label, is a completion: give prompt and completion"
                 if present == ["text"]
                 else ""
             )

@@ -42,6 +42,7 @@ bench: setup ## docs/benchmarks.md anew; about an hour
 	$(BIN)/python benchmarks/server.py --write
 	$(BIN)/python benchmarks/memory.py --write 8 64 512
 	$(BIN)/python benchmarks/scoring.py --write
+	$(BIN)/python benchmarks/threads.py --write
 	$(BIN)/python benchmarks/federation.py --write 3 17
 
 docs: setup ## the site, into site/; a link that leads nowhere is an error

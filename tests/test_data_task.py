@@ -1,3 +1,5 @@
+import json
+
 import pytest
 from data_files import asked, bytewise, write_clients
 
@@ -117,3 +119,27 @@ def test_wrong_settings_are_refused(twenty):
         task_of(twenty, validation=1.0)
     with pytest.raises(ValueError, match="max_length=1,"):
         task_of(twenty, max_length=1)
+
+
+def test_every_record_that_is_refused_is_told_with_file_and_line(tmp_path):
+    lines = [asked("q", "a"), asked("q", "x" * 100), asked("q", "b"), asked("q", "y" * 100)]
+    write_clients(tmp_path, a_train=lines)
+    file = tmp_path / "a.train.jsonl"
+    file.write_text("\n" + file.read_text())  # a blank line is no record
+    task = Task(folder=open_data(tmp_path), tokenizer=bytewise(), max_length=80)
+    with pytest.raises(DataError) as caught:
+        task.examples("a", "train")
+    said = str(caught.value)
+    assert "2 problems" in said
+    assert "a.train.jsonl:3: client 'a', train record 2: the answer is" in said
+    assert "a.train.jsonl:5: client 'a', train record 4: the answer is" in said
+
+
+def test_also_in_a_file_that_clients_share(tmp_path):
+    rows = [asked("q", "x" * (100 if n in (2, 5) else 1), client="ab"[n % 2]) for n in range(6)]
+    file = tmp_path / "all.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n\n" for row in rows))
+    task = Task(folder=open_data(file), tokenizer=bytewise(), max_length=80)
+    for client, place in (("a", "all.jsonl:5: "), ("b", "all.jsonl:11: ")):
+        with pytest.raises(DataError, match=place):
+            task.examples(client, "train")

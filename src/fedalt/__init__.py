@@ -5,12 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedalt.api import Run, open_run, run
+from fedalt.training.threads import spin_briefly
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 __all__ = ["Run", "load", "open_run", "run"]
 __version__ = "0.1.0"
+
+# Every module of fedalt comes after this one, in whichever process, and torch with them.
+spin_briefly()
 
 
 def load(path: str | Path, *, device: str | None = None) -> "PeftModel":

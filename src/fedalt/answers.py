@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.data.prompts import Template, encode_prompt
+from fedalt.data.records import DataError
 from fedalt.engine.course import Column
 from fedalt.evaluation import Scoring, generate
 from fedalt.evaluation.asking import fitted
@@ -75,8 +76,15 @@ def answers(of: Served, texts: Sequence[str], scoring: Scoring | None = None) ->
 def prompt_of(of: Served, text: str) -> tuple[int, ...]:
     """The ids that a text is asked with, as the run asks in its own scoring.
 
-    Raises DataError for a client of a classifier.
+    Raises DataError for a client of a classifier, and for a text that holds bytes of no UTF-8, as
+    Python hands on words of a command line.
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"the question is not UTF-8: character {error.start + 1} is {text[error.start]!a}"
+        ) from None
     base, settings = of.parts.base, of.parts.settings
     prompt = encode_prompt(
         question(of.form, text),

@@ -1,5 +1,6 @@
 """Runs from Python: train, look at the record as frames and charts, let a client's model answer."""
 
+import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -141,23 +142,31 @@ def run(settings: Mapping[str, Any] | str | Path, *, out: str | Path) -> Run:
     """Train and test in a new folder.
 
     `settings` is a TOML file, or a nested dict of the same form, whose paths are relative to the
-    current folder. What a user should know comes as warnings. Raises ValueError for settings or
-    data that cannot be used. A run that was stopped goes on with `fedalt resume`.
+    current folder. What a user should know comes as warnings; what the built-in base model
+    recommends for settings that were not given is printed to stderr. Raises ValueError for settings
+    or data that cannot be used. A run that was stopped goes on with `fedalt resume`.
     """
     from fedalt.prepare import prepare
+    from fedalt.report.learning import nothing_learnt
     from fedalt.runs import start_run
-    from fedalt.settings import read_settings, rooted, settings_of
+    from fedalt.settings import advised_settings, rooted, settings_of
     from fedalt.store import require_unused
+    from fedalt.training.recommended import recommended
 
     if isinstance(settings, Mapping):
-        read = settings_of(rooted(settings, Path()), "the settings")
+        filled, advice = recommended(rooted(settings, Path()))
+        read = settings_of(filled, "the settings")
     else:
-        read = read_settings(Path(settings))
+        read, advice = advised_settings(Path(settings))
     require_unused(Path(out))
     prepared = prepare(read)
+    if advice:
+        print(advice, file=sys.stderr)
     for sentence in prepared.warnings:
         warnings.warn(sentence, stacklevel=2)
     start_run(prepared, Path(out))
+    if sentence := nothing_learnt(Path(out)):
+        warnings.warn(sentence, stacklevel=2)
     return Run(Path(out))
 
 

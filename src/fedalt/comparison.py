@@ -28,6 +28,7 @@ from fedalt.settings import (
     to_toml,
 )
 from fedalt.store import StoreError, open_run
+from fedalt.training.recommended import recommended
 
 _OVERRIDES = ("data", "model", "training", "rounds", "scoring")
 _LABEL = re.compile(r"[\w][\w .,=+()-]*")
@@ -43,6 +44,7 @@ class Entry:
     label: str
     settings: Settings
     tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    advice: str = ""  # what was taken of the base model's recommended settings, in a sentence
 
     @property
     def folder(self) -> str:
@@ -252,8 +254,11 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
             f"{place}: label: expected letters, digits and plain signs, got {label!r}"
         )
     shared = table.pop("tune", {})
-    settings = settings_of({**table, "method": method}, place)
-    return Entry(label, settings, _grid(shared, given.get("tune", {}), table, method, place))
+    whole = {**table, "method": method}
+    settings_of(whole, place)  # an error is about what the user has written
+    filled, advice = recommended(whole)
+    grid = _grid(shared, given.get("tune", {}), table, method, place)
+    return Entry(label, settings_of(filled, place), grid, advice)
 
 
 def _grid(

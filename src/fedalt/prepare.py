@@ -11,7 +11,7 @@ import torch
 from fedalt.adapters.start import Start
 from fedalt.data.examples import Split
 from fedalt.data.folder import open_data
-from fedalt.data.layout import SPLITS
+from fedalt.data.layout import SPLITS, not_read
 from fedalt.data.prompts import Template, read_template
 from fedalt.data.records import (
     Chat,
@@ -92,7 +92,9 @@ def prepare(
             counts[client_id][split] = len(task.examples(client_id, split))
             cut = [sum(pair) for pair in zip(cut, task.cut(client_id, split), strict=True)]
         task.training_size(client_id)  # while they are encoded: a round asks for all at once
-    return Prepared(parts, task, counts, tuple(_warnings(parts, task.max_length, counts, cut)))
+    warnings = [not_read(data.ignored)] if data.ignored else []
+    warnings += _warnings(parts, task.max_length, counts, cut)
+    return Prepared(parts, task, counts, tuple(warnings))
 
 
 def question(form: str, text: str) -> Record:

@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
+from fedalt.data.encodings import EncodingError, decoded
 from fedalt.engine.course import Schedule
 from fedalt.engine.firewall import Firewall
 from fedalt.evaluation import Scoring
@@ -21,8 +22,10 @@ from fedalt.methods.contract import AnyMethod
 from fedalt.methods.lora import Lora
 from fedalt.models import BUILT_IN, PACKAGED, Quantise
 from fedalt.training.group import Training
+from fedalt.training.recommended import recommended
 
 Table = Mapping[str, Any]
+_DEFAULT = "default"  # targets that are PEFT's own, said in so many words
 
 
 class SettingsError(ValueError):
@@ -57,10 +60,10 @@ class DataSettings:
 class ModelSettings:
     """The base model: a folder, a hub id, "tiny" or "minilm"; `targets` are its sites.
 
-    Without `targets` the sites are those that PEFT adapts by default; "all-linear" are all, and a
-    list names endings of module paths. Without `device` a GPU is used where there is one. `compile`
-    lets torch compile norms, gates and rotary embeddings, where it can; it changes rounding and
-    speed alone.
+    Without `targets`, or with "default", the sites are those that PEFT adapts by default;
+    "all-linear" are all, and a list names endings of module paths. Without `device` a GPU is used
+    where there is one. `compile` lets torch compile norms, gates and rotary embeddings, where it
+    can; it changes rounding and speed alone.
     """
 
     name: str = BUILT_IN
@@ -68,6 +71,10 @@ class ModelSettings:
     quantise: Quantise | None = None
     device: str | None = None
     compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.targets == _DEFAULT:
+            object.__setattr__(self, "targets", None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,14 +110,30 @@ def read_settings(file: Path | None, flags: Table | None = None) -> Settings:
     `flags` is a table like the file's. Paths are relative to the file's folder, those of flags to
     the current one. Raises SettingsError.
     """
-    table = {} if file is None else read_table(file)
-    flags = rooted(flags or {}, Path())
-    merged = dict(table)
+    return settings_of(*_joined(file, flags or {}))
+
+
+def advised_settings(file: Path | None, flags: Table | None = None) -> tuple[Settings, str]:
+    """The same with what the base model recommends for all that neither says.
+
+    Also a sentence about that, "" where nothing was added. Only for what a user writes: the
+    settings in a run's folder are whole.
+    """
+    written = read_settings(file, flags)  # so that an error is about what the user has written
+    table, source = _joined(file, flags or {})
+    filled, sentence = recommended(table)
+    return settings_of(filled, source) if sentence else written, sentence
+
+
+def _joined(file: Path | None, flags: Table) -> tuple[dict[str, Any], str]:
+    """A file's table with flags over it, and what errors call the two."""
+    merged = {} if file is None else read_table(file)
+    flags = rooted(flags, Path())
     for key, value in flags.items():
         below = merged.get(key, {})
         merged[key] = {**below, **value} if isinstance(value, dict) and _is_table(below) else value
     sources = ([str(file)] if file else []) + (["the command line"] if flags else [])
-    return settings_of(merged, " and ".join(sources) or "the settings")
+    return merged, " and ".join(sources) or "the settings"
 
 
 def read_table(file: Path) -> dict[str, Any]:
@@ -150,6 +173,8 @@ def to_toml(settings: Settings) -> str:
     own = {name: getattr(settings.method, name) for name in settings_of_method(settings.method)}
     method = {"name": method_name(settings.method), **asdict(lora_of(settings.method)), **own}
     sections = {name: asdict(getattr(settings, name)) for name in _SECTIONS}
+    # Left out, it would be what the base model recommends when the file is run again.
+    sections["model"]["targets"] = settings.model.targets or _DEFAULT
     top = {name: getattr(settings, name) for name in _TOP}
     table = {**top, **sections, "method": method}
     return tomli_w.dumps({key: _plain(value) for key, value in table.items()})
@@ -178,12 +203,12 @@ def _kind(method: AnyMethod) -> tuple[type, object]:
 
 def _parse(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(file.read_text(encoding="utf-8"))
+        return tomllib.loads(decoded(file.read_bytes()))
     except FileNotFoundError:
         raise SettingsError(f"{file}: there is no such settings file") from None
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, EncodingError) as error:
         raise SettingsError(f"{file}: not valid TOML: {error}") from None
 
 

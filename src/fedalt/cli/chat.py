@@ -1,6 +1,5 @@
 """`fedalt chat`: a client's own model, the shared part and the base model side by side."""
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import typer
 
 from fedalt.cli.client import Model, Round
 from fedalt.cli.output import console, hush_libraries, note
+from fedalt.cli.typed import next_lines
 from fedalt.data.foreign import shown, shown_lines
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def chat(
         return
     members = _members(path, client, round_)
     note(f"{client}: {HINT}")
-    for line in _lines("> "):
+    for line in next_lines("> "):
         command, _, name = line.partition(" ")
         if command == "/quit":
             return
@@ -176,22 +176,10 @@ def _choose(out: "Console", clients: Sequence[str]) -> str | None:
     """The client whose number or name is typed; None after an empty line."""
     for number, name in enumerate(clients, 1):
         out.print(f"{number:4}  {shown(name)}", soft_wrap=True)
-    for line in _lines("client: "):
+    for line in next_lines("client: "):
         if line in clients:
             return line
         if line.isdecimal() and 0 < int(line) <= len(clients):
             return clients[int(line) - 1]
         note(f"{line!r} is neither a client nor a number of 1 to {len(clients)}")
     return None
-
-
-def _lines(prompt: str) -> Iterator[str]:
-    """What is typed, until an empty line or the end."""
-    while True:
-        try:
-            line = input(prompt if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if not line:
-            return
-        yield line

@@ -1,13 +1,14 @@
 """`fedalt generate` and `export`: what one client gets out of a run."""
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
 from fedalt.cli.output import hush_libraries, note, tell
+from fedalt.cli.typed import next_lines, piped_lines
 
 ClientId = Annotated[
     str | None,
@@ -107,19 +108,7 @@ def export(
 def _asked() -> Iterator[list[str]]:
     """All lines of a file or pipe at once; of a terminal one by one, as each wants an answer."""
     if not sys.stdin.isatty():
-        lines = [text for line in sys.stdin if (text := line.strip())]
-        yield lines
+        yield [line for line in piped_lines() if line]
         return
     note("one question per line; an empty line ends")
-    yield from ([text] for text in _typed())
-
-
-def _typed() -> Iterable[str]:
-    while True:
-        try:
-            text = input("> ").strip()
-        except EOFError:
-            return
-        if not text:
-            return
-        yield text
+    yield from ([text] for text in next_lines("> "))

@@ -1,15 +1,19 @@
 """`fedalt compare` and `tune`: several methods under one budget, and a fair choice of settings."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fedalt.cli.flags import AsJson, Quiet
 from fedalt.cli.output import console, hush_libraries, note, show_json
 from fedalt.data.foreign import shown
+
+if TYPE_CHECKING:
+    from fedalt.comparison import Entry
 
 File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, seeds, one budget.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder of all runs and of the results.")]
@@ -45,6 +49,7 @@ def compare(
     from fedalt.report.table import to_json
 
     entries, seeds = read_comparison(file)
+    _tell_advice(entries, quiet=quiet)
     runs = jobs_of(entries, seeds, out)
     failed = run_jobs(runs, jobs, quiet=quiet)
     whole = [entry for entry in entries if not any(job.entry == entry for job in failed)]
@@ -95,6 +100,7 @@ def tune(
     from fedalt.tuning import Trial, trials_in, trials_of, tuned_table, write_toml
 
     entries, seeds = read_comparison(file)
+    _tell_advice(entries, quiet=quiet)
     flags = {
         **({"lr": _numbers(lr, float, "--lr")} if lr else {}),
         **({"rank": _numbers(rank, int, "--rank")} if rank else {}),
@@ -138,6 +144,17 @@ def tune(
     if edges:
         note(f"chosen at the edge of what was tried: {', '.join(edges)}", quiet=quiet)
     note(f"`fedalt compare {out / 'tuned.toml'} --out ...` compares with these", quiet=quiet)
+
+
+def _tell_advice(entries: "Sequence[Entry]", *, quiet: bool) -> None:
+    """What was taken of a base model's recommended settings, once for all methods alike."""
+    by_sentence: dict[str, list[str]] = {}
+    for entry in entries:
+        by_sentence.setdefault(entry.advice, []).append(entry.label)
+    for sentence, labels in by_sentence.items():
+        if sentence:
+            who = "" if len(by_sentence) == 1 else f"{', '.join(labels)}: "
+            note(f"{who}{sentence}", quiet=quiet)
 
 
 def _numbers(text: str, kind: Any, flag: str) -> list[Any]:

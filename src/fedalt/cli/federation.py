@@ -46,16 +46,18 @@ def init(
     from fedalt.federation.terms import require_apart
     from fedalt.flower.found import found_federation, require_possible
     from fedalt.prepare import load_parts, require_known
-    from fedalt.settings import method_name, read_settings
+    from fedalt.settings import advised_settings, method_name
 
     names, classes = _names(clients), _names(labels)
     title = name or folder.absolute().name
     require_possible(folder, names, address, name=title, labels=classes)
-    chosen = read_settings(settings, {"data": {"path": "with-the-clients"}})
+    chosen, advice = advised_settings(settings, {"data": {"path": "with-the-clients"}})
     require_apart(chosen)
     require_known(chosen, names)
     parts = load_parts(chosen, classes)
     terms = found_federation(folder, names, parts, name=title, address=address, labels=classes)
+    if advice:
+        note(advice, quiet=quiet)
     note(
         f"{terms.name}: {method_name(chosen.method)} for {len(names)} clients on "
         f"{parts.base.name}; the server's folder is {folder / 'server'}, a client's "
@@ -143,9 +145,9 @@ def simulate(
 ) -> None:
     """Run a federation's clients in simulation, on this machine or on Ray's cluster."""
     hush_libraries()
-    from fedalt.settings import SettingsError, read_settings
+    from fedalt.settings import SettingsError, advised_settings
 
-    settings = read_settings(config)
+    settings, advice = advised_settings(config)
     match engine:
         case "flower":
             _require_flower()
@@ -153,6 +155,8 @@ def simulate(
                 raise ValueError("Ray is not installed: `pip install 'fedalt[ray]'`")
             from fedalt.flower.simulate import simulate as run_on_ray
 
+            if advice:
+                note(advice, quiet=quiet)
             _until_stopped(lambda: run_on_ray(settings, out, _say, gpus=gpus))
             show_run(out / "run", quiet=quiet)
         case "in_process":
@@ -162,7 +166,7 @@ def simulate(
 
             begun = (out / "run.json").exists()
             prepared = reopen(out) if begun else prepare(settings)
-            introduce(prepared, out, quiet=quiet)
+            introduce(prepared, out, "" if begun else advice, quiet=quiet)
             if not begun:
                 new_run(prepared, out)
             train(prepared, out, quiet=quiet)

@@ -15,6 +15,7 @@ from fedalt.comparison import (
     rounds_done,
     run_all,
 )
+from fedalt.report.learning import nothing_learnt
 from fedalt.runs import is_finished
 
 _MINUTE = 60.0
@@ -45,6 +46,8 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, *, quiet: bool) -> list[J
                 what = f"{job.entry.label}, seed {job.seed}"
                 if fault is None:
                     note(f"{what}: done; in {job.path}", quiet=quiet)
+                    if sentence := nothing_learnt(job.path):
+                        note(f"note: {what}: {sentence}", quiet=quiet)
                 else:
                     failed.append(job)
                     note(f"{what}: {fault}\n  more in {job.path.with_suffix('.log')}")

@@ -96,11 +96,14 @@ def show_run(
 ) -> None:
     """Tables of a run's scores and losses, as a drawing or as JSON.
 
-    Lines and method are the run's own where none are given.
+    Lines and method are the run's own where none are given; then it is also said if it has learnt
+    nothing.
     """
+    from fedalt.report.learning import nothing_learnt
     from fedalt.report.table import describe, run_table, to_json
     from fedalt.store import open_run
 
+    of_itself = lines is None
     if method is None:
         method = open_run(path).facts().get("method")
     about = {"run": str(path), "method": method, "split": split}
@@ -111,7 +114,9 @@ def show_run(
             show_json(about)
         return
     scores, losses = (run_table(lines, split, losses=each) for each in (False, True))
+    learnt = nothing_learnt(path) if of_itself else ""
     if as_json:
+        warn([learnt] if learnt else [], quiet=quiet)
         tables = {"scores": to_json(scores), "losses": to_json(losses)}
         show_json({**about, **tables})
         return
@@ -119,3 +124,4 @@ def show_run(
     show((scores, f"{path}, {split} data"), *([] if scores.of_losses else [of_losses]))
     for sentence in describe(lines, split):
         note(sentence, quiet=quiet)
+    warn([learnt] if learnt else [], quiet=quiet)

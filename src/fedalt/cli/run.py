@@ -46,7 +46,9 @@ def run(
     ] = None,
     targets: Annotated[
         str | None,
-        _option("Layers to adapt: 'all-linear', or names with commas.", DATA, "--targets"),
+        _option(
+            "Layers to adapt: 'all-linear', 'default', or names with commas.", DATA, "--targets"
+        ),
     ] = None,
     quantise: Annotated[
         str | None, _option("Load the base model in '8bit' or '4bit'.", DATA, "--quantise")
@@ -62,7 +64,8 @@ def run(
     ] = None,
     rank: Annotated[int | None, _option("Rank of the adapters.", METHOD, "--rank", "8")] = None,
     alpha: Annotated[
-        float | None, _option("Their output is scaled by alpha / rank.", METHOD, "--alpha", "32")
+        float | None,
+        _option("Their output is scaled by alpha / rank.", METHOD, "--alpha", "32, tiny: 128"),
     ] = None,
     dropout: Annotated[
         float | None, _option("Dropout before the adapters.", METHOD, "--dropout", "0.05")
@@ -71,7 +74,7 @@ def run(
         bool | None,
         _option("Also train every client alone.", METHOD, "--yardstick/--no-yardstick", "yes"),
     ] = None,
-    rounds: Annotated[int | None, _option("Rounds.", TRAINING, "--rounds", "20")] = None,
+    rounds: Annotated[int | None, _option("Rounds.", TRAINING, "--rounds", "20, tiny: 10")] = None,
     local_epochs: Annotated[
         int | None, _option("Passes over its data per round.", TRAINING, "--local-epochs", "1")
     ] = None,
@@ -79,7 +82,8 @@ def run(
         float | None, _option("Share of the clients per round.", TRAINING, "--participation", "1")
     ] = None,
     lr: Annotated[
-        float | None, _option("Learning rate at a round's start.", TRAINING, "--lr", "3e-4")
+        float | None,
+        _option("Learning rate at a round's start.", TRAINING, "--lr", "3e-4, tiny: 5e-4"),
     ] = None,
     batch_size: Annotated[
         int | None, _option("Examples per step.", TRAINING, "--batch-size", "8")
@@ -129,14 +133,14 @@ def run(
     """Train one better model per client, beside the yardstick of training alone.
 
     All settings come from CONFIG.toml, from flags, or from both; flags win. RUN/settings.toml
-    keeps them all.
+    keeps them all. What neither says is, with the built-in base model, as that one recommends.
     """
     hush_libraries()
     from fedalt.cli.training import introduce, train
     from fedalt.prepare import prepare
     from fedalt.report.trackers import require_trackers
     from fedalt.runs import new_run
-    from fedalt.settings import method_name, read_settings
+    from fedalt.settings import advised_settings, method_name
     from fedalt.store import require_unused
 
     flags: dict[str, Any] = {
@@ -180,12 +184,12 @@ def run(
             "max_new_tokens": max_new_tokens,
         },
     }
-    settings = read_settings(config, _given(flags))
+    settings, advice = advised_settings(config, _given(flags))
     out = out or free_folder(Path("runs") / method_name(settings.method))
     require_unused(out)
     require_trackers(report_to or ())
     prepared = prepare(settings)
-    introduce(prepared, out, quiet=quiet)
+    introduce(prepared, out, advice, quiet=quiet)
     new_run(prepared, out)
     train(prepared, out, report_to=report_to or (), quiet=quiet)
     split = "test" if settings.rounds.test else "validation"
@@ -194,7 +198,7 @@ def run(
 
 def _names(text: str | None) -> list[str] | str | None:
     """Layers as a flag names them."""
-    if text is None or text == "all-linear":
+    if text is None or text in ("all-linear", "default"):
         return text
     return [name.strip() for name in text.split(",") if name.strip()]
 

@@ -16,8 +16,11 @@ from fedalt.store import StoreError, open_run
 from fedalt.training.group import TrainingError
 
 
-def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:
-    """What is about to run, and what the user should know of it."""
+def introduce(prepared: Prepared, out: Path, advice: str = "", *, quiet: bool = False) -> None:
+    """What is about to run, and what the user should know of it.
+
+    `advice` tells which settings are the base model's own.
+    """
     settings, base = prepared.parts.settings, prepared.parts.base
     clients, rounds = len(prepared.task.clients), settings.rounds.rounds
     numbers = base.adapted.model.num_parameters()
@@ -28,6 +31,8 @@ def introduce(prepared: Prepared, out: Path, *, quiet: bool = False) -> None:
         f"{rounds} {'round' if rounds == 1 else 'rounds'}, seed {settings.seed}; in {out}",
         quiet=quiet,
     )
+    if advice:
+        note(advice, quiet=quiet)
     packs = base.adapted.packs
     note(
         "texts are packed, clients share passes through the model"

@@ -24,6 +24,7 @@ from fedalt.data.folder import DataFolder
 from fedalt.data.layout import SPLITS
 from fedalt.data.prompts import Encoded, Template, encode, masked_example
 from fedalt.data.records import DataError, Record, question_key, record_key
+from fedalt.data.task import require_none
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -46,8 +47,8 @@ class _View:
     max_length: int
 
     def encoded(self, client_id: str, split: Split, records: Sequence[Record]) -> list[Encoded]:
-        found = []
-        for number, record in enumerate(records, 1):
+        found, refused = [], []
+        for number, record in enumerate(records):
             try:
                 found.append(
                     encode(
@@ -59,8 +60,8 @@ class _View:
                     )
                 )
             except DataError as error:
-                place = f"client {client_id!r}, {split} record {number}"
-                raise DataError(f"{place}: {error}") from error
+                refused.append((number, str(error)))
+        require_none(self.folder, client_id, split, refused)
         return found
 
 

@@ -8,6 +8,7 @@ from typing import Literal
 
 from fedalt.data.examples import Kind
 from fedalt.data.foreign import listed, shown
+from fedalt.data.layout import not_read
 
 FEWEST_TO_JUDGE = 20  # records, below which an order or a balance says nothing
 
@@ -120,10 +121,7 @@ def folder_warnings(
     """What of the whole folder deserves a warning, in sentences."""
     found = _alike(labels, "label")
     if ignored:
-        found.append(
-            "ignored, because not named NAME.train.jsonl, NAME.validation.jsonl or "
-            f"NAME.test.jsonl: {listed(ignored)}"
-        )
+        found.append(not_read(ignored))
     if untested := [client.client_id for client in clients if "test" not in client.splits]:
         who = "no client has" if len(untested) == len(clients) else f"{listed(untested)}: without"
         found.append(f"{who} test data; such a client is trained but not scored")

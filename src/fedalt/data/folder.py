@@ -77,6 +77,21 @@ class DataFolder:
             )
         return records
 
+    def places(self, client_id: str, split: Split) -> list[str]:
+        """Where each of these records lies, as FILE:LINE; read from disk, for errors alone."""
+        part = self._part(client_id, split)
+        if part is None:
+            return []
+        if part.starts is None:
+            items = read_items(part.file, part.file.name, Problems(part.file))
+            return [f"{part.file.name}:{item.line}" for item in items]
+        raw = part.file.read_bytes()
+        lines, line, before = [], 1, 0
+        for start in part.starts:
+            line, before = line + raw.count(b"\n", before, start), start
+            lines.append(f"{part.file.name}:{line}")
+        return lines
+
     def _part(self, client_id: str, split: Split) -> Part | None:
         if (client_id, "train") not in self.parts:
             raise DataError(f"{self.path}: no client {client_id!r}")

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from fedalt.data.encodings import BOM, narrow_encoding
+from fedalt.data.formats import LOOK, other_format
 from fedalt.data.records import Problems
-
-_BOM = b"\xef\xbb\xbf"
 
 
 class Item(NamedTuple):
@@ -22,20 +22,31 @@ def read_items(file: Path, place: str, problems: Problems) -> Iterator[Item]:
     """Every value of a file of JSON lines, or of a file that holds one JSON list.
 
     Blank lines, a byte order mark and Windows line ends are tolerated. What cannot be decoded is
-    noted as a problem of `place` and left out. JSON lines are streamed; a list is read as a whole.
+    noted as a problem of `place` and left out; a file of another format or encoding is one problem.
+    JSON lines are streamed; a list is read as a whole.
     """
+    encodings: set[str] = set()
     try:
         with file.open("rb") as stream:
-            if holds_list(stream.read(4096)):
+            begin = stream.read(LOOK)
+            if (other := other_format(file, begin)) is not None:
+                problems.add(place, other)
+                return
+            if holds_list(begin):
                 yield from _list_items(file.read_bytes(), place, problems)
                 return
             stream.seek(0)
             start = 0
             for line, raw in enumerate(stream, 1):
-                text = raw.removeprefix(_BOM) if line == 1 else raw
+                text = raw.removeprefix(BOM) if line == 1 else raw
                 if not text.isspace() and text:
                     try:
                         yield Item(line, start, decode(text))
+                    except UnicodeDecodeError as error:
+                        looks = narrow_encoding(raw)
+                        if looks not in encodings:  # said once: all further lines have it too
+                            problems.add(f"{place}:{line}", f"{_not_utf8(error)}; {looks}")
+                        encodings.add(looks)
                     except ValueError as error:
                         problems.add(f"{place}:{line}", str(error))
                 start += len(raw)
@@ -48,18 +59,18 @@ def read_at(file: Path, starts: Iterator[int]) -> Iterator[object]:
     with file.open("rb") as stream:
         for start in starts:
             stream.seek(start)
-            yield decode(stream.readline().removeprefix(_BOM))
+            yield decode(stream.readline().removeprefix(BOM))
 
 
 def holds_list(begin: bytes) -> bool:
     """Whether a file that begins like this holds one JSON list and not JSON lines."""
-    return begin.removeprefix(_BOM).lstrip()[:1] == b"["
+    return begin.removeprefix(BOM).lstrip()[:1] == b"["
 
 
 def decode(raw: bytes) -> object:
     """The JSON value in UTF-8 bytes; a ValueError says what is wrong with them."""
     try:
-        return json.loads(_utf8(raw).rstrip())
+        return json.loads(raw.decode().rstrip())
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at").removesuffix(" starting")
         raise ValueError(f"not valid JSON: {what} at character {error.pos + 1}") from None
@@ -67,21 +78,17 @@ def decode(raw: bytes) -> object:
         raise ValueError("not usable JSON: nested too deeply") from None
 
 
-def _utf8(raw: bytes) -> str:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        hint = "; the file looks like UTF-16" if b"\0" in raw else ""
-        raise ValueError(f"byte {error.start + 1} of the line is not UTF-8{hint}") from None
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"byte {error.start + 1} of the line is not UTF-8"
 
 
 def _list_items(raw: bytes, place: str, problems: Problems) -> Iterator[Item]:
     """The values of one JSON list, each with the line on which it starts."""
     try:
-        text = raw.removeprefix(_BOM).decode()
+        text = raw.removeprefix(BOM).decode()
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        problems.add(f"{place}:{line}", "not UTF-8")
+        problems.add(f"{place}:{line}", f"not UTF-8; {narrow_encoding(raw)}")
         return
     decoder = json.JSONDecoder()
     position, line, counted = text.index("[") + 1, 1, 0

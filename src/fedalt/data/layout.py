@@ -1,12 +1,14 @@
 """Which files of a folder hold whose data: the three layouts that client data may have."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from fedalt.data.examples import Split
-from fedalt.data.foreign import listed
+from fedalt.data.foreign import listed, shown
+from fedalt.data.formats import other_format
 from fedalt.data.jsonl import holds_list
 from fedalt.data.names import fault_of_names
 from fedalt.data.records import DataError, Problems
@@ -16,6 +18,9 @@ PARTITION_FILE = "split.json"  # written beside client files that were made from
 
 _NAMED = re.compile(r"(.+)\.(train|validation|test)\.jsonl")
 _REFERENCE = re.compile(r"local_(training|testing)_(\d+)\.jsonl?")
+# What people call the three splits, and what such a file may end with.
+_MEANT = re.compile(r"(.+)[._-](train|val|test)(?:ing|id|idation)?\.(?:jsonl?|ndjson|txt)", re.I)
+_NO_DATA = re.compile(r"(readme|licen[sc]e|notice|changelog|makefile)(\..*)?", re.I)
 _WANTED = (
     "NAME.train.jsonl (with NAME.test.jsonl and NAME.validation.jsonl), "
     "local_training_K.json (with local_testing_K.jsonl), "
@@ -34,7 +39,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Layout:
-    """The files of client data and, for the user to see, the names of files that are not."""
+    """The files of client data and, for the user to see, the names of files that are not read."""
 
     root: Path
     sources: tuple[Source, ...]
@@ -63,13 +68,51 @@ def find_layout(path: Path) -> Layout:
             candidates += [file for file in inside if _REFERENCE.fullmatch(file.name)]
     sources = [source for file in candidates if (source := _source(file)) is not None]
     if sources:
-        taken = {source.file for source in sources}
-        ignored = [f.name for f in files if f not in taken and f.name != PARTITION_FILE]
-        return Layout(path, tuple(sources), tuple(ignored))
+        return Layout(path, tuple(sources), _unread(path, visible, sources))
     lines = [file for file in files if file.suffix == ".jsonl"]
     if len(lines) == 1 or path / "train.jsonl" in lines:
-        return _one_file(lines[0] if len(lines) == 1 else path / "train.jsonl")
-    raise DataError(f"{path}: no client data; expected {_WANTED}; found {_seen(path, visible)}")
+        one = _one_file(lines[0] if len(lines) == 1 else path / "train.jsonl")
+        return replace(one, ignored=_unread(path, visible, one.sources))
+    found = _seen(path, visible)
+    for file in files:
+        if not _NO_DATA.fullmatch(file.name) and (other := other_format(file)) is not None:
+            found += f"; {file.name}: {other}"
+            break
+    raise DataError(f"{path}: no client data; expected {_WANTED}; found {found}")
+
+
+def not_read(ignored: Sequence[str]) -> str:
+    """A sentence about the files of no layout, with the names that they may be meant to have."""
+    told = []
+    for name in ignored[:10]:
+        meant = _MEANT.fullmatch(name)
+        split = {"train": "train", "val": "validation", "test": "test"}
+        hint = f" ({meant[1]}.{split[meant[2].lower()]}.jsonl?)" if meant else ""
+        told.append(shown(f"{name}{hint}", 240))
+    more = f" and {len(ignored) - 10} more" if ignored[10:] else ""
+    return (
+        "ignored, because not named NAME.train.jsonl, NAME.validation.jsonl or NAME.test.jsonl: "
+        f"{', '.join(told)}{more}"
+    )
+
+
+def _unread(path: Path, visible: Sequence[Path], sources: Sequence[Source]) -> tuple[str, ...]:
+    """What lies in a folder of client data and is not read, but for what is no data."""
+    taken = {source.file for source in sources}
+    found = []
+    for entry in visible:
+        if entry.is_dir():
+            inside = [each for each in _entries(entry) if not each.is_dir()]
+            found += [
+                each.relative_to(path).as_posix()
+                for each in inside
+                if each not in taken
+                and each.suffix in (".json", ".jsonl")
+                and not _NO_DATA.fullmatch(each.name)
+            ]
+        elif entry not in taken and entry.name != PARTITION_FILE:
+            found += [] if _NO_DATA.fullmatch(entry.name) else [entry.name]
+    return tuple(found)
 
 
 def require_safe(client_id: str, place: str, problems: Problems) -> None:
@@ -126,6 +169,9 @@ def _split(name: str) -> Split:
 
 def _one_file(file: Path) -> Layout:
     """A file with a client column, and its siblings for the other splits."""
+    if (other := other_format(file)) is not None:
+        wanted = "expected a .jsonl file with a column that names the client"
+        raise DataError(f"{file}: {wanted}, but {other}")
     if file.suffix != ".jsonl":
         raise DataError(f"{file}: expected a .jsonl file with a column that names the client")
     try:

@@ -13,6 +13,7 @@ from string import Formatter
 from typing import TYPE_CHECKING
 
 from fedalt.data.chat_template import asked, asked_and_answered
+from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.endings import Answer, ids_of, plain_answer, rendered_answer
 from fedalt.data.endings import encode_answer as encode_answer
 from fedalt.data.examples import Example
@@ -64,8 +65,8 @@ class Template:
 def read_template(file: Path) -> Template:
     """A template from a text file, taken as it is, a line end at its end included."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = decoded(file.read_bytes()).replace("\r\n", "\n")  # as Python reads text
+    except (OSError, EncodingError) as error:
         raise DataError(f"{file}: cannot be read as a template ({error})") from None
     return Template(text, str(file))
 

@@ -1,6 +1,7 @@
 """The forms of one record of client data, and how a JSON object becomes one of them."""
 
 import hashlib
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,8 +113,9 @@ Record = Instruction | Completion | Chat | Labelled
 
 
 def normalised(text: str) -> str:
-    """The text without differences in case and white space."""
-    return " ".join(text.casefold().split())
+    """The text without differences in case, white space, and how Unicode composes accents."""
+    folded = unicodedata.normalize("NFC", text).casefold()
+    return " ".join(unicodedata.normalize("NFC", folded).split())
 
 
 def question_key(record: Record) -> int:
@@ -177,7 +179,12 @@ def _form(fields: Mapping[str, object]) -> str:
         present = [name for name in first if name in fields]
         missing = [group[0] for group in others if not any(name in fields for name in group)]
         if present and missing:
-            raise DataError(f"field {missing[0]!r} is missing beside {present[0]!r}")
+            hint = (
+                "; a text to learn, without a label, is a completion: give prompt and completion"
+                if present == ["text"]
+                else ""
+            )
+            raise DataError(f"field {missing[0]!r} is missing beside {present[0]!r}{hint}")
     names = ", ".join(sorted(fields)[:8]) or "none"
     raise DataError(f"no known record form; expected the fields {_WANTED}, got {names}")
 

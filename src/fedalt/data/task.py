@@ -10,7 +10,7 @@ import torch
 from fedalt.data.examples import Example, Kind, Split
 from fedalt.data.folder import DataFolder
 from fedalt.data.prompts import Encoded, Template, encode
-from fedalt.data.records import DataError, Record, record_key
+from fedalt.data.records import DataError, Problems, Record, record_key
 from fedalt.seeds import generator
 
 if TYPE_CHECKING:
@@ -90,8 +90,12 @@ class Task:
 
     def records(self, client_id: str, split: Split) -> list[Record]:
         """A client's records of a split, with the held-out part of train moved to validation."""
+        return [record for _, record in self._records(client_id, split)[1]]
+
+    def _records(self, client_id: str, split: Split) -> tuple[Split, list[tuple[int, Record]]]:
+        """The split whose file has these records, and each with its number there, from 0."""
         if split == "test" or self.validation == 0 or self.folder.counts(client_id, "validation"):
-            return self.folder.records(client_id, split)
+            return split, list(enumerate(self.folder.records(client_id, split)))
         records = self.folder.records(client_id, "train")
         wanted = min(len(records) - 1, max(1, round(self.validation * len(records))))
         if len(records) < FEWEST_TO_HOLD_OUT:
@@ -101,35 +105,51 @@ class Task:
             wanted,
             generator(self.seed, "validation", client_id),
         )
-        return [
-            record
+        return "train", [
+            (index, record)
             for index, record in enumerate(records)
             if (index in held) == (split == "validation")
         ]
 
     def _encode(self, client_id: str, split: Split) -> tuple[Encoded, ...]:
-        return tuple(
-            self._encode_one(record, f"client {client_id!r}, {split} record {number}")
-            for number, record in enumerate(self.records(client_id, split), 1)
-        )
+        """DataError with the place of every record that cannot be encoded."""
+        found, refused = [], []
+        of, records = self._records(client_id, split)
+        for number, record in records:
+            try:
+                found.append(self._encode_one(record))
+            except DataError as error:
+                refused.append((number, str(error)))
+        require_none(self.folder, client_id, of, refused)
+        return tuple(found)
 
-    def _encode_one(self, record: Record, place: str) -> Encoded:
-        try:
-            encoded = encode(
-                record,
-                self.tokenizer,
-                self.template,
-                max_length=self.max_length,
-                labels=self.labels,
-            )
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from error
+    def _encode_one(self, record: Record) -> Encoded:
+        encoded = encode(
+            record,
+            self.tokenizer,
+            self.template,
+            max_length=self.max_length,
+            labels=self.labels,
+        )
         if encoded.answer_cut and not self.cut_answers:
             raise DataError(
-                f"{place}: the answer is {encoded.answer_cut} tokens too long for "
+                f"the answer is {encoded.answer_cut} tokens too long for "
                 f"max_length={self.max_length}; raise it, shorten the answer, or allow to cut it"
             )
         return encoded
+
+
+def require_none(
+    folder: DataFolder, client_id: str, split: Split, refused: Sequence[tuple[int, str]]
+) -> None:
+    """DataError with file and line of every record that was refused, by its number from 0."""
+    if not refused:
+        return
+    problems, places = Problems(folder.path), folder.places(client_id, split)
+    for number, text in refused:
+        place = f"{places[number]}: client {client_id!r}, {split} record {number + 1}"
+        problems.add(place, text)
+    problems.raise_if_any()
 
 
 def hold_out(keys: Sequence[int], wanted: int, random: torch.Generator) -> set[int]:

@@ -143,7 +143,8 @@ def _why(log: Path) -> str:
     if any(_NOT_LET_IN in line for line in lines):
         return (
             "the server does not let this client in: its key is not known or was revoked, or its "
-            "last connection broke off less than a minute ago; trying again"
+            "last connection broke off less than a minute ago; or another machine is connected "
+            "with the same key: a key is for one machine; trying again"
         )
     told = [line for line in lines if "rror" in line]
     said = (told or lines or ["the connection failed"])[-1][:300]

@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.names import fault_of_names
 from fedalt.engine.firewall import Firewall
 from fedalt.federation.desk import Rules
@@ -164,10 +165,10 @@ def member_of(config: ClientConfig, hear: Hear = ignore, say: Say = silent) -> M
 
 def _table(file: Path, known: set[str]) -> dict[str, Any]:
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
+        table = tomllib.loads(decoded(file.read_bytes()))
     except FileNotFoundError:
         raise SettingsError(f"{file}: there is no such file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, EncodingError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{file}: cannot be read: {error}") from None
     if unknown := table.keys() - known:
         raise SettingsError(

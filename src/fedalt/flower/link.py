@@ -44,6 +44,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedalt.flower.pipe import receive, send
+from fedalt.flower.proxies import reach_loopback_directly, through_proxy
 from fedalt.flower.records import bytes_of, content_of
 
 _PAUSE: Final = 0.2  # seconds between two looks where a call has just been
@@ -62,6 +63,7 @@ def main() -> None:
     # Flower sends its own process this signal where the server does not know the key.
     signal.signal(signal.SIGINT, _shut_out)
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    reach_loopback_directly(address)
     key: Any = load_ssh_private_key(Path(key_file).read_bytes(), None)
     server = _Server(address, None if ca_file == "-" else ca_file, key)
     try:
@@ -198,7 +200,7 @@ def _trouble(address: str, authority: str | None) -> str | None:
         verify: Any = ssl.create_default_context(cafile=authority) if secure else True
         answer = httpx.get(f"{'https' if secure else 'http'}://{address}/", verify=verify)
     except (httpx.TransportError, ssl.SSLError) as error:
-        return f"{address} cannot be reached: {error}"
+        return f"{address} cannot be reached: {error}{through_proxy(address, secure=secure)}"
     if answer.status_code == HTTPStatus.GONE:
         raise _EndedError
     date = answer.headers.get("date")

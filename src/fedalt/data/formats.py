@@ -1,0 +1,184 @@
+"""Files that hold something else than JSON lines: what it is, and how it becomes JSON lines."""
+
+import csv
+import json
+import shlex
+import zipfile
+from pathlib import Path
+from typing import Final
+
+from fedalt.data.encodings import BOM, wide_encoding
+
+LOOK: Final = 65536  # bytes by which a file is recognised
+WANTED: Final = (
+    'expected JSON lines, one object per line such as {"instruction": "...", "output": "..."}'
+)
+
+_CSV = (
+    'python -c "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader('
+    "open(sys.argv[1], newline='', encoding='utf-8-sig'){delimiter})]\" {file} > {lines}"
+)
+_PANDAS = (
+    'python -c "import pandas, sys; pandas.read_{kind}(sys.argv[1]).to_json(sys.argv[2], '
+    "orient='records', lines=True)\" {file} {lines}"
+)
+# What a file begins with, what it is then, and how it is converted; "" where it cannot be.
+_BEGINS: Final[tuple[tuple[bytes, str, str], ...]] = (
+    (b"PAR1", "Parquet", _PANDAS.replace("{kind}", "parquet")),
+    (b"ARROW1", "an Arrow file", _PANDAS.replace("{kind}", "feather")),
+    (b"\xff\xff\xff\xff", "an Arrow stream", ""),
+    (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file", ""),
+    (b"\x1f\x8b", "a gzip archive", "gunzip {file}"),
+    (b"BZh", "a bzip2 archive", "bunzip2 {file}"),
+    (b"\xfd7zXZ\0", "an xz archive", "unxz {file}"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unzstd {file}"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive", "7z x {file}"),
+    (b"GGUF", "a GGUF model", ""),
+    (b"%PDF", "a PDF", ""),
+    (b"SQLite format 3\0", "an SQLite database", ""),
+    (b"\x89HDF\r\n", "an HDF5 file", ""),
+    (b"\x93NUMPY", "a NumPy array", ""),
+    (b"\x80\x02", "a Python pickle", ""),
+    (b"\x80\x03", "a Python pickle", ""),
+    (b"\x80\x04", "a Python pickle", ""),
+    (b"\x80\x05", "a Python pickle", ""),
+    (b"Obj\x01", "Avro", ""),
+    (b"{\\rtf", "rich text (RTF)", ""),
+    (b"\x89PNG", "a picture", ""),
+    (b"\xff\xd8\xff", "a picture", ""),
+)
+_SUFFIXES: Final = {
+    ".csv": "CSV",
+    ".tsv": "TSV",
+    ".parquet": "Parquet",
+    ".xlsx": "an Excel workbook",
+    ".xls": "an Excel workbook",
+    ".ods": "a spreadsheet",
+    ".zip": "a ZIP archive",
+    ".gz": "a gzip archive",
+    ".bz2": "a bzip2 archive",
+    ".xz": "an xz archive",
+    ".zst": "a Zstandard archive",
+    ".arrow": "an Arrow file",
+    ".feather": "an Arrow file",
+    ".gguf": "a GGUF model",
+    ".safetensors": "a model's weights",
+    ".bin": "a binary file",
+    ".pt": "a model's weights",
+    ".pkl": "a Python pickle",
+    ".yaml": "YAML",
+    ".yml": "YAML",
+    ".xml": "XML",
+    ".html": "a web page",
+    ".txt": "plain text",
+    ".md": "plain text",
+    ".docx": "a Word document",
+    ".pdf": "a PDF",
+}
+
+
+def other_format(file: Path, begin: bytes | None = None) -> str | None:
+    """What a file is, and how it becomes JSON lines, in a sentence; None if it may be JSON lines.
+
+    `begin` are its first LOOK bytes, if they have been read. Content counts more than the name. A
+    file that cannot be read is not recognised: whoever reads it says why.
+    """
+    if begin is None:
+        try:
+            with file.open("rb") as stream:
+                begin = stream.read(LOOK)
+        except OSError:
+            return None
+    if (wide := wide_encoding(begin)) is not None:
+        return f"the text is {wide}, not UTF-8; save it as UTF-8"
+    found = _binary(file, begin) or _text(file, begin)
+    if found is None:
+        return None
+    name, how = found
+    lines = file.with_suffix(".jsonl") if file.suffix != ".jsonl" else Path("converted.jsonl")
+    command = how.replace("{lines}", shlex.quote(str(lines)))
+    command = command.replace("{file}", shlex.quote(str(file)))
+    if how:
+        return f"{name} is not read yet; {WANTED}; convert with `{command}`"
+    return f"this is {name}, which is not read; {WANTED}"
+
+
+def _binary(file: Path, begin: bytes) -> tuple[str, str] | None:
+    """A file that is no text, by what it begins with."""
+    if begin.startswith(b"PK\x03\x04"):
+        return _zipped(file)
+    for start, name, how in _BEGINS:
+        if begin.startswith(start):
+            return name, how
+    if begin[8:9] == b"{" and b"\0" in begin[:8]:
+        return "a model's weights (safetensors)", ""
+    if b"\0" in begin and not begin.removeprefix(BOM).lstrip().startswith((b"{", b"[")):
+        return "a binary file", ""
+    return None
+
+
+def _zipped(file: Path) -> tuple[str, str]:
+    """A ZIP archive, or what is one inside."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        names = []
+    if any(name.startswith("xl/") for name in names) or file.suffix == ".xlsx":
+        return "an Excel workbook", _PANDAS.replace("{kind}", "excel")
+    if any(name.startswith("word/") for name in names):
+        return "a Word document", ""
+    if any(name.endswith("data.pkl") for name in names):
+        return "a model's weights (PyTorch)", ""
+    return "a ZIP archive", "unzip {file}"
+
+
+def _text(file: Path, begin: bytes) -> tuple[str, str] | None:
+    """A text that is no JSON lines; a file of JSON lines with broken lines is none of these."""
+    text = begin.removeprefix(BOM).decode(errors="replace")
+    lines = [line for line in text.splitlines() if line.strip()]
+    start = text.lstrip()[:1]
+    if start in ("{", "["):
+        return _printed(text, lines[0]) if start == "{" else None
+    if any(line.lstrip().startswith("{") for line in lines[:5]):
+        return None
+    if text.lstrip()[:5].lower() in ("<html", "<!doc", "<?xml"):
+        return "a web page or XML", ""
+    table = _table(lines)
+    if table is not None:
+        return table
+    name = _SUFFIXES.get(file.suffix.lower())
+    if name in ("CSV", "TSV"):  # a single column
+        return name, _CSV.replace("{delimiter}", ", delimiter='\\t'" if name == "TSV" else "")
+    return None if name is None or not lines else (name, "")
+
+
+def _table(lines: list[str]) -> tuple[str, str] | None:
+    """A table with a head, by its first rows: equally many cells, at least two."""
+    for delimiter, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV with semicolons")):
+        rows = list(csv.reader(lines[:6], delimiter=delimiter))
+        rows = rows[:-1] if len(rows) > 2 else rows  # a cell may go on where the look ends
+        widths = {len(row) for row in rows}
+        if len(rows) > 1 and len(widths) == 1 and min(widths) > 1:
+            given = "" if delimiter == "," else f", delimiter={delimiter!r}"
+            return name, _CSV.replace("{delimiter}", given)
+    return None
+
+
+def _printed(text: str, first: str) -> tuple[str, str] | None:
+    """JSON objects that are printed over several lines."""
+    try:
+        json.loads(first)
+        return None
+    except ValueError:
+        pass
+    try:
+        _, end = json.JSONDecoder().raw_decode(text.lstrip())
+    except (ValueError, RecursionError):
+        # A whole that is longer than the look: its first line is then an open bracket at most.
+        if first.strip() != "{":
+            return None
+        end = len(text)
+    if "\n" not in text.lstrip()[:end].strip():
+        return None
+    return "JSON that is printed over several lines", "jq -c . {file} > {lines}"

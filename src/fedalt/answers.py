@@ -10,9 +10,8 @@ from fedalt.engine.course import Column
 from fedalt.evaluation import Scoring, generate
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
-from fedalt.prepare import Parts, load_parts, question
+from fedalt.prepare import Parts, load_parts, question, settings_of_run
 from fedalt.runs import require_client, serving
-from fedalt.settings import read_settings
 from fedalt.store import open_run
 
 
@@ -28,8 +27,9 @@ class Served:
 
 def load_run_parts(path: Path, base: Base | None = None) -> Parts:
     """What gives a run's states their meaning; `base` is its base model, if that is loaded."""
-    labels = open_run(path).facts()["data"]["labels"]
-    return load_parts(read_settings(path / "settings.toml"), labels, base)
+    folder = open_run(path)
+    settings, _ = settings_of_run(folder)
+    return load_parts(settings, folder.facts()["data"]["labels"], base)
 
 
 def served(

@@ -15,9 +15,9 @@ from fedalt.files import writing_behind
 from fedalt.gloo import Place
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
-from fedalt.prepare import Parts, Prepared, facts_of, learner_of, prepare
+from fedalt.prepare import Parts, Prepared, facts_of, learner_of, prepare, settings_of_run
 from fedalt.processes import Work, crew, serve
-from fedalt.settings import Settings, read_settings, to_toml
+from fedalt.settings import Settings, to_toml
 from fedalt.spread import processes_for
 from fedalt.states import FileStates
 from fedalt.store import (
@@ -74,7 +74,8 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     `base` is its base model, if that is loaded already.
     """
     folder = open_run(path)
-    prepared = prepare(read_settings(path / "settings.toml"), base=base)
+    settings, changed = settings_of_run(folder)
+    prepared = prepare(settings, base=base)
     then, now = folder.facts(), facts_of(prepared)
     for part, key, what in (
         ("data", "fingerprint", "other client data"),
@@ -84,7 +85,8 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
         expected, found = then.get(part, {}).get(key), now[part][key]
         if expected != found:
             raise StoreError(
-                f"{path} began with {what}: expected {key} {expected!r}, found {found!r}"
+                f"{path / 'run.json'}: the run began with {what}: expected {key} {expected!r}, "
+                f"found {found!r}"
             )
     old = [
         f"{name} {number}"
@@ -93,13 +95,13 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     ]
     # What else there is to warn of has been said when the run began.
     text = f"the run began with {', '.join(old)}: numbers may differ in their last digits"
-    return replace(prepared, warnings=(text,) if old else ())
+    return replace(prepared, warnings=(*changed, *((text,) if old else ())))
 
 
 def is_finished(path: Path) -> bool:
     """Whether all rounds of a run are done and tested."""
     folder = open_run(path)
-    settings = read_settings(path / "settings.toml")
+    settings, _ = settings_of_run(folder)
     with locked(path):
         progress = folder.progress()
     tested = progress.tested or not settings.rounds.test
@@ -109,13 +111,12 @@ def is_finished(path: Path) -> bool:
 def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
-    with (
-        locked(path) as lock,
-        _crew(prepared, path, lock, watcher) as together,
-        writing_behind() as writer,
-    ):
-        journal = _Watched(replace(folder, writer=writer), watcher)
-        replace(_run(prepared, journal, watcher), crew=together).to_the_end()
+    with locked(path) as lock:
+        folder.progress()
+        folder.require_whole()
+        with _crew(prepared, path, lock, watcher) as together, writing_behind() as writer:
+            journal = _Watched(replace(folder, writer=writer), watcher)
+            replace(_run(prepared, journal, watcher), crew=together).to_the_end()
     return folder
 
 

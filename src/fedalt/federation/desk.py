@@ -7,7 +7,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final, Literal
 
-from fedalt.codec import CodecError, atomic_write, decode, encode
+from fedalt.codec import CodecError, atomic_write, decode, encode, read
+from fedalt.disk.reading import read_bytes
 from fedalt.engine.firewall import Refused, check_size, check_upload
 from fedalt.engine.gate import Gate
 from fedalt.engine.in_process import encoded
@@ -15,6 +16,7 @@ from fedalt.engine.rehearsal import rehearse
 from fedalt.federation.channel import Channel, Lost
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.terms import Terms
+from fedalt.files import make_private_folder
 from fedalt.methods.contract import Message
 from fedalt.states import FileStates
 from fedalt.store import RunFolder
@@ -117,8 +119,8 @@ class Desk:
 
     def upload(self, client_id: str) -> tuple[bytes, Message]:
         """An answer that has an upload, as it came, and the upload."""
-        data = self._file(client_id).read_bytes()
-        upload = decode(Answer, data).upload
+        data = read_bytes(self._file(client_id))
+        upload = read(Answer, self._file(client_id), of=lambda _: data).upload
         assert upload is not None
         return data, upload
 
@@ -175,7 +177,7 @@ class Desk:
             self._unable[client_id] = answer.error, time.monotonic()
             return
         self._unable.pop(client_id, None)
-        self._file(client_id).parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(self._file(client_id).parent)
         atomic_write(self._file(client_id), came)
         self._note(client_id, answer)
 
@@ -224,9 +226,9 @@ class Desk:
             if not self._file(client_id).exists():
                 continue
             try:
-                answer = decode(Answer, self._file(client_id).read_bytes())
+                answer = read(Answer, self._file(client_id), of=read_bytes)
             except CodecError:
-                continue
+                continue  # asked again, it answers the same
             if answer.call == self._digest(client_id):
                 self._note(client_id, answer)
 

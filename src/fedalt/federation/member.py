@@ -4,7 +4,8 @@
     clients/ID/0007.safetensors  the client's state after round 7, never sent
     local/...                    the same for training alone, the yardstick
     answer.bin                   the last answer, sent again if it is asked for again
-    accepted.json                the last round of which the server said that it counts
+    accepted.json                the last round of which the server said that it counts, and the
+                                 digests of all states, of that one and of what was trained since
 
 A round of a client counts once the server says that its upload does. What the client trained in a
 round that does not count is dropped, so that client and server never disagree on what was uploaded.
@@ -15,27 +16,29 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypedDict
 
 from fedalt import tree as trees
 from fedalt.codec import CodecError, atomic_write, decode, encode
+from fedalt.disk.reading import StoreError, read_bytes, read_json
 from fedalt.engine.course import Arm, Event
 from fedalt.engine.firewall import Refused, check_broadcast
 from fedalt.engine.in_process import client_of, drive, drive_all
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import training_metrics
+from fedalt.federation.accepted import ACCEPTED, Accepted, read_accepted
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.terms import Terms
+from fedalt.files import make_private_folder
 from fedalt.methods.contract import Message, Serving
 from fedalt.prepare import Parts, Prepared, learner_of, prepare
 from fedalt.settings import SettingsError
-from fedalt.states import newest, prune
-from fedalt.store import RunFolder, StoreError
+from fedalt.states import FileStates
 from fedalt.training.group import Trained, TrainingError
 from fedalt.training.orders import Order
 
 Hear = Callable[[Event], None]
-FORMAT = 1
+FORMAT = 2
 
 
 def ignore(_: Event) -> None:
@@ -51,25 +54,26 @@ class Member:
     parts: Parts
     learner: Learner
     folder: Path
+    accepted: Accepted
     hear: Hear = ignore
 
     def answer(self, data: bytes) -> bytes:
         """What to send back to a call; to the same call always the same bytes."""
         call_digest = digest(data)
         kept = self.folder / "answer.bin"
-        if kept.exists() and (old := kept.read_bytes()) and _answers(old, call_digest):
-            return old
         answer = Answer(
             self.terms.name, self.terms.digest, self.client_id, NEVER, NEVER, call_digest
         )
         try:
+            if kept.exists() and _answers(old := read_bytes(kept), call_digest):
+                return old
             call = decode(Call, data, finite=True)
             answer = replace(answer, round=call.round, accepted=call.accepted)
             sent = encode(self._carry_out(call, answer))
             atomic_write(kept, sent)
         # These texts name tensors, rounds and settings, never anything of the data.
         except (CodecError, Refused, StoreError, TrainingError) as error:
-            return encode(replace(answer, error=str(error)))
+            return encode(replace(answer, error=str(error).replace(f"{self.folder}/", "")))
         except OSError as error:  # a full disk; where that is, is nobody else's business
             why = error.strerror or type(error).__name__
             return encode(replace(answer, error=f"client {self.client_id!r}: {why}"))
@@ -89,6 +93,7 @@ class Member:
                 sent, cost = self._train(arm, call)
                 costs.append(cost)
                 upload = sent if arm.column == "own" else upload
+            self.accepted.write(self.accepted.round)  # with the digests of what was trained
         return replace(answer, upload=upload, scores=tuple(scores), costs=tuple(costs))
 
     def _require_ours(self, call: Call) -> None:
@@ -106,30 +111,29 @@ class Member:
 
     def _settle(self, call: Call) -> None:
         """Drop what does not count; refuse a server that has forgotten what it said."""
-        known = self._accepted()
+        known = self.accepted.round
         if call.accepted < known:
             raise StoreError(
                 f"client {self.client_id!r}: the server says that round {call.accepted} was the "
                 f"last to count, but it said {known} before; nothing was changed. It was set back "
                 "to an older state, or this is an old message"
             )
-        states = self._run().states("own", call.accepted + 1)
+        kept = self.accepted.kept
         if call.accepted != NEVER:
-            mine = newest(states.folder / "clients" / self.client_id, call.accepted)
+            mine = kept.newest(self.folder / "clients" / self.client_id, call.accepted)
             if mine is None or int(mine.stem) != call.accepted:
                 raise StoreError(
                     f"client {self.client_id!r}: the server counts an upload of round "
                     f"{call.accepted}, but {self.folder} has no state of it; restore the folder "
                     "from a backup, or let the server's operator take the client out"
                 )
+        stale = []
         for arm in self.parts.arms:
             keep = {call.accepted, call.keep.get(arm.column, call.accepted)}
-            prune(self._run().states(arm.column, 0).folder, sorted(keep))
-        atomic_write(self.folder / "accepted.json", json.dumps(call.accepted).encode())
-
-    def _accepted(self) -> int:
-        file = self.folder / "accepted.json"
-        return int(json.loads(file.read_text())) if file.exists() else NEVER
+            stale += kept.settle(self._folder(arm.column), sorted(keep))
+        self.accepted.write(call.accepted)
+        for file in stale:
+            file.unlink(missing_ok=True)
 
     def _score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
         """Score what the client serves after a round; on test data also the shared part."""
@@ -137,7 +141,7 @@ class Member:
         examples = self.learner.task.examples(self.client_id, call.split)
         if not examples:
             return []
-        states = self._run().states(arm.column, round_ + 1)
+        states = self._states(arm.column, round_ + 1)
         client = client_of(arm.method, self.parts.start, states, self.client_id)
         message = self._message(arm, call)
         deploying = arm.method.deploy(client, message)
@@ -159,7 +163,7 @@ class Member:
     def _train(self, arm: Arm, call: Call) -> tuple[Message, Cost]:
         """The client's half of a round; its new state stays here, its upload is returned."""
         began = time.monotonic()
-        states = self._run().states(arm.column, call.round)
+        states = self._states(arm.column, call.round)
         client = client_of(arm.method, self.parts.start, states, self.client_id)
         message = self._message(arm, call)
         check_broadcast(message, arm.method, self.parts.start, client)
@@ -186,8 +190,12 @@ class Member:
             return call.message
         return arm.method.broadcast(arm.method.init_server(self.parts.start), self.client_id)
 
-    def _run(self) -> RunFolder:
-        return RunFolder(self.folder)
+    def _folder(self, column: str) -> Path:
+        """The yardstick has a folder of its own, as in a run's folder."""
+        return self.folder / "local" if column == "local" else self.folder
+
+    def _states(self, column: str, round_: int) -> FileStates:
+        return FileStates(self._folder(column), round_, kept=self.accepted.kept)
 
 
 def is_last(data: bytes) -> bool:
@@ -225,6 +233,8 @@ def open_member(
             f"client {client_id!r} is not in the terms of {terms.name!r}, which name "
             f"{', '.join(terms.clients)}"
         )
+    if folder.exists():  # before a model is loaded for nothing
+        read_accepted(folder).kept.digests.require_whole()
     settings = replace(
         terms.settings,
         data=replace(terms.settings.data, path=data),
@@ -236,9 +246,9 @@ def open_member(
     )
     prepared = prepare(settings, clients=terms.clients)
     _require_fitting(prepared, terms, client_id, data)
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, terms, client_id)
-    return Member(terms, client_id, prepared.parts, learner_of(prepared), folder, hear)
+    make_private_folder(folder)
+    accepted = claim(folder, terms, client_id)
+    return Member(terms, client_id, prepared.parts, learner_of(prepared), folder, accepted, hear)
 
 
 def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Path) -> None:
@@ -261,17 +271,31 @@ def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Pat
         )
 
 
-def claim(folder: Path, terms: Terms, client_id: str) -> None:
-    """A folder belongs to one client of one federation for ever."""
+class _About(TypedDict):
+    format: int
+
+
+def claim(folder: Path, terms: Terms, client_id: str) -> Accepted:
+    """A folder belongs to one client of one federation for ever; what it says of its states."""
     about = {"format": FORMAT, "federation": terms.name, "client": client_id, "terms": terms.digest}
     file = folder / "run.json"
     if not file.exists():
+        for each in (ACCEPTED, "clients", "answer.bin"):
+            if (folder / each).exists():
+                raise StoreError(f"{file} is missing, but {folder / each} is there")
         atomic_write(file, (json.dumps(about, indent=2) + "\n").encode())
-        return
-    found = json.loads(file.read_text())
-    if found != about:
-        key = next(key for key in about if found.get(key) != about[key])
+    found = read_json(file, _About)
+    if found["format"] != FORMAT:
         raise StoreError(
-            f"{folder} belongs to {key} {found.get(key)!r}, but this is {about[key]!r}; "
-            "use another folder for it"
+            f"{file}: a client's folder of format {found['format']}, but this version reads "
+            f"{FORMAT}; the version that began the federation goes on with it"
         )
+    if found != about:
+        key = next((key for key in about if found.get(key) != about[key]), min(found))
+        raise StoreError(
+            f"{file}: the folder belongs to {key} {found.get(key)!r}, but this is "
+            f"{about.get(key)!r}; use another folder for it"
+        )
+    accepted = read_accepted(folder)
+    accepted.kept.digests.require_there()
+    return accepted

@@ -16,6 +16,7 @@ from fedalt.flower.records import bytes_of, content_of
 from fedalt.flower.serve import clients_by_key, host_of
 from fedalt.store import locked
 
+MISPLACED = (IsADirectoryError, NotADirectoryError, PermissionError)
 server = ServerApp()
 client = ClientApp()
 
@@ -32,8 +33,10 @@ def serve(grid: Grid, context: Context) -> None:
                 grid, partial(clients_by_key, config), config.firewall.max_upload_bytes
             )
             host_of(config, channel).to_the_end()
-        except ValueError as error:  # a mistake that does not go away by trying again
-            place.failed.write_text(str(error), encoding="utf-8")
+        # Mistakes that do not go away by trying again; a full disk may.
+        except (ValueError, *MISPLACED) as error:
+            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+            atomic_write(place.failed, str(told).encode())
             raise
         place.ended.touch()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.federation.member import Hear, Member, ignore, is_last
+from fedalt.files import make_private_folder, open_private
 from fedalt.flower.config import ClientConfig, member_of
 from fedalt.flower.pipe import receive, send
 from fedalt.flower.processes import QUIET
@@ -32,7 +33,7 @@ def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
     needed = [place.key] if place.insecure else [place.key, place.authority]
     for each in needed:
         each.read_bytes()  # OSError names the file
-    place.folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(place.folder)
     with locked(place.folder):
         member = member_of(config, hear)
         say(f"{place.name}: the model is loaded, calling {place.server}")
@@ -104,7 +105,7 @@ def _link(config: ClientConfig, node: str) -> Iterator[tuple[socket.socket, Path
     log = place.folder / "link.log"
     authority = "-" if place.insecure else str(place.authority)
     words = [str(theirs.fileno()), place.server, str(place.key), authority, *filter(None, [node])]
-    with log.open("wb") as output:
+    with open_private(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "fedalt.flower.link", *words],
             pass_fds=[theirs.fileno()],

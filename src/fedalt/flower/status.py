@@ -1,25 +1,43 @@
 """How a federation's server stands, from its folder alone."""
 
-import json
 import time
 from collections import Counter
 from datetime import datetime
-from typing import Final
+from typing import Final, TypedDict
 
+from fedalt.disk.reading import FormError, parse, read_bytes, read_json
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.serve import revoked
+from fedalt.quarantine import refusals
 
 _SHOWN: Final = 5  # lines of one sort
 
 
+class _Status(TypedDict):
+    round: int
+    rounds: int
+    online: list[str]
+    awaited: list[str]
+    heard: dict[str, float]
+    unable: dict[str, str]
+    time: float
+
+
+class _Told(TypedDict):
+    time: str
+    what: str
+    refused: int
+    last_from: str | None
+
+
 def shown(config: ServerConfig) -> str:
-    """Rounds, nodes, last contacts and refused uploads, as a few lines of text."""
+    """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError."""
     folder, terms = config.place.run, config.terms
     file = folder / "status.json"
     if not file.exists():
         begun = f"{terms.name}: has not begun; no status in {folder}"
         return "\n".join([begun, *_refused_requests(config)])
-    status = json.loads(file.read_text())
+    status: _Status = read_json(file, _Status)
     ago = time.time() - status["time"]
     state = "has ended" if config.place.ended.exists() else f"seen {ago:.0f} seconds ago"
     done = min(status["round"], status["rounds"])
@@ -35,10 +53,7 @@ def shown(config: ServerConfig) -> str:
         lines.append(f"  {client_id}: {here}{waits}; last answer {when}")
         if client_id in status["unable"]:
             lines.append(f"    it could not: {status['unable'][client_id]}")
-    refused = folder / "refused.jsonl"
-    found = (
-        [json.loads(line) for line in refused.read_text().splitlines()] if refused.exists() else []
-    )
+    found = refusals(folder)
     lines.append(f"  refused uploads: {len(found)}")
     lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in found[-_SHOWN:]]
     return "\n".join([*lines, *_refused_requests(config)])
@@ -47,8 +62,8 @@ def shown(config: ServerConfig) -> str:
 def _refused_requests(config: ServerConfig) -> list[str]:
     """What the door has turned away since its log began; nothing where that is nothing."""
     log = config.place.logs / "door.log"
-    written = log.read_text(errors="replace").splitlines() if log.exists() else []
-    told = [json.loads(line) for line in written if line.startswith("{") and line.endswith("}")]
+    written = read_bytes(log).decode(errors="replace").splitlines() if log.exists() else []
+    told = [line for text in written if (line := _told(text)) is not None]
     if not told:
         return []
     counts: Counter[str] = Counter()
@@ -60,3 +75,12 @@ def _refused_requests(config: ServerConfig) -> list[str]:
         f"  refused requests: {counts.total()} since {told[0]['time']}{come}",
         *(f"    {count}: {what}" for what, count in counts.most_common(_SHOWN)),
     ]
+
+
+def _told(text: str) -> _Told | None:
+    """A line of the door's log that counts requests; others are of the libraries, or damaged."""
+    try:
+        found: _Told = parse(text, _Told)
+    except FormError:
+        return None
+    return found

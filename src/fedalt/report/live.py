@@ -134,7 +134,10 @@ def follow(seen: Reading) -> Reading:
     digest.update(committed)
     offset = seen.offset + len(committed)
     _require_committed(path, standing, offset, digest.hexdigest())
-    counted = tuple(json.loads(line) for line in committed.splitlines())
+    if offset == standing.record_bytes:
+        counted = tuple(json.loads(line) for line in committed.splitlines())
+    else:  # nothing vouches for them yet
+        counted = tuple(parse_lines(committed, dict[str, Any], path / RECORD, parse_line))
     return Reading(
         path=path,
         stamp=stamp,

@@ -4,6 +4,7 @@ So it can be read while another process writes, on another machine too, and with
 """
 
 import tomllib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, NotRequired, TypedDict
@@ -20,6 +21,7 @@ __all__ = [
     "Length",
     "Standing",
     "StoreError",
+    "committed_lines",
     "parse_line",
     "read_facts",
     "read_length",
@@ -145,12 +147,22 @@ def require_committed(record: Path, data: bytes, now: Standing) -> None:
         )
     if digest_of(data) == now.record_sha256:
         return
-    for number, line in enumerate(data.split(b"\n")[:-1], 1):
-        try:
-            parse_line(line.decode())
-        except (FormError, UnicodeDecodeError) as error:
-            raise StoreError(f"{record} is damaged: line {number}: {error}") from None
+    list(committed_lines(data, record))
     raise StoreError(
         f"{record} was changed after it was written: it is not what {record.parent / PROGRESS} "
         "says; put the file back from a backup"
     )
+
+
+def committed_lines(
+    data: bytes, record: Path, parsed: Callable[[str], dict[str, Any]] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The whole lines of a part of rounds.jsonl, each checked unless `parsed` does without.
+
+    Raises StoreError with the number of the line within the part.
+    """
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            yield (parsed or parse_line)(line.decode())
+        except (FormError, UnicodeDecodeError) as error:
+            raise StoreError(f"{record} is damaged: line {number}: {error}") from None

@@ -16,6 +16,7 @@ from fedalt.record import (
     Length,
     Standing,
     StoreError,
+    committed_lines,
     parse_line,
     read_facts,
     read_length,
@@ -134,10 +135,8 @@ def follow(seen: Reading) -> Reading:
     digest.update(committed)
     offset = seen.offset + len(committed)
     _require_committed(path, standing, offset, digest.hexdigest())
-    if offset == standing.record_bytes:
-        counted = tuple(json.loads(line) for line in committed.splitlines())
-    else:  # nothing vouches for them yet
-        counted = tuple(parse_lines(committed, dict[str, Any], path / RECORD, parse_line))
+    vouched = offset == standing.record_bytes  # else lines are checked one by one
+    counted = tuple(committed_lines(committed, path / RECORD, json.loads if vouched else None))
     return Reading(
         path=path,
         stamp=stamp,

@@ -5,14 +5,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from fedalt.disk.reading import read_text
 from fedalt.report.numbers import numbers_of
-from fedalt.settings import read_table
 
 PROJECT = "fedalt"
 _WRITER = Path(__file__).with_name("trackio_writer.py")
@@ -31,7 +32,7 @@ def writing_trackio(run: Path) -> Iterator["Trackio"]:
         "name": run.resolve().name,
         # Whose rows to delete; in a store of its own, which may have moved, they are all its.
         "folder": str(run.resolve()) if shared else None,
-        "settings": read_table(run / "settings.toml"),
+        "settings": tomllib.loads(read_text(run / "settings.toml")),
     }
     theirs = {key: value for key, value in os.environ.items() if not key.startswith("TRACKIO_")}
     ours = {

@@ -41,14 +41,18 @@ class Length:
     test: bool
 
 
+class _Metrics(TypedDict):
+    loss: float
+
+
 class _Train(TypedDict):
     round: int
     client: str
     column: str
-    metrics: dict[str, float]
+    metrics: _Metrics
     upload_bytes: int
-    download_bytes: int
-    seconds: float
+    download_bytes: NotRequired[int]
+    seconds: NotRequired[float]
     refused: NotRequired[str]
 
 
@@ -57,7 +61,7 @@ class _Score(TypedDict):
     round: int
     client: str
     column: str
-    metrics: dict[str, float]
+    metrics: _Metrics
 
 
 class _Mixer(TypedDict):

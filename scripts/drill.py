@@ -8,6 +8,7 @@ Exits with 1 if a number differs, a state is lost, or a refusal is missing.
 
 import argparse
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -149,7 +150,9 @@ class Drill:
                 there.wait_for(lambda: name in there.answered(round_), "its answer")
             elif when == "while training":  # the first thing it does with a call
                 told = state / "accepted.json"
-                there.wait_for(lambda: told.read_text() == str(round_ - 1), "its call")
+                there.wait_for(
+                    lambda: json.loads(told.read_text())["accepted"] == round_ - 1, "its call"
+                )
             else:
                 kept = state / "answer.bin"
                 old = kept.stat().st_mtime_ns

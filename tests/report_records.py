@@ -3,8 +3,12 @@
 import json
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from fedalt.disk.digests import digest_of
+from fedalt.disk.standing import read_digests, read_standing, seal_of_facts, write_standing
 
 SLOTS = ["individual", "rest_of_world"]
 SITES = [f"model.layers.{n}.{part}_proj" for n in range(4) for part in ("q", "k", "v", "up")]
@@ -48,14 +52,30 @@ def append_lines(run: Path, lines: Sequence[dict[str, Any]]) -> None:
     text = "".join(json.dumps(line) + "\n" for line in lines)
     with (run / "rounds.jsonl").open("a") as file:
         file.write(text)
-    progress = json.loads((run / "progress.json").read_text())
-    progress["record_bytes"] += len(text.encode())
-    (run / "progress.json").write_text(json.dumps(progress))
+    recommit(run)
+
+
+def recommit(run: Path, **over: Any) -> None:
+    """Let the record, the facts and the examples of a run count as they lie there now."""
+    record, examples = run / "rounds.jsonl", run / "examples.jsonl"
+    standing = read_standing(run)
+    digests = read_digests(run, standing)
+    digests.forget(examples)
+    if examples.exists():
+        digests.note(examples, digest_of(examples.read_bytes()))
+    data = record.read_bytes() if record.exists() else b""
+    now = {
+        "record_bytes": len(data),
+        "record_sha256": digest_of(data),
+        "facts": (seal_of_facts(json.loads((run / "run.json").read_text())),),
+    }
+    write_standing(run, replace(standing, **{**now, **over}), digests)
 
 
 def write_examples(run: Path, lines: Sequence[dict[str, Any]]) -> None:
     """The file of test examples."""
     (run / "examples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    recommit(run)
 
 
 def large_record(run: Path, like: Path, clients: int = 64, rounds: int = 50) -> Path:
@@ -68,8 +88,7 @@ def large_record(run: Path, like: Path, clients: int = 64, rounds: int = 50) -> 
     run.mkdir(parents=True)
     (run / "run.json").write_text(json.dumps(facts))
     (run / "settings.toml").write_text((like / "settings.toml").read_text())
-    progress = {"rounds_done": rounds, "best": {}, "tested": True, "record_bytes": 0}
-    (run / "progress.json").write_text(json.dumps(progress))
+    recommit(run, rounds_done=rounds, tested=True)
     lines: list[dict[str, Any]] = []
     for at in range(rounds):
         for column in ("own", "local"):

@@ -164,10 +164,11 @@ def copy_of(run: Path, to: Path) -> Path:
 @pytest.mark.parametrize(
     ("file", "content", "complaint"),
     [
-        ("run.json", '{"format": 99}', "has run format 99, but this version reads 1"),
-        ("run.json", "{", "is not a run's description"),
-        ("progress.json", "{", "progress.json cannot be read"),
-        ("progress.json", "{}", "progress.json is damaged"),
+        ("run.json", '{"format": 99}', "run format 99, but this version reads 2"),
+        ("run.json", '{"format": 1}', "run.json: this run is of format 1, which keeps no digests"),
+        ("run.json", "{", "run.json is damaged: it is not JSON"),
+        ("progress.json", "{", "progress.json is damaged: it is not JSON"),
+        ("progress.json", "{}", "progress.json is damaged: it lacks 'best'"),
         ("settings.toml", "x = 1", "unknown key 'x'"),
         ("clients/a/0001.safetensors", "x", "0001.safetensors"),
     ],

@@ -3,6 +3,7 @@
 import errno
 import os
 import resource
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,7 +13,7 @@ from threading import Event, Thread, get_ident
 import pytest
 
 from fedalt.engine.course import Progress
-from fedalt.files import atomic_write, writing_behind
+from fedalt.files import atomic_write, make_private_folder, open_private, writing_behind
 from fedalt.states import FileStates
 from fedalt.store import RunFolder
 from fedalt.training.orders import Moments
@@ -37,10 +38,18 @@ def test_a_file_is_made_and_replaced(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_has_the_rights_that_any_new_file_has(tmp_path: Path) -> None:
-    (tmp_path / "plain").touch()
-    atomic_write(tmp_path / "state", b"")
-    assert (tmp_path / "state").stat().st_mode == (tmp_path / "plain").stat().st_mode
+@pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])
+def test_a_file_and_its_folders_are_for_their_owner_alone(tmp_path: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        make_private_folder(tmp_path / "a" / "b")
+        atomic_write(tmp_path / "a" / "b" / "state", b"")
+        with open_private(tmp_path / "a" / "log", "a") as file:
+            file.write("said")
+    finally:
+        os.umask(before)
+    for each in tmp_path.rglob("*"):
+        assert stat.S_IMODE(each.stat().st_mode) == (0o700 if each.is_dir() else 0o600), each
 
 
 @pytest.mark.parametrize("size", [5_000, 500_000])

@@ -10,6 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "fedalt"
 
 FLOORS = {
+    "disk": 0,
     "files": 0,
     "container": 0,
     "record": 0,

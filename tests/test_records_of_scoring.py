@@ -9,6 +9,7 @@ import pytest
 import torch
 from bases import base_of, example, random_serving_tree
 from commands import call
+from report_records import recommit
 from runs_for_tests import save_model, settings_for, write_clients
 from test_evaluation import DATA, PLANS, asked_of, serving_of
 from tiny import CAUSAL, CLASSIFIERS
@@ -161,11 +162,11 @@ def test_a_run_keeps_its_best_and_worst_test_examples(finished_run):
 def test_scoring_again_writes_nothing_and_testing_again_replaces(finished_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
+    (run / "examples.jsonl").unlink()
+    recommit(run, tested=False)
     (run / "examples.jsonl").write_text("of a test that was never committed\n")
     assert call("evaluate", run, "--quiet") == 0
     assert (run / "examples.jsonl").read_text() == "of a test that was never committed\n"
-    progress = json.loads((run / "progress.json").read_text())
-    (run / "progress.json").write_text(json.dumps({**progress, "tested": False}))
     resume_run(reopen(run), run)
     assert examples_of(run) == examples_of(finished_run)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from commands import call
-from report_records import SITES, append_lines, example_line, large_record, mixer_line
+from report_records import SITES, append_lines, example_line, large_record, mixer_line, recommit
 from report_records import write_examples as examples_into
 from runs_for_tests import write_clients
 
@@ -79,10 +79,8 @@ def without(run, *kinds):
     """Take lines of these kinds and the examples out of a run's record, as in an older one."""
     lines = [line for line in open_run(run).lines() if line["kind"] not in kinds]
     (run / "rounds.jsonl").write_text("")
-    progress = json.loads((run / "progress.json").read_text())
-    (run / "progress.json").write_text(json.dumps({**progress, "record_bytes": 0}))
-    append_lines(run, lines)
     (run / "examples.jsonl").unlink(missing_ok=True)
+    append_lines(run, lines)
 
 
 def page_of(run):
@@ -138,8 +136,8 @@ def test_what_is_not_on_record_is_left_out_and_named(run):
 
 
 def test_a_run_that_has_done_no_round_has_a_page(run):
-    progress = {"rounds_done": 0, "best": {}, "tested": False, "record_bytes": 0}
-    (run / "progress.json").write_text(json.dumps(progress))
+    (run / "rounds.jsonl").unlink()
+    recommit(run, rounds_done=0, best={}, tested=False)
     page = page_of(run)
     assert Tables(page).ids >= {"run", "absent"}
     assert "no client has been scored yet" in page

@@ -12,10 +12,9 @@ from fedalt.evaluation import Scoring, generate
 from fedalt.evaluation.asking import fitted
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
-from fedalt.prepare import Parts, load_parts, question
+from fedalt.prepare import Parts, load_parts, question, settings_of_run
 from fedalt.record import require_clients
 from fedalt.runs import require_client, require_same_base, serving
-from fedalt.settings import read_settings
 from fedalt.store import open_run
 
 
@@ -34,9 +33,11 @@ def load_run_parts(path: Path, base: Base | None = None) -> Parts:
 
     Raises StoreError for another base model than the run began with.
     """
-    facts = open_run(path).facts()
+    folder = open_run(path)
     require_clients(path)
-    parts = load_parts(read_settings(path / "settings.toml"), facts["data"]["labels"], base)
+    settings, _ = settings_of_run(folder)
+    facts = folder.facts()
+    parts = load_parts(settings, facts["data"]["labels"], base)
     require_same_base(path, facts, parts.base)
     return parts
 

@@ -8,7 +8,7 @@ import json
 import math
 import reprlib
 from bisect import bisect_left
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from inspect import formatannotation
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fedalt.container import CodecError as CodecError
 from fedalt.container import dump, pack, unpack
+from fedalt.disk.digests import digest_of
 from fedalt.files import atomic_write as atomic_write
 from fedalt.tree import Name, Tree
 
@@ -96,21 +97,27 @@ def fields_of(cls: type, declared: object) -> tuple[str, ...]:
     return tuple(name for name, hint in _hints(cls).items() if hint == declared)
 
 
-def write(path: Path, value: object, *, omit: Collection[str] = ()) -> None:
-    """Encode into a file, which is replaced whole or not at all."""
+def write(path: Path, value: object, *, omit: Collection[str] = ()) -> str:
+    """Encode into a file, which is replaced whole or not at all; the SHA-256 of its bytes."""
     try:
         data = encode(value, omit=omit)
     except CodecError as error:
         raise CodecError(f"{path}: {error}") from error
     atomic_write(path, data)
+    return digest_of(data)
 
 
 def read(
-    cls: type[T], path: Path, *, given: Mapping[str, object] | None = None, finite: bool = False
+    cls: type[T],
+    path: Path,
+    *,
+    given: Mapping[str, object] | None = None,
+    finite: bool = False,
+    of: Callable[[Path], bytes] = Path.read_bytes,
 ) -> T:
-    """Decode a file; an error about its content begins with its path."""
+    """Decode a file; an error about its content begins with its path. `of` reads its bytes."""
     try:
-        return decode(cls, path.read_bytes(), given=given, finite=finite)
+        return decode(cls, of(path), given=given, finite=finite)
     except CodecError as error:
         raise CodecError(f"{path}: {error}") from error
 

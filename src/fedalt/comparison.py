@@ -14,6 +14,8 @@ from typing import Any
 import torch
 
 from fedalt.data.folder import DataFolder, open_data
+from fedalt.disk.reading import read_text
+from fedalt.files import atomic_write, make_private_folder, open_private
 from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.prepare import require_known
@@ -209,17 +211,17 @@ def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], No
     words = ["resume", str(job.path)]
     if not (job.path / "run.json").exists():
         config = job.path.with_suffix(".toml")
-        config.parent.mkdir(parents=True, exist_ok=True)
-        config.write_text(to_toml(job.settings))
+        make_private_folder(config.parent)
+        atomic_write(config, to_toml(job.settings).encode())
         half = job.path / "settings.toml"
-        if half.exists() and half.read_text() == config.read_text():
+        if half.exists() and read_text(half) == to_toml(job.settings):
             half.unlink()  # it was killed between its first file and its second
         words = ["run", str(config), "--out", str(job.path)]
     elif is_finished(job.path):
         return None
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     log = job.path.with_suffix(".log")
-    with log.open("ab") as file:
+    with open_private(log, "ab") as file:
         began = file.tell()
         process = subprocess.Popen(  # noqa: S603 - our own command
             [sys.executable, "-m", "fedalt", *words],

@@ -1,4 +1,8 @@
-"""Writing a file so that a crash or a full disk leaves it whole, and many of them in passing."""
+"""Writing a file so that a crash or a full disk leaves it whole, and many of them in passing.
+
+Whatever is written here is for its owner alone, as keys are: files 0600 in folders of 0700, since
+adapters, texts and logs tell of client data.
+"""
 
 import contextlib
 import os
@@ -8,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Protocol
+from typing import IO, Any, Final, Protocol
 
 _AT_A_TIME: Final = 4  # writes; a disk takes several at once in about the time of one
 _BEHIND: Final = 32  # writes that wait or are being done: what they hold is in memory
@@ -71,6 +75,33 @@ def writing_behind() -> Iterator[Writer]:
             threads.shutdown(cancel_futures=True)
 
 
+def make_private_folder(folder: Path) -> None:
+    """Make a folder that only its owner can look into, and those above it that are not there.
+
+    One that is there already stays as it is.
+    """
+    if folder.is_dir():
+        return
+    make_private_folder(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+
+
+def open_private(path: Path, mode: str) -> IO[Any]:
+    """Open a file for writing; a new one is for its owner alone. Texts are UTF-8."""
+    encoding = None if "b" in mode else "utf-8"
+    return open(path, mode, encoding=encoding, opener=_open_private)
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a text into a file for its owner alone; a crash may leave a part of it."""
+    with open_private(path, "w") as file:
+        file.write(text)
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
+
+
 def atomic_write(path: Path, data: bytes) -> None:
     """Replace a file by one with this content, so that a crash leaves the old or the new one.
 
@@ -78,7 +109,7 @@ def atomic_write(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with open_private(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -1,15 +1,14 @@
 """Clients that come to a run when it has trained already, and clients that leave it."""
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from fedalt.engine.course import Line
 from fedalt.engine.in_process import client_of, drive, server_of
-from fedalt.prepare import Prepared, facts_of, learner_of, prepare
+from fedalt.prepare import Prepared, facts_of, learner_of, prepare, settings_of_run
 from fedalt.record import require_clients
 from fedalt.runs import require_client, require_same_base, score_clients
-from fedalt.settings import method_name, read_settings
+from fedalt.settings import method_name
 from fedalt.store import RunFolder, StoreError, kept_rounds, locked, open_run
 
 
@@ -57,29 +56,31 @@ def leave(path: Path, client_id: str) -> None:
     """
     folder = open_run(path)
     require_client(folder, client_id)
-    settings = read_settings(path / "settings.toml")
+    settings, _ = settings_of_run(folder)
     method = settings.method
     with locked(path):
-        progress = folder.progress()
-        for round_ in kept_rounds(progress, "own"):
-            server = folder.states("own", round_ + 1).get("server", method.server_state)
-            if server is None:
-                continue
-            without = method.without(server, client_id)
-            if without is None:
-                raise StoreError(
-                    f"{method_name(method)} keeps averages, from which no client can be taken out "
-                    f"again: {client_id!r} can only stop, and what it gave fades over the rounds"
-                )
-            folder.states("own", round_).put("server", without)
-        for ledger in (path / "server").glob("*/"):  # the uploads themselves
-            shutil.rmtree(ledger / client_id, ignore_errors=True)
-        folder.add_facts({"left": sorted({*folder.facts().get("left", []), client_id})})
+        rounds = kept_rounds(folder.progress(leaving=client_id), "own")
+        without = {}
+        for at in rounds:
+            server = folder.states("own", at + 1).get("server", method.server_state)
+            if server is not None:
+                without[at] = method.without(server, client_id)
+        if None in without.values():
+            raise StoreError(
+                f"{method_name(method)} keeps averages, from which no client can be taken out "
+                f"again: {client_id!r} can only stop, and what it gave fades over the rounds"
+            )
+        folder.add_facts({"leaving": client_id})  # from here on until the end nothing else goes on
+        for round_, server in without.items():
+            folder.states("own", round_).put("server", server)
+        folder.forget_uploads(client_id)
+        left = sorted({*folder.facts().get("left", []), client_id})
+        folder.add_facts({"left": left, "leaving": None})
 
 
 def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
     """The run's settings over the newcomers' data, if they fit together."""
-    settings = read_settings(folder.path / "settings.toml")
+    settings, _ = settings_of_run(folder)
     training = settings.training
     if epochs is not None:
         training = replace(training, local_epochs=epochs)

@@ -1,10 +1,11 @@
 """Everything a run needs, loaded and checked before its first step."""
 
 import platform
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -27,7 +28,17 @@ from fedalt.engine.course import Arm
 from fedalt.engine.learner import Learner
 from fedalt.methods.local import LocalOnly
 from fedalt.models import Base, load_base
-from fedalt.settings import Settings, SettingsError, lora_of, method_name, settings_of_method
+from fedalt.settings import (
+    Settings,
+    SettingsError,
+    lora_of,
+    method_name,
+    read_settings,
+    rooted,
+    settings_of_method,
+    to_toml,
+)
+from fedalt.store import RunFolder, StoreError
 from fedalt.training.orders import Fit
 from fedalt.tree import numbers
 
@@ -175,6 +186,41 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
 def form_of(record: Record) -> str:
     """What a record's form is called, in which a client's prompts are asked."""
     return _FORMS[type(record)]
+
+
+# What does not change which numbers a state holds, or where the rest of a run is up to the user.
+_FREE: Final = (
+    *("training", "rounds", "scoring", "firewall"),
+    *("data.path", "data.template", "model.name", "model.device", "model.compile"),
+)
+
+
+def settings_of_run(folder: RunFolder) -> tuple[Settings, tuple[str, ...]]:
+    """A run's settings, and a sentence for each that is another than when the run began.
+
+    Rates, lengths and places may change while a run goes on; StoreError for what may not.
+    """
+    file = folder.path / "settings.toml"
+    settings = read_settings(file)
+    then = rooted(folder.settings_at_start(), folder.path)
+    now = tomllib.loads(to_toml(settings))
+    told = []
+    for section in sorted({*then, *now}):
+        ours, theirs = (_keys(table.get(section)) for table in (then, now))
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) == theirs.get(key):
+                continue
+            name = f"[{section}] {key}" if key else section
+            what = f"{name} was {ours.get(key)!r} when the run began, and is {theirs.get(key)!r}"
+            if section not in _FREE and f"{section}.{key}" not in _FREE:
+                raise StoreError(f"{file} was changed: {what}; put it back, or begin a new run")
+            told.append(f"{file} was changed: {what}")
+    return settings, tuple(told)
+
+
+def _keys(section: object) -> dict[str, object]:
+    """The keys of a section; a value at the top of the file has the key ""."""
+    return section if isinstance(section, dict) else {} if section is None else {"": section}
 
 
 def require_known(settings: Settings, clients: Sequence[str]) -> None:

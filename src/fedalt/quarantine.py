@@ -9,13 +9,23 @@ import json
 import re
 from itertools import chain, count
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from fedalt.container import CodecError, unpack
-from fedalt.files import atomic_write
+from fedalt.disk.reading import read_bytes, read_lines
+from fedalt.files import atomic_write, make_private_folder
 
 RECORD = "refused.jsonl"
 FOLDER = "quarantine"
+
+
+class _Line(TypedDict):
+    round: int
+    client: str
+    reason: str
+    bytes: int
+    file: str | None
+
 
 _PLAIN = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
@@ -27,7 +37,7 @@ def quarantine(
 
     Its bytes are kept unless all that are kept would then be more than `limit` bytes.
     """
-    lines = refusals(folder)
+    lines: list[dict[str, Any]] = refusals(folder)
     file = _free(folder / FOLDER, f"{round_:04d}-{_file_name(client_id)}", data)
     kept = sum(each.stat().st_size for each in file.parent.glob("*") if each != file)
     keep = bool(data) and kept + len(data) <= limit
@@ -39,7 +49,7 @@ def quarantine(
         "file": file.relative_to(folder).as_posix() if keep else None,
     }
     if keep:
-        file.parent.mkdir(exist_ok=True)
+        make_private_folder(file.parent)
         atomic_write(file, data)
     if line not in lines:
         text = "".join(json.dumps(each) + "\n" for each in [*lines, line])
@@ -49,10 +59,11 @@ def quarantine(
 def refusals(folder: Path) -> list[dict[str, Any]]:
     """What refused.jsonl of a run says, oldest first: round, client, reason, bytes and file.
 
-    `file` is relative to the run's folder, None where the bytes were not kept.
+    `file` is relative to the run's folder, None where the bytes were not kept. Raises StoreError
+    where refused.jsonl is damaged.
     """
     record = folder / RECORD
-    return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
+    return read_lines(record, _Line) if record.exists() else []
 
 
 def _free(folder: Path, stem: str, data: bytes) -> Path:
@@ -60,7 +71,7 @@ def _free(folder: Path, stem: str, data: bytes) -> Path:
     ending = _ending(data)
     later = (folder / f"{stem}-{number}{ending}" for number in count(2))
     files = chain([folder / f"{stem}{ending}"], later)
-    return next(file for file in files if not file.exists() or file.read_bytes() == data)
+    return next(file for file in files if not file.exists() or read_bytes(file) == data)
 
 
 def _file_name(client_id: str) -> str:

@@ -5,30 +5,33 @@ So it can be read while another process writes, on another machine too, and with
 
 import json
 import tomllib
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
-FORMAT = 1
+from fedalt.disk.digests import digest_of
+from fedalt.disk.reading import FormError, StoreError, parse, read_json, read_text, require
+from fedalt.disk.standing import PROGRESS
+from fedalt.disk.standing import Standing as Standing
+from fedalt.disk.standing import read_facts as read_facts
+from fedalt.disk.standing import read_standing as read_standing
 
+__all__ = [
+    "FORMAT",
+    "Length",
+    "Standing",
+    "StoreError",
+    "committed_lines",
+    "parse_line",
+    "read_facts",
+    "read_length",
+    "read_standing",
+    "require_committed",
+    "require_run",
+]
 
-class StoreError(ValueError):
-    """A run's folder that cannot be used, and why."""
-
-
-@dataclass(frozen=True)
-class Standing:
-    """What progress.json says: what counts of a run.
-
-    `best` holds for each arm's column the best round so far and its mean validation loss; of
-    rounds.jsonl the first `record_bytes` bytes count.
-    """
-
-    rounds_done: int = 0
-    best: Mapping[str, tuple[int, float]] = field(default_factory=dict)
-    tested: bool = False
-    record_bytes: int = 0
+FORMAT: Final = 2
 
 
 @dataclass(frozen=True)
@@ -39,10 +42,75 @@ class Length:
     test: bool
 
 
+class _Metrics(TypedDict):
+    loss: float
+
+
+class _Train(TypedDict):
+    round: int
+    client: str
+    column: str
+    metrics: _Metrics
+    upload_bytes: int
+    download_bytes: NotRequired[int]
+    seconds: NotRequired[float]
+    refused: NotRequired[str]
+
+
+class _Score(TypedDict):
+    split: Literal["validation", "test"]
+    round: int
+    client: str
+    column: str
+    metrics: _Metrics
+
+
+class _Mixer(TypedDict):
+    split: Literal["validation", "test"]
+    round: int
+    client: str
+    column: str
+    slots: list[str]
+    weights: dict[str, list[float]]
+    histogram: list[int]
+
+
+class _Round(TypedDict):
+    round: int
+    cohort: int
+    seconds: float
+    peak_memory_bytes: int
+
+
+class _Kind(TypedDict):
+    kind: Literal["train", "score", "mixer", "round"]
+
+
+_LINES: Final[dict[str, Any]] = {
+    "train": _Train,
+    "score": _Score,
+    "mixer": _Mixer,
+    "round": _Round,
+}
+
+
+class _Format(TypedDict):
+    format: int
+
+
+class _Rounds(TypedDict):
+    rounds: int
+    test: bool
+
+
+class _Settings(TypedDict):
+    rounds: _Rounds
+
+
 def require_run(path: Path) -> None:
     """Raise StoreError for a folder that is not a run's, or of another format."""
     file = path / "run.json"
-    if not file.is_file():
+    if not file.exists():
         raise StoreError(f"{path} is not a run's folder: it has no run.json{meant_by(path)}")
     if is_client(path):
         raise StoreError(
@@ -50,12 +118,14 @@ def require_run(path: Path) -> None:
             "that is with the server; of this client's own model, `fedalt evaluate`, `generate`, "
             "`chat` and `export` take the client.toml"
         )
-    try:
-        found = json.loads(file.read_text()).get("format")
-    except (ValueError, AttributeError) as error:
-        raise StoreError(f"{file} is not a run's description: {error}") from error
+    found = read_json(file, _Format)["format"]
+    if found == 1:
+        raise StoreError(
+            f"{file}: this run is of format 1, which keeps no digests of its files; a version of "
+            f"fedalt from before format {FORMAT} goes on with it, or begin a new run"
+        )
     if found != FORMAT:
-        raise StoreError(f"{path} has run format {found!r}, but this version reads {FORMAT}")
+        raise StoreError(f"{file}: run format {found!r}, but this version reads {FORMAT}")
 
 
 def require_clients(path: Path) -> None:
@@ -95,33 +165,52 @@ def meant_by(path: Path) -> str:
     return ""
 
 
-def read_facts(path: Path) -> dict[str, Any]:
-    """What run.json holds."""
-    facts: dict[str, Any] = json.loads((path / "run.json").read_text())
-    return facts
-
-
-def read_standing(path: Path) -> Standing:
-    """How far a run is. Raises StoreError where progress.json is damaged."""
-    file = path / "progress.json"
-    if not file.exists():
-        return Standing()
-    try:
-        raw = json.loads(file.read_text())
-    except ValueError as error:
-        raise StoreError(f"{file} cannot be read: {error}") from error
-    known = [each.name for each in fields(Standing)]
-    if not isinstance(raw, dict) or raw.keys() != set(known):
-        raise StoreError(f"{file} is damaged: expected {', '.join(known)}")
-    best = {column: (int(at), float(loss)) for column, (at, loss) in raw["best"].items()}
-    return Standing(raw["rounds_done"], best, raw["tested"], raw["record_bytes"])
-
-
 def read_length(path: Path) -> Length:
     """What settings.toml says of a run's length. Raises StoreError where it says nothing."""
     file = path / "settings.toml"
     try:
-        rounds = tomllib.loads(file.read_text())["rounds"]
-        return Length(int(rounds["rounds"]), bool(rounds["test"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{file} does not tell rounds and test of [rounds]: {error}") from error
+        table = tomllib.loads(read_text(file))
+    except tomllib.TOMLDecodeError as error:
+        raise StoreError(f"{file} is damaged: it is not TOML ({error})") from None
+    try:
+        require(table, _Settings)
+    except FormError as error:
+        raise StoreError(f"{file} does not tell rounds and test of [rounds]: {error}") from None
+    return Length(table["rounds"]["rounds"], table["rounds"]["test"])
+
+
+def parse_line(text: str) -> dict[str, Any]:
+    """A line of rounds.jsonl. Raises FormError for what no run has written."""
+    line: dict[str, Any] = parse(text, _Kind)
+    require(line, _LINES[line["kind"]])
+    return line
+
+
+def require_committed(record: Path, data: bytes, now: Standing) -> None:
+    """Raise StoreError unless these are the bytes of rounds.jsonl that progress.json speaks of."""
+    if len(data) < now.record_bytes:
+        raise StoreError(
+            f"{record} has {len(data)} bytes, but {record.parent / PROGRESS} counts "
+            f"{now.record_bytes}: its end is missing; put the file back from a backup"
+        )
+    if digest_of(data) == now.record_sha256:
+        return
+    list(committed_lines(data, record))
+    raise StoreError(
+        f"{record} was changed after it was written: it is not what {record.parent / PROGRESS} "
+        "says; put the file back from a backup"
+    )
+
+
+def committed_lines(
+    data: bytes, record: Path, parsed: Callable[[str], dict[str, Any]] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The whole lines of a part of rounds.jsonl, each checked unless `parsed` does without.
+
+    Raises StoreError with the number of the line within the part.
+    """
+    for number, line in enumerate(data.split(b"\n")[:-1], 1):
+        try:
+            yield (parsed or parse_line)(line.decode())
+        except (FormError, UnicodeDecodeError) as error:
+            raise StoreError(f"{record} is damaged: line {number}: {error}") from None

@@ -15,9 +15,9 @@ from fedalt.engine.schedule import Run
 from fedalt.files import writing_behind
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
-from fedalt.prepare import Parts, Prepared, facts_of, learner_of, prepare
+from fedalt.prepare import Parts, Prepared, facts_of, learner_of, prepare, settings_of_run
 from fedalt.record import require_clients
-from fedalt.settings import Settings, read_settings, to_toml
+from fedalt.settings import Settings, to_toml
 from fedalt.states import FileStates
 from fedalt.store import (
     RunFolder,
@@ -75,7 +75,8 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     """
     folder = open_run(path)
     require_clients(path)
-    prepared = prepare(read_settings(path / "settings.toml"), base=base)
+    settings, changed = settings_of_run(folder)
+    prepared = prepare(settings, base=base)
     then, now = folder.facts(), facts_of(prepared)
     require_same_base(path, then, prepared.parts.base)
     for part, key, what in (
@@ -85,7 +86,8 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
         expected, found = then.get(part, {}).get(key), now[part][key]
         if expected != found:
             raise StoreError(
-                f"{path} began with {what}: expected {key} {expected!r}, found {found!r}"
+                f"{path / 'run.json'}: the run began with {what}: expected {key} {expected!r}, "
+                f"found {found!r}"
             )
     old = [
         f"{name} {number}"
@@ -94,7 +96,7 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     ]
     # What else there is to warn of has been said when the run began.
     text = f"the run began with {', '.join(old)}: numbers may differ in their last digits"
-    return replace(prepared, warnings=(text,) if old else ())
+    return replace(prepared, warnings=(*changed, *((text,) if old else ())))
 
 
 def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
@@ -115,7 +117,7 @@ def is_finished(path: Path) -> bool:
     """Whether all rounds of a run are done and tested."""
     folder = open_run(path)
     require_clients(path)
-    settings = read_settings(path / "settings.toml")
+    settings, _ = settings_of_run(folder)
     with locked(path):
         progress = folder.progress()
     tested = progress.tested or not settings.rounds.test
@@ -125,13 +127,12 @@ def is_finished(path: Path) -> bool:
 def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
-    with (
-        locked(path),
-        _crew(prepared, path, watcher) as together,
-        writing_behind() as writer,
-    ):
-        journal = _Watched(replace(folder, writer=writer), watcher)
-        replace(_run(prepared, journal, watcher), crew=together).to_the_end()
+    with locked(path):
+        folder.progress()
+        folder.require_whole()
+        with _crew(prepared, path, watcher) as together, writing_behind() as writer:
+            journal = _Watched(replace(folder, writer=writer), watcher)
+            replace(_run(prepared, journal, watcher), crew=together).to_the_end()
     return folder
 
 

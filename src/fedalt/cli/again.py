@@ -20,8 +20,10 @@ def resume(
     from fedalt.cli.training import introduce, train
     from fedalt.report.trackers import require_trackers
     from fedalt.runs import is_finished, reopen
+    from fedalt.store import open_run
 
     if is_finished(path):
+        open_run(path).require_whole()
         note(f"{path} is finished: all its rounds are done and tested", quiet=quiet)
         show_run(path, as_json=as_json, quiet=quiet)
         return

@@ -60,7 +60,7 @@ def demo(
     columns = {name: results.scores[method] for method, name in METHODS.items()}
     scores, losses = (joined(columns, "local", losses=each) for each in (False, True))
     # By client, as it is shown, instead of a comparison's table by method.
-    (folder / "table.md").write_text(f"{to_markdown(scores)}\n{to_markdown(losses)}")
+    atomic_write(folder / "table.md", f"{to_markdown(scores)}\n{to_markdown(losses)}".encode())
     pages = _write_pages(folder, runs[0].path)
     verdicts = [f"mean: {verdict(scores, 'FedALT', other)}" for other in ("FedIT", "local")]
     result: dict[str, Any] = {
@@ -108,12 +108,12 @@ def _prepare(folder: Path, plan: dict[str, int]) -> Path:
     The plan is written last, so that it vouches for both.
     """
     from fedalt.data.suite import write_suite
-    from fedalt.files import atomic_write
+    from fedalt.files import atomic_write, make_private_folder
     from fedalt.tuning import write_toml
 
     file = folder / "methods.toml"
     if not (folder / PLAN).exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         write_suite(folder / "data", seed=DATA_SEED)
         write_toml(file, _comparison(plan))
         atomic_write(folder / PLAN, json.dumps(plan).encode())

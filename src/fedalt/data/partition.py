@@ -18,6 +18,7 @@ from fedalt.data.jsonl import read_items
 from fedalt.data.layout import PARTITION_FILE, require_safe
 from fedalt.data.records import DataError, Problems, parse_record, record_key
 from fedalt.data.task import hold_out
+from fedalt.files import make_private_folder, open_private
 from fedalt.seeds import generator, seed_of
 
 Groups = dict[str, list[int]]
@@ -240,15 +241,14 @@ def _line(value: object) -> str:
 
 def _write(target: Path, files: dict[str, list[str]]) -> None:
     """A folder with these files, or, if anything fails, nothing."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(target.parent)
     partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         for name, lines in files.items():
-            with (partial / name).open("w", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(f"{line}\n" for line in lines)
+            with open_private(partial / name, "wb") as stream:
+                stream.writelines(f"{line}\n".encode() for line in lines)
                 stream.flush()
                 os.fsync(stream.fileno())
-        partial.chmod(0o755)
         partial.replace(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)

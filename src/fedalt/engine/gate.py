@@ -18,6 +18,7 @@ from fedalt.engine.firewall import (
 )
 from fedalt.engine.rehearsal import Form
 from fedalt.engine.robust import Robust, centre
+from fedalt.files import open_private
 from fedalt.methods.contract import AnyMethod, Message
 
 Decide = Callable[[str | None], None]
@@ -158,5 +159,6 @@ def _together(
 
 
 def _wait(arrival: Arrival, file: Path) -> _Waiting:
-    file.write_bytes(encode(arrival.upload))
+    with open_private(file, "wb") as opened:
+        opened.write(encode(arrival.upload))
     return _Waiting(arrival.client_id, file, size_of(arrival.upload), arrival.decide)

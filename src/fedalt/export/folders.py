@@ -20,6 +20,7 @@ from fedalt.codec import check_tree
 from fedalt.export.keys import as_peft_reads
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
 from fedalt.export.targets import names_of_sites, saved_whole, targets_of, tensors_of_head
+from fedalt.files import make_private_folder, open_private, write_private
 from fedalt.methods.contract import Serving
 from fedalt.models import BUILT_IN, Base, location
 from fedalt.tree import select
@@ -160,12 +161,12 @@ def _place(name: str) -> str:
 def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], readme: str) -> None:
     """Configuration and tensors; what PEFT wraps into its own model has longer keys."""
     if readme:
-        (folder / "README.md").write_text(readme, encoding="utf-8")
+        write_private(folder / "README.md", readme)
     plain = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
     }
-    (folder / CONFIG_NAME).write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n")
+    write_private(folder / CONFIG_NAME, json.dumps(plain, indent=2, sort_keys=True) + "\n")
     data = safetensors.torch.save(
         {
             # a copy: two names may share a tensor, which the format refuses
@@ -174,7 +175,8 @@ def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], read
         },
         metadata={"format": "pt"},
     )
-    (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
+    with open_private(folder / SAFETENSORS_WEIGHTS_NAME, "wb") as file:
+        file.write(data)
 
 
 @contextmanager
@@ -183,9 +185,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already and is not empty")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
-    unfinished.mkdir()
+    make_private_folder(unfinished)
     try:
         yield unfinished
         unfinished.replace(folder)

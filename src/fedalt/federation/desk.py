@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from fedalt.codec import CodecError, atomic_write, decode, encode
 from fedalt.data.foreign import shown
+from fedalt.disk.reading import read_bytes
 from fedalt.engine.firewall import Refused, check_size, check_upload
 from fedalt.engine.gate import Gate
 from fedalt.engine.in_process import encoded
@@ -17,6 +18,7 @@ from fedalt.federation.answer_schema import Asked, asked_of, check_answer
 from fedalt.federation.channel import Channel, Lost
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.terms import Terms
+from fedalt.files import make_private_folder
 from fedalt.states import FileStates
 from fedalt.store import RunFolder
 
@@ -201,7 +203,7 @@ class Desk:
         """Put a client's answer of this round on disk."""
         self._unable.pop(client_id, None)
         file = self.answer_file(client_id)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(file.parent)
         atomic_write(file, data)
         self._note(client_id, answer)
 
@@ -254,7 +256,7 @@ class Desk:
         self._heard = _heard_in(self.folder / "status.json") | self._heard
         for client_id in self._calls:
             file = self.answer_file(client_id)
-            data = file.read_bytes() if file.exists() else b""
+            data = read_bytes(file) if file.exists() else b""
             try:
                 answer = self._checked(client_id, data, self.asked(client_id)) if data else None
             except Refused as error:

@@ -36,7 +36,7 @@ from fedalt.methods.local import LocalOnly
 from fedalt.prepare import trainable
 from fedalt.settings import lora_of, method_name, to_toml
 from fedalt.states import FileStates
-from fedalt.store import RunFolder, StoreError, create, open_run
+from fedalt.store import RunFolder, StoreError, create, open_run, require_settings
 
 _FAREWELL: Final = 30.0  # seconds to hear from everyone that they know it has ended
 
@@ -57,6 +57,7 @@ class Host:
         """Go on from where the folder stands until the test data are scored and all know it."""
         schedule = self.terms.settings.rounds
         progress = self.folder.progress().sound()
+        self.folder.require_whole()
         self._sweep(progress)
         called: Called = {}
         for round_ in range(progress.rounds_done, schedule.rounds):
@@ -220,7 +221,7 @@ class Host:
     def _sweep(self, progress: Progress) -> None:
         """Drop answers of rounds that are over."""
         for old in (self.folder.path / "incoming").glob("[0-9]*"):
-            if int(old.name) < progress.rounds_done:
+            if old.name.isdecimal() and int(old.name) < progress.rounds_done and old.is_dir():
                 shutil.rmtree(old)
 
     def _desk(self, round_: int, called: Called) -> Desk:
@@ -264,8 +265,10 @@ def open_host(
     host = Host(terms, tuple(arms), open_run(folder), channel, rules, gate, say)
     if (found := host.folder.facts().get("terms")) != terms.digest:
         raise StoreError(
-            f"{folder} belongs to other terms: expected {terms.digest!r}, found {found!r}"
+            f"{folder} belongs to other terms than terms.toml (and its template.txt, if it has "
+            f"one): its run.json says {found!r}, but they are {terms.digest!r}"
         )
+    require_settings(folder, to_toml(terms.settings))
     return host
 
 

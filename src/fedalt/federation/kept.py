@@ -13,25 +13,28 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.codec import CodecError, atomic_write, read
+from fedalt.disk.reading import StoreError, read_json
+from fedalt.federation.accepted import Accepted
 from fedalt.federation.messages import Call
 from fedalt.methods.contract import Message
 from fedalt.settings import Settings
 from fedalt.states import FileStates
-from fedalt.store import StoreError
 
 BROADCAST: Final = "server/broadcast"
 CHOSEN: Final = "served.json"
 
 
-def keep(folder: Path, call: Call, settings: Settings) -> None:
+def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
     """Keep a call's broadcast, and which round's model the client would use now.
 
     That is the round that is being tested; before any test the best one, if the settings say so
-    and the server has told one, else the one before the call's.
+    and the server has told one, else the one before the call's. `accepted` is what counts in the
+    client's folder, from now on this broadcast too.
     """
-    after = call.score.get("own", call.round - 1)
+    folder, after = accepted.folder, call.score.get("own", call.round - 1)
     if not call.last and after >= 0:
-        FileStates(folder, after).put(BROADCAST, call.message)
+        FileStates(folder, after, kept=accepted.kept).put(BROADCAST, call.message)
+        accepted.write(accepted.round)
     if call.split == "test" and call.score:
         chosen = dict(call.score)
     else:
@@ -71,9 +74,5 @@ def broadcast_after(folder: Path, round_: int) -> Message:
 
 def _chosen(folder: Path) -> Mapping[str, int]:
     file = folder / CHOSEN
-    if not file.exists():
-        return {}
-    try:
-        return {str(column): int(at) for column, at in json.loads(file.read_text()).items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise StoreError(f"{file} is damaged: {error}") from error
+    chosen: dict[str, int] = read_json(file, dict[str, int]) if file.exists() else {}
+    return chosen

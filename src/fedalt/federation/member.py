@@ -4,7 +4,8 @@
     clients/ID/0007.safetensors  the client's state after round 7, never sent
     local/...                    the same for training alone, the yardstick
     answer.bin                   the last answer, sent again if it is asked for again
-    accepted.json                the last round of which the server said that it counts
+    accepted.json                the last round of which the server said that it counts, and the
+                                 digests of all states, of that one and of what was trained since
     server/, served.json         what the server sent, for the owner to use the model; see kept.py
 
 A round of a client counts once the server says that its upload does. What the client trained in a
@@ -17,15 +18,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypedDict
 
 from fedalt import tree as trees
 from fedalt.codec import CodecError, atomic_write, decode, encode
+from fedalt.disk.reading import StoreError, read_bytes, read_json
 from fedalt.engine.course import Arm, Event
 from fedalt.engine.firewall import check_broadcast
 from fedalt.engine.in_process import client_of, drive, drive_all
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import training_metrics
+from fedalt.federation.accepted import ACCEPTED, Accepted, read_accepted
 from fedalt.federation.answer_schema import asked_of, check_answer
 from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
 from fedalt.federation.here import require_model, settings_here
@@ -33,16 +36,16 @@ from fedalt.federation.kept import keep
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.terms import Terms
 from fedalt.federation.told import Say, silent, what_did_not_count, what_was_done, where
+from fedalt.files import make_private_folder
 from fedalt.methods.contract import Message, Serving
 from fedalt.prepare import Parts, Prepared, learner_of, prepare
 from fedalt.settings import SettingsError
-from fedalt.states import newest, prune
-from fedalt.store import RunFolder, StoreError
+from fedalt.states import FileStates
 from fedalt.training.group import Trained
 from fedalt.training.orders import Order
 
 Hear = Callable[[Event], None]
-FORMAT = 1
+FORMAT = 2
 
 _log: Final = logging.getLogger(__name__)  # on standard error, where nobody says otherwise
 
@@ -60,6 +63,7 @@ class Member:
     parts: Parts
     learner: Learner
     folder: Path
+    accepted: Accepted
     hear: Hear = ignore
     say: Say = silent
 
@@ -112,7 +116,7 @@ class Member:
     def _last_answer(self) -> tuple[bytes, Answer | None]:
         """The last answer, as it was sent; a damaged file is none."""
         file = self.folder / "answer.bin"
-        data = file.read_bytes() if file.exists() else b""
+        data = read_bytes(file) if file.exists() else b""
         try:
             return data, decode(Answer, data)
         except CodecError:
@@ -124,7 +128,7 @@ class Member:
         if lost := what_did_not_count(self.folder, self.client_id, call):
             self.say(f"{where(call, self.terms.settings.rounds.rounds)}: {lost}")
         self._settle(call)
-        keep(self.folder, call, self.terms.settings)
+        keep(self.accepted, call, self.terms.settings)
         scores: list[Score] = []
         costs: list[Cost] = []
         upload = None
@@ -136,20 +140,19 @@ class Member:
                 sent, cost = self._train(arm, call)
                 costs.append(cost)
                 upload = sent if arm.column == "own" else upload
+            self.accepted.write(self.accepted.round)  # with the digests of what was trained
         return replace(answer, upload=upload, scores=tuple(scores), costs=tuple(costs))
 
     def _require_counted(self, call: Call) -> None:
         """Refuse a server that has forgotten what it said, or counts what is not here."""
-        known = self._accepted()
+        known = self.accepted.round
         if call.accepted < known:
             raise CallRefused(
                 f"client {self.client_id!r}: the server says that round {call.accepted} was the "
                 f"last to count, but it said {known} before; nothing was changed. It was set back "
                 "to an older state, or this is an old message"
             )
-        mine = newest(
-            self._run().states("own", 0).folder / "clients" / self.client_id, call.accepted
-        )
+        mine = self.accepted.kept.newest(self.folder / "clients" / self.client_id, call.accepted)
         is_there = mine is not None and int(mine.stem) == call.accepted
         if call.accepted != NEVER and not is_there and not call.last:
             raise CallRefused(
@@ -163,29 +166,20 @@ class Member:
         (own,) = (arm for arm in self.parts.arms if arm.column == "own")
         scored = call.score.get(own.column, call.accepted)
         for round_ in {call.accepted, min(scored, call.accepted)}:
-            states = self._run().states(own.column, round_ + 1)
+            states = self._states(own.column, round_ + 1)
             client = client_of(own.method, self.parts.start, states, self.client_id)
             check_broadcast(call.message, own.method, self.parts.start, client)
 
     def _settle(self, call: Call) -> None:
         """Drop what does not count, and remember what does."""
+        stale = []
         for arm in self.parts.arms:
             kept = min(call.keep.get(arm.column, call.accepted), call.accepted)
-            folder = self._run().states(arm.column, 0).folder
-            prune(folder, sorted({call.accepted, kept}))
-        atomic_write(self.folder / "accepted.json", json.dumps(call.accepted).encode())
-
-    def _accepted(self) -> int:
-        file = self.folder / "accepted.json"
-        if not file.exists():
-            return NEVER
-        try:
-            return int(json.loads(file.read_text()))
-        except (ValueError, TypeError) as error:
-            raise StoreError(
-                f"client {self.client_id!r}: {file.name} is damaged ({error}); restore "
-                f"{self.folder} from a backup, or write the last round that counted into it"
-            ) from error
+            folder = self._folder(arm.column)
+            stale += self.accepted.kept.settle(folder, sorted({call.accepted, kept}))
+        self.accepted.write(call.accepted)
+        for file in stale:
+            file.unlink(missing_ok=True)
 
     def score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
         """Score what the client serves after a round; on test data also the shared part."""
@@ -193,7 +187,7 @@ class Member:
         examples = self.learner.task.examples(self.client_id, call.split)
         if not examples:
             return []
-        states = self._run().states(arm.column, min(round_, call.accepted) + 1)
+        states = self._states(arm.column, min(round_, call.accepted) + 1)
         client = client_of(arm.method, self.parts.start, states, self.client_id)
         message = self._message(arm, call)
         deploying = arm.method.deploy(client, message)
@@ -215,7 +209,7 @@ class Member:
     def _train(self, arm: Arm, call: Call) -> tuple[Message, Cost]:
         """The client's half of a round; its new state stays here, its upload is returned."""
         began = time.monotonic()
-        states = self._run().states(arm.column, call.round)
+        states = self._states(arm.column, call.round)
         client = client_of(arm.method, self.parts.start, states, self.client_id)
         message = self._message(arm, call)
 
@@ -245,8 +239,12 @@ class Member:
     def _columns(self) -> tuple[str, ...]:
         return tuple(arm.column for arm in self.parts.arms)
 
-    def _run(self) -> RunFolder:
-        return RunFolder(self.folder)
+    def _folder(self, column: str) -> Path:
+        """The yardstick has a folder of its own, as in a run's folder."""
+        return self.folder / "local" if column == "local" else self.folder
+
+    def _states(self, column: str, round_: int) -> FileStates:
+        return FileStates(self._folder(column), round_, kept=self.accepted.kept)
 
 
 def is_last(data: bytes, answer: bytes) -> bool:
@@ -277,12 +275,15 @@ def open_member(
             f"client {client_id!r} is not in the terms of {terms.name!r}, which name "
             f"{', '.join(terms.clients)}"
         )
+    if folder.exists():  # before a model is loaded for nothing
+        read_accepted(folder).kept.digests.require_whole()
     settings = settings_here(terms, data, model, device)
     prepared = prepare(settings, clients=terms.clients, labels=terms.labels)
     _require_fitting(prepared, terms, client_id, data)
-    folder.mkdir(parents=True, exist_ok=True)
-    claim(folder, terms, client_id)
-    return Member(terms, client_id, prepared.parts, learner_of(prepared), folder, hear, say)
+    make_private_folder(folder)
+    accepted = claim(folder, terms, client_id)
+    learner = learner_of(prepared)
+    return Member(terms, client_id, prepared.parts, learner, folder, accepted, hear, say)
 
 
 def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Path) -> None:
@@ -300,22 +301,31 @@ def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Pat
     require_model(prepared.parts, terms)
 
 
-def claim(folder: Path, terms: Terms, client_id: str) -> None:
-    """A folder belongs to one client of one federation for ever."""
+class _About(TypedDict):
+    format: int
+
+
+def claim(folder: Path, terms: Terms, client_id: str) -> Accepted:
+    """A folder belongs to one client of one federation for ever; what it says of its states."""
     about = {"format": FORMAT, "federation": terms.name, "client": client_id, "terms": terms.digest}
     file = folder / "run.json"
     if not file.exists():
+        for each in (ACCEPTED, "clients", "answer.bin"):
+            if (folder / each).exists():
+                raise StoreError(f"{file} is missing, but {folder / each} is there")
         atomic_write(file, (json.dumps(about, indent=2) + "\n").encode())
-        return
-    try:
-        found = json.loads(file.read_text())
-    except ValueError as error:
-        raise StoreError(f"{file} is damaged: {error}; restore it from a backup") from error
-    if not isinstance(found, dict):
-        raise StoreError(f"{file} is damaged: expected a JSON object; restore it from a backup")
-    if found != about:
-        key = next(key for key in about if found.get(key) != about[key])
+    found = read_json(file, _About)
+    if found["format"] != FORMAT:
         raise StoreError(
-            f"{folder} belongs to {key} {found.get(key)!r}, but this is {about[key]!r}; "
-            "use another folder for it"
+            f"{file}: a client's folder of format {found['format']}, but this version reads "
+            f"{FORMAT}; the version that began the federation goes on with it"
         )
+    if found != about:
+        key = next((key for key in about if found.get(key) != about[key]), min(found))
+        raise StoreError(
+            f"{file}: the folder belongs to {key} {found.get(key)!r}, but this is "
+            f"{about.get(key)!r}; use another folder for it"
+        )
+    accepted = read_accepted(folder)
+    accepted.kept.digests.require_there()
+    return accepted

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedalt.codec import decode
+from fedalt.codec import read
+from fedalt.disk.reading import read_bytes
 from fedalt.engine.blame import control_of
 from fedalt.engine.gate import Arrival
 from fedalt.federation.desk import Desk
@@ -25,8 +26,9 @@ class RoundUploads:
 
     def arrival(self, client_id: str) -> Arrival:
         """An upload out of the answer as it came; it was checked then."""
-        data = self.desk.answer_file(client_id).read_bytes()
-        upload = decode(Answer, data).upload
+        file = self.desk.answer_file(client_id)
+        data = read_bytes(file)
+        upload = read(Answer, file, of=lambda _: data).upload
         assert upload is not None
         return Arrival(client_id, upload, data, None, lambda _: None)
 

@@ -1,16 +1,17 @@
 """What all sides of a federation have agreed on: one file, the same bytes for everyone."""
 
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import tomli_w
 
 from fedalt.adapters.plan import Shape
 from fedalt.adapters.start import Start
 from fedalt.data.names import fault_of_names, fault_of_title
+from fedalt.disk.reading import FormError, StoreError, read_bytes, require
 from fedalt.federation.messages import digest
 from fedalt.prepare import Parts
 from fedalt.settings import Settings, SettingsError, read_table, settings_of, to_toml
@@ -20,6 +21,22 @@ FILE = "terms.toml"
 _KEYS = {"name", "clients", "labels", "model", "sites", "heads"}
 # The data lie with the clients; nothing opens this path.
 _ELSEWHERE = "with-the-clients"
+
+
+class _Head(TypedDict):
+    site: str
+    slot: str
+    factor: str
+    shape: list[int]
+
+
+class _Federation(TypedDict):
+    name: str
+    clients: list[str]
+    labels: list[str]
+    model: str
+    sites: dict[str, tuple[int, int]]
+    heads: list[_Head]
 
 
 @dataclass(frozen=True)
@@ -84,27 +101,37 @@ def read_terms(file: Path) -> Terms:
             f"{file}: [federation]: expected exactly {', '.join(sorted(_KEYS))}; "
             "`fedalt federation init` writes this file, and nobody edits it"
         )
-    data: Mapping[str, Any] = table.get("data", {})
+    data = table.get("data", {})
+    if not isinstance(data, dict):
+        raise SettingsError(f"{file}: [data]: expected a section, got {data!r}")
     settings = settings_of({**table, "data": {**data, "path": _ELSEWHERE}}, str(file))
-    whole = file.read_bytes()
-    if settings.data.template is not None:
-        whole += settings.data.template.read_bytes()
-    if fault := fault_of_names(map(str, about["clients"])) or fault_of_title(str(about["name"])):
-        raise SettingsError(f"{file}: [federation] {fault}")
     try:
-        sites = {site: Shape(*map(int, shape)) for site, shape in about["sites"].items()}
-        heads = {
-            Name(each["site"], each["slot"], each["factor"]): tuple(map(int, each["shape"]))
-            for each in about["heads"]
-        }
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
-        raise SettingsError(f"{file}: [federation] sites and heads: {error!r}") from error
+        whole = read_bytes(file)
+        if settings.data.template is not None:
+            whole += read_bytes(settings.data.template)
+        require(about, _Federation)
+    except StoreError as error:
+        raise SettingsError(str(error)) from None
+    except FormError as error:
+        raise SettingsError(f"{file}: [federation] {error}") from None
+    if fault := fault_of_names(about["clients"]) or fault_of_title(about["name"]):
+        raise SettingsError(f"{file}: [federation] {fault}")
     return Terms(
-        name=str(about["name"]),
-        clients=tuple(map(str, about["clients"])),
-        labels=tuple(map(str, about["labels"])),
-        model=str(about["model"]),
+        name=about["name"],
+        clients=tuple(about["clients"]),
+        labels=tuple(about["labels"]),
+        model=about["model"],
         settings=settings,
-        start=Start(sites, heads, settings.seed, len(about["clients"])),
+        start=_start(about, settings.seed),
         digest=digest(whole),
     )
+
+
+def _start(about: _Federation, seed: int) -> Start:
+    """What draws the first tensors, from sites and heads as the terms list them."""
+    heads = {
+        Name(head["site"], head["slot"], head["factor"]): tuple(head["shape"])
+        for head in about["heads"]
+    }
+    sites = {site: Shape(*shape) for site, shape in about["sites"].items()}
+    return Start(sites, heads, seed, len(about["clients"]))

@@ -23,6 +23,7 @@ from fedalt.flower.records import bytes_of, content_of
 from fedalt.flower.serve import host_of
 from fedalt.store import locked
 
+MISPLACED = (IsADirectoryError, NotADirectoryError, PermissionError)
 server = ServerApp()
 client = ClientApp()
 
@@ -47,8 +48,10 @@ def _serve(grid: Grid, config: ServerConfig) -> None:
             most = config.firewall.max_upload_bytes
             channel = GridChannel(grid, ClientKeys(config).now, most)
             host_of(config, channel).to_the_end()
-        except ValueError as error:  # a mistake that does not go away by trying again
-            place.failed.write_text(str(error), encoding="utf-8")
+        # Mistakes that do not go away by trying again; a full disk may.
+        except (ValueError, *MISPLACED) as error:
+            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+            atomic_write(place.failed, str(told).encode())
             raise
         place.ended.touch()
 

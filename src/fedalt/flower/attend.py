@@ -14,6 +14,7 @@ from typing import Final
 
 from fedalt.data.foreign import shown
 from fedalt.federation.member import Hear, Member, ignore, is_last
+from fedalt.files import make_private_folder, open_private
 from fedalt.flower.config import ClientConfig, member_of
 from fedalt.flower.pipe import receive, send
 from fedalt.flower.processes import QUIET
@@ -34,7 +35,7 @@ def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
     needed = [place.key] if place.insecure else [place.key, place.authority]
     for each in needed:
         each.read_bytes()  # OSError names the file
-    place.folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(place.folder)
     with locked(place.folder):
         troubles = _Troubles(lambda text: say(f"{place.name}: {shown(text, _LONGEST)}"))
         member = member_of(config, hear, troubles.line)
@@ -115,7 +116,7 @@ def _link(config: ClientConfig, node: str) -> Iterator[tuple[socket.socket, Path
     log = place.folder / "link.log"
     authority = "-" if place.insecure else str(place.authority)
     words = [str(theirs.fileno()), place.server, str(place.key), authority, *filter(None, [node])]
-    with log.open("wb") as output:
+    with open_private(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "fedalt.flower.link", *words],
             pass_fds=[theirs.fileno()],

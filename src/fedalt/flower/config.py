@@ -170,6 +170,9 @@ def _table(file: Path, known: set[str]) -> dict[str, Any]:
         raise SettingsError(f"{file}: there is no such file") from None
     except (OSError, EncodingError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{file}: cannot be read: {error}") from None
+    for section, value in table.items():
+        if section in known and not isinstance(value, dict):
+            raise SettingsError(f"{file}: [{section}]: expected a section, got {value!r}")
     if unknown := table.keys() - known:
         raise SettingsError(
             f"{file}: unknown section [{min(unknown)}]; expected {', '.join(sorted(known))}"

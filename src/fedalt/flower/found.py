@@ -14,6 +14,7 @@ import tomli_w
 from fedalt.data.foreign import shown
 from fedalt.data.names import fault_of_names, fault_of_title
 from fedalt.federation.terms import Terms, write_terms
+from fedalt.files import make_private_folder
 from fedalt.flower.credentials import make_authority, make_client_key, make_server
 from fedalt.models import BUILT_IN, PACKAGED
 from fedalt.prepare import Parts
@@ -51,7 +52,7 @@ def _write_all(
     authority, server = folder / "authority", folder / "server"
     keys = server / "clients"
     for private in (authority, keys):
-        private.mkdir(parents=True, mode=0o700)
+        make_private_folder(private)
     make_authority(authority, name)
     make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
     terms = write_terms(server, name, clients, labels, parts)
@@ -61,7 +62,7 @@ def _write_all(
     (server / "README.md").write_text(_server_readme(terms, address), encoding="utf-8")
     for client_id in clients:
         place = folder / "clients" / client_id
-        (place / "data").mkdir(parents=True, mode=0o700)
+        make_private_folder(place / "data")
         make_client_key(place / "client.key", keys / f"{client_id}.pub")
         for file in ("terms.toml", "template.txt", "ca.crt"):
             if (server / file).exists():

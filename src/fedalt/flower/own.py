@@ -14,15 +14,16 @@ from fedalt.data.folder import open_data
 from fedalt.data.prompts import Template, read_template
 from fedalt.engine.course import Arm, Column, HeldOut, Line
 from fedalt.engine.in_process import client_of, drive
+from fedalt.federation.accepted import member_states
 from fedalt.federation.here import require_model, settings_here
 from fedalt.federation.kept import broadcast_after, round_to_serve
-from fedalt.federation.messages import NEVER, Call
+from fedalt.federation.messages import Call
 from fedalt.flower.config import ClientConfig, member_of, read_client_config
 from fedalt.methods.contract import Message
 from fedalt.models import Base
 from fedalt.prepare import Parts, form_of, learner_of, load_parts, prepare
 from fedalt.record import is_client
-from fedalt.store import RunFolder, StoreError, locked, open_run
+from fedalt.store import StoreError, locked, open_run
 from fedalt.training.orders import Order
 
 FILE = "client.toml"
@@ -107,7 +108,7 @@ def evaluate(config: ClientConfig, split: HeldOut, round_: int | None = None) ->
                 terms=config.terms.digest,
                 client=place.name,
                 round=at + 1,
-                accepted=NEVER,
+                accepted=at,
                 train=False,
                 message=_message(config, member.parts, arm, at),
                 split=split,
@@ -149,7 +150,7 @@ def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | 
         raise StoreError(f"{place.folder} has no column 'local': there is no yardstick")
     arm = arms[wanted]
     with locked(place.folder):
-        states = RunFolder(place.folder).states(wanted, at + 1)
+        states = member_states(place.folder, wanted, at + 1)
         client = client_of(arm.method, parts.start, states, place.name)
         message = _message(config, parts, arm, at)
         carry_out = _Deploying(config, parts, at)

@@ -16,7 +16,8 @@ from typing import Final
 
 import psutil
 
-from fedalt.files import atomic_write
+from fedalt.disk.reading import StoreError, read_json
+from fedalt.files import atomic_write, make_private_folder, open_private
 from fedalt.flower.last_words import length, told_in
 from fedalt.settings import SettingsError
 
@@ -45,10 +46,10 @@ class Group:
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> subprocess.Popen[bytes]:
         """Start a process whose output goes to the end of a file."""
-        log.parent.mkdir(parents=True, exist_ok=True)
+        make_private_folder(log.parent)
         shorten(log)
         self._logs[name] = log, length(log)
-        with log.open("ab") as file:
+        with open_private(log, "ab") as file:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -91,7 +92,7 @@ class Group:
         for each in self._seen.values():
             with contextlib.suppress(psutil.Error):
                 found[str(each.pid)] = each.create_time()
-        if not self.register.exists() or json.loads(self.register.read_text()) != found:
+        if not self.register.exists() or read_json(self.register, dict[str, float]) != found:
             atomic_write(self.register, json.dumps(found).encode())
 
 
@@ -106,7 +107,9 @@ def end_leftovers(register: Path) -> None:
     if not register.exists():
         return
     left = []
-    for pid, born in json.loads(register.read_text()).items():
+    for pid, born in read_json(register, dict[str, float]).items():
+        if not pid.isdecimal():
+            raise StoreError(f"{register} is damaged: expected numbers of processes, got {pid!r}")
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(int(pid))
             if process.create_time() == born:  # the number may be another's by now

@@ -9,6 +9,7 @@ from fedalt.data.names import is_safe
 from fedalt.engine.gate import Gate
 from fedalt.federation.channel import Channel
 from fedalt.federation.host import Host, open_host
+from fedalt.files import make_private_folder, open_private
 from fedalt.flower.client_keys import REVOKED
 from fedalt.flower.config import ServerConfig
 from fedalt.settings import SettingsError
@@ -22,7 +23,7 @@ def host_of(config: ServerConfig, channel: Channel) -> Host:
     rounds = config.terms.settings.rounds
     gate = Gate(config.firewall, rounds.robust, rounds.trim)
     log = config.place.logs / "server.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(log.parent)
     say = partial(_write, log)
     host = open_host(config.terms, config.place.run, channel, config.rules, gate, say)
     _take_out(config)
@@ -61,5 +62,5 @@ def _take_out(config: ServerConfig) -> None:
 
 def _write(log: Path, text: str) -> None:
     """A line for the operator; `fedalt server` reads along."""
-    with log.open("a", encoding="utf-8") as file:
+    with open_private(log, "a") as file:
         file.write(f"{shown(text, _LONGEST)}\n")

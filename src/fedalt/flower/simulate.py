@@ -23,6 +23,7 @@ from fedalt.federation.desk import Rules, Say
 from fedalt.federation.host import open_host
 from fedalt.federation.member import Member, claim
 from fedalt.federation.terms import FILE, Terms, read_terms, require_apart, write_terms
+from fedalt.files import atomic_write, make_private_folder
 from fedalt.flower.processes import QUIET
 from fedalt.flower.records import bytes_of, content_of
 from fedalt.prepare import Prepared, learner_of, prepare
@@ -45,12 +46,12 @@ def simulate(settings: Settings, folder: Path, say: Say, *, gpus: float = 0.0) -
     """
     require_apart(settings)
     os.environ.update(_RAY)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     with locked(folder):
         terms = _terms(settings, folder)
         whole = folder / "settings.toml"
         if not whole.exists():
-            whole.write_text(to_toml(settings), encoding="utf-8")
+            atomic_write(whole, to_toml(settings).encode())
         server, client, failed = ServerApp(), ClientApp(), []
 
         @server.main()
@@ -150,10 +151,11 @@ def _answer_in(folder: Path) -> Any:
         terms, prepared = _loaded(folder)
         client_id = terms.clients[int(context.node_config["partition-id"])]
         place = folder / "members" / client_id
-        place.mkdir(parents=True, exist_ok=True)
-        claim(place, terms, client_id)
+        make_private_folder(place)
         with locked(place):
-            member = Member(terms, client_id, prepared.parts, learner_of(prepared), place)
+            accepted = claim(place, terms, client_id)
+            learner = learner_of(prepared)
+            member = Member(terms, client_id, prepared.parts, learner, place, accepted)
             return Message(content_of(member.answer(bytes_of(message.content))), reply_to=message)
 
     return answer

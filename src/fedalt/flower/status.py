@@ -1,32 +1,47 @@
 """How a federation's server stands, from its folder alone."""
 
-import json
 import time
 from collections import Counter
-from collections.abc import Mapping
 from datetime import datetime
-from pathlib import Path
-from typing import Any, Final
+from typing import Final, TypedDict
 
 import psutil
 from psutil import STATUS_ZOMBIE as ZOMBIE
 
 from fedalt.data.foreign import shown as one_line
+from fedalt.disk.reading import FormError, parse, read_bytes, read_json
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.serve import revoked
-from fedalt.store import StoreError
+from fedalt.quarantine import refusals
 
 _SHOWN: Final = 5  # lines of one sort
 
 
+class _Status(TypedDict):
+    round: int
+    rounds: int
+    online: list[str]
+    awaited: list[str]
+    heard: dict[str, float]
+    unable: dict[str, str]
+    time: float
+
+
+class _Told(TypedDict):
+    time: str
+    what: str
+    refused: int
+    last_from: str | None
+
+
 def shown(config: ServerConfig) -> str:
-    """Rounds, nodes, last contacts and refused uploads, as a few lines of text."""
+    """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError."""
     folder, terms = config.place.run, config.terms
     file = folder / "status.json"
     if not file.exists():
         begun = f"{terms.name}: has not begun; no status in {folder}"
         return "\n".join(one_line(line) for line in [begun, *_refused_requests(config)])
-    status = _read(file)
+    status: _Status = read_json(file, _Status)
     ago, ended, runs = time.time() - status["time"], config.place.ended.exists(), is_running(config)
     state = f"seen {ago:.0f} seconds ago"
     if ended or not runs:
@@ -43,10 +58,7 @@ def shown(config: ServerConfig) -> str:
         lines.append(f"  {client_id}: {here}{waits}; last answer {when}")
         if client_id in status["unable"] and not ended:
             lines.append(f"    it could not: {status['unable'][client_id]}")
-    refused = folder / "refused.jsonl"
-    found = (
-        [json.loads(line) for line in refused.read_text().splitlines()] if refused.exists() else []
-    )
+    found = refusals(folder)
     lines.append(f"  refused uploads: {len(found)}")
     lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in found[-_SHOWN:]]
     return "\n".join(one_line(line) for line in [*lines, *_refused_requests(config)])
@@ -62,20 +74,11 @@ def is_running(config: ServerConfig) -> bool:
         return False
 
 
-def _read(file: Path) -> Mapping[str, Any]:
-    """What the server has shown last. Raises StoreError."""
-    try:
-        status: dict[str, Any] = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise StoreError(f"{file}: cannot be read: {error}") from None
-    return status
-
-
 def _refused_requests(config: ServerConfig) -> list[str]:
     """What the door has turned away since its log began; nothing where that is nothing."""
     log = config.place.logs / "door.log"
-    written = log.read_text(errors="replace").splitlines() if log.exists() else []
-    told = [found for line in written if (found := _refusals(line))]
+    written = read_bytes(log).decode(errors="replace").splitlines() if log.exists() else []
+    told = [line for text in written if (line := _told(text)) is not None]
     if not told:
         return []
     counts: Counter[str] = Counter()
@@ -89,10 +92,10 @@ def _refused_requests(config: ServerConfig) -> list[str]:
     ]
 
 
-def _refusals(line: str) -> Mapping[str, Any]:
-    """What a line of the door's log counts; nothing where it is another one, or cut off."""
+def _told(text: str) -> _Told | None:
+    """A line of the door's log that counts requests; others are of the libraries, or damaged."""
     try:
-        found = json.loads(line)
-    except ValueError:
-        return {}
-    return found if isinstance(found, dict) and {"what", "refused"} <= found.keys() else {}
+        found: _Told = parse(text, _Told)
+    except FormError:
+        return None
+    return found

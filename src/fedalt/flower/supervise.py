@@ -19,7 +19,8 @@ import httpx
 import psutil
 import tomli_w
 
-from fedalt.files import atomic_write
+from fedalt.disk.reading import read_text
+from fedalt.files import atomic_write, make_private_folder, open_private
 from fedalt.flower.client_keys import ClientKeys, clients_by_key
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.control import Control
@@ -58,7 +59,7 @@ def supervise(config: ServerConfig, say: Say) -> None:
         require_usable(place.certificate, place.key, place.authority)
     home = place.flower
     for each in (home, place.logs):
-        each.mkdir(parents=True, exist_ok=True)
+        make_private_folder(each)
     with (
         locked(home),
         group({"FLWR_HOME": str(home)}, home / "processes.json") as processes,
@@ -193,7 +194,7 @@ def _one_life(
             time.sleep(_LOOK)
         told = _tell(logs / "server.log", told, say)
         if place.failed.exists():
-            raise StoreError(f"{place.failed.read_text(encoding='utf-8')} (see {place.app_log})")
+            raise StoreError(f"{read_text(place.failed)} (see {place.app_log})")
         if not place.ended.exists():
             ended = f"the app has ended before the federation, {told_in(place.app_log, written)}"
             patience.died(ended)
@@ -266,7 +267,7 @@ def _flwr(processes: Group, config: ServerConfig, *words: str) -> str:
     done = subprocess.run([command, *words], env=environment, capture_output=True, text=True)
     said = done.stdout + done.stderr
     log = config.place.logs / "flwr.log"
-    with log.open("a", encoding="utf-8") as file:
+    with open_private(log, "a") as file:
         file.write(f"flwr {' '.join(words)}\n{said}")
     if done.returncode:
         raise _DiedError(f"`flwr {words[0]}` failed, see {log}")
@@ -275,7 +276,10 @@ def _flwr(processes: Group, config: ServerConfig, *words: str) -> str:
 
 def _alive(pid_file: Path) -> bool:
     """Whether the process still runs whose number a file holds."""
-    pid = int(pid_file.read_text() or 0)
+    text = read_text(pid_file)
+    if not text.isdecimal():
+        raise StoreError(f"{pid_file} is damaged: expected the number of a process, got {text!r}")
+    pid = int(text)
     try:
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:

@@ -1,12 +1,13 @@
 """A comparison's page: the methods' table, gains by client, and what quality costs."""
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any, TypedDict
 
 from fedalt.comparison import Cost, Entry, folder_of
+from fedalt.disk.reading import read_lines
 from fedalt.methods import METHODS
 from fedalt.record import StoreError
 from fedalt.report import compared_figures as figures
@@ -30,9 +31,28 @@ RESULTS = "results.jsonl"
 _COSTS = tuple(Cost.__dataclass_fields__)
 
 
+class _Metric(TypedDict):
+    method: str
+    seed: int
+    client: str
+    metric: str
+    value: float
+
+
+class _Costs(TypedDict):
+    method: str
+    seed: int
+    trainable_numbers: int
+    upload_bytes: float
+    download_bytes: float
+    seconds: float
+    peak_memory_bytes: int
+
+
 def read_results(path: Path) -> Results:
     """The results that `fedalt compare` wrote into a folder. Raises StoreError."""
-    lines = [json.loads(line) for line in (path / RESULTS).read_text().splitlines()]
+    file = path / RESULTS
+    lines: list[dict[str, Any]] = read_lines(file, _Metric | _Costs)
     labels = list(dict.fromkeys(line["method"] for line in lines))
     seeds = list(dict.fromkeys(line["seed"] for line in lines))
     scores: dict[str, list[dict[str, dict[str, float]]]] = {
@@ -47,7 +67,12 @@ def read_results(path: Path) -> Results:
             took = {name: line[name] for name in _COSTS if name in line}
             costs[label].append(Cost(**{**took, "ranks": tuple(took.get("ranks", (0, 0)))}))
     if not labels:
-        raise StoreError(f"{path / RESULTS} is empty")
+        raise StoreError(f"{file} is empty")
+    for label, of in costs.items():
+        if len(of) != len(seeds) or not all(scores[label]):
+            raise StoreError(
+                f"{file} is damaged: {label!r} has not the lines of costs and scores of each seed"
+            )
     runs = {label: path / folder_of(label) / f"seed-{seeds[0]}" for label in labels}
     entries = [Entry(label, read_settings(run / "settings.toml")) for label, run in runs.items()]
     return Results(entries, seeds, scores, costs)

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from fedalt.report.parts import Example, Examples, Notes, Section, Token
-from fedalt.report.records import EXAMPLES, Line, Record
+from fedalt.report.records import Line, Record
+from fedalt.store import EXAMPLES
 
 MOST_LETTERS = 700  # of a prompt, a reference, a prediction
 MOST_TOKENS = 160  # of a prompt whose tokens are coloured

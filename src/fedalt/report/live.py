@@ -2,20 +2,27 @@
 
 import json
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from fedalt.disk.reading import read_bytes
+from fedalt.disk.standing import PROGRESS, RECORD
 from fedalt.record import (
     Length,
     Standing,
     StoreError,
+    committed_lines,
     meant_by,
+    parse_line,
     read_facts,
     read_length,
     read_standing,
+    require_committed,
     require_run,
 )
 from fedalt.report.table import Table, run_table
@@ -23,9 +30,9 @@ from fedalt.report.table import Table, run_table
 Line = Mapping[str, Any]
 Stamp = tuple[tuple[int, int], ...]  # nanoseconds and bytes of each file that is read
 
-RECORD = "rounds.jsonl"
-_FILES = ("run.json", "settings.toml", "progress.json", RECORD)
+_FILES = ("run.json", "settings.toml", PROGRESS, RECORD)
 _ENDS = ("results.jsonl", "table.json", "tune.jsonl")  # what ends compare, demo and tune
+_LATE = 60.0  # seconds that a network may take to show bytes that count
 _PACE = 5  # so many rounds tell how long the next ones take
 
 
@@ -33,8 +40,8 @@ _PACE = 5  # so many rounds tell how long the next ones take
 class Reading:
     """What has been read of a run so far.
 
-    `counted` are the committed lines, the first `offset` bytes of the record; `ahead` are lines
-    of the round that is going on, which a crash would take back.
+    `counted` are the committed lines, the first `offset` bytes of the record, whose SHA-256 is
+    `digest`; `ahead` are lines of the round that is going on, which a crash would take back.
     """
 
     path: Path
@@ -43,6 +50,7 @@ class Reading:
     length: Length = field(default_factory=lambda: Length(0, test=False))
     standing: Standing = field(default_factory=Standing)
     offset: int = 0
+    digest: Any = field(default_factory=sha256)
     counted: tuple[Line, ...] = ()
     ahead: tuple[Line, ...] = ()
 
@@ -121,26 +129,38 @@ def follow(seen: Reading) -> Reading:
     standing = read_standing(path)
     if standing.record_bytes < seen.offset:  # another run has taken this one's place
         seen = Reading(path)
-    new = b""
+    new, digest = b"", seen.digest.copy()
     if (path / RECORD).exists():
         with (path / RECORD).open("rb") as file:
             file.seek(seen.offset)
             new = file.read()
     committed = _whole(new[: standing.record_bytes - seen.offset])
-    try:
-        counted = tuple(json.loads(line) for line in committed.splitlines())
-    except ValueError as error:
-        raise StoreError(f"{path / RECORD} is damaged: {error}") from error
+    digest.update(committed)
+    offset = seen.offset + len(committed)
+    _require_committed(path, standing, offset, digest.hexdigest())
+    vouched = offset == standing.record_bytes  # else lines are checked one by one
+    counted = tuple(committed_lines(committed, path / RECORD, json.loads if vouched else None))
     return Reading(
         path=path,
         stamp=stamp,
         facts=read_facts(path),
         length=read_length(path),
         standing=standing,
-        offset=seen.offset + len(committed),
+        offset=offset,
+        digest=digest,
         counted=seen.counted + counted,
         ahead=tuple(_readable(_whole(new[len(committed) :]))),
     )
+
+
+def _require_committed(path: Path, standing: Standing, offset: int, digest: str) -> None:
+    """Raise StoreError unless what was read is what counts; on a network, bytes may come late."""
+    file = path / RECORD
+    if offset == standing.record_bytes and digest != standing.record_sha256:
+        require_committed(file, file.read_bytes()[:offset], standing)
+        raise StoreError(f"{file} was changed while it was read")
+    if offset < standing.record_bytes and time.time() - (path / PROGRESS).stat().st_mtime > _LATE:
+        require_committed(file, read_bytes(file) if offset else b"", standing)
 
 
 def live_of(seen: Reading) -> Live:
@@ -201,7 +221,7 @@ def _readable(data: bytes) -> Iterable[Line]:
     """The lines up to the first that is none: on a network mount, bytes may come late."""
     for line in data.splitlines():
         try:
-            yield json.loads(line)
+            yield parse_line(line.decode())
         except ValueError:
             return
 

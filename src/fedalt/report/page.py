@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.data.foreign import shown_lines
-from fedalt.files import atomic_write
+from fedalt.files import atomic_write, make_private_folder
 from fedalt.report.parts import Page
 
 _NEEDED = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-python"}
@@ -32,7 +32,7 @@ def require_report() -> None:
 
 def write_page(page: Page, file: Path) -> None:
     """Write the page; the file is replaced whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(file.parent)
     atomic_write(file, render(page).encode())
 
 
@@ -68,7 +68,7 @@ def save_figures(page: Page, folder: Path) -> list[Path]:
     """Write every figure as SVG and, twice as fine, as PNG; the files."""
     from vl_convert import vegalite_to_png, vegalite_to_svg
 
-    folder.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder)
     written = []
     for figure in page.figures():
         spec = figure.chart.to_dict()

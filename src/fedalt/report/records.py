@@ -1,6 +1,5 @@
 """What a run's folder has on record, as rows for charts: numbers of 4 digits, one fact per row."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ Line = Mapping[str, Any]
 Rows = list[dict[str, Any]]
 
 DIGITS = 4
-EXAMPLES = "examples.jsonl"
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,12 @@ class Record:
 def read_record(path: Path) -> Record:
     """Read what is committed. Raises StoreError for a folder that is no run's."""
     folder = open_run(path)
-    examples = path / EXAMPLES
-    text = examples.read_text(encoding="utf-8") if examples.exists() else ""
     return Record(
         folder=folder,
         facts=folder.facts(),
         settings=read_table(path / "settings.toml"),
         lines=folder.lines(),
-        examples=[json.loads(line) for line in text.splitlines()],
+        examples=folder.examples(),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from fedalt.disk.reading import read_text
 from fedalt.report.numbers import numbers_of
 
 PROJECT = "fedalt"
@@ -31,7 +32,7 @@ def writing_trackio(run: Path) -> Iterator["Trackio"]:
         "name": run.resolve().name,
         # Whose rows to delete; in a store of its own, which may have moved, they are all its.
         "folder": str(run.resolve()) if shared else None,
-        "settings": tomllib.loads((run / "settings.toml").read_text()),
+        "settings": tomllib.loads(read_text(run / "settings.toml")),
     }
     theirs = {key: value for key, value in os.environ.items() if not key.startswith("TRACKIO_")}
     ours = {

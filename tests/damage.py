@@ -1,0 +1,438 @@
+"""Folders of a run and of a federation, damaged by a seed, and what became of going on with them.
+
+What has to come of it: the same bits as without the damage, or one error that names a damaged file.
+"""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import tomli_w
+from machines import Machines, Wire, found
+from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
+
+from fedalt.codec import decode
+from fedalt.engine.course import Event
+from fedalt.federation import member
+from fedalt.federation.channel import Lost
+from fedalt.federation.messages import Answer
+from fedalt.flower.config import read_client_config, read_server_config
+from fedalt.flower.serve import host_of
+from fedalt.prepare import Prepared, prepare
+from fedalt.report.live import Reading, follow, live_of
+from fedalt.report.records import read_record
+from fedalt.runs import reopen, resume_run, start_run
+from fedalt.store import locked
+
+CLIENTS: Final = ("a", "b")
+ROUNDS: Final = 4
+SAME, REFUSED, NOTED = "the same bits", "refused by name", "other settings, told by name"
+_SIZES: Final = {
+    "training": {"carry_optimizer": True, "batch_size": 4},
+    "rounds": {"rounds": ROUNDS},
+    "scoring": {"generate": False},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was done to which files, what came of it, and what was said."""
+
+    kind: str
+    files: tuple[str, ...]
+    result: str
+    said: str = ""
+
+    @property
+    def fine(self) -> bool:
+        """Whether it is one of the ways in which it may end."""
+        return self.result in (SAME, REFUSED, NOTED)
+
+
+class _StopError(Exception):
+    """The moment at which a folder is left behind."""
+
+
+@dataclass(frozen=True)
+class _StopsAt:
+    """A watcher who stops a run while a round is going on."""
+
+    round: int
+
+    def hear(self, event: Event) -> None:
+        if (event.what, event.round) == ("train", self.round):
+            raise _StopError
+
+    def wrote(self, line: object) -> None:
+        """Look away."""
+
+
+@dataclass
+class OfARun:
+    """A run that was stopped in its third round, what it was a round before, and how it ends."""
+
+    root: Path
+    prepared: Prepared = field(init=False)
+    end: object = None
+
+    def __post_init__(self) -> None:
+        model = save_model(self.root / "model")
+        data = write_clients(self.root / "data", CLIENTS, 6)
+        self.prepared = prepare(settings_for(model, data, **_SIZES))
+        with contextlib.suppress(_StopError):
+            start_run(self.prepared, self.at, _StopsAt(1))
+        shutil.copytree(self.at, self.before)
+        with contextlib.suppress(_StopError):
+            resume_run(self.prepared, self.at, _StopsAt(3))
+        self.end = self.go_on(shutil.copytree(self.at, self.root / "straight"))[0]
+
+    @property
+    def at(self) -> Path:
+        """The folder that copies are damaged of."""
+        return self.root / "run"
+
+    @property
+    def before(self) -> Path:
+        """What it was two rounds before."""
+        return self.root / "before"
+
+    def go_on(self, place: Path) -> tuple[object, Sequence[str]]:
+        """Look at a copy as every command does, bring it to its end; its bits, what was told."""
+        live_of(follow(Reading(place)))
+        read_record(place)
+        prepared = reopen(place, base=self.prepared.parts.base)
+        resume_run(prepared, place)
+        read_record(place)
+        return (_states_of(place), scores_of(place)), prepared.warnings
+
+
+class _RefusedError(ValueError):
+    """A client's answer that says why it could not."""
+
+
+@dataclass
+class _Strict(Wire):
+    """A wire on which a client that could not ends everything."""
+
+    stop: Callable[[int], bool] = lambda _: False
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        """Have one call answered, so that some answers are there when the power goes."""
+        calls, self.waiting = self.waiting[:1], self.waiting[1:]
+        return [(client_id, self._answer(client_id, data)) for client_id, data in calls]
+
+    def _answer(self, client_id: str, data: bytes) -> bytes:
+        found = super()._answer(client_id, data)
+        answer = decode(Answer, found)
+        if answer.error:
+            raise _RefusedError(answer.error)
+        if self.stop(answer.round) and client_id == CLIENTS[-1]:
+            raise _StopError
+        return found
+
+
+@dataclass
+class OfAFederation:
+    """A federation whose power went in its third round, and how it ends otherwise."""
+
+    root: Path
+    machines: Machines = field(init=False)
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+    end: object = None
+
+    def __post_init__(self) -> None:
+        model = save_model(self.root / "model")
+        self.machines = found(self.root, model, CLIENTS, count=6, **_SIZES)
+        for name in CLIENTS:
+            file = self.machines.client(name) / "client.toml"
+            about = {"name": name, "server": self.machines.address, "device": "cpu"}
+            file.write_text(tomli_w.dumps({"client": about}))
+        with contextlib.suppress(_StopError):
+            self._run(self.at, lambda round_: round_ == 1)
+        shutil.copytree(self.at, self.before)
+        with contextlib.suppress(_StopError):
+            self._run(self.at, lambda round_: round_ == 3)
+        self.end = self.go_on(shutil.copytree(self.at, self.root / "straight"))[0]
+
+    @property
+    def at(self) -> Path:
+        """The folder that copies are damaged of."""
+        return self.machines.root
+
+    @property
+    def before(self) -> Path:
+        """What it was two rounds before."""
+        return self.root / "before"
+
+    def go_on(self, place: Path) -> tuple[object, Sequence[str]]:
+        """Bring a copy to its end, server and clients; its bits."""
+        self._run(place, lambda _: False)
+        read_record(place / "server" / "state" / "run")
+        states = {name: _states_of(place / "clients" / name / "state") for name in CLIENTS}
+        run = place / "server" / "state" / "run"
+        return (states, _states_of(run / "server"), scores_of(run)), ()
+
+    def _run(self, place: Path, stop: Callable[[int], bool]) -> None:
+        config = read_server_config(place / "server" / "federation.toml")
+        members = {name: self._member(place / "clients" / name) for name in CLIENTS}
+        if (config.place.run / "run.json").exists():
+            live_of(follow(Reading(config.place.run)))
+        with locked(config.place.folder):
+            host_of(config, _Strict(members, stop=stop)).to_the_end()
+
+    def _member(self, place: Path) -> member.Member:
+        """A client as `fedalt client` opens it; its base model is loaded once for all cases."""
+        config = read_client_config(place / "client.toml")
+        known = self.prepared.get(config.place.name)
+        with _prepared_once(known):
+            opened = member.open_member(
+                config.terms,
+                config.place.name,
+                config.place.data,
+                config.place.folder,
+                device=config.place.device,
+            )
+        if known is None:
+            settings = opened.learner.task
+            self.prepared[config.place.name] = Prepared(opened.parts, settings, {}, ())
+        return opened
+
+
+@contextlib.contextmanager
+def _prepared_once(known: Prepared | None) -> Iterator[None]:
+    before = member.prepare
+    if known is not None:
+        member.prepare = partial(prepare, base=known.parts.base)
+    try:
+        yield
+    finally:
+        member.prepare = before
+
+
+Whole = OfARun | OfAFederation
+
+
+def damage(whole: Whole, place: Path, seed: int) -> Outcome:
+    """Copy a folder, damage it as the seed says, go on with it; the copy is gone afterwards."""
+    shutil.copytree(whole.at, place)
+    draw = random.Random(seed)
+    kind, files = _spoil(place, whole.before, draw)
+    try:
+        outcome = partial(Outcome, kind, tuple(str(file.relative_to(place)) for file in files))
+        try:
+            end, told = whole.go_on(place)
+        except (ValueError, OSError) as error:
+            said = f"{type(error).__name__}: {error}"
+            named = any(_name_of(file) in str(error) for file in files)
+            one = "\n" not in str(error) and _is_ours(error)
+            return outcome(REFUSED if named and one else "AN ERROR THAT NAMES NO FILE", said)
+        except Exception as error:
+            return outcome("A FAULT", f"{type(error).__name__}: {error}")
+        if end == whole.end:
+            return outcome(SAME)
+        if any(file.name in text for text in told for file in files):
+            return outcome(NOTED, " ".join(told))
+        return outcome("OTHER BITS")
+    finally:
+        shutil.rmtree(place)
+
+
+def _states_of(place: Path) -> dict[str, str]:
+    """The digest of every file that can be a state: of others nothing is said."""
+    found = adapters_of(place)
+    return {path: digest for path, digest in found.items() if Path(path).stem.isdecimal()}
+
+
+def _name_of(file: Path) -> str:
+    """What an error has to say: many states have the same name, each in a folder of its own."""
+    return "/".join(file.parts[-2:]) if ".safetensors" in file.name else file.name
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether the command would show it as a user's error, see `fedalt.cli.faults`."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None:
+        frames = frames.tb_next
+    ours = frames is not None and "fedalt" in frames.tb_frame.f_code.co_filename
+    return isinstance(error, OSError) or ours
+
+
+def _spoil(place: Path, before: Path, draw: random.Random) -> tuple[str, list[Path]]:
+    """Do one thing to a file or two; what, and to which. What cannot be done is drawn anew."""
+    while True:
+        kind, spoil = draw.choice(_KINDS)
+        file = draw.choice(files_of(place))
+        done = spoil(_Target(file, place, before / file.relative_to(place)), draw)
+        if done is not None:
+            return kind, done
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A file of a folder, and where it would lie in the older one."""
+
+    file: Path
+    place: Path
+    before: Path
+
+
+def files_of(place: Path) -> list[Path]:
+    """The files that are damaged: states and what speaks of them, no client data and no keys."""
+    return sorted(
+        path
+        for path in place.rglob("*")
+        if path.is_file()
+        and path.suffix not in (".pub", ".key", ".crt", ".md")
+        and not {"data", "authority", "logs"} & set(path.relative_to(place).parts)
+        and path.name != ".lock"
+    )
+
+
+def _delete(at: _Target, draw: random.Random) -> list[Path]:
+    file = at.file
+    file.unlink()
+    return [file]
+
+
+def _truncate(at: _Target, draw: random.Random) -> list[Path] | None:
+    file = at.file
+    if file.stat().st_size < 2:
+        return None
+    os.truncate(file, draw.randrange(1, file.stat().st_size))
+    return [file]
+
+
+def _empty(at: _Target, draw: random.Random) -> list[Path] | None:
+    file = at.file
+    if not file.stat().st_size:
+        return None
+    os.truncate(file, 0)
+    return [file]
+
+
+def _flip(at: _Target, draw: random.Random) -> list[Path] | None:
+    file = at.file
+    data = bytearray(file.read_bytes())
+    if not data:
+        return None
+    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+    return [file]
+
+
+def _swap(at: _Target, draw: random.Random) -> list[Path] | None:
+    file = at.file
+    others = [
+        other
+        for other in files_of(at.place)
+        if other.suffix == file.suffix and other != file and other.read_bytes() != file.read_bytes()
+    ]
+    if not others:
+        return None
+    other = draw.choice(sorted(others))
+    one, two = file.read_bytes(), other.read_bytes()
+    file.write_bytes(two)
+    other.write_bytes(one)
+    return [file, other]
+
+
+def _folder_instead(at: _Target, draw: random.Random) -> list[Path]:
+    file = at.file
+    file.unlink()
+    file.mkdir()
+    return [file]
+
+
+def _wrong_type(at: _Target, draw: random.Random) -> list[Path] | None:
+    file = at.file
+    return _changed(file, draw, lambda table, key: {**table, key: draw.choice(_VALUES)})
+
+
+def _without_a_key(at: _Target, draw: random.Random) -> list[Path] | None:
+    file = at.file
+    return _changed(
+        file, draw, lambda table, key: {each: table[each] for each in table if each != key}
+    )
+
+
+_VALUES: Final = (None, [], {}, "x", -1, 1.5, True, [{"a": None}])
+
+
+def _changed(
+    file: Path, draw: random.Random, change: Callable[[dict[str, Any], str], object]
+) -> list[Path] | None:
+    """Change what a file of JSON, or a line of one, holds."""
+    if file.suffix not in (".json", ".jsonl"):
+        return None
+    lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
+    if not lines:
+        return None
+    at = draw.randrange(len(lines))
+    table = json.loads(lines[at])
+    if not isinstance(table, dict) or not table:
+        return None
+    lines[at] = json.dumps(change(table, draw.choice(sorted(table))))
+    file.write_text("".join(f"{line}\n" for line in lines))
+    return [file]
+
+
+def _old_copy(at: _Target, draw: random.Random) -> list[Path] | None:
+    """The file as it was two rounds ago, or the state of an older round in its place."""
+    file = at.file
+    older = [at.before] if at.before.is_file() else []
+    older += [each for each in sorted(file.parent.glob("*.safetensors")) if each.name < file.name]
+    older = [each for each in older if each.read_bytes() != file.read_bytes()]
+    if not older:
+        return None
+    shutil.copyfile(draw.choice(older), file)
+    return [file]
+
+
+def _unknown(at: _Target, draw: random.Random) -> list[Path] | None:
+    """A file that nobody has written: of another name, or of a round that is to come."""
+    file = at.file
+    names = [f"x{file.name}", f"{file.name}.old"]
+    if file.suffix == ".safetensors":
+        names += ["0000.safetensors", "0003.safetensors", "0004.safetensors", "0099.safetensors"]
+    new = file.with_name(draw.choice(names))
+    if new.exists():
+        return None
+    shutil.copyfile(file, new)
+    return [new]
+
+
+def _rubbish(at: _Target, draw: random.Random) -> list[Path]:
+    file = at.file
+    file.write_bytes(draw.choice([b"{", b"null", b"\xff\xfe\x00", b"[1, 2]", b"x = 1\n", b'"a"\n']))
+    return [file]
+
+
+def _without_rights(at: _Target, draw: random.Random) -> list[Path] | None:
+    file = at.file
+    if os.geteuid() == 0:
+        return None  # who may do everything reads it all the same
+    file.chmod(0)
+    return [file]
+
+
+_KINDS: Final = (
+    ("deleted", _delete),
+    ("truncated", _truncate),
+    ("emptied", _empty),
+    ("a bit flipped", _flip),
+    ("swapped", _swap),
+    ("a folder instead", _folder_instead),
+    ("a wrong type", _wrong_type),
+    ("a key missing", _without_a_key),
+    ("an old copy", _old_copy),
+    ("an unknown file", _unknown),
+    ("rubbish", _rubbish),
+    ("without rights", _without_rights),
+)

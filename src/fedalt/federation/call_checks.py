@@ -30,14 +30,8 @@ def read_call(data: bytes, client_id: str) -> Call:
         raise CallRefused(f"client {client_id!r}: the call cannot be read: {error}") from error
 
 
-def check_call(
-    call: Call, terms: Terms, client_id: str, columns: Collection[str], since: int
-) -> None:
-    """Refuse a call that no server sends which keeps to the terms, before anything comes of it.
-
-    `columns` are those of the client's arms; `since` is the round of the last call that it has
-    answered, before which it is not set back.
-    """
+def require_ours(call: Call, terms: Terms, client_id: str) -> None:
+    """Refuse a call that is not for this client, of this federation, under the terms it knows."""
     for what, theirs, ours in (
         ("federation", call.federation, terms.name),
         ("client", call.client, client_id),
@@ -48,6 +42,16 @@ def check_call(
                 f"client {client_id!r}: the call is for {what} {shown(theirs)}, "
                 f"but this is {ours!r}"
             )
+
+
+def check_call(
+    call: Call, terms: Terms, client_id: str, columns: Collection[str], since: int
+) -> None:
+    """Refuse a call that no server sends which keeps to the terms, before anything comes of it.
+
+    `columns` are those of the client's arms; `since` is the round of the last call that it has
+    answered, before which it is not set back.
+    """
     for problem in _problems(call, terms.settings.rounds, columns, since):
         raise CallRefused(f"client {client_id!r}: the call is refused: {problem}")
 

@@ -26,7 +26,13 @@ from fedalt.engine.in_process import client_of, drive, drive_all
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import training_metrics
 from fedalt.federation.answer_schema import asked_of, check_answer
-from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
+from fedalt.federation.call_checks import (
+    CallRefused,
+    check_call,
+    read_call,
+    require_ours,
+    told_outside,
+)
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.terms import Terms
 from fedalt.methods.contract import Message, Serving
@@ -71,6 +77,8 @@ class Member:
             call = read_call(data, self.client_id)
             answer = replace(answer, round=call.round, accepted=call.accepted)
             since = NEVER if known is None else known.round
+            require_ours(call, self.terms, self.client_id)
+            self._require_counted(call)
             check_call(call, self.terms, self.client_id, self._columns, since)
             answer = self._carry_out(call, answer)
             check_answer(answer, asked_of(call, call_digest, self.terms, self._columns), self.terms)
@@ -100,7 +108,6 @@ class Member:
             return data, None
 
     def _carry_out(self, call: Call, answer: Answer) -> Answer:
-        self._require_counted(call)
         self._require_fitting(call)
         self._settle(call)
         scores: list[Score] = []

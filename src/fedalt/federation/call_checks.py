@@ -22,16 +22,12 @@ class CallRefused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
     """A call that is not carried out, and why: in words that may be sent to the server."""
 
 
-def read_call(data: bytes, client_id: str) -> Call:
-    """The call in these bytes, all numbers finite."""
+def read_call(data: bytes, terms: Terms, client_id: str) -> Call:
+    """The call in these bytes, if it is for this client, of this federation, under its terms."""
     try:
-        return decode(Call, data, finite=True)
+        call = decode(Call, data, finite=True)
     except CodecError as error:
         raise CallRefused(f"client {client_id!r}: the call cannot be read: {error}") from error
-
-
-def require_ours(call: Call, terms: Terms, client_id: str) -> None:
-    """Refuse a call that is not for this client, of this federation, under the terms it knows."""
     for what, theirs, ours in (
         ("federation", call.federation, terms.name),
         ("client", call.client, client_id),
@@ -42,6 +38,7 @@ def require_ours(call: Call, terms: Terms, client_id: str) -> None:
                 f"client {client_id!r}: the call is for {what} {shown(theirs)}, "
                 f"but this is {ours!r}"
             )
+    return call
 
 
 def check_call(

@@ -26,13 +26,7 @@ from fedalt.engine.in_process import client_of, drive, drive_all
 from fedalt.engine.learner import Learner
 from fedalt.engine.schedule import training_metrics
 from fedalt.federation.answer_schema import asked_of, check_answer
-from fedalt.federation.call_checks import (
-    CallRefused,
-    check_call,
-    read_call,
-    require_ours,
-    told_outside,
-)
+from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.terms import Terms
 from fedalt.methods.contract import Message, Serving
@@ -74,10 +68,9 @@ class Member:
             old, known = self._last_answer()
             if known is not None and known.call == call_digest:
                 return old
-            call = read_call(data, self.client_id)
+            call = read_call(data, self.terms, self.client_id)
             answer = replace(answer, round=call.round, accepted=call.accepted)
             since = NEVER if known is None else known.round
-            require_ours(call, self.terms, self.client_id)
             self._require_counted(call)
             check_call(call, self.terms, self.client_id, self._columns, since)
             answer = self._carry_out(call, answer)

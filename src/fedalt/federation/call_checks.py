@@ -23,22 +23,12 @@ class CallRefused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
     """A call that is not carried out, and why: in words that may be sent to the server."""
 
 
-def read_call(data: bytes, client_id: str) -> Call:
-    """The call in these bytes, all numbers finite."""
+def read_call(data: bytes, terms: Terms, client_id: str) -> Call:
+    """The call in these bytes, if it is for this client, of this federation, under its terms."""
     try:
-        return decode(Call, data, finite=True)
+        call = decode(Call, data, finite=True)
     except CodecError as error:
         raise CallRefused(f"client {client_id!r}: the call cannot be read: {error}") from error
-
-
-def check_call(
-    call: Call, terms: Terms, client_id: str, columns: Collection[str], since: int
-) -> None:
-    """Refuse a call that no server sends which keeps to the terms, before anything comes of it.
-
-    `columns` are those of the client's arms; `since` is the round of the last call that it has
-    answered, before which it is not set back.
-    """
     for what, theirs, ours in (
         ("federation", call.federation, terms.name),
         ("client", call.client, client_id),
@@ -49,6 +39,17 @@ def check_call(
                 f"client {client_id!r}: the call is for {what} {quoted(theirs)}, "
                 f"but this is {ours!r}"
             )
+    return call
+
+
+def check_call(
+    call: Call, terms: Terms, client_id: str, columns: Collection[str], since: int
+) -> None:
+    """Refuse a call that no server sends which keeps to the terms, before anything comes of it.
+
+    `columns` are those of the client's arms; `since` is the round of the last call that it has
+    answered, before which it is not set back.
+    """
     for problem in _problems(call, terms.settings.rounds, columns, since):
         raise CallRefused(f"client {client_id!r}: the call is refused: {problem}")
 

@@ -82,10 +82,11 @@ class Member:
             if known is not None and known.call == call_digest:
                 self.say("the server asks once more; it gets the same answer")
                 return old
-            call = read_call(data, self.client_id)
+            call = read_call(data, self.terms, self.client_id)
             place = where(call, rounds)
             answer = replace(answer, round=call.round, accepted=call.accepted)
             since = NEVER if known is None else known.round
+            self._require_counted(call)
             check_call(call, self.terms, self.client_id, self._columns, since)
             done = self._carry_out(call, answer)
             check_answer(done, asked_of(call, call_digest, self.terms, self._columns), self.terms)
@@ -123,7 +124,6 @@ class Member:
             return data, None
 
     def _carry_out(self, call: Call, answer: Answer) -> Answer:
-        self._require_counted(call)
         self._require_fitting(call)
         if lost := what_did_not_count(self.folder, self.client_id, call):
             self.say(f"{where(call, self.terms.settings.rounds.rounds)}: {lost}")

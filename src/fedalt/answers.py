@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedalt.adapters.reach import rows_of_embedding
+from fedalt.base_model.checks import require_known_ids
 from fedalt.data.prompts import Template, encode_prompt
 from fedalt.engine.course import Column
 from fedalt.evaluation import Scoring, generate
@@ -70,9 +72,12 @@ def answers(of: Served, texts: Sequence[str], scoring: Scoring | None = None) ->
 
 def prompt_of(of: Served, text: str) -> tuple[int, ...]:
     """The ids that a text is asked with. Raises DataError for a client of a classifier."""
-    return encode_prompt(
+    ids = encode_prompt(
         question(of.form, text),
         of.parts.base.tokenizer,
         of.template,
         max_length=of.parts.settings.data.max_length,
     )
+    base = of.parts.base
+    require_known_ids(base.tokenizer, ids, rows_of_embedding(base.adapted.model), "the question")
+    return ids

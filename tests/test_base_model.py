@@ -11,7 +11,7 @@ import pytest
 import torch
 from bases import letters
 from models_on_disk import SIZES, edit_json, edit_weights, saved
-from runs_for_tests import save_model
+from runs_for_tests import save_model, settings_for, write_clients
 from safetensors.torch import save_file
 from transformers import (
     BertConfig,
@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from fedalt.models import ModelError, load_base, load_tokenizer, require_tokenizer_fits
+from fedalt.prepare import prepare
 
 
 def prefixed(prefix: str) -> Callable[[Path], object]:
@@ -182,12 +183,27 @@ def test_a_tokenizer_larger_than_the_embedding_is_told_with_both_sizes(tmp_path:
     folder = save_model(tmp_path / "model")
     tokenizer = letters()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}"
     tokenizer.save_pretrained(folder)
     problem = r"has 65 tokens, but the model an embedding for 64: '<\|turn\|>' \(64\)"
     with pytest.raises(ModelError, match=problem):
         load_base(str(folder), device="cpu")
     with pytest.raises(ModelError, match=problem):
         require_tokenizer_fits(load_tokenizer(str(folder)), str(folder))
+
+
+def test_a_token_without_an_embedding_does_no_harm_until_a_text_has_it(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    tokenizer = letters()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
+    tokenizer.save_pretrained(folder)
+    data = write_clients(tmp_path / "data", clients=("a", "b"), count=2)
+    prepare(settings_for(folder, data))
+    file = data / "b.test.jsonl"
+    file.write_text(file.read_text().replace("ask 100b", "ask <|turn|>"))
+    problem = r"client 'b', test: the token '<\|turn\|>' \(64\) is in the text, but .* 65 .* for 64"
+    with pytest.raises(ModelError, match=problem):
+        prepare(settings_for(folder, data))
 
 
 def test_positions_begin_behind_the_padding(tmp_path: Path) -> None:

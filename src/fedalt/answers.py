@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedalt.adapters.reach import rows_of_embedding
+from fedalt.base_model.checks import require_known_ids
 from fedalt.data.prompts import Template, encode_prompt
 from fedalt.data.records import DataError
 from fedalt.engine.course import Column
@@ -93,4 +95,6 @@ def prompt_of(of: Served, text: str) -> tuple[int, ...]:
         of.template,
         max_length=min(settings.data.max_length, base.positions),
     )
-    return fitted(base, prompt, settings.scoring)
+    ids = fitted(base, prompt, settings.scoring)
+    require_known_ids(base.tokenizer, ids, rows_of_embedding(base.adapted.model), "the question")
+    return ids

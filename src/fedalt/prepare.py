@@ -9,7 +9,9 @@ from typing import Any, Final
 
 import torch
 
+from fedalt.adapters.reach import rows_of_embedding
 from fedalt.adapters.start import Start
+from fedalt.base_model.checks import require_known_ids
 from fedalt.data.examples import Split
 from fedalt.data.folder import open_data
 from fedalt.data.layout import SPLITS, not_read
@@ -95,12 +97,20 @@ def prepare(
         seed=settings.seed,
         cut_answers=settings.data.cut_answers,
     )
+    rows = rows_of_embedding(parts.base.adapted.model)
     counts: dict[str, dict[Split, int]] = {}
     cut = [0, 0]
     for client_id in task.clients:
         counts[client_id] = {}
         for split in SPLITS:
-            counts[client_id][split] = len(task.examples(client_id, split))
+            examples = task.examples(client_id, split)
+            counts[client_id][split] = len(examples)
+            require_known_ids(
+                parts.base.tokenizer,
+                (token for example in examples for token in example.ids),
+                rows,
+                f"client {client_id!r}, {split}",
+            )
             cut = [sum(pair) for pair in zip(cut, task.cut(client_id, split), strict=True)]
         task.training_size(client_id)  # while they are encoded: a round asks for all at once
     warnings = [not_read(data.ignored)] if data.ignored else []

@@ -139,10 +139,9 @@ def agree(found: Tensor, wanted: Tensor) -> bool:
 
 def _same(found: Tensor, wanted: Tensor) -> bool:
     """Whether nothing of another text gets into logits, such as the state of a recurrence."""
-    most = float((found - wanted).abs().max())
-    return most <= 1e-3 * float(torch.finfo(wanted.dtype).eps) ** 0.5 + 1e-5 * float(
-        wanted.abs().max()
-    )
+    most, size = float((found - wanted).abs().max()), float(wanted.abs().max())
+    rounding: float = torch.finfo(wanted.dtype).eps
+    return most <= 50 * rounding * max(size, 1e-3)
 
 
 @dataclass(frozen=True)

@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 # Odd numbers: what else a layer may see, such as a table of positions, has hardly as many rows.
 _TEXTS, _TOKENS = 3, 7
@@ -111,7 +112,7 @@ def rows_of_embedding(model: PreTrainedModel) -> int | None:
         weight = getattr(model.get_input_embeddings(), "weight", None)
     except NotImplementedError:
         return None
-    return None if weight is None else int(weight.shape[0])
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else None
 
 
 def _is_in_a_block(path: str) -> bool:
@@ -137,5 +138,4 @@ def _is_product(layer: nn.Module, x: Tensor, out: Any) -> bool:
 
 
 def _width(layer: nn.Module) -> int:
-    out = getattr(layer, "out_features", None)
-    return int(layer.nf if out is None else out)  # of GPT-2's Conv1D
+    return int(cast(int, layer.nf if isinstance(layer, Conv1D) else layer.out_features))

@@ -57,7 +57,8 @@ def head_layers(model: PreTrainedModel, fresh: Collection[str] = ()) -> dict[str
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return {}
     linear = {path: layer for path, layer in model.named_modules() if isinstance(layer, nn.Linear)}
-    named = {path for path in linear if path.split(".")[0] in ("classifier", "score")}
+    # PEFT goes by the ends of names: DistilBERT's pre_classifier is meant, too.
+    named = {path for path in linear if path.split(".")[0].endswith(("classifier", "score"))}
     if not named:
         network = set(model.base_model.modules())
         named = {path for path, layer in linear.items() if layer not in network}

@@ -1,5 +1,7 @@
 """What a loaded model is tried for before anything is trained on it."""
 
+from collections.abc import Iterable
+
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -54,16 +56,42 @@ def _first_without_numbers(model: PreTrainedModel) -> str:
 def require_room_for_tokens(
     tokenizer: PreTrainedTokenizerBase, name: str, rows: int | None
 ) -> None:
-    """Raise ModelError where a tokenizer has tokens that the model has no embedding for."""
+    """Raise ModelError where a tokenizer has tokens that the model has no embedding for.
+
+    A token that was only added, that no chat template writes and that begins, ends or fills no
+    text does no harm as long as no text has it, which `require_known_ids` tells.
+    """
     if rows is None:
         return
-    ids = tokenizer.get_vocab()
-    token, last = max(ids.items(), key=lambda each: each[1])
-    if last >= rows:
+    beyond = {token: at for token, at in tokenizer.get_vocab().items() if at >= rows}
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()}
+    roles = {
+        str(getattr(tokenizer, role))
+        for role in ("bos_token", "eos_token", "pad_token", "sep_token", "cls_token")
+    }
+    template = str(tokenizer.chat_template or "")
+    needed = [
+        token for token in beyond if token not in added or token in roles or token in template
+    ]
+    if needed:
+        token = max(needed, key=beyond.__getitem__)
         raise ModelError(
-            f"the tokenizer of {name!r} has {last + 1} tokens, but the model an embedding for "
-            f"{rows}: {token!r} ({last}) and others have none; expected the tokenizer that the "
-            "model was trained with"
+            f"the tokenizer of {name!r} has {max(beyond.values()) + 1} tokens, but the model an "
+            f"embedding for {rows}: {token!r} ({beyond[token]}) and others have none; expected the "
+            "tokenizer that the model was trained with"
+        )
+
+
+def require_known_ids(
+    tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], rows: int | None, where: str
+) -> None:
+    """Raise ModelError for a text with a token that the model has no embedding for."""
+    most = max(ids, default=0)
+    if rows is not None and most >= rows:
+        token = tokenizer.convert_ids_to_tokens(most)
+        raise ModelError(
+            f"{where}: the token {token!r} ({most}) is in the text, but the tokenizer has "
+            f"{len(tokenizer)} tokens and the model an embedding for {rows}"
         )
 
 

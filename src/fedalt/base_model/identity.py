@@ -178,7 +178,7 @@ def _digest_of(tensor: Tensor) -> str:
     """Of shape and numbers; half precision counts as the float32 numbers that it stands for."""
     digest = hashlib.sha256(str(tuple(tensor.shape)).encode())
     for chunk in _chunks(tensor.detach()):
-        digest.update(memoryview(chunk.numpy()).cast("B"))
+        digest.update(chunk.numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

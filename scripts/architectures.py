@@ -79,7 +79,7 @@ def tried(kind: str, *, classifies: bool, folder: Path) -> Row:
     except ModelError as error:
         return replace(row, refused=_sentence(error, folder))
     examples = _examples(base, labels)
-    start = Start(base.adapted.sites, base.adapted.heads, 0, base.given)
+    start = Start(base.adapted.sites, base.adapted.heads, 0, given=base.given)
     tree = {**start.adapter(PLAN.slots[0]), **start.head()}
     padding = any("changes with the padding" in note for note in base.notes)
     row = replace(row, padding=padding)

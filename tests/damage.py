@@ -23,7 +23,7 @@ from fedalt.engine.course import Event
 from fedalt.federation import member
 from fedalt.federation.channel import Lost
 from fedalt.federation.messages import Answer
-from fedalt.flower.config import read_client_config, read_server_config
+from fedalt.flower.config import member_of, read_client_config, read_server_config
 from fedalt.flower.serve import host_of
 from fedalt.prepare import Prepared, prepare
 from fedalt.report.live import Reading, follow, live_of
@@ -192,13 +192,7 @@ class OfAFederation:
         config = read_client_config(place / "client.toml")
         known = self.prepared.get(config.place.name)
         with _prepared_once(known):
-            opened = member.open_member(
-                config.terms,
-                config.place.name,
-                config.place.data,
-                config.place.folder,
-                device=config.place.device,
-            )
+            opened = member_of(config)
         if known is None:
             settings = opened.learner.task
             self.prepared[config.place.name] = Prepared(opened.parts, settings, {}, ())

@@ -13,6 +13,7 @@ from report_records import write_examples as examples_into
 from runs_for_tests import write_clients
 
 from fedalt.comparison import Entry, jobs_of
+from fedalt.record import StoreError
 from fedalt.report.compared_figures import gain_map, ranked
 from fedalt.report.comparison import collect, write_results
 from fedalt.report.labels import Point, sides
@@ -236,7 +237,12 @@ def test_where_a_method_keeps_no_adapters_the_yardsticks_are_compared(run_flags,
     found = similarity(read_record(run))
     assert found.column == "local"
     shutil.rmtree(run / "local")
-    assert similarity(read_record(run)) == "no two clients keep a trained adapter of their own"
+    with pytest.raises(StoreError, match=r"local/clients/a/0000.safetensors is missing"):
+        similarity(read_record(run))
+    alone = tmp_path / "alone"
+    words = ["--method", "fedit", "--rounds", 1, "--no-yardstick", "--out", alone, "-q"]
+    assert call("run", *run_flags, *words) == 0
+    assert similarity(read_record(alone)) == "no two clients keep a trained adapter of their own"
 
 
 def test_a_large_run_makes_a_small_page(run, tmp_path):

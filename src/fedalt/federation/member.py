@@ -326,6 +326,9 @@ def claim(folder: Path, terms: Terms, client_id: str) -> Accepted:
             f"{file}: the folder belongs to {key} {found.get(key)!r}, but this is "
             f"{about.get(key)!r}; use another folder for it"
         )
+    kept = folder / "answer.bin"
+    if kept.exists() and not kept.is_file():
+        raise StoreError(f"{kept} cannot be read: it is no file")
     accepted = read_accepted(folder)
     accepted.kept.digests.require_there()
     return accepted

@@ -1,7 +1,7 @@
 """What all sides of a federation have agreed on: one file, the same bytes for everyone."""
 
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -127,7 +127,7 @@ def read_terms(file: Path) -> Terms:
     )
 
 
-def _start(about: _Federation, seed: int) -> Start:
+def _start(about: Mapping[str, Any], seed: int) -> Start:
     """What draws the first tensors, from sites and heads as the terms list them."""
     heads = {
         Name(head["site"], head["slot"], head["factor"]): tuple(head["shape"])

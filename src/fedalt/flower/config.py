@@ -151,16 +151,19 @@ def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
 def member_of(config: ClientConfig, hear: Hear = ignore, say: Say = silent) -> Member:
     """The client of a configuration, its model loaded and its data read; see `open_member`."""
     place = config.place
-    return open_member(
-        config.terms,
-        place.name,
-        place.data,
-        place.folder,
-        model=place.model,
-        device=place.device,
-        hear=hear,
-        say=say,
-    )
+    try:
+        return open_member(
+            config.terms,
+            place.name,
+            place.data,
+            place.folder,
+            model=place.model,
+            device=place.device,
+            hear=hear,
+            say=say,
+        )
+    except SettingsError as error:  # whose name and places are this file's
+        raise SettingsError(f"{config.file}: {error}") from None
 
 
 def _table(file: Path, known: set[str]) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def classifier(folder: Path, labels: tuple[str, ...]) -> Path:
 
 
 def head_of(base: Base) -> dict[Name, Tensor]:
-    return Start(base.adapted.sites, base.adapted.heads, 0, base.given).head()
+    return Start(base.adapted.sites, base.adapted.heads, 0, given=base.given).head()
 
 
 def test_a_head_of_another_number_of_labels_begins_anew_and_is_told(tmp_path: Path) -> None:

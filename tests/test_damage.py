@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from commands import call
 from damage import REFUSED, OfAFederation, OfARun, Whole, damage
 from runs_for_tests import adapters_of, scores_of
 
+from fedalt.disk.digests import Digests, digest_of
 from fedalt.disk.reading import FormError, StoreError, parse, read_sealed, sealed
 from fedalt.federation.accepted import read_accepted
 from fedalt.quarantine import refusals
@@ -256,3 +258,23 @@ def test_what_is_sealed_shows_every_change(tmp_path: Path) -> None:
         file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         with pytest.raises(StoreError, match=r"progress.json"):
             read_sealed(file, dict[str, Any])
+
+
+def test_a_list_of_digests_is_one_that_sha256sum_checks(tmp_path: Path) -> None:
+    names = ["examples.jsonl", "clients/a/0001.safetensors", "clients/a b/x", "clients/n\\\n/y"]
+    digests = Digests(tmp_path, tmp_path / "states-0.sha256")
+    for name in names:
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name)
+        digests.note(file, digest_of(file.read_bytes()))
+    data = digests.to_bytes()
+    again = Digests.of_bytes(data, tmp_path, digests.says)
+    assert list(again.files()) == list(digests.files())
+    (tmp_path / "states-0.sha256").write_bytes(data)
+    check = ["sha256sum", "--check", "--quiet", "--strict", "states-0.sha256"]
+    assert subprocess.run(check, cwd=tmp_path, check=False).returncode == 0
+    (tmp_path / names[1]).write_text("another")
+    assert subprocess.run(check, cwd=tmp_path, check=False).returncode == 1
+    with pytest.raises(StoreError, match=r"0001.safetensors was changed"):
+        again.require_whole()

@@ -97,8 +97,10 @@ class Digests:
 
     def to_bytes(self) -> bytes:
         """The list as `sha256sum` writes it."""
-        return b"".join(
-            _line(digest, os.fsencode(file.relative_to(self.root))) for file, digest in self.files()
+        return b"".join(  # texts, as paths would take most of a commit's time
+            _line(digest, os.fsencode(name if key == "." else f"{key}/{name}"))
+            for key in sorted(self._of)
+            for name, digest in sorted(self._of[key].items())
         )
 
     @staticmethod
@@ -112,7 +114,8 @@ class Digests:
             escaped, digest, name = match.groups()
             if escaped:
                 name = re.sub(rb"\\(.)", lambda one: b"\n" if one[1] == b"n" else one[1], name)
-            found.note(root / os.fsdecode(name), digest.decode())
+            key, _, last = os.fsdecode(name).rpartition("/")
+            found._of.setdefault(key or ".", {})[last] = digest.decode()
         return found
 
     def _key(self, folder: Path) -> str:

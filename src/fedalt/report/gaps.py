@@ -52,7 +52,7 @@ def gap_matrix(rows: Sequence[Row], at: int, over: int, *, sign: int = 1) -> Flo
     """Gaps of two columns, (clients, seeds), of those clients that both have."""
     both = [(row.scores[at], row.scores[over]) for row in rows]
     gaps = [np.subtract(a, b) for a, b in both if a and len(a) == len(b)]
-    return sign * np.array(gaps, dtype=np.float64).reshape(len(gaps), -1)
+    return sign * np.array(gaps, dtype=np.float64) if gaps else np.empty((0, 0))
 
 
 def p_value(gaps: Sequence[float] | Floats) -> float:

@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Final
 
-# Porter's stemmer is of English: it is given what Google's tokenizer gives it, and nothing else.
 _ASCII_WORD: Final = re.compile(r"[a-z0-9]+")
-_SHORTEST_TO_STEM: Final = 4  # letters
 # Written without spaces between words: each character is a word, with the marks above and below it.
 _WITHOUT_SPACES: Final = (
     (0x0E00, 0x0EFF),  # Thai, Lao
@@ -105,16 +103,18 @@ def _same_form(text: str) -> str:
 
 
 class _Words:
-    """`words`, stemmed, as `rouge_score` wants its tokenizer."""
+    """`words`, those of a to z stemmed by Google's own tokenizer: its stemmer is of English."""
 
     def __init__(self) -> None:
-        from nltk.stem.porter import PorterStemmer
+        from rouge_score.tokenizers import DefaultTokenizer
 
-        self._stem: Callable[[str], str] = PorterStemmer().stem
+        self._of_ascii: Callable[[str], list[str]] = DefaultTokenizer(use_stemmer=True).tokenize
 
     def tokenize(self, text: str) -> list[str]:
         """The words of a text."""
-        return [
-            self._stem(word) if word.isascii() and len(word) >= _SHORTEST_TO_STEM else word
-            for word in words(text)
-        ]
+        if text.isascii():
+            return self._of_ascii(text)
+        found: list[str] = []
+        for word in words(text):
+            found += self._of_ascii(word) if word.isascii() else [word]
+        return found

@@ -186,8 +186,8 @@ def _exported(
     out = export_individual(serving, base, folder / "exported")
     model = PeftModel.from_pretrained(plain, str(out)).eval()
     worst = 0.0
-    for step in (lambda: model, lambda: model.merge_and_unload()):
-        other = step()
+    for merged in (False, True):
+        other: Any = model.merge_and_unload() if merged else model
         for example in examples:
             ids = torch.tensor([example.ids])
             with base.adapted.bound(serving.plan, serving.tree) as bound:

@@ -18,6 +18,7 @@ from hostile import ANSWERS, CALLS, spoilt
 from runs_for_tests import save_model, settings_for, write_clients
 
 from fedalt.codec import decode, encode
+from fedalt.container import unpack
 from fedalt.engine.firewall import Firewall
 from fedalt.engine.gate import Gate
 from fedalt.federation.channel import Lost
@@ -185,7 +186,7 @@ def hostile_calls(
             bare = replace(answer, error="", round=0, accepted=0, call="")
             about = recorded.terms.name, recorded.terms.digest, client_id
             if not answer.error or bare != Answer(*about, 0, 0, ""):
-                wrong.append(f"call {at}: {kind} is carried out: {bad!r:.300}")
+                wrong.append(f"call {at}: {kind} is carried out: {_outline(bad)}")
             elif not answer.error.isprintable() or str(folder) in answer.error:
                 wrong.append(f"call {at}: {kind} is told as {answer.error!r}")
             if _contents(place) != before:
@@ -206,6 +207,12 @@ def _same(one: bytes, other: bytes) -> bool:
         for answer in (decode(Answer, one), decode(Answer, other))
     )
     return encode(mine) == encode(theirs)
+
+
+def _outline(data: bytes) -> object:
+    """What can be read of bytes, in short."""
+    texts, tensors = unpack(data)
+    return texts["facts"], {key: (each.shape, each.dtype) for key, each in tensors.items()}
 
 
 def _contents(folder: Path) -> dict[str, str]:

@@ -23,6 +23,8 @@ FEWEST: Final = 3  # uploads of which a median says what is usual
 FEWEST_COUNTED: Final = -1  # what stands for none
 MOST_COUNTED: Final = 10**5  # rounds, clients or groups
 
+_DTYPES: Final = (torch.float32, torch.float64)  # of what servers send: adapters and their sums
+
 
 class Refused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
     """A message that is not taken, and why: one sentence, fit to be shown on a terminal.
@@ -194,6 +196,10 @@ def _check_number(key: str, fact: Fact) -> None:
 
 def _check_place(name: Name, tensor: Tensor, tree: Tree, start: Start) -> None:
     """Whether a broadcast's tensor has a site, that site's sizes, and its partner's rank."""
+    if tensor.dtype not in _DTYPES:
+        raise Refused(
+            f"the broadcast has {_named(name)} as {_kind(tensor)}, expected float32 or float64"
+        )
     shape = start.sites.get(name.site)
     if shape is None:
         raise Refused(f"the broadcast has {_named(name)}, but the base model has no such site")

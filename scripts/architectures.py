@@ -27,6 +27,7 @@ from fedalt.adapters.plan import HEAD, Slot, single
 from fedalt.adapters.start import Start
 from fedalt.data.examples import Example
 from fedalt.evaluation import Scoring, generate, score, score_together
+from fedalt.evaluation.asking import ends as ends_of
 from fedalt.export.folders import export_individual
 from fedalt.methods.contract import Serving
 from fedalt.models import Base, ModelError, load_base
@@ -150,7 +151,7 @@ def _loss(base: Base, plain: Any, tree: Any, examples: Sequence[Example]) -> flo
 @torch.no_grad()
 def _same_text(base: Base, plain: Any, examples: Sequence[Example]) -> bool:
     # Without what a configuration adds to greedy decoding, such as an end that is forced.
-    ends = plain.generation_config.eos_token_id
+    ends = list(ends_of(base))
     for model in (plain, base.adapted.model):
         model.generation_config = GenerationConfig(eos_token_id=ends, use_cache=True)
     prompts = [example.prompt_ids for example in examples]

@@ -57,7 +57,7 @@ def test_check_reads_no_weights(tmp_path, tiny_model_dir, capsys):
 
 def test_check_tells_all_problems_at_once(tmp_path, tiny_model_dir, capsys):
     folder = write_clients(tmp_path / "d", "ab")
-    (folder / "a.train.jsonl").write_text("{\n{}\n")
+    (folder / "a.train.jsonl").write_text("{oops\n{}\n")
     (folder / "b.test.jsonl").write_text("[]")
     assert call("data", "check", folder, "--model", tiny_model_dir) == 2
     said = capsys.readouterr().err

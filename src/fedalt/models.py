@@ -90,7 +90,7 @@ class Base:
     @property
     def pad_id(self) -> int:
         """The token that fills up a batch; it carries no loss and no attention."""
-        known = getattr(self.adapted.model.get_input_embeddings(), "num_embeddings", inf)
+        known = rows_of_embedding(self.adapted.model) or inf
         # Some tokenizers have got a token for it that the model has no embedding of.
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(int(each) for each in tokens if each is not None and each < known)

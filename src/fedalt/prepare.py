@@ -87,7 +87,8 @@ def prepare(
     file = settings.data.template
     template = Template() if file is None else read_template(file)
     require_known(settings, clients or data.clients)
-    parts = load_parts(settings, data.labels, base, clients=len(clients or data.clients))
+    agreed = labels or data.labels  # data without labels are refused by whoever has agreed on some
+    parts = load_parts(settings, agreed, base, clients=len(clients or data.clients))
     task = Task(
         folder=data,
         tokenizer=parts.base.tokenizer,

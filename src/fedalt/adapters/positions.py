@@ -13,11 +13,15 @@ def positions_of(model: PreTrainedModel) -> int | None:
     """The most tokens of one text; None for a model that sets no bound.
 
     Where positions are looked up in a table its rows count, not what the configuration says: those
-    up to a padding id stand for no position, nor do rows that are skipped.
+    up to a padding id stand for no position, nor do rows that are skipped. Tables of other parts,
+    such as a vision tower's, number no text.
     """
     config = model.config.get_text_config(decoder=True)
     said = [getattr(config, "max_position_embeddings", None)]
+    texts = _place_of_texts(model)
     for path, module in model.named_modules():
+        if not path.startswith(texts):
+            continue
         if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _TABLES:
             skipped = getattr(module, "offset", 0)
             if module.padding_idx is not None:
@@ -25,3 +29,13 @@ def positions_of(model: PreTrainedModel) -> int | None:
             said.append(module.num_embeddings - skipped)
     known = [each for each in said if isinstance(each, int) and each > 0]
     return min(known, default=None)
+
+
+def _place_of_texts(model: PreTrainedModel) -> str:
+    """The beginning of the paths of what lies beside the table of tokens; "" where there is none."""
+    try:
+        tokens = model.get_input_embeddings()
+    except NotImplementedError:
+        return ""
+    path = next((path for path, module in model.named_modules() if module is tokens), "")
+    return path.rpartition(".")[0]

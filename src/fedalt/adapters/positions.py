@@ -32,7 +32,7 @@ def positions_of(model: PreTrainedModel) -> int | None:
 
 
 def _place_of_texts(model: PreTrainedModel) -> str:
-    """The beginning of the paths of what lies beside the table of tokens; "" where there is none."""
+    """How the paths begin of what lies beside the table of tokens; "" where there is none."""
     try:
         tokens = model.get_input_embeddings()
     except NotImplementedError:

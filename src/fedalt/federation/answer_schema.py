@@ -5,6 +5,7 @@ tensors of an upload have a check of their own, `engine.firewall.check_upload`.
 """
 
 import math
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -12,11 +13,13 @@ from typing import Final
 import torch
 
 from fedalt.engine.firewall import Refused, quoted
+from fedalt.engine.schedule import TRAINED
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, Split
 from fedalt.federation.terms import Terms
 from fedalt.methods.contract import Message
 from fedalt.tree import on
 
+MOST_COUNTS: Final = 32
 LONGEST_ERROR: Final = 600  # characters; honest clients cut theirs before that
 
 
@@ -54,16 +57,23 @@ TEXTS: Final = {"exact_match": SHARE, "rouge1": PERCENT, "rougeL": PERCENT}
 
 @dataclass(frozen=True)
 class Metrics:
-    """The metrics that a score has, and those that it may have beside them."""
+    """The metrics that a score or cost has, and those that it may have beside them.
+
+    `counts` matches names of further ones, few of them, which are counts.
+    """
 
     needed: Mapping[str, Range]
     optional: Mapping[str, Range] = field(default_factory=dict)
+    counts: re.Pattern[str] | None = None
 
     def require(self, found: Mapping[str, float], what: str) -> None:
         """Refuse a metric too few or too many, and a number outside its range."""
         if missing := self.needed.keys() - found.keys():
             raise Refused(f"{what} has no {min(missing)!r}")
-        known = {**self.needed, **self.optional}
+        counted = [key for key in found if self.counts and self.counts.fullmatch(key)]
+        if len(counted) > MOST_COUNTS:
+            raise Refused(f"{what} has {len(counted)} counts, expected at most {MOST_COUNTS}")
+        known = {**self.needed, **self.optional, **dict.fromkeys(counted, COUNT)}
         if unknown := found.keys() - known.keys():
             raise Refused(f"{what} has the unknown metric {quoted(min(unknown))}")
         for key, number in found.items():
@@ -82,7 +92,8 @@ def metrics_of(terms: Terms, split: Split) -> Metrics:
     return Metrics(LIKELIHOOD | written, OPTIONS)
 
 
-COSTS: Final = Metrics(TRAINING)
+# How many numbers of a slot and factor were trained.
+COSTS: Final = Metrics(TRAINING, counts=re.compile(rf"{TRAINED}[a-z0-9_]{{1,40}} [A-Za-z]{{1,20}}"))
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,7 @@ are the ratios of their medians. Gradients are compared in the same run, without
     peft       (a) PEFT's LoRA on the stock model, one client at a time, padded, all logits
     written    (b) FedALT's layer as the papers write it: slot by slot, padded, all logits
 
-With --upper instead: adapters in the upper half of the blocks alone, where what lies below is
-computed once for each text (`kept`), against computing it in every step. With --profile instead:
-where the time of `fused` goes, operation by operation, in percent.
-
-With --compile also `fused` with the parts of the model between matrix products compiled.
+With --profile instead: where the time of `fused` goes, operation by operation, in percent.
 
 The bound is the forward pass and the gradient of the inputs through the frozen base, with logits
 where a label is, at the rate of this machine's matmuls: `useful` is the share of that rate which
@@ -116,15 +112,8 @@ def tree_of(start: Start, plan: Plan) -> Tree:
 class Ours:
     """Training with fedalt, of clients together or one at a time."""
 
-    def __init__(
-        self,
-        size: str,
-        clients: Clients,
-        sites: Sequence[str] = SITES,
-        *,
-        compile_parts: bool = False,
-    ) -> None:
-        adapted = AdaptedModel(model_of(size), sites, compile_parts=compile_parts)
+    def __init__(self, size: str, clients: Clients) -> None:
+        adapted = AdaptedModel(model_of(size), SITES)
         self.base = Base(adapted, Tokenless(), size, "")
         self.clients = clients
         self.tree = tree_of(Start(adapted.sites, {}, 0), plan_of(0))
@@ -148,8 +137,7 @@ class Ours:
         }
         adapted = self.base.adapted
         batch = collate(self.clients, 0, adapted.device, pack=True)
-        labelled = batch.labelled(len(self.clients))
-        with adapted.bound(plan_of(0), stacked, packing=batch.packing, labelled=labelled) as model:
+        with adapted.bound(plan_of(0), stacked, packing=batch.packing) as model:
             losses = client_means(token_losses(model, batch), batch, len(self.clients))
             losses.sum().backward()
         grads = [
@@ -313,9 +301,7 @@ def bound_of(model: LlamaForCausalLM, clients: Clients) -> float:
     return float(4 * (body * tokens + head * labelled))
 
 
-def measure(
-    size: str, clients: int, each: int, turns: int, *, compile_parts: bool
-) -> Mapping[str, Any]:
+def measure(size: str, clients: int, each: int, turns: int) -> Mapping[str, Any]:
     """One row of the table."""
     data = examples_of(clients, each, SIZES[size]["vocab_size"])
     ours = Ours(size, data)
@@ -327,17 +313,6 @@ def measure(
         "written": written.train,
     }
     wrong = disagreement(ours, written)
-    compiled = {}
-    if compile_parts:
-        began = time.perf_counter()
-        faster = Ours(size, data, compile_parts=True)
-        outcome = faster.base.adapted.compiled
-        if outcome is None or not outcome.parts:
-            raise SystemExit(f"nothing is compiled: {outcome and outcome.why_not}")
-        faster.train(together=True)
-        compiled["compiling, s"] = f"{time.perf_counter() - began:.0f}"
-        wrong = max(wrong, disagreement(faster, written))
-        variants = {"compiled": lambda: faster.train(together=True), **variants}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     rates = []
     for turn in range(turns + 1):
@@ -351,16 +326,12 @@ def measure(
     tokens = sum(len(text.ids) for group in data for text in group)
     best = min(median["fused"], median["alone"])
     useful = bound_of(written.model, data) / best / statistics.median(rates)
-    if compile_parts:
-        compiled["compiled / fused"] = f"{median['fused'] / median['compiled']:.2f}"
     one = Ours(size, data[:1])
     batch = collate(one.clients, 0, one.base.adapted.device, pack=True)
     leaves = {
         name: leaf.clone().requires_grad_(name in one.names) for name, leaf in one.tree.items()
     }
-    with one.base.adapted.bound(
-        plan_of(0), leaves, packing=batch.packing, labelled=batch.labelled(1)
-    ) as model:
+    with one.base.adapted.bound(plan_of(0), leaves, packing=batch.packing) as model:
         mine = kept(lambda: token_losses(model, batch).mean(), model)
     theirs = kept(lambda: written.loss(data[0]), written.model)
     first = sum(len(text.ids) for text in data[0])
@@ -379,30 +350,6 @@ def measure(
         "kept, KB a token": round(mine / first / 1e3),
         "of written": f"{mine / theirs:.2f}",
         "gradients differ by": f"{wrong:.0e}",
-        **compiled,
-    }
-
-
-def measure_upper(size: str, clients: int, each: int, turns: int) -> Mapping[str, Any]:
-    """What is gained by keeping what the lower half of the blocks makes of a text."""
-    data = examples_of(clients, each, SIZES[size]["vocab_size"])
-    blocks = SIZES[size]["num_hidden_layers"]
-    upper = [f"layers.{n}.self_attn.{site}" for n in range(blocks // 2, blocks) for site in SITES]
-    variants = {"kept": Ours(size, data, upper), "every step": Ours(size, data, upper)}
-    variants["every step"].base.adapted.below = None
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for turn in range(turns + 1):
-        for name, ours in variants.items():
-            began = time.perf_counter()
-            ours.train(together=True)
-            if turn:  # the first turn warms up, and fills what is kept
-                seconds[name].append(time.perf_counter() - began)
-    kept, every = (statistics.median(taken) for taken in seconds.values())
-    return {
-        "model": size,
-        "clients": clients,
-        "examples": each,
-        "every step / kept": f"{every / kept:.2f}",
     }
 
 
@@ -428,8 +375,6 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[8])
     parser.add_argument("--each", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="also measure it compiled")
-    parser.add_argument("--upper", action="store_true", help="measure the upper half adapted")
     parser.add_argument("--profile", action="store_true", help="say where the time goes")
     parser.add_argument("--write", action="store_true", help="put the table into the document")
     options = parser.parse_args()
@@ -439,11 +384,8 @@ def main() -> None:
             for each in options.each:
                 if options.profile:
                     rows.append(profiled(size, clients, each))
-                elif options.upper:
-                    rows.append(measure_upper(size, clients, each, options.turns))
                 else:
-                    compiled = options.compile
-                    rows.append(measure(size, clients, each, options.turns, compile_parts=compiled))
+                    rows.append(measure(size, clients, each, options.turns))
                 print(json.dumps(rows[-1]), flush=True)
     if options.write:
         write("step", table(rows))

@@ -13,7 +13,6 @@ from fedalt import tree as trees
 from fedalt.adapters.layer import Noise
 from fedalt.adapters.packing import Packs, packed, packing_of
 from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, names_of
-from fedalt.adapters.pruning import last_mlp
 from fedalt.engine.in_process import one_by_one, run_round
 from fedalt.evaluation.group import Group
 from fedalt.evaluation.likelihood import _sums
@@ -43,8 +42,7 @@ DATA = {
 def losses_of(base, plan, tree, groups, *, pack, seeds=None):
     batch = collate(groups, base.pad_id, base.adapted.device, pack=pack)
     noise = None if seeds is None else Noise(seeds)
-    labelled = batch.labelled(len(groups)) if pack else None  # alone, the whole model
-    with base.adapted.bound(plan, tree, noise, packing=batch.packing, labelled=labelled) as model:
+    with base.adapted.bound(plan, tree, noise, packing=batch.packing) as model:
         losses = client_means(token_losses(model, batch), batch, len(groups))
         losses.sum().backward()
     return losses.detach()
@@ -80,32 +78,6 @@ def test_texts_of_similar_length_stand_in_a_block(lengths):
 def test_who_packs_was_tried(name, dtype):
     base = base_of(CAUSAL[name]().to(dtype))
     assert (base.adapted.packs.longest > 0) == (name in PACKS)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", CAUSAL)
-def test_which_last_mlp_may_leave_tokens_out_was_tried(name, dtype):
-    mlp = last_mlp(CAUSAL[name]().to(dtype))
-    assert (mlp is None) == (name in ("bloom", "opt"))  # the one adds in it, the other has none
-
-
-def test_the_last_mlp_sees_labelled_tokens_alone_and_only_there():
-    base = base_of()
-    seen = []
-    block = base.adapted.model.model.layers[-1].mlp.gate_proj
-    block.register_forward_pre_hook(lambda _, given: seen.append(given[0].shape[1]))
-    batch = collate(list(DATA.values()), base.pad_id, base.adapted.device, pack=True)
-    tree = random_serving_tree(base, PLANS["sum"], 0)
-    stacked = {n: torch.stack([tensor] * 3) for n, tensor in tree.items()}
-    whole = {"packing": batch.packing, "labelled": None}
-    some = {"packing": batch.packing, "labelled": batch.labelled(3)}
-    losses = []
-    for given in (whole, some, whole):
-        with base.adapted.bound(PLANS["sum"], stacked, **given) as model, torch.no_grad():
-            losses.append(token_losses(model, batch))
-    assert seen == [batch.ids.numel(), len(batch.targets), batch.ids.numel()]
-    torch.testing.assert_close(losses[0], losses[1])
-    assert torch.equal(losses[0], losses[2])
 
 
 def test_a_window_bounds_what_is_packed():

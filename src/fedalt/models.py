@@ -110,15 +110,14 @@ def load_base(
     targets: str | Sequence[str] | None = None,
     quantise: Quantise | None = None,
     device: str | None = None,
-    compile_parts: bool = False,
 ) -> Base:
     """Load a base model and wrap its layers.
 
     `name` is a folder, a hub id, "tiny" or a name of PACKAGED. With `labels` the model becomes a
     sequence classifier for them; its head begins as the checkpoint's own where that was trained for
     the same labels, else anew. On a CPU the weights are float32; on a GPU they keep their own
-    dtype. The model's own dropout is off: fedalt's adapters bring theirs, seeded. `compile_parts`:
-    as for AdaptedModel. No code that comes with a model is run. Raises ModelError where a tensor is
+    dtype. The model's own dropout is off: fedalt's adapters bring theirs, seeded.
+    No code that comes with a model is run. Raises ModelError where a tensor is
     missing or left over, and for a model that sees what follows.
     """
     place = location(name)
@@ -145,7 +144,7 @@ def load_base(
     identity = identify(model, tokenizer, labels=labels, without=drawn(loaded, kept=bool(given)))
     notes = (*notes_on_head(model, fresh, (own, labels), kept=bool(given)), *notes_on_texts)
     try:
-        adapted = AdaptedModel(model, targets, fresh=fresh, compile_parts=compile_parts)
+        adapted = AdaptedModel(model, targets, fresh=fresh)
     except ValueError as error:
         raise ModelError(f"the model {name!r}: {error}") from error
     return Base(adapted, tokenizer, name, identity.short, identity, given, notes, quantise, before)

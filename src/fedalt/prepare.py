@@ -148,7 +148,6 @@ def load_parts(
             targets=model.targets,
             quantise=model.quantise,
             device=model.device,
-            compile_parts=model.compile,
         )
     arms = [Arm("own", settings.method)]
     yardstick = LocalOnly(lora=lora_of(settings.method))
@@ -202,7 +201,7 @@ def form_of(record: Record) -> str:
 # What does not change which numbers a state holds, or where the rest of a run is up to the user.
 _FREE: Final = (
     *("training", "rounds", "scoring", "firewall"),
-    *("data.path", "data.template", "model.name", "model.device", "model.compile"),
+    *("data.path", "data.template", "model.name", "model.device"),
 )
 
 

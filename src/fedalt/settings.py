@@ -62,15 +62,13 @@ class ModelSettings:
 
     Without `targets`, or with "default", the sites are those that PEFT adapts by default;
     "all-linear" are all, and a list names endings of module paths. Without `device` a GPU is used
-    where there is one. `compile` lets torch compile norms, gates and rotary embeddings, where it
-    can; it changes rounding and speed alone.
+    where there is one.
     """
 
     name: str = BUILT_IN
     targets: tuple[str, ...] | str | None = None
     quantise: Quantise | None = None
     device: str | None = None
-    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.targets == _DEFAULT:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import cast
 
@@ -10,13 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedalt.adapters.below import try_leaving_out
-from fedalt.adapters.compiling import Compiled, try_compiling
 from fedalt.adapters.last_token import pick_last_tokens
 from fedalt.adapters.lowrank import Combination, add_low_rank, times
 from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Shape, Similarity, Sum
-from fedalt.adapters.pruning import Labelled, last_mlp, prune
 from fedalt.adapters.sites import chosen, head_layers, linear_layers, shape_of
 from fedalt.seeds import generator
 from fedalt.tree import Name, Tree, require_same_names
@@ -29,9 +26,9 @@ class Noise:
     seeds: tuple[int, ...]
 
 
-# Is told, site by site, the weights (tokens, slots) that a mixer or router gave to tokens of the
-# flattened batch, and to which (tokens,); None: to all of them, in order.
-Watch = Callable[[str, Tensor, Tensor | None], None]
+# Is told, site by site, the weights (tokens, slots) that a mixer or router gave to the tokens of
+# the flattened batch.
+Watch = Callable[[str, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -45,10 +42,8 @@ class _Bound:
     shares: Tensor | None  # (examples, slots), where a plan wants them for each example
     spans: tuple[int, ...] | None  # tokens of each client, where they are not equal
     packed: bool
-    labelled: Labelled | None
     rows: tuple[int, ...] | None = None  # of each client in a padded batch, where not equal
     watch: Watch | None = None
-    seen: Tensor | None = None  # the tokens that a pruned layer computes
     unwatched: frozenset[str] = frozenset()  # sites that do not see all tokens in their order
 
     def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
@@ -80,7 +75,7 @@ class _Bound:
         return partial(self._saw, self.watch, site)
 
     def _saw(self, watch: Watch, site: str, weights: Tensor) -> None:
-        watch(site, weights.reshape(-1, weights.shape[-1]), self.seen)
+        watch(site, weights.reshape(-1, weights.shape[-1]))
 
     def _spans(self, x: Tensor) -> tuple[int, ...] | None:
         """The numbers of tokens of each client in an input, where they are not equal."""
@@ -200,7 +195,7 @@ class AdaptedModel:
 
     `sites` maps the path of every adapted layer to its sizes, `heads` name to shape of the tensors
     of a classification head. Both are in the order of the model's layers. Without `shares_passes`
-    the trees of one client alone can be bound. `compiled` is None where nobody asked for it.
+    the trees of one client alone can be bound.
     """
 
     def __init__(
@@ -209,15 +204,13 @@ class AdaptedModel:
         targets: str | Sequence[str] | None = None,
         *,
         fresh: Collection[str] = (),
-        compile_parts: bool = False,
     ) -> None:
         """Wrap the layers in place.
 
         `targets`: None for PEFT's default of this architecture, "all-linear", or names that end
         the paths of the wanted layers. A name that ends none raises ValueError. `fresh` names
         tensors that the model's checkpoint lacks: a classifier's layers of such are trained with
-        its head. `compile_parts`: those between matrix products, where torch can; it changes the
-        last bits of results.
+        its head.
         """
         self.model = model.requires_grad_(False).eval()
         _keep_differentiable(model)
@@ -234,9 +227,6 @@ class AdaptedModel:
             self.packs = Packs(0, "an adapted layer does not see all tokens in their order")
         else:
             self.packs = try_packing(model)
-        mlp = None if classifies else last_mlp(model)
-        if mlp is not None:
-            self._prune(mlp)
         self.sites: dict[str, Shape] = {}
         for site in sites:
             layer, _ = linear[site]
@@ -249,8 +239,6 @@ class AdaptedModel:
                 self.heads[Name(site, HEAD, "bias")] = tuple(layer.bias.shape)
             _put(model, site, BoundHead(layer, site, self._binding))
         pick_last_tokens(model)
-        self.below = try_leaving_out(model, self.sites) if self.packs.longest else None
-        self.compiled: Compiled | None = try_compiling(model) if compile_parts else None
 
     @contextmanager
     def bound(
@@ -260,7 +248,6 @@ class AdaptedModel:
         noise: Noise | None = None,
         shares: Tensor | None = None,
         packing: Packing | None = None,
-        labelled: Labelled | None = None,
         *,
         rows: Sequence[int] | None = None,
         watch: Watch | None = None,
@@ -272,9 +259,9 @@ class AdaptedModel:
         exactly those that the plan and the head need. Nests; the tree may not change meanwhile.
         `shares` (examples, slots) are the weights of a plan that weighs slots example by example,
         in the order of the batch. With a `packing` the batch is one row of texts, client by client.
-        With `labelled` only the logits of those tokens are right. Without a packing, `rows` are the
-        numbers of texts of each client, which need not be equal; a text may stand in several rows,
-        one below the other, as beams do. `watch` is told how a mixer or router weighs the slots.
+        Without a packing, `rows` are the numbers of texts of each client, which need not be equal;
+        a text may stand in several rows, one below the other, as beams do. `watch` is told how a
+        mixer or router weighs the slots.
         """
         needed = {**plan.shapes(self.sites), **self.heads}
         require_same_names(tree, needed, "the tree to bind")
@@ -308,8 +295,6 @@ class AdaptedModel:
             raise ValueError(f"numbers of texts of {len(rows)} clients for {axis} clients")
         before = self._binding.current
         spans = None if packing is None else packing.spans
-        # Weights of each example are for all of its tokens.
-        labelled = labelled if shares is None else None
         uneven = None if rows is None or len(set(rows)) == 1 else tuple(rows)
         self._binding.current = _Bound(
             plan,
@@ -319,7 +304,6 @@ class AdaptedModel:
             shares,
             spans,
             packing is not None,
-            labelled,
             uneven,
             watch,
             unwatched=self._partial,
@@ -329,27 +313,6 @@ class AdaptedModel:
                 yield self.model
         finally:
             self._binding.current = before
-
-    def _prune(self, mlp: nn.Module) -> None:
-        """While the last MLP computes labelled tokens alone, its sites know whose they are."""
-        binding = self._binding
-        outside: list[_Bound] = []
-
-        def begin() -> Tensor | None:
-            bound = binding.current
-            if bound is None or bound.labelled is None:
-                return None
-            outside.append(bound)
-            rows, spans = bound.labelled.rows, bound.labelled.spans
-            binding.current = replace(
-                bound, spans=spans, packed=True, labelled=None, rows=None, seen=rows
-            )
-            return rows
-
-        def end() -> None:
-            binding.current = outside.pop()
-
-        prune(mlp, begin, end)
 
     @property
     def device(self) -> torch.device:

@@ -56,9 +56,6 @@ def run(
     device: Annotated[
         str | None, _option("Where to compute, such as 'cpu' or 'cuda'.", DATA, "--device")
     ] = None,
-    compile_parts: Annotated[
-        bool | None, _option("Compile small parts of the base model.", DATA, "--compile")
-    ] = None,
     method: Annotated[
         str | None, _option("See `fedalt methods`.", METHOD, "--method", "fedalt")
     ] = None,
@@ -159,7 +156,6 @@ def run(
             "targets": _names(targets),
             "quantise": quantise,
             "device": device,
-            "compile": compile_parts,
         },
         "method": {"name": method, "rank": rank, "alpha": alpha, "dropout": dropout},
         "training": {

@@ -40,14 +40,6 @@ def introduce(prepared: Prepared, out: Path, advice: str = "", *, quiet: bool = 
         else f"texts are padded, one client after the other: {packs.why_not}",
         quiet=quiet,
     )
-    compiled = base.adapted.compiled
-    if compiled is not None:
-        note(
-            f"compiled by torch: {', '.join(compiled.parts)}"
-            if compiled.parts
-            else f"nothing is compiled: {compiled.why_not}",
-            quiet=quiet,
-        )
     warn(prepared.warnings, quiet=quiet)
 
 

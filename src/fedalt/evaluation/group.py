@@ -14,7 +14,6 @@ from fedalt import tree as trees
 from fedalt.adapters.layer import Watch
 from fedalt.adapters.packing import Packing
 from fedalt.adapters.plan import HEAD, Plan, Similarity, single
-from fedalt.adapters.pruning import Labelled
 from fedalt.data.examples import Example
 from fedalt.methods.contract import Serving
 from fedalt.models import Base
@@ -51,7 +50,6 @@ class Group:
         shares: Shares | None = None,
         *,
         packing: Packing | None = None,
-        labelled: Labelled | None = None,
         watch: Watch | None = None,
     ) -> Iterator[PreTrainedModel]:
         """The model bound to the clients of a batch, whose texts stand client by client."""
@@ -73,7 +71,6 @@ class Group:
             trees.on(tree, device),
             shares=weights,
             packing=packing,
-            labelled=labelled,
             rows=None if packing is not None else [len(chosen) for _, chosen in batch],
             watch=watch,
         ) as model:

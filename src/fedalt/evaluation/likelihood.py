@@ -122,7 +122,6 @@ def _sums(
             whole = answers_in_one([[text.answers for text in each] for each in chosen], device)
         else:
             whole = collate(answers, base.pad_id, device)
-        clients = [at for at, each in enumerate(chosen) for text in each for _ in text.rows]
         wide = [text.tokens if pack else whole.ids.shape[1] for each in chosen for text in each]
         starts = accumulate(wide[:-1], initial=0)
         owners = [client for client, of_client in batch for _ in of_client]
@@ -132,14 +131,8 @@ def _sums(
             if watched is not None and text.right and text.question < watched.examples
         ]
         with (
-            _watching(watched, seen, whole.ids.numel()) as watch,
-            group.bound(
-                batch,
-                shares,
-                packing=whole.packing,
-                labelled=whole.labelled(len(batch), clients),
-                watch=watch,
-            ) as model,
+            _watching(watched, seen) as watch,
+            group.bound(batch, shares, packing=whole.packing, watch=watch) as model,
         ):
             try:
                 losses = token_losses(model, whole).double()
@@ -170,12 +163,12 @@ def _texts(questions: Sequence[Questions], *, pack: bool) -> list[list[_Text]]:
 
 
 def _watching(
-    watched: Watched | None, seen: Sequence[tuple[int, range]], of: int
+    watched: Watched | None, seen: Sequence[tuple[int, range]]
 ) -> AbstractContextManager[Watch | None]:
     """Counts the weights of these tokens of a pass, each for its client, if that is wanted."""
     if watched is None or not any(where for _, where in seen):
         return nullcontext()
-    return watched.tally.counting(seen, of)
+    return watched.tally.counting(seen)
 
 
 def classified(
@@ -199,7 +192,7 @@ def classified(
             if watched is not None and at < watched.examples
         ]
         with (
-            _watching(watched, seen, whole.ids.numel()) as watch,
+            _watching(watched, seen) as watch,
             group.bound(batch, shares, watch=watch) as model,
         ):
             logits = label_logits(model, whole).float()

@@ -53,31 +53,15 @@ class Tally:
     parts: list[_Part] = field(default_factory=list)
 
     @contextmanager
-    def counting(self, seen: Sequence[tuple[int, range]], of: int) -> Iterator[Watch]:
-        """While the pass runs, these of its `of` tokens count, each for its client."""
+    def counting(self, seen: Sequence[tuple[int, range]]) -> Iterator[Watch]:
+        """While the pass runs, these of its tokens count, each for its client."""
         whole: dict[str, Tensor] = {}
-        some: dict[str, tuple[Tensor, Tensor]] = {}
-
-        def watch(site: str, weights: Tensor, which: Tensor | None) -> None:
-            if which is None:
-                whole[site] = weights
-            else:
-                some[site] = weights, which
-
-        yield watch
+        yield whole.__setitem__
         tokens = torch.cat([torch.arange(where.start, where.stop) for _, where in seen])
         sizes = torch.tensor([len(where) for _, where in seen])
         owners = torch.tensor([client for client, _ in seen]).repeat_interleave(sizes)
         if whole:
             self._add(whole, tokens, owners)
-        if some:
-            # A pruned layer has computed some tokens alone, and some of these more than once.
-            _, which = next(iter(some.values()))
-            row = torch.full((of,), -1)
-            row[which.cpu()] = torch.arange(len(which))
-            there = row[tokens] >= 0
-            picked = {site: weights for site, (weights, _) in some.items()}
-            self._add(picked, row[tokens[there]], owners[there])
 
     def of(self, client: int) -> Weighing:
         """One client's share."""
@@ -128,7 +112,7 @@ def weights_by_site(
     device = base.adapted.device
     found: dict[str, Tensor] = {}
 
-    def watch(site: str, weights: Tensor, _: Tensor | None) -> None:
+    def watch(site: str, weights: Tensor) -> None:
         found[site] = weights.float().cpu()
 
     tree = trees.on(serving.tree, device)

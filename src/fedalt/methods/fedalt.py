@@ -163,8 +163,11 @@ class FedALT:
         """The total once more, of all uploads but this client's: nothing is left by rounding."""
         latest = server.latest.without(client_id)
         uploads = ((each, latest[each]) for each in latest.clients())
-        size = max(server.size, server.clients) - 1 if server.size else 0
-        return replace(self.aggregate(Server(), uploads), size=size, latest=latest)
+        rest = self.aggregate(Server(), uploads)
+        # A leaving that was cut short is done once more: who is out of the total is out of the size.
+        gone = server.clients - rest.clients
+        size = max(server.size, server.clients) - gone if server.size else 0
+        return replace(rest, size=size, latest=latest)
 
     def rest_of_world(self, client: Client, message: Message) -> Tree:
         """(total - own) / (weight - own weight), or, where there are no others, a zero adapter.

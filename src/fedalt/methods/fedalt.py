@@ -164,7 +164,7 @@ class FedALT:
         latest = server.latest.without(client_id)
         uploads = ((each, latest[each]) for each in latest.clients())
         rest = self.aggregate(Server(), uploads)
-        # A leaving that was cut short is done once more: who is out of the total is out of the size.
+        # A leaving that was cut short is done again: who is out of the total is out of the size.
         gone = server.clients - rest.clients
         size = max(server.size, server.clients) - gone if server.size else 0
         return replace(rest, size=size, latest=latest)

@@ -12,7 +12,7 @@ from fedalt import codec, files, store
 from fedalt.codec import decode, encode, read
 from fedalt.engine.firewall import Firewall
 from fedalt.engine.gate import Gate
-from fedalt.federation import desk, member
+from fedalt.federation import accepted, desk, kept, member
 from fedalt.federation.channel import Lost
 from fedalt.federation.desk import Rules
 from fedalt.federation.host import Host, open_host
@@ -243,7 +243,7 @@ def test_killed_at_any_write_it_goes_on_with_the_same_bits(
             raise Killed
         files.atomic_write(path, data)
 
-    for module in (codec, desk, member, store):
+    for module in (accepted, codec, desk, kept, member, store):
         monkeypatch.setattr(module, "atomic_write", dying)
     with pytest.raises(Killed):
         killed.host(Wire(killed.members())).to_the_end()

@@ -443,7 +443,7 @@ def test_a_ledger_has_no_place_for_an_id_that_leads_elsewhere(tmp_path, client_i
 
 def test_a_reason_can_be_shown_on_a_terminal_whatever_it_quotes():
     reason = str(Refused("it is from \x1b[2Jmars\r\n" + "x" * 10_000))
-    assert reason.startswith("it is from ?[2Jmars??xxx")
+    assert reason.startswith(r"it is from \x1b[2Jmars\r\nxxx")
     assert len(reason) < 600
 
 
@@ -522,7 +522,7 @@ def test_a_real_run_goes_on_without_the_refused_and_says_so(run_of):
     refused = [line for line in scores_of(run) if "refused" in line]
     assert [line["client"] for line in refused] == ["b"] * 3
     assert [event.client_id for event in heard.told] == ["b"] * 3
-    assert "warning: round 0: client 'b' does not count: the upload's norm" in heard.said[0]
+    assert "warning: round 1/3: client 'b' does not count: the upload's norm" in heard.said[0]
     assert not (run / "waiting").exists()
     assert not list((run / "clients" / "b").glob("*"))
     assert not list((run / "moments" / "b").rglob("*.safetensors"))

@@ -82,18 +82,19 @@ def test_an_app_that_cannot_go_on_is_started_again_and_says_why(
     monkeypatch.setattr(supervise, "_MOST_DEATHS", 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = read_server_config(machines.server / "federation.toml")
-    machines.run.mkdir(parents=True)
-    (machines.run / "run.json").mkdir()  # a broken folder: no file can be read or put there
+    config.place.logs.mkdir(parents=True)
+    broken = config.place.logs / "server.log"
+    broken.symlink_to(broken)  # nothing can be written there
     said: list[str] = []
     with pytest.raises(StoreError) as error:
         supervise.supervise(config, said.append)
     log = config.place.app_log
-    quoted = f"see {log}: IsADirectoryError: [Errno 21] Is a directory: '"
+    quoted = f"see {log}: OSError: [Errno 40] Too many levels of symbolic links: '"
     again = [line for line in said if line.endswith("; starting it again")]
     assert [f"the app has ended before the federation, {quoted}" in each for each in again] == [
         True
     ]
-    assert f"{quoted}{machines.run / 'run.json'}'" in str(error.value)
+    assert f"{quoted}{broken}'" in str(error.value)
     assert str(error.value).endswith("that was 2 deaths in a row without getting further")
     assert log.read_text().count("Traceback (most recent call last)") == 2
     wait_for(lambda: machines.processes() == [], "the end of all processes")

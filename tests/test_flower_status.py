@@ -113,7 +113,7 @@ def test_a_status_that_cannot_be_read_is_one_line_and_stops_no_server(machines: 
     with pytest.raises(KeyboardInterrupt):
         host_of(first.config, first).to_the_end()
     (machines.run / "status.json").write_text('{"heard": ')
-    with pytest.raises(StoreError, match=r"status\.json: cannot be read"):
+    with pytest.raises(StoreError, match=r"status\.json is damaged: it is not JSON"):
         shown(first.config)
     again = wire(machines, stop_after=0)
     again.stop_after = 10**6

@@ -347,6 +347,7 @@ def _listens(address: str) -> bool:
         return one.connect_ex((host, int(port))) == 0
 
 
+@pytest.mark.long  # its door is a thread of this process, and it waits by the clock
 def test_who_is_too_slow_is_dropped_but_not_who_goes_on_slowly(
     machines: Machines,
     inner: int,

@@ -138,8 +138,8 @@ def result(folder: Path) -> dict[str, object]:
         for line in lines
         if line.get("client") not in HOSTILE
     ]
-    progress = json.loads((folder / "progress.json").read_text())
-    del progress["record_bytes"]
+    standing = json.loads((folder / "progress.json").read_text())
+    progress = {key: standing[key] for key in ("rounds_done", "best", "tested")}
     return {**found, "progress": progress}
 
 

@@ -217,8 +217,8 @@ def test_a_router_of_one_expert_is_plain_lora(layout: Layout) -> None:
     tree = random_tree(adapted, routed)
     logits, grads = with_gradients(adapted, routed, tree, ids)
     wanted, wanted_grads = with_gradients(adapted, plain, select(tree, "expert_0"), ids)
-    assert_near(logits, wanted)
-    assert_trees_near(select(grads, "expert_0"), wanted_grads)
+    assert_near(logits, wanted, 1e-5)
+    assert_trees_near(select(grads, "expert_0"), wanted_grads, 1e-5)
 
 
 @each_model

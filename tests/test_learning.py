@@ -4,8 +4,10 @@ import json
 
 import pytest
 from commands import call
+from report_records import recommit
 from runs_for_tests import write_clients
 
+from fedalt.record import FORMAT
 from fedalt.report.learning import nothing_learnt
 
 SETTINGS = "[data]\npath = 'd'\n[training]\nlr = 3e-4\n[rounds]\nrounds = 20\n"
@@ -29,10 +31,9 @@ def recorded(folder, *, train=(), validation=(), test=None):
             )
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "rounds.jsonl").write_text(text)
-    done = {"rounds_done": 9, "best": {}, "tested": True, "record_bytes": len(text.encode())}
-    (folder / "progress.json").write_text(json.dumps(done))
-    (folder / "run.json").write_text(json.dumps({"format": 1}))
+    (folder / "run.json").write_text(json.dumps({"format": FORMAT}))
     (folder / "settings.toml").write_text(SETTINGS)
+    recommit(folder, rounds_done=9, tested=True)
     return folder
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from damage import OfAFederation, OfARun, damage
+from damaged_folders import OfAFederation, OfARun, damage
 
 
 def main() -> int:

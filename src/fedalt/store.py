@@ -181,7 +181,7 @@ class RunFolder:
         return read_lines(file, _Example) if file.exists() else []
 
     def best_loss(self) -> float | None:
-        """The lowest mean validation loss of the method asked for, if any was measured."""
+        """The lowest validation loss of the method asked for, a trimmed mean; None without any."""
         best = self._standing().best.get("own")
         return None if best is None else best[1]
 

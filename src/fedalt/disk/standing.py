@@ -27,7 +27,7 @@ NOTHING: Final = digest_of(b"")
 class Standing:
     """What progress.json says: what counts of a run.
 
-    `best` holds for each arm's column the best round so far and its mean validation loss; of
+    `best` holds for each arm's column the best round so far and its validation loss; of
     rounds.jsonl the first `record_bytes` bytes count. `facts` are the digests that run.json may
     have: two while it is being replaced.
     """

@@ -1,6 +1,6 @@
 """A training step with two threads, alone and beside other work, with and without the spin count.
 
-    python benchmarks/threads.py --write             # about ten minutes, on a quiet machine
+    python benchmarks/threads.py --write             # about eight minutes, on a quiet machine
     python benchmarks/threads.py --examples 8 --rounds 2 --turns 1           # a quick try
 
 Two clients of the built-in suite train on the built-in base model, in one process with as many
@@ -120,9 +120,9 @@ def main() -> None:
     """Measure every variant in turns and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--one", choices=("briefly", "long"), help="train once in this process")
-    parser.add_argument("--examples", type=int, default=48, help="of each of the two clients")
+    parser.add_argument("--examples", type=int, default=16, help="of each of the two clients")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--write", action="store_true", help="put the table into the document")
     wanted = parser.parse_args()
     if wanted.one:

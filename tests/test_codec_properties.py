@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from hypothesis import given, settings
@@ -21,6 +21,8 @@ from fedalt.tree import Name, Tree
 @dataclass(frozen=True)
 class State:
     """Every kind of field at once."""
+
+    TAG: ClassVar = "state"
 
     individual: Tree
     inner: Learned

@@ -1,7 +1,8 @@
 """States and messages to bytes and back: the same format on disk and on the wire.
 
 The bytes are a safetensors file. A tensor's key is its field, slot, factor and site, joined by
-"/"; all that is no tensor is JSON, whose types are those that the dataclass declares.
+"/"; all that is no tensor is JSON, whose types are those that the dataclass declares. A class is
+stored under its `TAG`, a short constant of its own, so that it may be renamed and moved.
 """
 
 import json
@@ -151,12 +152,15 @@ class _Source(NamedTuple):
 
 
 def _label(cls: type) -> str:
-    return f"{cls.__module__}.{cls.__qualname__}"
+    tag = vars(cls).get("TAG")  # its own: a class that inherits one would be taken for another
+    if not isinstance(tag, str):
+        raise CodecError(f"{cls.__qualname__} has no TAG to be stored under")
+    return tag
 
 
 def _hints(cls: type) -> dict[str, Any]:
     if not is_dataclass(cls):
-        raise CodecError(f"{_label(cls)} is no dataclass")
+        raise CodecError(f"{cls.__qualname__} is no dataclass")
     hints = get_type_hints(cls)
     return {field.name: hints[field.name] for field in fields(cls)}
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from threading import Thread
-from typing import Final, TypeVar, cast
+from typing import ClassVar, Final, TypeVar, cast
 
 import torch
 
@@ -43,6 +43,8 @@ class WorkerError(ValueError):
 @dataclass(frozen=True)
 class _Result:
     """What came of a group and what was heard on the way, or the error that ended it."""
+
+    TAG: ClassVar = "worker-result"
 
     done: tuple[Reply | Scored, ...] = ()
     heard: tuple[Event, ...] = ()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import torch
 
@@ -105,6 +105,8 @@ class Event:
     After "refuse" the `reason` says why an upload does not count; without a client, why no round
     has happened.
     """
+
+    TAG: ClassVar = "event"
 
     what: Literal["train", "validate", "test", "refuse"]
     round: int

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import ClassVar, Protocol, TypeVar
 
 from fedalt.engine.course import Column, HeldOut, Line
 
@@ -35,6 +35,8 @@ Job = Train | Score
 @dataclass(frozen=True)
 class Scored:
     """A client's mean loss, and lines as JSON: for the run's record, and of telling examples."""
+
+    TAG: ClassVar = "scored"
 
     client_id: str
     loss: float

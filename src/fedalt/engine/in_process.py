@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from fedalt.adapters.start import Start
 from fedalt.codec import encode
@@ -59,6 +59,8 @@ class ClientRound:
 @dataclass(frozen=True)
 class Reply:
     """What comes of a client's training: its upload, its part of its group's seconds, metrics."""
+
+    TAG: ClassVar = "reply"
 
     client_id: str
     upload: Message

@@ -2,7 +2,7 @@
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
@@ -19,6 +19,8 @@ Facts = Mapping[str, Fact]
 class Message:
     """What crosses the wire, either way: a tree and a few named numbers."""
 
+    TAG: ClassVar = "message"
+
     tree: Tree
     facts: Facts = field(default_factory=dict)
 
@@ -29,6 +31,8 @@ class Serving:
 
     `references` (examples, hidden) are what a plan that weighs slots by similarity compares with.
     """
+
+    TAG: ClassVar = "serving"
 
     plan: Plan
     tree: Tree

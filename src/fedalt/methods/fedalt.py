@@ -16,7 +16,7 @@ of large norm would ruin everybody's difference.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -46,6 +46,8 @@ class Server:
     where that is not known.
     """
 
+    TAG: ClassVar = "fedalt/server"
+
     total: Tree = field(default_factory=dict)
     weight: float = 0.0
     clients: int = 0
@@ -59,6 +61,8 @@ class Client:
 
     `second` is where a rest of world that is trained begins as long as there are no others.
     """
+
+    TAG: ClassVar = "fedalt/client"
 
     individual: Tree
     mixer: Tree

@@ -20,7 +20,7 @@ of FedIT.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -42,6 +42,8 @@ REFERENCES = Name("", "references", "E")
 class Server:
     """The averaged adapter, and how many rounds are done."""
 
+    TAG: ClassVar = "feddpa/server"
+
     adapter: Tree
     rounds: int = 0
 
@@ -53,6 +55,8 @@ class Client:
     `individual` holds the individual adapter and, in a slot of its own, the head trained with it;
     `references` the embeddings e(x_i), (examples, hidden), from its first individual phase on.
     """
+
+    TAG: ClassVar = "feddpa/client"
 
     head: Tree
     individual: Tree = field(default_factory=dict)

@@ -11,6 +11,7 @@ the factors over the clients.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
@@ -27,12 +28,16 @@ SHARED = "shared"
 class Server:
     """The averaged adapter."""
 
+    TAG: ClassVar = "fedit/server"
+
     adapter: Tree
 
 
 @dataclass(frozen=True)
 class Client:
     """Only a classifier's head is the client's own; a causal model has none."""
+
+    TAG: ClassVar = "fedit/client"
 
     head: Tree
 

@@ -12,6 +12,7 @@ parts, token by token; whether the paper's had one is not known.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Slot, Sum
 from fedalt.adapters.start import Start
@@ -26,12 +27,16 @@ from fedalt.tree import Tree, merge, select
 class Server:
     """The averaged parts and, if there is one, the averaged mixer."""
 
+    TAG: ClassVar = "fedit-split/server"
+
     adapters: Tree
 
 
 @dataclass(frozen=True)
 class Client:
     """Only a classifier's head is the client's own; a causal model has none."""
+
+    TAG: ClassVar = "fedit-split/client"
 
     head: Tree
 

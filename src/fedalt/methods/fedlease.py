@@ -20,6 +20,7 @@ M rows of 2M - 1 are the client's own, so its own expert is always among the cho
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 
@@ -50,6 +51,8 @@ class Server:
     are groups one of them all in slot router; `latest` holds every client's warm-up upload.
     """
 
+    TAG: ClassVar = "fedlease/server"
+
     round: int = 0
     routers: Tree = field(default_factory=dict)
     experts: Tree = field(default_factory=dict)
@@ -63,6 +66,8 @@ class Client:
 
     A private router has rows for `max_experts` until the client has trained it.
     """
+
+    TAG: ClassVar = "fedlease/client"
 
     individual: Tree
     router: Tree

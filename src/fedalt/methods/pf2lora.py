@@ -25,7 +25,7 @@ our reading of its two levels, one communication is one round.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -49,12 +49,16 @@ Gradient = Literal["exact", "finite_difference", "first_order"]
 class Server:
     """The averaged adapter."""
 
+    TAG: ClassVar = "pf2lora/server"
+
     adapter: Tree
 
 
 @dataclass(frozen=True)
 class Client:
     """The individual adapter, and a classifier's head."""
+
+    TAG: ClassVar = "pf2lora/client"
 
     kept: Tree
 

@@ -20,7 +20,7 @@ so that products may be added without it.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -54,12 +54,16 @@ class Server:
     The rank may differ from site to site.
     """
 
+    TAG: ClassVar = "unequal-ranks/server"
+
     adapter: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Client:
     """`draw` fills the rows that the server has nothing for; its rank is the client's."""
+
+    TAG: ClassVar = "unequal-ranks/client"
 
     draw: Tree
     head: Tree

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalt.container import dump, pack, unpack
+from fedalt.core.container import dump, pack, unpack
 
 SCORE = "score"
 COST = "cost"

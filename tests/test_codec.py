@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedalt import container
-from fedalt.codec import CodecError, check_tree, decode, encode, fields_of, read, write
+from fedalt.core import container
+from fedalt.core.codec import CodecError, check_tree, decode, encode, fields_of, read, write
+from fedalt.core.tree import Name, Tree
 from fedalt.methods.contract import Ledger, MemoryLedger, Message
 from fedalt.methods.fedit import Client as FedITClient
 from fedalt.methods.local import Client as LocalClient
-from fedalt.tree import Name, Tree
 
 A = Name("layers.0.q", "individual", "A")
 B = Name("layers.0.q", "individual", "B")

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from test_codec import DTYPES, ONE, A, B, Fixed, Learned, forged, same
 from torch import Tensor
 
-from fedalt import container
-from fedalt.codec import CodecError, decode, encode
+from fedalt.core import container
+from fedalt.core.codec import CodecError, decode, encode
+from fedalt.core.tree import Name, Tree
 from fedalt.methods.contract import Fact, Message
-from fedalt.tree import Name, Tree
 
 
 @dataclass(frozen=True)

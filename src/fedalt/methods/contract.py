@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fedalt.adapters.plan import Plan
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree
 from fedalt.training.orders import Order
-from fedalt.tree import Tree
 
 Fact = bool | int | float | str
 Facts = Mapping[str, Fact]

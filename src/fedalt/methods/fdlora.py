@@ -22,11 +22,11 @@ import torch
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, add, cast, merge, move, scale, select, subtract, zeros_like
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted, Found, Moments, Search
-from fedalt.tree import Tree, add, cast, merge, move, scale, select, subtract, zeros_like
 
 SHARED = "shared"
 INDIVIDUAL = "individual"

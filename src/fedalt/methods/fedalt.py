@@ -22,6 +22,7 @@ import torch
 
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Sum, names_of, single
 from fedalt.adapters.start import MixerInit, Start
+from fedalt.core.tree import Tree, accumulate, cast, copy, in_blocks, merge, move, scale, select
 from fedalt.methods.contract import (
     Deploy,
     Ledger,
@@ -32,7 +33,6 @@ from fedalt.methods.contract import (
 )
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, accumulate, cast, copy, in_blocks, merge, move, scale, select
 
 INDIVIDUAL = "individual"
 REST_OF_WORLD = "rest_of_world"

@@ -22,11 +22,11 @@ from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Plan, Sum, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
 from fedalt.methods.kin import Similar, kin_weights, similarities, sum_of_products
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, merge, select
 
 INDIVIDUAL = "individual"
 REST_OF_WORLD = "rest_of_world"

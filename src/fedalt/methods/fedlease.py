@@ -26,6 +26,7 @@ import torch
 
 from fedalt.adapters.plan import HEAD, MIXER, ROUTER, Layout, Plan, Router, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, accumulate, apply, cast, merge, move, scale, select
 from fedalt.methods.clustering import Signal, cluster, distances, has_direction
 from fedalt.methods.contract import (
     Deploy,
@@ -37,7 +38,6 @@ from fedalt.methods.contract import (
 )
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, accumulate, apply, cast, merge, move, scale, select
 
 INDIVIDUAL = "individual"
 NOBODY = Message({}, {"weight": 0.0})

@@ -10,10 +10,10 @@ from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, merge, select
 
 INDIVIDUAL = "individual"
 

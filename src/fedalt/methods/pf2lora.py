@@ -33,11 +33,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Name, Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted, Stepped
-from fedalt.tree import Name, Tree, merge, select
 
 SHARED = "shared"
 INDIVIDUAL = "individual"

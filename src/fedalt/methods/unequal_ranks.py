@@ -26,6 +26,7 @@ import torch
 
 from fedalt.adapters.plan import HEAD, Slot, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Name, Tree, cast, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.low_rank_sums import (
@@ -42,7 +43,6 @@ from fedalt.methods.low_rank_sums import (
 )
 from fedalt.methods.rank_rows import fill_up, first_rows, rank_of, rows_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Name, Tree, cast, merge, select
 
 SHARED = "shared"
 

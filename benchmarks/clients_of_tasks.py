@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fedalt.seeds import generator
+from fedalt.core.seeds import generator
 
 
 def deal(source: Path, out: Path, task: str, split: str, clients: int, size: int, seed: int) -> int:

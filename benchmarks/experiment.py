@@ -269,9 +269,9 @@ def run_reference(folder: Path, out: Path, rounds: int, answers: int) -> list[fl
 
 def run_fedalt(folder: Path, out: Path, rounds: int, answers: int) -> list[float]:
     """FedALT with this package; the clients' test losses."""
-    from fedalt.prepare import prepare
-    from fedalt.runs import start_run
-    from fedalt.settings import settings_of
+    from fedalt.runs.lifecycle import start_run
+    from fedalt.runs.settings import settings_of
+    from fedalt.runs.setup import prepare
 
     table = {
         "yardstick": False,

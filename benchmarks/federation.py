@@ -50,8 +50,8 @@ ROLES = {
     "flower-superlink": "SuperLink",
     "flower-supernode": "SuperNode",
     "flower-superexec": "SuperExec",
-    "fedalt.flower.door": "door",
-    "fedalt.flower.link": "link",
+    "fedalt.flower.gateway": "door",
+    "fedalt.flower.fleet_client": "link",
     "fedalt server": "server",
     "fedalt client": "client",
 }

@@ -34,9 +34,9 @@ def measure(clients: int, cohort: int, rounds: int) -> None:
     """Run some rounds and print one JSON object."""
     import torch
 
-    from fedalt.prepare import prepare
-    from fedalt.runs import start_run
-    from fedalt.settings import settings_of
+    from fedalt.runs.lifecycle import start_run
+    from fedalt.runs.settings import settings_of
+    from fedalt.runs.setup import prepare
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as name:

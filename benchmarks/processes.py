@@ -27,9 +27,9 @@ from document import table, write
 def measure(processes: int, clients: int, rounds: int) -> None:
     """Run once and print one JSON object."""
     from fedalt.data.suite import TASKS, write_suite
-    from fedalt.prepare import prepare
-    from fedalt.runs import start_run
-    from fedalt.settings import settings_of
+    from fedalt.runs.lifecycle import start_run
+    from fedalt.runs.settings import settings_of
+    from fedalt.runs.setup import prepare
 
     with tempfile.TemporaryDirectory() as name:
         data = Path(name) / "data"

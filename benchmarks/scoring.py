@@ -23,14 +23,14 @@ from document import table, write
 
 from fedalt.adapters.plan import Mixer, Plan, Slot
 from fedalt.adapters.start import Start
+from fedalt.core.tree import merge
 from fedalt.data.examples import Example
 from fedalt.data.prompts import Template, encode
 from fedalt.data.records import Instruction
 from fedalt.data.suite import TASKS, generate_clients
 from fedalt.evaluation import Scores, Scoring, in_groups, score, score_together
 from fedalt.methods.contract import Serving
-from fedalt.models import Base, load_base
-from fedalt.tree import merge
+from fedalt.models.base import Base, load_base
 
 PLAN = Plan((Slot("individual", 8, 32.0), Slot("rest_of_world", 8, 32.0)), Mixer())
 WATCHED = 8

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import torch
 from document import table, write
 
+from fedalt.core.tree import Name, Tree
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import INDIVIDUAL, Client, FedALT, Server
-from fedalt.tree import Name, Tree
 
 SITES, RANK, WIDTH = 64, 8, 4096  # 64 x 2 x 8 x 4096 = 4.2 million numbers
 NUMBERS = SITES * 2 * RANK * WIDTH

@@ -36,14 +36,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import Mixer, Plan, Slot
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, select
 from fedalt.data.examples import Example
-from fedalt.models import Base
+from fedalt.models.base import Base
 from fedalt.training.batches import collate
 from fedalt.training.group import Share, Training
 from fedalt.training.loop import passes, train_together
 from fedalt.training.loss import client_means, token_losses
 from fedalt.training.orders import Fit
-from fedalt.tree import Tree, merge, select
 
 SIZES: dict[str, dict[str, Any]] = {
     "5M": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 8192},

@@ -33,9 +33,9 @@ OF_THE_USER: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 def measure(examples: int, rounds: int) -> None:
     """Train once and print the seconds of a step, of every round but the first."""
     from fedalt.data.suite import write_suite
-    from fedalt.prepare import prepare
-    from fedalt.runs import start_run
-    from fedalt.settings import settings_of
+    from fedalt.runs.lifecycle import start_run
+    from fedalt.runs.settings import settings_of
+    from fedalt.runs.setup import prepare
 
     with tempfile.TemporaryDirectory() as name:
         suite, data = Path(name) / "suite", Path(name) / "data"

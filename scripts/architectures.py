@@ -30,7 +30,7 @@ from fedalt.evaluation import Scoring, generate, score, score_together
 from fedalt.evaluation.asking import ends as ends_of
 from fedalt.export.folders import export_individual
 from fedalt.methods.contract import Serving
-from fedalt.models import Base, ModelError, load_base
+from fedalt.models.base import Base, ModelError, load_base
 from fedalt.training.group import Training
 from fedalt.training.loop import train
 from fedalt.training.orders import Fit

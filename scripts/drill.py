@@ -31,11 +31,11 @@ from machines import Machines, Relay, Wire, assert_close, found, kill, newest_st
 from malicious import PLAN, Malicious
 from runs_for_tests import save_model, scores_of
 
-from fedalt.engine.gate import Gate
-from fedalt.federation.host import open_host
-from fedalt.federation.member import Member, open_member
+from fedalt.engine.screening import Gate
+from fedalt.federation.client import Member, open_member
+from fedalt.federation.server import open_host
 from fedalt.flower.config import read_client_config, read_server_config
-from fedalt.quarantine import refusals
+from fedalt.runs.quarantine import refusals
 
 CLIENTS = ("a", "b", "c", "d")
 ROUNDS = 21

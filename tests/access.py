@@ -18,7 +18,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from machines import Machines, wait_for
 
 from fedalt.flower.credentials import make_authority, make_client_key, make_server
-from fedalt.flower.door import _MOST
+from fedalt.flower.gateway import _MOST
 from fedalt.flower.processes import free_port, wait_for_port
 
 
@@ -166,6 +166,6 @@ def _door_whose_certificate_has_ended(
     inner, port = line[line.index("--port") + 1], free_port()
     files = [folder / "server.crt", folder / "server.key", machines.server / "ca.crt"]
     words = [f"127.0.0.1:{port}", inner, "1000000", *map(str, files)]
-    process = subprocess.Popen([sys.executable, "-m", "fedalt.flower.door", *words])
+    process = subprocess.Popen([sys.executable, "-m", "fedalt.flower.gateway", *words])
     assert wait_for_port(port, process, 60)
     return f"127.0.0.1:{port}", process

@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import Plan
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree
 from fedalt.data.examples import Example
-from fedalt.models import Base, fingerprint_of
-from fedalt.tree import Tree
+from fedalt.models.base import Base, fingerprint_of
 
 
 def letters() -> PreTrainedTokenizerFast:

@@ -18,18 +18,18 @@ import tomli_w
 from machines import Machines, Wire, found
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 
-from fedalt.codec import decode
-from fedalt.engine.course import Event
-from fedalt.federation import member
-from fedalt.federation.channel import Lost
+from fedalt.core.codec import decode
+from fedalt.engine.schedule import Event
+from fedalt.federation import client as member
 from fedalt.federation.messages import Answer
+from fedalt.federation.transport import Lost
 from fedalt.flower.config import member_of, read_client_config, read_server_config
 from fedalt.flower.serve import host_of
-from fedalt.prepare import Prepared, prepare
 from fedalt.report.live import Reading, follow, live_of
 from fedalt.report.records import read_record
-from fedalt.runs import reopen, resume_run, start_run
-from fedalt.store import locked
+from fedalt.runs.folder import locked
+from fedalt.runs.lifecycle import reopen, resume_run, start_run
+from fedalt.runs.setup import Prepared, prepare
 
 CLIENTS: Final = ("a", "b")
 ROUNDS: Final = 4
@@ -250,7 +250,7 @@ def _name_of(file: Path) -> str:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether the command would show it as a user's error, see `fedalt.cli.faults`."""
+    """Whether the command would show it as a user's error, see `fedalt.cli.errors`."""
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next

@@ -18,7 +18,7 @@ from transformers import (
 import fedalt
 from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, single
 from fedalt.methods.contract import Serving
-from fedalt.models import Base, load_base
+from fedalt.models.base import Base, load_base
 
 TWO = (Slot("individual", 2, 4.0), Slot("rest_of_world", 3, 1.5))
 MIXED = Plan(TWO, Mixer(), dropout=0.3)

@@ -8,16 +8,16 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Shape
 from fedalt.adapters.start import Start
-from fedalt.codec import decode, encode, fields_of
-from fedalt.engine.gate import USUAL, Gate
-from fedalt.engine.in_process import ClientRound, one_by_one, run_round, servings
+from fedalt.core import tree as trees
+from fedalt.core.codec import decode, encode, fields_of
+from fedalt.core.seeds import generator
+from fedalt.core.tree import Name, Tree
+from fedalt.engine.round import ClientRound, one_by_one, run_round, servings
+from fedalt.engine.screening import USUAL, Gate
 from fedalt.methods.contract import AnyMethod, Ledger, Serving
-from fedalt.seeds import generator
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
-from fedalt.tree import Name, Tree
 
 T = TypeVar("T")
 SITES = {"block.0.q": Shape(5, 4), "block.1.q": Shape(5, 3)}

@@ -8,13 +8,13 @@ from typing import Any
 
 from runs_for_tests import settings_for, write_clients
 
-from fedalt.federation.channel import Lost
-from fedalt.federation.member import Member
+from fedalt.federation.client import Member
+from fedalt.federation.transport import Lost
 from fedalt.flower.config import member_of, read_client_config, read_server_config
-from fedalt.flower.found import found_federation
+from fedalt.flower.init import found_federation
 from fedalt.flower.serve import host_of
-from fedalt.prepare import prepare
-from fedalt.store import locked
+from fedalt.runs.folder import locked
+from fedalt.runs.setup import prepare
 
 CLIENTS = ("a", "b", "c")
 

@@ -16,7 +16,7 @@ import httpx
 from access import signed
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 
-from fedalt.flower.door import _MOST
+from fedalt.flower.gateway import _MOST
 
 PATIENCE = 5.0  # seconds for a step of a stranger
 BODY = 4 * 2**20  # bytes of a large body that a stranger tries to send

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalt.container import dump, pack, unpack
+from fedalt.core.container import dump, pack, unpack
 
-SCORE = "fedalt.federation.messages.Score"
-COST = "fedalt.federation.messages.Cost"
-MESSAGE = "fedalt.methods.contract.Message"
+SCORE = "score"
+COST = "cost"
+MESSAGE = "message"
 HUGE = 1e30  # a number that is finite; with a norm limit it is still far too large
 ODD: tuple[object, ...] = ({"float": "nan"}, {"float": "inf"}, {"float": "-inf"}, -1.0, -1e6, 1e300)
 WRONG_ROUNDS = (-5, -1, 999_999, 10**30)

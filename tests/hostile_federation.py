@@ -17,18 +17,18 @@ from typing import Any
 from hostile import ANSWERS, CALLS, spoilt
 from runs_for_tests import save_model, settings_for, write_clients
 
-from fedalt.codec import decode, encode
-from fedalt.container import unpack
+from fedalt.core.codec import decode, encode
+from fedalt.core.container import unpack
 from fedalt.engine.firewall import Firewall
-from fedalt.engine.gate import Gate
-from fedalt.federation.channel import Lost
-from fedalt.federation.desk import Rules
-from fedalt.federation.host import open_host
-from fedalt.federation.member import Member, open_member
+from fedalt.engine.screening import Gate
+from fedalt.federation.agreement import Terms, write_terms
+from fedalt.federation.client import Member, open_member
 from fedalt.federation.messages import NEVER, Answer, Call, digest
-from fedalt.federation.terms import Terms, write_terms
-from fedalt.prepare import Parts, prepare
-from fedalt.quarantine import refusals
+from fedalt.federation.round_collector import Rules
+from fedalt.federation.server import open_host
+from fedalt.federation.transport import Lost
+from fedalt.runs.quarantine import refusals
+from fedalt.runs.setup import Parts, prepare
 
 HONEST = ("a", "b", "c", "d", "e")
 HOSTILE = ("w", "x", "y", "z")

@@ -19,17 +19,17 @@ import pytest
 import torch
 from runs_for_tests import scores_of, settings_for, write_clients
 
-from fedalt.codec import decode, encode, read
-from fedalt.engine.in_process import server_of
-from fedalt.federation.channel import Lost
+from fedalt.core.codec import decode, encode, read
+from fedalt.engine.round import server_of
 from fedalt.federation.messages import NEVER, Answer, Call, digest
-from fedalt.flower.found import found_federation
+from fedalt.federation.transport import Lost
+from fedalt.flower.init import found_federation
 from fedalt.flower.processes import free_port
-from fedalt.prepare import prepare
-from fedalt.runs import start_run
-from fedalt.settings import Settings
-from fedalt.states import FileLedger
-from fedalt.store import open_run
+from fedalt.runs.checkpoints import FileLedger
+from fedalt.runs.folder import open_run
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.settings import Settings
+from fedalt.runs.setup import prepare
 
 PATIENCE = 240.0  # seconds, on a busy machine
 
@@ -140,11 +140,11 @@ class Machines:
 
     def door(self) -> psutil.Process:
         """What listens to the outside."""
-        return self.find("fedalt.flower.door")
+        return self.find("fedalt.flower.gateway")
 
     def link(self, name: str) -> psutil.Process:
         """What connects a client to the server."""
-        return self.find("fedalt.flower.link", str(self.client(name)))
+        return self.find("fedalt.flower.fleet_client", str(self.client(name)))
 
     def wait_for_round(self, number: int) -> None:
         """Wait until so many rounds count."""

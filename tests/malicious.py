@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from fedalt.codec import decode, encode
-from fedalt.federation.member import Member
+from fedalt.core.codec import decode, encode
+from fedalt.federation.client import Member
 from fedalt.federation.messages import Answer, Call
 
 # What it does in which round, and how the server's reason begins.
@@ -99,7 +99,7 @@ SPOIL: Mapping[str, Callable[[bytes, bytes], bytes]] = {
 
 def main() -> None:
     """Take part like `fedalt client`."""
-    from fedalt.flower import attend
+    from fedalt.flower import client_process as attend
     from fedalt.flower.config import read_client_config
 
     opened = attend.member_of

@@ -7,8 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedalt.disk.digests import digest_of
-from fedalt.disk.standing import read_digests, read_standing, seal_of_facts, write_standing
+from fedalt.core.digests import digest_of
+from fedalt.runs.standing import read_digests, read_standing, seal_of_facts, write_standing
 
 SLOTS = ["individual", "rest_of_world"]
 SITES = [f"model.layers.{n}.{part}_proj" for n in range(4) for part in ("q", "k", "v", "up")]

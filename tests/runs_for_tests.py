@@ -9,7 +9,7 @@ from typing import Any
 from bases import letters
 from tiny import llama
 
-from fedalt.settings import Settings, settings_of
+from fedalt.runs.settings import Settings, settings_of
 
 ANSWERS = {"a": "yes", "b": "no", "c": "maybe", "d": "never"}
 

@@ -12,12 +12,12 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fedalt.data.folder import open_data
 from fedalt.data.records import DataError
-from fedalt.federation.member import open_member
-from fedalt.federation.terms import Terms, write_terms
-from fedalt.membership import join
-from fedalt.prepare import load_parts, prepare
-from fedalt.runs import start_run
-from fedalt.settings import SettingsError
+from fedalt.federation.agreement import Terms, write_terms
+from fedalt.federation.client import open_member
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.membership import join
+from fedalt.runs.settings import SettingsError
+from fedalt.runs.setup import load_parts, prepare
 
 AGREED = ("pos", "neg", "mixed")
 

@@ -9,7 +9,7 @@ import pytest
 from commands import call
 
 import fedalt
-from fedalt.store import open_run
+from fedalt.runs.folder import open_run
 
 
 def settings(model, data, **sections):

@@ -13,7 +13,7 @@ from tiny_architectures import build
 
 from fedalt.adapters.packing import try_packing
 from fedalt.adapters.reach import plain_layers
-from fedalt.models import load_base
+from fedalt.models.base import load_base
 
 CAUSAL = {
     "gemma3": "a vision tower that no text reaches",

@@ -24,8 +24,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from fedalt.models import ModelError, load_base, load_tokenizer, require_tokenizer_fits
-from fedalt.prepare import prepare
+from fedalt.models.base import ModelError, load_base, load_tokenizer, require_tokenizer_fits
+from fedalt.runs.setup import prepare
 
 
 def prefixed(prefix: str) -> Callable[[Path], object]:

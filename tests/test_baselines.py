@@ -3,10 +3,10 @@
 import torch
 from federation import EXAMPLES, SITES, pull, served, simulate
 
+from fedalt.core.tree import Name, move
 from fedalt.methods.fedit import SHARED, FedIT
 from fedalt.methods.local import INDIVIDUAL, LocalOnly
 from fedalt.methods.lora import Lora
-from fedalt.tree import Name, move
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 P = sum(LORA.rank * (d_in + d_out) for d_in, d_out in SITES.values())

@@ -23,7 +23,7 @@ from fedalt.adapters.plan import (
     Sum,
     single,
 )
-from fedalt.tree import Name, Tree, select
+from fedalt.core.tree import Name, Tree, select
 
 Model = Callable[[], PreTrainedModel]
 ONE = single(Slot("shared", 4, 8.0))

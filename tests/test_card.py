@@ -16,14 +16,14 @@ from tiny import llama
 from tokenizers.processors import TemplateProcessing
 
 import fedalt
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, single
-from fedalt.answers import answers, served
 from fedalt.api import Run
+from fedalt.core import tree as trees
 from fedalt.export.card import card
 from fedalt.export.folders import export_individual
 from fedalt.methods.contract import Serving
-from fedalt.settings import to_toml
+from fedalt.runs.answers import answers, served
+from fedalt.runs.settings import to_toml
 
 RECORDS = {
     "instruction": lambda n: {"instruction": f"ask {n}", "output": "yes"},

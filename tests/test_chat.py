@@ -12,11 +12,11 @@ import torch
 from commands import call
 from runs_for_tests import save_model, settings_for
 
-from fedalt.answers import answers, prompt_of, served
 from fedalt.evaluation import generate
-from fedalt.evaluation.weighing import weights_of
-from fedalt.prepare import prepare
-from fedalt.runs import start_run
+from fedalt.evaluation.gate_statistics import weights_of
+from fedalt.runs.answers import answers, prompt_of, served
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.setup import prepare
 
 FEDALT = str(Path(sys.executable).parent / "fedalt")
 RESET = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\r")

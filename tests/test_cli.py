@@ -18,7 +18,7 @@ from runs_for_tests import adapters_of, write_clients
 import fedalt
 from fedalt.cli.progress import Bars, RoundLines
 from fedalt.data import suite
-from fedalt.engine.course import Event
+from fedalt.engine.schedule import Event
 from fedalt.methods import METHODS
 
 

@@ -14,7 +14,7 @@ from commands import call
 from runs_for_tests import adapters_of, scores_of, write_clients
 
 from fedalt.cli import main
-from fedalt.store import locked
+from fedalt.runs.folder import locked
 
 
 def break_line(folder: Path) -> None:
@@ -261,7 +261,7 @@ def test_our_own_mistakes_exit_with_1_and_leave_a_traceback_in_a_file(monkeypatc
     def fault(*_: object, **__: object) -> None:
         raise KeyError("oops")
 
-    monkeypatch.setattr("fedalt.settings.read_settings", fault)
+    monkeypatch.setattr("fedalt.runs.settings.read_settings", fault)
     assert call("run") == 1
     said = capsys.readouterr().err
     assert "this is a fault in fedalt: KeyError: 'oops'" in said
@@ -273,7 +273,7 @@ def test_our_own_mistakes_exit_with_1_and_leave_a_traceback_in_a_file(monkeypatc
 
 
 def test_a_library_s_value_error_is_our_mistake_too(monkeypatch, capsys):
-    monkeypatch.setattr("fedalt.settings.read_settings", lambda *_: json.loads("{"))
+    monkeypatch.setattr("fedalt.runs.settings.read_settings", lambda *_: json.loads("{"))
     assert call("run") == 1
     said = capsys.readouterr().err
     assert "this is a fault in fedalt" in said

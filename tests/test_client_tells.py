@@ -10,8 +10,8 @@ import torch
 from federations import Federation, founded
 from runs_for_tests import save_model
 
-from fedalt.codec import decode, encode
-from fedalt.federation import member
+from fedalt.core.codec import decode, encode
+from fedalt.federation import client as member
 from fedalt.federation.messages import Answer
 
 
@@ -52,7 +52,7 @@ def test_an_upload_that_was_refused_is_told_with_the_next_call(made: Federation)
 
 def calls_of(made: Federation, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Let a federation of which client a is in trouble end, and what a has said."""
-    monkeypatch.setattr("fedalt.federation.desk._REST", 0.0)
+    monkeypatch.setattr("fedalt.federation.round_collector._REST", 0.0)
     made.go_on()
     return made.said["a"]
 

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from hypothesis import given, settings
@@ -12,15 +12,17 @@ from hypothesis import strategies as st
 from test_codec import DTYPES, ONE, A, B, Fixed, Learned, forged, same
 from torch import Tensor
 
-from fedalt import container
-from fedalt.codec import CodecError, decode, encode
+from fedalt.core import container
+from fedalt.core.codec import CodecError, decode, encode
+from fedalt.core.tree import Name, Tree
 from fedalt.methods.contract import Fact, Message
-from fedalt.tree import Name, Tree
 
 
 @dataclass(frozen=True)
 class State:
     """Every kind of field at once."""
+
+    TAG: ClassVar = "state"
 
     individual: Tree
     inner: Learned

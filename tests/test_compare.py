@@ -10,12 +10,12 @@ import tomli_w
 from commands import call
 from runs_for_tests import adapters_of, save_model, write_clients
 
-from fedalt.comparison import jobs_of, read_comparison, run_all
 from fedalt.report.comparison import beats, grid_csv, grid_markdown, grid_of
 from fedalt.report.table import joined
-from fedalt.settings import SettingsError
-from fedalt.store import open_run
-from fedalt.tuning import trials_in, trials_of, tuned_table
+from fedalt.runs.compare import jobs_of, read_comparison, run_all
+from fedalt.runs.folder import open_run
+from fedalt.runs.settings import SettingsError
+from fedalt.runs.tune import trials_in, trials_of, tuned_table
 
 FILE = """
 seeds = [0, 1]
@@ -335,10 +335,10 @@ def test_methods_with_other_clients_have_cells_but_no_test():
     ("workers", "jobs", "expected"), [(2, 5, [4, 4, 4, 4, 8]), (4, 2, [4, 4]), (2, 2, [4, 4])]
 )
 def test_the_last_runs_share_all_cores(monkeypatch, workers, jobs, expected):
-    monkeypatch.setattr("fedalt.comparison.os.cpu_count", lambda: 8)
+    monkeypatch.setattr("fedalt.runs.compare.os.cpu_count", lambda: 8)
     given = {}
     monkeypatch.setattr(
-        "fedalt.comparison._run", lambda job, cores, _: given.__setitem__(job, cores)
+        "fedalt.runs.compare._run", lambda job, cores, _: given.__setitem__(job, cores)
     )
     assert len(list(run_all(range(jobs), workers))) == jobs
     assert [given[job] for job in range(jobs)] == expected

@@ -10,10 +10,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from fedalt.codec import CodecError, decode, encode
-from fedalt.container import MAX_HEADER, pack, unpack
+from fedalt.core.codec import CodecError, decode, encode
+from fedalt.core.container import MAX_HEADER, pack, unpack
+from fedalt.core.tree import Name, equal
 from fedalt.methods.contract import Message
-from fedalt.tree import Name, equal
 
 MESSAGE = Message(
     {

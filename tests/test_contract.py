@@ -14,9 +14,9 @@ from federation import (
     trees_of,
 )
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, MIXER, ROUTER
-from fedalt.engine.in_process import client_of, drive, server_of, servings
+from fedalt.core import tree as trees
+from fedalt.engine.round import client_of, drive, server_of, servings
 from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fdlora import FDLoRA
@@ -32,7 +32,7 @@ from fedalt.methods.lora import Lora
 from fedalt.methods.pf2lora import PF2LoRA
 from fedalt.methods.shared_factors import SharedFactors
 from fedalt.methods.unequal_ranks import UnequalRanks
-from fedalt.settings import method_name
+from fedalt.runs.settings import method_name
 from fedalt.training.orders import Fit, Search
 
 SMALL = Lora(rank=2, alpha=4, dropout=0.0)

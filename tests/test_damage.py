@@ -15,10 +15,10 @@ from commands import call
 from damaged_folders import REFUSED, OfAFederation, OfARun, Whole, damage
 from runs_for_tests import adapters_of, scores_of
 
-from fedalt.disk.digests import Digests, digest_of
-from fedalt.disk.reading import FormError, StoreError, parse, read_sealed, sealed
+from fedalt.core.digests import Digests, digest_of
+from fedalt.core.reading import FormError, StoreError, parse, read_sealed, sealed
 from fedalt.federation.accepted import read_accepted
-from fedalt.quarantine import refusals
+from fedalt.runs.quarantine import refusals
 
 SEEDS = range(12)
 
@@ -181,7 +181,7 @@ def test_a_leaving_that_was_cut_short_is_ended_before_anything_else(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("fedalt.store.RunFolder.forget_uploads", killed)
+        patch.setattr("fedalt.runs.folder.RunFolder.forget_uploads", killed)
         call("leave", run, "--client", "b")
     assert f"`fedalt leave {run} --client b` was cut short" in refused(run, capsys)
     assert call("leave", run, "--client", "b") == 0

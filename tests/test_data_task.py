@@ -3,11 +3,11 @@ import json
 import pytest
 from data_files import asked, bytewise, write_clients
 
+from fedalt.core.seeds import generator
 from fedalt.data import task as task_module
 from fedalt.data.folder import DataFolder, open_data
 from fedalt.data.records import DataError
 from fedalt.data.task import Task, hold_out
-from fedalt.seeds import generator
 
 
 def task_of(path, **more):

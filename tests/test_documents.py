@@ -20,8 +20,8 @@ import typer.main
 from commands import call
 
 from fedalt.cli import app
-from fedalt.comparison import read_comparison
 from fedalt.methods import METHODS
+from fedalt.runs.compare import read_comparison
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -249,7 +249,7 @@ def test_every_way_to_split_a_file_runs(here, capsys):
 
 
 def test_the_settings_file_of_the_documents_is_one(here):
-    from fedalt.settings import read_settings
+    from fedalt.runs.settings import read_settings
 
     (block,) = blocks_of((DOCS / "data.md").read_text(), "toml")
     Path("config.toml").write_text(block)
@@ -349,7 +349,7 @@ def test_the_site_is_built_without_a_warning_and_asks_nobody(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "site" / "api.html").read_text()
-    for name in ("fedalt.run", "fedalt.methods.contract.Method", "fedalt.settings.Settings"):
+    for name in ("fedalt.run", "fedalt.methods.contract.Method", "fedalt.runs.settings.Settings"):
         assert f'id="{name}"' in page
     for file in (tmp_path / "site").rglob("*.html"):
         loaded = re.findall(

@@ -13,7 +13,7 @@ from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.folder import open_data
 from fedalt.data.prompts import read_template
 from fedalt.data.records import DataError
-from fedalt.settings import SettingsError, read_settings
+from fedalt.runs.settings import SettingsError, read_settings
 
 TEXT = "naïve café, déjà vu: 3 of 4\r\nand a second line\r\n"
 OTHERS = {
@@ -126,7 +126,7 @@ def test_questions_with_a_mark_and_with_rare_separators_stay_whole(monkeypatch):
 
 
 def test_a_question_of_bytes_on_the_command_line_is_one_sentence():
-    from fedalt.answers import prompt_of
+    from fedalt.runs.answers import prompt_of
 
     with pytest.raises(DataError, match="not UTF-8: character 4"):
         prompt_of(SimpleNamespace(), "caf\udce9")

@@ -30,13 +30,13 @@ from transformers import AutoTokenizer
 
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import select
 from fedalt.evaluation import Scoring, generate
 from fedalt.export import loading
 from fedalt.export.folders import export_individual, export_personal
 from fedalt.methods.contract import Serving
 from fedalt.methods.fedalt import FedALT, Server
-from fedalt.models import load_base
-from fedalt.tree import select
+from fedalt.models.base import load_base
 
 each_plan = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 each_kind = pytest.mark.parametrize(

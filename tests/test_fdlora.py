@@ -20,19 +20,19 @@ from federation import (
 )
 from runs_for_tests import adapters_of, scores_of, settings_for
 
-from fedalt import tree as trees
-from fedalt.codec import read
-from fedalt.engine import learner as engine
-from fedalt.engine.in_process import drive, one_by_one, run_round
+from fedalt.core import tree as trees
+from fedalt.core.codec import read
+from fedalt.core.tree import Name, move, select
+from fedalt.engine import local_trainer as engine
+from fedalt.engine.round import drive, one_by_one, run_round
 from fedalt.evaluation import Scoring, score
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.fdlora import FUSED, INDIVIDUAL, MIDDLE, SHARED, Client, FDLoRA, Server
 from fedalt.methods.lora import Lora
-from fedalt.prepare import learner_of, prepare
-from fedalt.runs import is_finished, reopen, resume_run, start_run
+from fedalt.runs.lifecycle import is_finished, reopen, resume_run, start_run
+from fedalt.runs.setup import learner_of, prepare
 from fedalt.training.orders import Found, Moments
-from fedalt.tree import Name, move, select
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 METHOD = FDLoRA(lora=LORA)

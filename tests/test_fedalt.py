@@ -7,15 +7,15 @@ import torch
 from federation import EXAMPLES, SITES, START, MemoryStates, pull, served, simulate
 from runs_for_tests import save_model, settings_for, write_clients
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import MIXER
-from fedalt.engine.in_process import client_of, drive, one_by_one, run_round, server_of, servings
-from fedalt.federation.terms import write_terms
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name, move, select
+from fedalt.engine.round import client_of, drive, one_by_one, run_round, server_of, servings
+from fedalt.federation.agreement import write_terms
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
 from fedalt.methods.lora import Lora
-from fedalt.prepare import prepare
+from fedalt.runs.setup import prepare
 from fedalt.training.orders import Fitted
-from fedalt.tree import Name, move, select
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 METHOD = FedALT(lora=LORA)

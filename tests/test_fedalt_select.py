@@ -7,8 +7,9 @@ import pytest
 import torch
 from federation import SITES, START, pull, served, simulate
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Sum
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name, select
 from fedalt.methods.contract import MemoryLedger, Message
 from fedalt.methods.fedalt_select import (
     INDIVIDUAL,
@@ -20,7 +21,6 @@ from fedalt.methods.kin import kin_weights, similarities, sum_of_products
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fitted
-from fedalt.tree import Name, select
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 METHOD = FedALTSelect(lora=LORA)

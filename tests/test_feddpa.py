@@ -9,11 +9,12 @@ from runs_for_tests import scores_of
 from safetensors.torch import load_file
 from tiny import bert_classifier, gpt2, llama
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Slot, Sum, names_of
 from fedalt.adapters.start import Start
+from fedalt.core import tree as trees
+from fedalt.core.tree import move, select
 from fedalt.data.examples import Example
-from fedalt.engine.in_process import drive, one_by_one, run_round
+from fedalt.engine.round import drive, one_by_one, run_round
 from fedalt.evaluation import Scoring, embed, generate, score
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.feddpa import INDIVIDUAL, INDIVIDUAL_HEAD, SHARED, FedDPA
@@ -23,7 +24,6 @@ from fedalt.methods.lora import Lora
 from fedalt.training.group import Training
 from fedalt.training.loop import train
 from fedalt.training.orders import Embed, Fit, Fitted
-from fedalt.tree import move, select
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 T, F = (FedDPA(lora=LORA, schedule=schedule) for schedule in ("T", "F"))

@@ -8,24 +8,28 @@ import pytest
 import torch
 from runs_for_tests import save_model, scores_of, settings_for, write_clients
 
-from fedalt import codec, files, store
-from fedalt.codec import decode, encode, read
+from fedalt.core import codec, files
+from fedalt.core.codec import decode, encode, read
+from fedalt.core.tree import Tree
 from fedalt.engine.firewall import Firewall
-from fedalt.engine.gate import Gate
-from fedalt.federation import accepted, desk, kept, member
-from fedalt.federation.channel import Lost
-from fedalt.federation.desk import Rules
-from fedalt.federation.host import Host, open_host
-from fedalt.federation.member import Member, open_member
+from fedalt.engine.screening import Gate
+from fedalt.federation import accepted
+from fedalt.federation import client as member
+from fedalt.federation import client_states as kept
+from fedalt.federation import round_collector as desk
+from fedalt.federation.agreement import Terms, write_terms
+from fedalt.federation.client import Member, open_member
 from fedalt.federation.messages import Answer, Call
-from fedalt.federation.terms import Terms, write_terms
+from fedalt.federation.round_collector import Rules
+from fedalt.federation.server import Host, open_host
+from fedalt.federation.transport import Lost
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message
-from fedalt.prepare import prepare
-from fedalt.quarantine import refusals
-from fedalt.runs import start_run
-from fedalt.settings import Settings
-from fedalt.tree import Tree
+from fedalt.runs.lifecycle import folder as store
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.quarantine import refusals
+from fedalt.runs.settings import Settings
+from fedalt.runs.setup import prepare
 
 CLIENTS = ("a", "b", "c")
 

@@ -10,15 +10,15 @@ import torch
 from runs_for_tests import save_model, scores_of
 from test_federation import CLIENTS, Place, Wire, filled, place, spoilt, states_of
 
-from fedalt.codec import decode, encode
+from fedalt.core.codec import decode, encode
 from fedalt.engine.blame import MethodFailed
 from fedalt.engine.robust import central_loss
 from fedalt.federation.call_checks import told_outside
-from fedalt.federation.channel import Lost
 from fedalt.federation.messages import Answer, Cost, Score
+from fedalt.federation.transport import Lost
 from fedalt.methods.fedalt import FedALT
-from fedalt.quarantine import refusals
-from fedalt.store import RunFolder
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.quarantine import refusals
 from fedalt.training.group import TrainingError
 
 

@@ -12,7 +12,7 @@ from federations import Federation, Stopped, founded
 from runs_for_tests import save_model
 
 import fedalt
-from fedalt.codec import decode, encode
+from fedalt.core.codec import decode, encode
 from fedalt.federation.messages import Answer
 from fedalt.flower.config import read_server_config
 from fedalt.flower.serve import revoke_key

@@ -12,11 +12,12 @@ import pytest
 from machines import Machines, Wire, found
 from runs_for_tests import scores_of
 
-from fedalt.codec import decode, encode
-from fedalt.federation import desk, member
-from fedalt.federation.channel import Lost
-from fedalt.federation.member import open_member
+from fedalt.core.codec import decode, encode
+from fedalt.federation import client as member
+from fedalt.federation import round_collector as desk
+from fedalt.federation.client import open_member
 from fedalt.federation.messages import Answer, Call
+from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
 from fedalt.flower.credentials import make_client_key
 from fedalt.flower.serve import host_of, revoke_key

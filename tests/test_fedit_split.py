@@ -9,14 +9,14 @@ from federation import START, MemoryStates, pull, served, simulate
 from tiny import llama
 
 from fedalt.adapters.plan import MIXER
-from fedalt.engine.in_process import one_by_one, run_round
+from fedalt.core.tree import Name, select
+from fedalt.engine.round import one_by_one, run_round
 from fedalt.methods.fedit import SHARED, FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.lora import Lora
 from fedalt.training.group import Training
 from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
-from fedalt.tree import Name, select
 
 WHOLE = FedIT(lora=Lora(rank=3, alpha=12, dropout=0.2), weighting="examples")
 SPLIT = FedITSplit(lora=WHOLE.lora, weighting="examples")

@@ -5,18 +5,18 @@ import torch
 from federation import START, MemoryStates, pull, served, simulate
 from runs_for_tests import save_model, scores_of, settings_for, write_clients
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import MIXER, ROUTER, Plan, Router, Shape, Slot, single
 from fedalt.adapters.start import Start
-from fedalt.engine.in_process import client_of, one_by_one, run_round, server_of, servings
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name, move, select
+from fedalt.engine.round import client_of, one_by_one, run_round, server_of, servings
 from fedalt.methods.clustering import cluster, distances
 from fedalt.methods.fedlease import INDIVIDUAL, FedLEASE, Server
 from fedalt.methods.lora import Lora
-from fedalt.prepare import prepare
-from fedalt.runs import start_run
-from fedalt.store import RunFolder
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.setup import prepare
 from fedalt.training.orders import Fitted
-from fedalt.tree import Name, move, select
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 METHOD = FedLEASE(lora=LORA, warm_up=1)

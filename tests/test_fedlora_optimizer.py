@@ -5,9 +5,10 @@ import torch
 from bases import base_of, example, start_of
 from federation import SITES, START, pull, served, simulate
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD
-from fedalt.engine.in_process import drive
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name
+from fedalt.engine.round import drive
 from fedalt.methods.contract import Message
 from fedalt.methods.fedlora_optimizer import (
     SHARED,
@@ -19,7 +20,6 @@ from fedalt.methods.lora import Lora
 from fedalt.training.group import Training
 from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
-from fedalt.tree import Name
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 METHOD = FedLoRAOptimizer(lora=LORA)

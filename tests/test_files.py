@@ -12,10 +12,10 @@ from threading import Event, Thread, get_ident
 
 import pytest
 
-from fedalt.engine.course import Progress
-from fedalt.files import atomic_write, make_private_folder, open_private, writing_behind
-from fedalt.states import FileStates
-from fedalt.store import RunFolder
+from fedalt.core.files import atomic_write, make_private_folder, open_private, writing_behind
+from fedalt.engine.schedule import Progress
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.folder import RunFolder
 from fedalt.training.orders import Moments
 
 

@@ -14,11 +14,12 @@ from runs_for_tests import adapters_of, save_model, scores_of, settings_for, wri
 from test_contract import COHORTS, ROWS, SMALL, each_method
 from test_resume import StopsAt
 
-from fedalt import tree as trees
 from fedalt.cli.progress import RoundLines
-from fedalt.codec import encode, write
+from fedalt.core import tree as trees
+from fedalt.core.codec import encode, write
+from fedalt.core.tree import Name
 from fedalt.engine import robust
-from fedalt.engine.course import Arm, Event
+from fedalt.engine.dry_run import rehearse
 from fedalt.engine.firewall import (
     Firewall,
     Refused,
@@ -28,21 +29,20 @@ from fedalt.engine.firewall import (
     check_upload,
     too_large,
 )
-from fedalt.engine.gate import Gate
-from fedalt.engine.in_process import client_of, drive, server_of
-from fedalt.engine.rehearsal import rehearse
 from fedalt.engine.robust import centre, cut_of
+from fedalt.engine.round import client_of, drive, server_of
+from fedalt.engine.schedule import Arm, Event
+from fedalt.engine.screening import Gate
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedit import FedIT
-from fedalt.prepare import prepare
-from fedalt.quarantine import quarantine, refusals
-from fedalt.runs import resume_run, start_run
-from fedalt.settings import SettingsError
-from fedalt.states import FileLedger, FileStates
-from fedalt.store import StoreError
+from fedalt.runs.checkpoints import FileLedger, FileStates
+from fedalt.runs.folder import StoreError
+from fedalt.runs.lifecycle import resume_run, start_run
+from fedalt.runs.quarantine import quarantine, refusals
+from fedalt.runs.settings import SettingsError
+from fedalt.runs.setup import prepare
 from fedalt.training.orders import Fitted, Moments
-from fedalt.tree import Name
 
 SITE = "block.0.q"
 EXTRA = Name(SITE, "unheard\x1b[2J\nof", "A")

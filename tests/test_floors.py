@@ -10,42 +10,24 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "src" / "fedalt"
 
 FLOORS = {
-    "disk": 0,
-    "files": 0,
-    "container": 0,
-    "record": 0,
-    "seeds": 0,
-    "tree": 0,
-    "codec": 1,
+    "core": 0,
+    "metrics": 0,
+    "data": 1,
     "adapters": 1,
-    "gguf_files": 2,
-    "base_model": 2,
     "models": 2,
-    "data": 2,
-    "metrics": 2,
     "training": 3,
     "methods": 4,
     "evaluation": 5,
-    "engine": 5,
-    "answers": 6,
-    "api": 6,
-    "comparison": 6,
-    "export": 6,
-    "federation": 6,
-    "flower": 6,
-    "membership": 6,
-    "prepare": 6,
-    "quarantine": 6,
-    "report": 6,
-    "runs": 6,
-    "settings": 6,
-    "states": 6,
-    "store": 6,
-    "tuning": 6,
-    "workers": 6,
-    "cli": 7,
-    "__main__": 7,
-    "": 8,  # the package's own __init__: it may offer anything, and nothing here may import it
+    "engine": 6,
+    "runs": 7,
+    "report": 8,
+    "export": 8,
+    "federation": 9,
+    "flower": 10,
+    "api": 11,
+    "cli": 12,
+    "__main__": 13,
+    "": 14,  # the package's own __init__: it may offer anything, and nothing here may import it
 }
 
 
@@ -66,7 +48,7 @@ def read_package() -> dict[str, str]:
 def imports(module: str, sources: Mapping[str, str]) -> Iterator[tuple[int, str]]:
     """Line and name of every module imported anywhere in a module, inside functions too.
 
-    `from fedalt import tree` imports `fedalt.tree`; `from fedalt import load` imports `fedalt`.
+    `from fedalt import core` imports `fedalt.core`; `from fedalt import load` imports `fedalt`.
     """
     is_package = any(other.startswith(f"{module}.") for other in sources)
     for node in ast.walk(ast.parse(sources[module])):
@@ -115,7 +97,12 @@ def problems(sources: Mapping[str, str]) -> list[str]:
 
 def test_the_package_keeps_its_floors() -> None:
     sources = read_package()
-    assert {"fedalt.tree", "fedalt.codec", "fedalt.methods", "fedalt.methods.lora"} <= set(sources)
+    assert {
+        "fedalt.core",
+        "fedalt.core.codec",
+        "fedalt.methods",
+        "fedalt.methods.lora",
+    } <= set(sources)
     assert problems(sources) == []
 
 
@@ -125,10 +112,10 @@ def test_assets_hold_no_code() -> None:
 
 CLEAN = {
     "fedalt": "def load(path):\n    from fedalt.cli import main\n",
-    "fedalt.tree": "import torch\n",
+    "fedalt.core": "import torch\n",
     "fedalt.adapters": "",
-    "fedalt.adapters.plan": "from fedalt.tree import Name\n",
-    "fedalt.adapters.layer": "from fedalt.adapters.plan import Plan\nfrom fedalt import tree\n",
+    "fedalt.adapters.plan": "from fedalt.core import Name\n",
+    "fedalt.adapters.layer": "from fedalt.adapters.plan import Plan\nfrom fedalt import core\n",
     "fedalt.evaluation": "",
     "fedalt.engine.rounds": "from fedalt.evaluation import score\n",
     "fedalt.flower.app": "import flwr.server\n",
@@ -143,19 +130,23 @@ def test_clean_sources_have_no_problems() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "problem"),
     [
-        ("fedalt.tree", "from fedalt.adapters.plan import Plan", "fedalt.adapters.plan upward"),
-        ("fedalt.tree", "import fedalt.adapters.plan", "fedalt.adapters.plan upward"),
-        ("fedalt.tree", "import torch, fedalt.cli as c", "fedalt.cli upward"),
-        ("fedalt.tree", "from fedalt import adapters", "fedalt.adapters upward"),
-        ("fedalt.tree", "from fedalt.adapters import plan", "fedalt.adapters.plan upward"),
-        ("fedalt.tree", "from . import cli", "fedalt.cli upward"),
-        ("fedalt.tree", "from .adapters.plan import Plan", "fedalt.adapters.plan upward"),
         (
-            "fedalt.tree",
+            "fedalt.core",
+            "from fedalt.adapters.plan import Plan",
+            "fedalt.adapters.plan upward",
+        ),
+        ("fedalt.core", "import fedalt.adapters.plan", "fedalt.adapters.plan upward"),
+        ("fedalt.core", "import torch, fedalt.cli as c", "fedalt.cli upward"),
+        ("fedalt.core", "from fedalt import adapters", "fedalt.adapters upward"),
+        ("fedalt.core", "from fedalt.adapters import plan", "fedalt.adapters.plan upward"),
+        ("fedalt.core", "from . import cli", "fedalt.cli upward"),
+        ("fedalt.core", "from .adapters.plan import Plan", "fedalt.adapters.plan upward"),
+        (
+            "fedalt.core",
             "def f():\n    from fedalt.cli import main",
             "(floor 0) imports fedalt.cli",
         ),
-        ("fedalt.tree", "if x:\n    import fedalt.cli", "(floor 0) imports fedalt.cli upward"),
+        ("fedalt.core", "if x:\n    import fedalt.cli", "(floor 0) imports fedalt.cli upward"),
         ("fedalt.adapters", "from ..cli import main", "fedalt.cli upward"),
         ("fedalt.adapters", "from .. import evaluation", "fedalt.evaluation upward"),
         ("fedalt.adapters.plan", "from ..cli import main", "fedalt.cli upward"),
@@ -179,9 +170,11 @@ def test_a_planted_import_is_found(module: str, line: str, problem: str) -> None
 def test_parts_that_import_each_other_are_a_circle_even_if_their_modules_are_not() -> None:
     sources = {
         **CLEAN,
-        "fedalt.engine.learner": "",
-        "fedalt.evaluation": "from fedalt.engine.learner import Learner\n",
+        "fedalt.report.page": "from fedalt.export.card import Card\n",
+        "fedalt.report.table": "",
+        "fedalt.export.card": "",
+        "fedalt.export.folders": "from fedalt.report.table import draw\n",
     }
     (circle,) = problems(sources)
     assert circle.startswith("floors' parts in a circle")
-    assert "engine <- evaluation" in circle
+    assert "export <- report" in circle

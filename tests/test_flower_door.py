@@ -34,11 +34,11 @@ from machines import Machines, found, wait_for
 from fedalt.flower import connections
 from fedalt.flower.client_keys import clients_by_key
 from fedalt.flower.config import ServerPlace, read_server_config
-from fedalt.flower.door import _MOST, _serve
+from fedalt.flower.gateway import _MOST, _serve
 from fedalt.flower.processes import free_port, wait_for_port
 from fedalt.flower.signatures import write_keys
 from fedalt.flower.status import shown
-from fedalt.settings import SettingsError
+from fedalt.runs.settings import SettingsError
 
 MANY = [f"127.0.0.{number}" for number in range(2, 252)]
 
@@ -85,7 +85,7 @@ def door(machines: Machines, inner: int, *more: str) -> Iterator[Opened]:
     words += ["--keys", str(place.let_in), "--spool", str(place.flower), *more]
     key = load_ssh_private_key((machines.client("a") / "client.key").read_bytes(), None)
     with (place.logs / "door.log").open("wb") as log:
-        command = [sys.executable, "-m", "fedalt.flower.door", *words]
+        command = [sys.executable, "-m", "fedalt.flower.gateway", *words]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
         assert wait_for_port(int(address.split(":")[1]), process, 240)

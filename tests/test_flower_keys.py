@@ -14,13 +14,13 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from machines import Machines, found
 
-from fedalt.flower import supervise
+from fedalt.flower import supervisor as supervise
 from fedalt.flower.client_keys import ClientKeys, clients_by_key
 from fedalt.flower.config import read_server_config
 from fedalt.flower.control import Control
 from fedalt.flower.credentials import make_client_key, pem_of
 from fedalt.flower.serve import revoke_key
-from fedalt.settings import SettingsError
+from fedalt.runs.settings import SettingsError
 
 
 @dataclass

@@ -10,11 +10,11 @@ import pytest
 from machines import Machines, found, wait_for
 from runs_for_tests import save_model
 
-from fedalt.flower import supervise
+from fedalt.flower import supervisor as supervise
 from fedalt.flower.config import read_server_config
 from fedalt.flower.last_words import last_words, told_in
 from fedalt.flower.processes import group
-from fedalt.store import StoreError
+from fedalt.runs.folder import StoreError
 
 
 @pytest.mark.parametrize("ends", [ValueError, OSError, MemoryError, SystemExit, KeyboardInterrupt])

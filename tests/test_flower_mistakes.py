@@ -17,15 +17,15 @@ from machines import Machines, found
 from runs_for_tests import save_model, write_clients
 from tiny import llama
 
-from fedalt.federation.channel import Lost
-from fedalt.flower.attend import _REMIND, _Troubles
+from fedalt.federation.transport import Lost
+from fedalt.flower.client_process import _REMIND, _Troubles
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_server
+from fedalt.flower.fleet_client import _trouble
 from fedalt.flower.grid import GridChannel
-from fedalt.flower.link import _trouble
 from fedalt.flower.processes import end_leftovers, group, shorten
-from fedalt.flower.supervise import _MOST_DEATHS, _Patience, _standing
-from fedalt.store import StoreError, locked
+from fedalt.flower.supervisor import _MOST_DEATHS, _Patience, _standing
+from fedalt.runs.folder import StoreError, locked
 
 
 @pytest.fixture

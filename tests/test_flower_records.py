@@ -6,10 +6,10 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
-from fedalt.codec import encode
+from fedalt.core.codec import encode
+from fedalt.core.tree import Name, Tree
 from fedalt.flower import records
 from fedalt.flower.records import bytes_of, content_of
-from fedalt.tree import Name, Tree
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from machines import Machines, Wire, found
 
-from fedalt.federation.channel import Lost
-from fedalt.federation.member import open_member
+from fedalt.federation.client import open_member
+from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
 from fedalt.flower.serve import host_of
 from fedalt.flower.status import shown
-from fedalt.store import StoreError
+from fedalt.runs.folder import StoreError
 
 CLIENTS = ("a", "b", "c")
 

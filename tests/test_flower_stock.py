@@ -14,7 +14,7 @@ from runs_for_tests import save_model
 from fedalt.flower.apps import client
 from fedalt.flower.processes import Group, free_port, group, wait_for_port
 from fedalt.flower.records import content_of
-from fedalt.flower.supervise import APP
+from fedalt.flower.supervisor import APP
 
 CLIENTS = ("a", "b", "c")
 

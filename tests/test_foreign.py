@@ -15,14 +15,14 @@ from federations import founded
 from rich.console import Console
 from runs_for_tests import save_model, write_clients
 
-from fedalt.cli import faults
+from fedalt.cli import errors as faults
 from fedalt.cli.output import console, note, tell
-from fedalt.codec import decode, encode
-from fedalt.data.foreign import LONGEST, listed, shown, shown_lines, shown_message
+from fedalt.core.codec import decode, encode
+from fedalt.core.foreign import LONGEST, listed, shown, shown_lines, shown_message
 from fedalt.data.names import fault_of_names
 from fedalt.engine.firewall import Refused
 from fedalt.federation.messages import Answer
-from fedalt.flower.attend import _why
+from fedalt.flower.client_process import _why
 from fedalt.report.live import Live
 from fedalt.report.live_drawing import draw_run
 from fedalt.report.numbers import numbers_of
@@ -220,7 +220,7 @@ def test_init_refuses_such_names_and_writes_nothing(
 
 
 def test_a_name_in_a_file_that_somebody_sent_is_checked_too(tmp_path: Path, model: Path) -> None:
-    from fedalt.federation.terms import read_terms
+    from fedalt.federation.agreement import read_terms
     from fedalt.flower.config import read_client_config
 
     made = founded(tmp_path, model)
@@ -246,7 +246,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_init_that_fails_half_way_leaves_what_was_there(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedalt.flower import found
+    from fedalt.flower import init as found
 
     def full(secret: Path, public: Path) -> None:
         if "b" in secret.parts:
@@ -281,7 +281,7 @@ def test_what_a_client_says_reaches_log_and_status_clean(
     from fedalt.flower.config import read_server_config
     from fedalt.flower.status import shown as status
 
-    monkeypatch.setattr("fedalt.federation.desk._REST", 0.0)
+    monkeypatch.setattr("fedalt.federation.round_collector._REST", 0.0)
     made = founded(tmp_path, model, rounds={"rounds": 1, "test": False})
     left = [1]
     sent = text.encode("utf-8", "replace").decode()  # half a pair cannot be sent

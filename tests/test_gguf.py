@@ -8,8 +8,8 @@ from commands import call
 from gguf_model import tiny_llama, write_gguf
 from runs_for_tests import write_clients
 
-from fedalt.gguf_files import GGUFError, converted
-from fedalt.models import PACKAGED, ModelError, load_base
+from fedalt.models.base import PACKAGED, ModelError, load_base
+from fedalt.models.gguf import GGUFError, converted
 
 
 @pytest.fixture(autouse=True)

@@ -24,12 +24,12 @@ from transformers import (
 import fedalt
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Name
 from fedalt.data.examples import Example
 from fedalt.evaluation import Scoring, score, score_together
 from fedalt.export.folders import export_individual, export_personal
 from fedalt.methods.contract import Serving
-from fedalt.models import Base, ModelError, load_base
-from fedalt.tree import Name
+from fedalt.models.base import Base, ModelError, load_base
 
 LABELS = ("bad", "fair", "good")
 PLAN = single(Slot("individual", 2, 4.0))

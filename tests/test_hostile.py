@@ -6,7 +6,7 @@ import pytest
 from hostile import ANSWERS, CALLS
 from hostile_federation import Recorded, hostile_answers, hostile_calls, record
 
-from fedalt.prepare import Parts
+from fedalt.runs.setup import Parts
 
 
 @pytest.fixture(scope="module")

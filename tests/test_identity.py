@@ -14,13 +14,13 @@ from runs_for_tests import save_model, settings_for, write_clients
 from safetensors.torch import load_file
 
 import fedalt
-from fedalt.answers import served
-from fedalt.base_model.identity import differences, identify, parts_that_differ
-from fedalt.membership import join
-from fedalt.models import load_base
-from fedalt.prepare import prepare
-from fedalt.runs import reopen, start_run
-from fedalt.store import StoreError
+from fedalt.models.base import load_base
+from fedalt.models.identity import differences, identify, parts_that_differ
+from fedalt.runs.answers import served
+from fedalt.runs.folder import StoreError
+from fedalt.runs.lifecycle import reopen, start_run
+from fedalt.runs.membership import join
+from fedalt.runs.setup import prepare
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -112,7 +112,7 @@ def test_short_strings_name_the_parts_that_differ() -> None:
 def test_a_classifier_is_the_same_in_every_process(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     code = (
-        "import sys, torch\nfrom fedalt.models import load_base\ntorch.manual_seed(5)\n"
+        "import sys, torch\nfrom fedalt.models.base import load_base\ntorch.manual_seed(5)\n"
         "print(load_base(sys.argv[1], labels=('a', 'b'), device='cpu').fingerprint)"
     )
     out = subprocess.run(

@@ -23,7 +23,7 @@ from transformers import (
 from fedalt.adapters.layer import AdaptedModel, Noise
 from fedalt.adapters.plan import HEAD, Layout, Mixer, Plan, Router, Shape, Slot, single
 from fedalt.adapters.sites import ALL_LINEAR
-from fedalt.tree import Name, Tree, select
+from fedalt.core.tree import Name, Tree, select
 
 Model = Callable[[], PreTrainedModel]
 ONE = single(Slot("shared", 4, 8.0))

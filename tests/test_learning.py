@@ -7,8 +7,8 @@ from commands import call
 from report_records import recommit
 from runs_for_tests import write_clients
 
-from fedalt.record import FORMAT
 from fedalt.report.learning import nothing_learnt
+from fedalt.runs.record import FORMAT
 
 SETTINGS = "[data]\npath = 'd'\n[training]\nlr = 3e-4\n[rounds]\nrounds = 20\n"
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fedalt.core.seeds import generator
 from fedalt.methods.low_rank_sums import (
     Pair,
     add_rows,
@@ -13,7 +14,6 @@ from fedalt.methods.low_rank_sums import (
     strongest,
     weighted_stack,
 )
-from fedalt.seeds import generator
 
 SHAPES = [(7, 9), (9, 7), (30, 20), (3, 12)]  # d_out, d_in; ranks below sum to more than 3 and 7
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -6,16 +6,16 @@ from commands import call
 from federation import simulate, trees_of
 from runs_for_tests import adapters_of, save_model, settings_for, write_clients
 
-from fedalt import tree as trees
-from fedalt.engine.in_process import server_of
-from fedalt.membership import join, leave
+from fedalt.core import tree as trees
+from fedalt.core.tree import select
+from fedalt.engine.round import server_of
 from fedalt.methods.fedalt import FedALT, Server
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
-from fedalt.prepare import prepare
-from fedalt.runs import reopen, resume_run, serving, start_run
-from fedalt.store import StoreError, open_run
-from fedalt.tree import select
+from fedalt.runs.folder import StoreError, open_run
+from fedalt.runs.lifecycle import reopen, resume_run, serving, start_run
+from fedalt.runs.membership import join, leave
+from fedalt.runs.setup import prepare
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 

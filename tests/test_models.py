@@ -2,11 +2,11 @@
 
 import pytest
 
-from fedalt.models import PACKAGED, ModelError, load_base, location
+from fedalt.models.base import PACKAGED, ModelError, load_base, location
 
 
 def test_a_model_of_a_package_that_is_not_installed_says_which_to_install(monkeypatch):
-    monkeypatch.setattr("fedalt.models.find_spec", lambda module: None)
+    monkeypatch.setattr("fedalt.models.base.find_spec", lambda module: None)
     with pytest.raises(ModelError, match=r"pip install 'fedalt\[minilm\]'"):
         location("minilm")
 

@@ -27,9 +27,9 @@ from transformers import AutoModelForCausalLM
 
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import MIXER
+from fedalt.core.tree import Name
 from fedalt.export.folders import export_personal
 from fedalt.export.peft_type import FedALTConfig, FedALTLayer, Kind, key_of, register
-from fedalt.tree import Name
 
 
 def test_importing_fedalt_is_all_that_peft_needs(tmp_path: Path) -> None:

@@ -6,16 +6,16 @@ from bases import base_of, example, start_of
 from federation import SITES, START, pull, served, simulate
 from tiny import gpt2, llama
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, names_of
-from fedalt.engine.in_process import drive
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name
+from fedalt.engine.round import drive
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.methods.pf2lora import INDIVIDUAL, SHARED, PF2LoRA, Unrolled
 from fedalt.training.group import Training
 from fedalt.training.loop import train
 from fedalt.training.orders import Fit
-from fedalt.tree import Name
 
 LORA = Lora(rank=3, alpha=6, dropout=0.0)
 METHOD = PF2LoRA(lora=LORA, client_rank=1)

@@ -14,12 +14,12 @@ import torch
 from commands import call
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 
-from fedalt.prepare import prepare, require_room
-from fedalt.runs import resume_run, start_run
-from fedalt.settings import SettingsError, to_toml
-from fedalt.store import open_run
+from fedalt.engine.workers import WorkerError
+from fedalt.runs.folder import open_run
+from fedalt.runs.lifecycle import resume_run, start_run
+from fedalt.runs.settings import SettingsError, to_toml
+from fedalt.runs.setup import prepare, require_room
 from fedalt.training.group import TrainingError
-from fedalt.workers import WorkerError
 
 
 @pytest.fixture(scope="module")

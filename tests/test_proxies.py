@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from fedalt.flower.link import _trouble
+from fedalt.flower.fleet_client import _trouble
 from fedalt.flower.proxies import reach_loopback_directly, through_proxy
 
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")

@@ -6,9 +6,9 @@ import pytest
 from commands import call
 from runs_for_tests import write_clients
 
-from fedalt.comparison import jobs_of, read_comparison, settings_table
 from fedalt.methods.lora import Lora
-from fedalt.settings import (
+from fedalt.runs.compare import jobs_of, read_comparison, settings_table
+from fedalt.runs.settings import (
     DataSettings,
     Settings,
     advised_settings,

@@ -14,17 +14,17 @@ from runs_for_tests import save_model, settings_for, write_clients
 from test_evaluation import DATA, PLANS, asked_of, serving_of
 from tiny import CAUSAL, CLASSIFIERS
 
+from fedalt.core.tree import Name
 from fedalt.data.examples import Example
-from fedalt.engine.schedule import WATCHED
-from fedalt.engine.telling import pieces, telling
+from fedalt.engine.example_log import pieces, telling
+from fedalt.engine.run import WATCHED
 from fedalt.evaluation import Scores, Scoring, score, score_together
-from fedalt.evaluation.weighing import BINS, weights_by_site, weights_of
+from fedalt.evaluation.gate_statistics import BINS, weights_by_site, weights_of
 from fedalt.methods.contract import Serving
-from fedalt.models import load_tokenizer
-from fedalt.prepare import prepare
-from fedalt.runs import reopen, resume_run, serving, start_run
-from fedalt.store import RunFolder
-from fedalt.tree import Name
+from fedalt.models.base import load_tokenizer
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.lifecycle import reopen, resume_run, serving, start_run
+from fedalt.runs.setup import prepare
 
 QUICK = Scoring(batch_size=3, generate=False)
 

@@ -12,8 +12,6 @@ from report_records import SITES, append_lines, example_line, large_record, mixe
 from report_records import write_examples as examples_into
 from runs_for_tests import write_clients
 
-from fedalt.comparison import Entry, jobs_of
-from fedalt.record import StoreError
 from fedalt.report.compared_figures import gain_map, ranked
 from fedalt.report.comparison import collect, write_results
 from fedalt.report.labels import Point, sides
@@ -22,8 +20,10 @@ from fedalt.report.records import loss_rows, mixer_record, read_record, site_par
 from fedalt.report.run_page import run_page
 from fedalt.report.similarity import similarity
 from fedalt.report.table import cells_of, joined, run_table
-from fedalt.settings import read_settings
-from fedalt.store import open_run
+from fedalt.runs.compare import Entry, jobs_of
+from fedalt.runs.folder import open_run
+from fedalt.runs.record import StoreError
+from fedalt.runs.settings import read_settings
 
 STRANGE = "<script>alert(1)</script>&\"'"
 

@@ -8,15 +8,15 @@ from report_records import SITES, append_lines, example_line, large_record, mixe
 from report_records import write_examples as examples_into
 from runs_for_tests import save_model, settings_for, write_clients
 
-from fedalt.comparison import Entry, jobs_of
-from fedalt.engine.course import Event
-from fedalt.prepare import prepare
+from fedalt.engine.schedule import Event
 from fedalt.report.compared_page import comparison_page
 from fedalt.report.comparison import collect, write_results
 from fedalt.report.page import write_page
 from fedalt.report.records import read_record
 from fedalt.report.run_page import run_page
-from fedalt.runs import resume_run, start_run
+from fedalt.runs.compare import Entry, jobs_of
+from fedalt.runs.lifecycle import resume_run, start_run
+from fedalt.runs.setup import prepare
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

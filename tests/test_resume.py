@@ -12,14 +12,14 @@ import torch
 from federation import START
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 
-from fedalt.engine.course import Event
+from fedalt.core.tree import Name
+from fedalt.engine.schedule import Event
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT
-from fedalt.prepare import prepare
-from fedalt.runs import reopen, resume_run, start_run
-from fedalt.states import FileStates
-from fedalt.store import StoreError, locked, open_run
-from fedalt.tree import Name
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.folder import StoreError, locked, open_run
+from fedalt.runs.lifecycle import reopen, resume_run, start_run
+from fedalt.runs.setup import prepare
 
 KILLS = 10
 

@@ -7,6 +7,7 @@ from federation import pull, served, simulate
 from test_contract import ALL, ROWS
 
 from fedalt.adapters.plan import Slot
+from fedalt.core.tree import Name, equal
 from fedalt.methods.fedalt import REST_OF_WORLD, FedALT
 from fedalt.methods.feddpa import INDIVIDUAL, SHARED, FedDPA
 from fedalt.methods.fedit import FedIT
@@ -15,7 +16,6 @@ from fedalt.methods.pf2lora import PF2LoRA
 from fedalt.training.group import Training
 from fedalt.training.loop import train
 from fedalt.training.orders import Fit
-from fedalt.tree import Name, equal
 
 LORA = Lora(rank=3, alpha=6, dropout=0.0)
 EXAMPLES = [example("ab c", "xy"), example("dd", "z"), example("abc", "q"), example("e f", "xx")]

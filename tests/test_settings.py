@@ -8,7 +8,7 @@ import pytest
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
-from fedalt.settings import (
+from fedalt.runs.settings import (
     DataSettings,
     ModelSettings,
     Settings,

@@ -5,9 +5,10 @@ import torch
 from bases import base_of, example, start_of
 from federation import SITES, START, pull, served, simulate
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD
-from fedalt.engine.in_process import drive
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name, move
+from fedalt.engine.round import drive
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.local import INDIVIDUAL, LocalOnly
 from fedalt.methods.lora import Lora
@@ -15,7 +16,6 @@ from fedalt.methods.shared_factors import SHARED, SharedFactors
 from fedalt.training.group import Training
 from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
-from fedalt.tree import Name, move
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 FFA = SharedFactors(variant="ffa_lora", lora=LORA)

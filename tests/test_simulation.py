@@ -13,10 +13,10 @@ import pytest
 import torch
 from runs_for_tests import save_model, settings_for, write_clients
 
-from fedalt.codec import read
-from fedalt.prepare import prepare
-from fedalt.runs import start_run
-from fedalt.settings import Settings, to_toml
+from fedalt.core.codec import read
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.settings import Settings, to_toml
+from fedalt.runs.setup import prepare
 
 pytestmark = [
     pytest.mark.slow,

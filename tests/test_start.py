@@ -9,7 +9,7 @@ import torch
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Shape, Slot, single
 from fedalt.adapters.start import Start
-from fedalt.tree import Name, Tree, equal, merge, move
+from fedalt.core.tree import Name, Tree, equal, merge, move
 
 SITES = {"first": Shape(32, 16), "second": Shape(32, 16), "third": Shape(100, 24)}
 HEADS = {Name("score", HEAD, "weight"): (3, 32), Name("score", HEAD, "bias"): (3,)}

@@ -47,7 +47,7 @@ def test_every_entry_sets_a_small_spin_count_before_torch_is_loaded(entry):
 
 def test_the_processes_that_hold_a_connection_set_it_too():
     pytest.importorskip("flwr")
-    code = "import os, fedalt.flower.link; print(os.environ['GOMP_SPINCOUNT'])"
+    code = "import os, fedalt.flower.fleet_client; print(os.environ['GOMP_SPINCOUNT'])"
     clean = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
     assert subprocess.check_output([PYTHON, "-c", code], env=clean).strip() == b"1000"
 

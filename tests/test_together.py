@@ -9,11 +9,11 @@ from test_contract import ROWS
 from test_layer import quantised
 from tiny import CAUSAL, bert_classifier
 
-from fedalt import tree as trees
 from fedalt.adapters.layer import Noise
 from fedalt.adapters.packing import Packs, packed, packing_of
 from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, names_of
-from fedalt.engine.in_process import one_by_one, run_round
+from fedalt.core import tree as trees
+from fedalt.engine.round import one_by_one, run_round
 from fedalt.evaluation.group import Group
 from fedalt.evaluation.likelihood import _sums
 from fedalt.methods.contract import Serving

@@ -13,11 +13,11 @@ from commands import call
 from runs_for_tests import settings_for
 
 from fedalt.cli.progress import Together
-from fedalt.prepare import prepare
 from fedalt.report.numbers import numbers_of
 from fedalt.report.trackers import TRACKERS, TrackerName, tracking
-from fedalt.runs import new_run, resume_run
-from fedalt.store import locked, open_run
+from fedalt.runs.folder import locked, open_run
+from fedalt.runs.lifecycle import new_run, resume_run
+from fedalt.runs.setup import prepare
 
 BOTH = ("--report-to", "tensorboard", "--report-to", "trackio")
 

@@ -10,10 +10,10 @@ from bases import base_of, example, random_serving_tree, start_of
 from tiny import CAUSAL, CLASSIFIERS
 from torch.nn import functional
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Slot, names_of, single
+from fedalt.core import tree as trees
+from fedalt.core.seeds import generator
 from fedalt.data.examples import Example
-from fedalt.seeds import generator
 from fedalt.training.batches import collate, epoch_order, steps_per_epoch
 from fedalt.training.group import Training, TrainingError
 from fedalt.training.loop import train

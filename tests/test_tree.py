@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fedalt import tree as trees
-from fedalt.tree import Name, Tree
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name, Tree
 
 A = Name("layers.0.q", "individual", "A")
 B = Name("layers.0.q", "individual", "B")

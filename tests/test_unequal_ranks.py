@@ -6,14 +6,14 @@ import pytest
 import torch
 from federation import EXAMPLES, HEADS, SITES, START, MemoryStates, pull, served, simulate
 
-from fedalt import tree as trees
 from fedalt.adapters.plan import Slot
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name
 from fedalt.methods import METHODS
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.methods.unequal_ranks import SHARED, UnequalRanks
-from fedalt.settings import SettingsError, read_settings, settings_of, to_toml
-from fedalt.tree import Name
+from fedalt.runs.settings import SettingsError, read_settings, settings_of, to_toml
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 RANKS = {"a": 1, "b": 3}  # and c has 2

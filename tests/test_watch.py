@@ -17,11 +17,11 @@ from commands import call
 from report_records import recommit
 from runs_for_tests import settings_for
 
-from fedalt.prepare import prepare
 from fedalt.report.live import Reading, follow, live_of
 from fedalt.report.live_drawing import sparkline
-from fedalt.runs import start_run
-from fedalt.store import open_run
+from fedalt.runs.folder import open_run
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.setup import prepare
 
 FEDALT = str(Path(sys.executable).parent / "fedalt")
 KEYS = {"q": "q", "Ctrl-C": "\x03"}

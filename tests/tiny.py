@@ -31,7 +31,7 @@ from transformers import (
 
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import Plan
-from fedalt.tree import Name, Tree
+from fedalt.core.tree import Name, Tree
 
 VOCAB = 64
 HIDDEN = 32

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedalt.api import Run, open_run, run
-from fedalt.training.threads import spin_briefly
+from fedalt.core.threads import spin_briefly
 
 if TYPE_CHECKING:
     from peft import PeftModel

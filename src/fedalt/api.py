@@ -9,13 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from fedalt.record import is_client, require_run
+from fedalt.runs.record import is_client, require_run
 
 if TYPE_CHECKING:
     import altair
     import pandas
 
-    from fedalt.models import Base
+    from fedalt.models.base import Base
     from fedalt.report.records import Record
 
 Split = Literal["test", "validation"]
@@ -34,7 +34,7 @@ class Run:
         """
         pandas = _pandas()
         from fedalt.report.table import run_table
-        from fedalt.store import open_run
+        from fedalt.runs.folder import open_run
 
         table = run_table(open_run(self.path).lines(), split)
         rows = (*table.clients, table.mean, table.worst)
@@ -52,7 +52,7 @@ class Run:
         What lies within a line has a column of its own, such as `metrics.loss`.
         """
         pandas = _pandas()
-        from fedalt.store import open_run
+        from fedalt.runs.folder import open_run
 
         lines = open_run(self.path).lines()
         kinds = dict.fromkeys(line["kind"] for line in lines)
@@ -105,8 +105,8 @@ class Run:
 
     def generate(self, client: str, text: str) -> str:
         """What a client's own model answers. The base model is loaded once and stays loaded."""
-        from fedalt.answers import answers
-        from fedalt.flower.own import served
+        from fedalt.flower.client_model import served
+        from fedalt.runs.answers import answers
 
         (answer,) = answers(served(self.path, client, base=self._base), [text])
         return answer
@@ -115,7 +115,7 @@ class Run:
         """Write a client's model as a folder, which `fedalt.load` reads. Raises ValueError."""
         from fedalt.export.card import card
         from fedalt.export.folders import export_personal
-        from fedalt.flower.own import served
+        from fedalt.flower.client_model import served
 
         of = served(self.path, client, base=self._base)
         readme = card(of, client, "personal")
@@ -124,8 +124,8 @@ class Run:
 
     @cached_property
     def _base(self) -> "Base":
-        from fedalt.answers import load_run_parts
-        from fedalt.flower.own import client_at, load_base_of
+        from fedalt.flower.client_model import client_at, load_base_of
+        from fedalt.runs.answers import load_run_parts
 
         config = client_at(self.path)
         return load_run_parts(self.path).base if config is None else load_base_of(config)
@@ -146,11 +146,11 @@ def run(settings: Mapping[str, Any] | str | Path, *, out: str | Path) -> Run:
     recommends for settings that were not given is printed to stderr. Raises ValueError for settings
     or data that cannot be used. A run that was stopped goes on with `fedalt resume`.
     """
-    from fedalt.prepare import prepare
     from fedalt.report.learning import nothing_learnt
-    from fedalt.runs import start_run
-    from fedalt.settings import advised_settings, rooted, settings_of
-    from fedalt.store import require_unused
+    from fedalt.runs.folder import require_unused
+    from fedalt.runs.lifecycle import start_run
+    from fedalt.runs.settings import advised_settings, rooted, settings_of
+    from fedalt.runs.setup import prepare
     from fedalt.training.recommended import recommended
 
     if isinstance(settings, Mapping):
@@ -180,7 +180,7 @@ def open_run(path: str | Path) -> Run:
     if (folder / "run.json").is_file() and not is_client(folder):
         require_run(folder)
         return Run(folder)
-    from fedalt.flower.own import client_at
+    from fedalt.flower.client_model import client_at
 
     if client_at(folder) is None:
         require_run(folder)

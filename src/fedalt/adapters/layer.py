@@ -15,8 +15,8 @@ from fedalt.adapters.lowrank import Combination, add_low_rank, times
 from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Shape, Similarity, Sum
 from fedalt.adapters.sites import chosen, head_layers, linear_layers, shape_of
-from fedalt.seeds import generator
-from fedalt.tree import Name, Tree, require_same_names
+from fedalt.core.seeds import generator
+from fedalt.core.tree import Name, Tree, require_same_names
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from fedalt.tree import Name
+from fedalt.core.tree import Name
 
 MIXER = "mixer"
 ROUTER = "router"

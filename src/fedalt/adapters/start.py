@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fedalt.adapters.plan import HEAD, MIXER, Shape, Slot
-from fedalt.seeds import generator
-from fedalt.tree import Name, Tree
+from fedalt.core.seeds import generator
+from fedalt.core.tree import Name, Tree
 
 MixerInit = Literal["kaiming", "zeros"]
 

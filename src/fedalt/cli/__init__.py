@@ -8,18 +8,18 @@ from typing import Annotated
 
 import typer
 
-from fedalt.cli.again import evaluate, resume
 from fedalt.cli.chat import chat
 from fedalt.cli.client import export, generate
 from fedalt.cli.compare import compare, tune
 from fedalt.cli.data import app as data
 from fedalt.cli.demo import demo
-from fedalt.cli.faults import report as report_fault
+from fedalt.cli.errors import report as report_fault
 from fedalt.cli.federation import app as federation
 from fedalt.cli.federation import client, server, simulate
-from fedalt.cli.members import join, leave
+from fedalt.cli.membership import join, leave
 from fedalt.cli.methods import methods
 from fedalt.cli.report import report
+from fedalt.cli.resume import evaluate, resume
 from fedalt.cli.run import run
 from fedalt.cli.track import track
 from fedalt.cli.watch import watch

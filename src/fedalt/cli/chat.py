@@ -10,15 +10,15 @@ import typer
 from fedalt.cli.client import Model, Round
 from fedalt.cli.output import console, hush_libraries, note
 from fedalt.cli.typed import next_lines
-from fedalt.data.foreign import shown, shown_lines
+from fedalt.core.foreign import shown, shown_lines
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.text import Text
 
-    from fedalt.answers import Served
     from fedalt.methods.contract import Serving
-    from fedalt.models import Base
+    from fedalt.models.base import Base
+    from fedalt.runs.answers import Served
 
 _ROOM = 24  # columns of an answer beside others
 HINT = "a question, /client NAME or /quit; an empty line ends"
@@ -40,9 +40,9 @@ def chat(
     is in each token.
     """
     hush_libraries()
-    from fedalt.flower.own import client_at, clients_of
-    from fedalt.record import require_clients
-    from fedalt.store import StoreError
+    from fedalt.flower.client_model import client_at, clients_of
+    from fedalt.runs.folder import StoreError
+    from fedalt.runs.record import require_clients
 
     out = console()
     clients = clients_of(path)
@@ -84,9 +84,9 @@ class _Members:
 
 def _members(path: Path, client: str, round_: int | None, base: "Base | None" = None) -> _Members:
     """Raises StoreError for a client that the run does not have, DataError for a classifier's."""
-    from fedalt.answers import prompt_of
-    from fedalt.flower.own import served
-    from fedalt.store import StoreError
+    from fedalt.flower.client_model import served
+    from fedalt.runs.answers import prompt_of
+    from fedalt.runs.folder import StoreError
 
     own = served(path, client, "own", round_, base)
     prompt_of(own, "")
@@ -108,11 +108,11 @@ def _answered(
     from rich.table import Table
     from rich.text import Text
 
-    from fedalt.answers import prompt_of
     from fedalt.data.endings import ids_of
-    from fedalt.engine.telling import pieces
+    from fedalt.engine.example_log import pieces
     from fedalt.evaluation import generate
-    from fedalt.evaluation.weighing import weights_of
+    from fedalt.evaluation.gate_statistics import weights_of
+    from fedalt.runs.answers import prompt_of
 
     own, scoring = members.own, members.own.parts.settings.scoring
     prompt = prompt_of(own, text)

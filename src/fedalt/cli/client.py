@@ -56,8 +56,8 @@ def generate(
     import json
     from dataclasses import replace
 
-    from fedalt.answers import answers
-    from fedalt.flower.own import served
+    from fedalt.flower.client_model import served
+    from fedalt.runs.answers import answers
 
     of = served(path, client, column, round_)
     scoring = of.parts.settings.scoring
@@ -91,7 +91,7 @@ def export(
     hush_libraries()
     from fedalt.export.card import card
     from fedalt.export.folders import export_individual, export_personal
-    from fedalt.flower.own import clients_of, served
+    from fedalt.flower.client_model import clients_of, served
 
     of = served(path, client, column, round_)
     readme = card(of, client or clients_of(path)[0], what)

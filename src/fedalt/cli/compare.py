@@ -10,10 +10,10 @@ import typer
 
 from fedalt.cli.flags import AsJson, Quiet
 from fedalt.cli.output import console, hush_libraries, note, show_json
-from fedalt.data.foreign import shown
+from fedalt.core.foreign import shown
 
 if TYPE_CHECKING:
-    from fedalt.comparison import Entry
+    from fedalt.runs.compare import Entry
 
 File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, seeds, one budget.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder of all runs and of the results.")]
@@ -37,7 +37,6 @@ def compare(
     """
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
-    from fedalt.comparison import jobs_of, read_comparison
     from fedalt.report.comparison import (
         budget_of,
         collect,
@@ -47,6 +46,7 @@ def compare(
         write_results,
     )
     from fedalt.report.table import to_json
+    from fedalt.runs.compare import jobs_of, read_comparison
 
     entries, seeds = read_comparison(file)
     _tell_advice(entries, quiet=quiet)
@@ -94,10 +94,10 @@ def tune(
     """
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
-    from fedalt.comparison import jobs_of, read_comparison
-    from fedalt.files import atomic_write
-    from fedalt.store import open_run
-    from fedalt.tuning import Trial, trials_in, trials_of, tuned_table, write_toml
+    from fedalt.core.files import atomic_write
+    from fedalt.runs.compare import jobs_of, read_comparison
+    from fedalt.runs.folder import open_run
+    from fedalt.runs.tune import Trial, trials_in, trials_of, tuned_table, write_toml
 
     entries, seeds = read_comparison(file)
     _tell_advice(entries, quiet=quiet)

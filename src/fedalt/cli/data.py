@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedalt.cli.output import console, hush_libraries, note, show_json, tell, warn
-from fedalt.data.foreign import shown, shown_lines
+from fedalt.core.foreign import shown, shown_lines
 from fedalt.report.docstrings import docstring
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def check(
     from fedalt.data.check import check as examine
     from fedalt.data.folder import open_data
     from fedalt.data.prompts import Template, read_template
-    from fedalt.models import load_tokenizer, require_tokenizer_fits
+    from fedalt.models.base import load_tokenizer, require_tokenizer_fits
 
     folder = open_data(path, client_field=client_field)
     form = Template() if template is None else read_template(template)

@@ -36,10 +36,10 @@ def demo(
     """
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
-    from fedalt.comparison import jobs_of, read_comparison
-    from fedalt.files import atomic_write
+    from fedalt.core.files import atomic_write
     from fedalt.report.comparison import collect, write_results
     from fedalt.report.table import joined, to_json, to_markdown, verdict
+    from fedalt.runs.compare import jobs_of, read_comparison
 
     plan = {"seeds": seeds, "rounds": rounds}
     folder = _folder(out, plan)
@@ -107,9 +107,9 @@ def _prepare(folder: Path, plan: dict[str, int]) -> Path:
 
     The plan is written last, so that it vouches for both.
     """
+    from fedalt.core.files import atomic_write, make_private_folder
     from fedalt.data.suite import write_suite
-    from fedalt.files import atomic_write, make_private_folder
-    from fedalt.tuning import write_toml
+    from fedalt.runs.tune import write_toml
 
     file = folder / "methods.toml"
     if not (folder / PLAN).exists():

@@ -11,7 +11,7 @@ import typer
 
 from fedalt.cli.flags import Quiet
 from fedalt.cli.output import hush_libraries, note, show_run, tell, warn
-from fedalt.data.foreign import shown as one_line
+from fedalt.core.foreign import shown as one_line
 from fedalt.report.docstrings import docstring
 
 app = typer.Typer(
@@ -43,10 +43,10 @@ def init(
     """Make a folder for the server and one for each client: keys, certificate, agreed settings."""
     hush_libraries()
     _require_flower()
-    from fedalt.federation.terms import require_apart
-    from fedalt.flower.found import found_federation, require_possible
-    from fedalt.prepare import load_parts, require_known
-    from fedalt.settings import advised_settings, method_name
+    from fedalt.federation.agreement import require_apart
+    from fedalt.flower.init import found_federation, require_possible
+    from fedalt.runs.settings import advised_settings, method_name
+    from fedalt.runs.setup import load_parts, require_known
 
     names, classes = _names(clients), _names(labels)
     title = name or folder.absolute().name
@@ -100,7 +100,7 @@ def server(
     hush_libraries()
     _require_flower()
     from fedalt.flower.config import read_server_config
-    from fedalt.flower.supervise import supervise
+    from fedalt.flower.supervisor import supervise
 
     found = read_server_config(config, insecure=insecure)
     _warn_of(insecure=found.place.insecure)
@@ -124,7 +124,7 @@ def client(
     """Take part in a federation to its end, and go on where it was."""
     hush_libraries()
     _require_flower()
-    from fedalt.flower.attend import attend
+    from fedalt.flower.client_process import attend
     from fedalt.flower.config import read_client_config
 
     found = read_client_config(config, insecure=insecure)
@@ -145,7 +145,7 @@ def simulate(
 ) -> None:
     """Run a federation's clients in simulation, on this machine or on Ray's cluster."""
     hush_libraries()
-    from fedalt.settings import SettingsError, advised_settings
+    from fedalt.runs.settings import SettingsError, advised_settings
 
     settings, advice = advised_settings(config)
     match engine:
@@ -161,8 +161,8 @@ def simulate(
             show_run(out / "run", quiet=quiet)
         case "in_process":
             from fedalt.cli.training import introduce, train
-            from fedalt.prepare import prepare
-            from fedalt.runs import new_run, reopen
+            from fedalt.runs.lifecycle import new_run, reopen
+            from fedalt.runs.setup import prepare
 
             begun = (out / "run.json").exists()
             prepared = reopen(out) if begun else prepare(settings)

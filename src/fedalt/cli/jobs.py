@@ -7,7 +7,8 @@ from contextlib import closing
 import typer
 
 from fedalt.cli.output import note
-from fedalt.comparison import (
+from fedalt.report.learning import nothing_learnt
+from fedalt.runs.compare import (
     Job,
     default_workers,
     require_data,
@@ -15,8 +16,7 @@ from fedalt.comparison import (
     rounds_done,
     run_all,
 )
-from fedalt.report.learning import nothing_learnt
-from fedalt.runs import is_finished
+from fedalt.runs.lifecycle import is_finished
 
 _MINUTE = 60.0
 

@@ -15,7 +15,7 @@ def methods(
     hush_libraries()
     from fedalt.methods import METHODS
     from fedalt.report.docstrings import opening
-    from fedalt.settings import settings_of_method
+    from fedalt.runs.settings import settings_of_method
 
     what, settings = {}, {}
     for name, method in METHODS.items():

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fedalt.data.foreign import shown, shown_lines, shown_message
+from fedalt.core.foreign import shown, shown_lines, shown_message
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fedalt.engine.course import Line
+    from fedalt.engine.schedule import Line
     from fedalt.report.table import Table
 
 WIDTH = 120  # where there is no terminal to ask
@@ -101,7 +101,7 @@ def show_run(
     """
     from fedalt.report.learning import nothing_learnt
     from fedalt.report.table import describe, run_table, to_json
-    from fedalt.store import open_run
+    from fedalt.runs.folder import open_run
 
     of_itself = lines is None
     if method is None:

@@ -18,11 +18,11 @@ from rich.progress import (
 from rich.table import Column
 
 from fedalt.cli.output import console, note
-from fedalt.data.foreign import shown
-from fedalt.engine.course import Event, Line
-from fedalt.prepare import Prepared
+from fedalt.core.foreign import shown
+from fedalt.engine.schedule import Event, Line
 from fedalt.report.live_drawing import shown_time
-from fedalt.runs import Nobody, Watcher
+from fedalt.runs.lifecycle import Nobody, Watcher
+from fedalt.runs.setup import Prepared
 
 _ROOM = 80  # columns that bars take; where there are fewer, lines say as much
 

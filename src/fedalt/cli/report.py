@@ -32,11 +32,11 @@ def report(
     from fedalt.cli.output import hush_libraries
 
     hush_libraries()
-    from fedalt.record import meant_by
     from fedalt.report.compared_page import RESULTS, comparison_page
     from fedalt.report.records import read_record
     from fedalt.report.run_page import run_page
-    from fedalt.store import StoreError
+    from fedalt.runs.folder import StoreError
+    from fedalt.runs.record import meant_by
 
     if (path / "run.json").exists():
         page = run_page(read_record(path))

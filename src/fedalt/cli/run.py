@@ -134,11 +134,11 @@ def run(
     """
     hush_libraries()
     from fedalt.cli.training import introduce, train
-    from fedalt.prepare import prepare
     from fedalt.report.trackers import require_trackers
-    from fedalt.runs import new_run
-    from fedalt.settings import advised_settings, method_name
-    from fedalt.store import require_unused
+    from fedalt.runs.folder import require_unused
+    from fedalt.runs.lifecycle import new_run
+    from fedalt.runs.settings import advised_settings, method_name
+    from fedalt.runs.setup import prepare
 
     flags: dict[str, Any] = {
         "seed": seed,

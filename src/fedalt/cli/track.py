@@ -19,7 +19,7 @@ def track(
     """Send what the record of a run holds to trackers; what they had of it is replaced."""
     hush_libraries()
     from fedalt.report.trackers import require_trackers, tracking
-    from fedalt.store import locked, open_run
+    from fedalt.runs.folder import locked, open_run
 
     folder = open_run(path)
     require_trackers(report_to)

@@ -8,11 +8,11 @@ import typer
 
 from fedalt.cli.output import note, warn
 from fedalt.cli.progress import Together, watching
-from fedalt.prepare import Prepared
 from fedalt.report.trackers import TrackerName, tracking
-from fedalt.runs import resume_run
-from fedalt.settings import lora_of, method_name
-from fedalt.store import StoreError, open_run
+from fedalt.runs.folder import StoreError, open_run
+from fedalt.runs.lifecycle import resume_run
+from fedalt.runs.settings import lora_of, method_name
+from fedalt.runs.setup import Prepared
 from fedalt.training.group import TrainingError
 
 

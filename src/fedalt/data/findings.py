@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
+from fedalt.core.foreign import listed, shown
 from fedalt.data.examples import Kind
-from fedalt.data.foreign import listed, shown
 from fedalt.data.layout import not_read
 
 FEWEST_TO_JUDGE = 20  # records, below which an order or a balance says nothing

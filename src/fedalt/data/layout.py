@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from fedalt.core.foreign import listed, shown
 from fedalt.data.examples import Split
-from fedalt.data.foreign import listed, shown
 from fedalt.data.formats import other_format
 from fedalt.data.jsonl import holds_list
 from fedalt.data.names import fault_of_names

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from fedalt.data.foreign import shown
+from fedalt.core.foreign import shown
 
 LONGEST_NAME = 100
 

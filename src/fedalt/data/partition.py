@@ -14,12 +14,12 @@ from typing import Literal
 
 import numpy as np
 
+from fedalt.core.files import make_private_folder, open_private
+from fedalt.core.seeds import generator, seed_of
 from fedalt.data.jsonl import read_items
 from fedalt.data.layout import PARTITION_FILE, require_safe
 from fedalt.data.records import DataError, Problems, parse_record, record_key
 from fedalt.data.task import hold_out
-from fedalt.files import make_private_folder, open_private
-from fedalt.seeds import generator, seed_of
 
 Groups = dict[str, list[int]]
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from fedalt.core.foreign import shown
 from fedalt.data.conversations import Chat as Chat
 from fedalt.data.conversations import Turn as Turn
 from fedalt.data.conversations import parse_conversation
 from fedalt.data.examples import Kind
-from fedalt.data.foreign import shown
 from fedalt.data.values import DataError as DataError
 from fedalt.data.values import as_text, described
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from fedalt.core.seeds import generator
 from fedalt.data.examples import Example, Kind, Split
 from fedalt.data.folder import DataFolder
 from fedalt.data.prompts import Encoded, Template, encode
 from fedalt.data.records import DataError, Problems, Record, record_key
-from fedalt.seeds import generator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

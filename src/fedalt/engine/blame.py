@@ -9,12 +9,12 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
-from fedalt.data.foreign import shown
+from fedalt.core.foreign import shown
+from fedalt.core.seeds import generator
+from fedalt.engine.dry_run import Form
 from fedalt.engine.firewall import form_of
-from fedalt.engine.gate import Arrival, Gate, Yard, take_in
-from fedalt.engine.rehearsal import Form
+from fedalt.engine.screening import Arrival, Gate, Yard, take_in
 from fedalt.methods.contract import AnyMethod, Message
-from fedalt.seeds import generator
 
 # A round's uploads by client: True for the real one, False for a control in its place.
 _Mix = Mapping[str, bool]

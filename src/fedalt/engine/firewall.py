@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fedalt.adapters.start import Start
-from fedalt.codec import CodecError, check_tree
-from fedalt.data.foreign import shown
-from fedalt.engine.rehearsal import Form, play, require_bound
+from fedalt.core.codec import CodecError, check_tree
+from fedalt.core.foreign import shown
+from fedalt.core.tree import Name, Tree
+from fedalt.engine.dry_run import Form, play, require_bound
 from fedalt.methods.contract import AnyMethod, Fact, Facts, Message
-from fedalt.tree import Name, Tree
 
 WEIGHT: Final = "weight"  # the fact that says how much an upload counts in a mean
 MOST_WEIGHT: Final = 1e9  # examples; nobody has more

@@ -14,9 +14,9 @@ from typing import Final, Literal
 import numpy as np
 import torch
 
-from fedalt.codec import read
+from fedalt.core.codec import read
+from fedalt.core.tree import Tree, numbers
 from fedalt.methods.contract import Message
-from fedalt.tree import Tree, numbers
 
 Robust = Literal["median", "trimmed_mean"]
 

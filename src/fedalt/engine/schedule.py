@@ -1,262 +1,142 @@
-"""A run from its first round to its tables' numbers: rounds, validation, and test at the end."""
+"""The course of a run: how long it lasts, who takes part, how far it is, what is heard of it."""
 
-import json
-import resource
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import chain
-from typing import Final, Literal
+from typing import ClassVar, Literal, Protocol
 
-from fedalt import tree as trees
-from fedalt.adapters.start import Start
-from fedalt.data.examples import Example
-from fedalt.engine.course import Arm, Event, HeldOut, Journal, Line, Progress, Schedule
-from fedalt.engine.crew import Alone, Crew, Score, Scored, Train
-from fedalt.engine.firewall import Firewall
-from fedalt.engine.gate import Gate
-from fedalt.engine.in_process import ClientRound, Exchange, Reply, servings
-from fedalt.engine.learner import Learner
-from fedalt.engine.telling import mixer_facts, telling
-from fedalt.methods.contract import Serving
-from fedalt.training.group import Trained
-from fedalt.training.orders import Moments, Order
+import torch
 
-TRAINED: Final = "trained "
-WATCHED: Final = 8  # examples of each client on which a mixer's weights are looked at
+from fedalt.core.seeds import generator
+from fedalt.engine.robust import Robust, central_loss
+from fedalt.engine.round import States
+from fedalt.methods.contract import AnyMethod
+
+Column = Literal["own", "shared", "local"]
+HeldOut = Literal["validation", "test"]
+Line = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long a run lasts and who takes part.
+
+    `participation` in (0, 1]: the share of the clients in a round's cohort, drawn anew each round.
+    Validation data is scored every `evaluate_every` rounds and after the last one; with
+    `select="best"` the round with the lowest central validation loss over the clients (see
+    `engine.robust.central_loss`) is the one that is tested. Without `test` the test data are never
+    read. `robust` takes the place of a method's weighted mean: the coordinate-wise median of the
+    uploads, or their mean without the share `trim` in [0, 0.5) of the least and of the greatest.
+    """
+
+    rounds: int = 20
+    participation: float = 1.0
+    evaluate_every: int = 1
+    select: Literal["best", "last"] = "best"
+    test: bool = True
+    robust: Robust | None = None
+    trim: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "evaluate_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
+        if not 0 < self.participation <= 1:
+            raise ValueError(f"participation={self.participation}, but it is above 0 and at most 1")
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"trim={self.trim}, but it is at least 0 and below 0.5")
+
+    def cohort(self, clients: Sequence[str], round_: int, seed: int) -> list[str]:
+        """The clients of a round, sorted; the same for every method."""
+        size = max(1, round(self.participation * len(clients)))
+        stream = generator(seed, "cohort", round_)
+        chosen = torch.randperm(len(clients), generator=stream)[:size].tolist()
+        return sorted(clients[index] for index in chosen)
 
 
 @dataclass(frozen=True)
-class Run:
-    """All that a run needs; `start` draws what clients begin with, `crew` does what is to do."""
+class Arm:
+    """One method of a run: the one asked for ("own"), or the yardstick beside it ("local")."""
 
-    arms: Sequence[Arm]
-    clients: Sequence[str]
-    schedule: Schedule
-    learner: Learner
-    start: Start
-    journal: Journal
-    hear: Callable[[Event], None]
-    firewall: Firewall
-    crew: Crew = field(default_factory=Alone)
-
-    def to_the_end(self) -> Progress:
-        """Go on from where the journal stands until the test data is scored."""
-        progress = self.journal.progress()
-        for round_ in range(progress.rounds_done, self.schedule.rounds):
-            progress = self._round(progress, round_)
-        if self.schedule.test and not progress.tested:
-            lines: list[Line] = []
-            for arm in self.arms:
-                at = progress.chosen(arm.column, self.schedule.select)
-                show = lines.append if arm.column == "own" else None
-                self.score(arm, at, "test", whole=True, show=show)
-            if lines:
-                self.journal.keep_examples(lines)
-            progress = replace(progress, tested=True)
-            self.journal.commit(progress)
-        return progress
-
-    def _round(self, progress: Progress, round_: int) -> Progress:
-        began = time.monotonic()
-        cohort = self.schedule.cohort(self.clients, round_, self.learner.seed)
-        last = round_ + 1 == self.schedule.rounds
-        for arm in self.arms:
-            self._train(arm, round_, cohort)
-            if last or (round_ + 1) % self.schedule.evaluate_every == 0:
-                losses = self.score(arm, round_, "validation", whole=False)
-                best = progress.best_with(arm.column, round_, losses)
-                progress = replace(progress, best=best)
-        self.journal.record(round_line(round_, len(cohort), began))
-        progress = replace(progress, rounds_done=round_ + 1)
-        self.journal.commit(progress)
-        return progress
-
-    def _train(self, arm: Arm, round_: int, cohort: Sequence[str]) -> None:
-        exchange = self._exchange(arm, round_)
-
-        def report(cost: ClientRound) -> None:
-            self.journal.record(
-                {
-                    "kind": "train",
-                    "round": round_,
-                    "client": cost.client_id,
-                    "column": arm.column,
-                    "metrics": cost.metrics,
-                    "upload_bytes": cost.upload_bytes,
-                    "download_bytes": cost.download_bytes,
-                    "seconds": cost.seconds,
-                    **({} if cost.refused is None else {"refused": cost.refused}),
-                }
-            )
-            if cost.refused is not None:
-                refuse(cost.client_id, cost.refused)
-
-        def refuse(client_id: str, reason: str) -> None:
-            self.hear(Event("refuse", round_, arm.column, client_id, 1, 1, reason=reason))
-
-        gate = Gate(self.firewall, self.schedule.robust, self.schedule.trim)
-        replies = self.crew.share(
-            Train(arm.column, round_),
-            self.learner.groups(cohort),
-            self._trains(exchange, arm, round_),
-        )
-        if not exchange.take_in(chain.from_iterable(replies), report, gate):
-            refuse("", "every upload was refused: the server's state stays as it was")
-
-    def score(
-        self,
-        arm: Arm,
-        round_: int,
-        split: HeldOut,
-        *,
-        whole: bool,
-        show: Callable[[Line], None] | None = None,
-    ) -> list[float]:
-        """Score what every client serves after a round; the losses of the arm's own column.
-
-        One for each client with data. `whole` also scores the shared part and generated texts,
-        which is what takes long. `show` gets lines of each client's best and worst examples.
-        """
-        losses: list[float] = []
-        places = {client_id: at for at, client_id in enumerate(self.clients, 1)}
-        what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
-        job = Score(arm.column, round_, split, whole, show is not None)
-        groups = (
-            [client_id for client_id, _ in group]
-            for group in self.learner.scored(self.clients, split)
-        )
-        for scored in chain.from_iterable(self.crew.share(job, groups, self._scores(arm, job))):
-            losses.append(scored.loss)
-            for line in scored.lines:
-                self.journal.record(json.loads(line))
-            if show is not None:
-                for line in scored.examples:
-                    show(json.loads(line))
-            at, of = places[scored.client_id], len(places)
-            self.hear(Event(what, round_, arm.column, scored.client_id, at, of))
-        return losses
-
-    def work(self, job: Train | Score) -> Callable[[Sequence[str]], Sequence[Reply | Scored]]:
-        """Does a job for any group of clients, in whichever process."""
-        (arm,) = (each for each in self.arms if each.column == job.column)
-        match job:
-            case Train():
-                return self._trains(self._exchange(arm, job.round), arm, job.round)
-            case Score():
-                return self._scores(arm, job)
-
-    def _exchange(self, arm: Arm, round_: int) -> Exchange:
-        return Exchange.of(arm.method, self.start, self.journal.states(arm.column, round_))
-
-    def _trains(
-        self, exchange: Exchange, arm: Arm, round_: int
-    ) -> Callable[[Sequence[str]], list[Reply]]:
-        """Trains the clients of a group."""
-
-        def on_step(client_id: str, done: int, of: int, loss: float) -> None:
-            self.hear(Event("train", round_, arm.column, client_id, done, of, loss))
-
-        together = self.learner.carry_out(round_, exchange.states, on_step)
-
-        def train(group: Sequence[str]) -> list[Reply]:
-            trained: dict[str, list[Trained]] = {}
-
-            def carry_out(orders: Sequence[tuple[str, int, Order]]) -> list[object]:
-                found = together(orders)
-                for (client_id, _, _), (_, cost) in zip(orders, found, strict=True):
-                    if cost is not None:
-                        numbers = replace(cost, tree={}, moments=Moments())  # of a whole group
-                        trained.setdefault(client_id, []).append(numbers)
-                return [answer for answer, _ in found]
-
-            return [
-                replace(reply, metrics=training_metrics(trained.get(reply.client_id, [])))
-                for reply in exchange.train(group, carry_out)
-            ]
-
-        return train
-
-    def _scores(self, arm: Arm, job: Score) -> Callable[[Sequence[str]], list[Scored]]:
-        """Scores the clients of a group."""
-        states = self.journal.states(arm.column, job.round + 1)
-        carry_out = self.learner.deploying(job.round)
-        watch = WATCHED if arm.column == "own" else 0
-
-        def score(clients: Sequence[str]) -> list[Scored]:
-            group = [(each, self.learner.task.examples(each, job.split)) for each in clients]
-            served = [
-                servings(arm.method, self.start, states, client_id, carry_out)
-                for client_id in clients
-            ]
-            asked = [(own, each) for (own, _), (_, each) in zip(served, group, strict=True)]
-            scores = self.learner.score(asked, generate=job.whole, watch=watch)
-            shared = self._shared(served, group) if job.whole else {}
-            found = []
-            for (client_id, examples), (own, _), each in zip(group, served, scores, strict=True):
-                metrics: dict[str, Mapping[str, float]] = {arm.column: each.metrics}
-                if client_id in shared:
-                    metrics["shared"] = shared[client_id] or each.metrics
-                about = {"split": job.split, "round": job.round, "client": client_id}
-                lines: list[Line] = [
-                    {"kind": "score", **about, "column": column, "metrics": metrics[column]}
-                    for column in metrics
-                ]
-                if each.weighing is not None:
-                    line = {"kind": "mixer", **about, "column": arm.column}
-                    lines.append({**line, **mixer_facts(each.weighing)})
-                told: list[Line] = []
-                if job.show:
-                    line = {"client": client_id, "column": arm.column, "round": job.round}
-                    examples_told = telling(self.learner.base, own, examples, each)
-                    told = [{**line, **example} for example in examples_told]
-                found.append(Scored.of(client_id, each.metrics["loss"], lines, told))
-            return found
-
-        return score
-
-    def _shared(
-        self,
-        served: Sequence[tuple[Serving, Serving | None]],
-        group: Sequence[tuple[str, Sequence[Example]]],
-    ) -> dict[str, Mapping[str, float] | None]:
-        """Metrics of the shared part, where there is one; None where it is all that is served."""
-        found: dict[str, Mapping[str, float] | None] = {}
-        asked = {}
-        for (client_id, examples), (own, shared) in zip(group, served, strict=True):
-            if shared is not None:
-                found[client_id] = None
-                if shared.plan != own.plan or not trees.equal(shared.tree, own.tree):
-                    asked[client_id] = shared, examples
-        scores = self.learner.score(list(asked.values()))
-        return found | {
-            client_id: each.metrics for client_id, each in zip(asked, scores, strict=True)
-        }
+    column: Column
+    method: AnyMethod
 
 
-def training_metrics(fits: Sequence[Trained]) -> dict[str, float]:
-    """Mean loss over all steps of a client's fits, their number, and their tokens.
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is: what a crash may not lose.
 
-    Under TRAINED with slot and factor: how many numbers they trained.
+    `best` holds for each arm's column the best round so far and its central validation loss.
     """
-    steps = sum(each.steps for each in fits)
-    loss = sum(each.loss * each.steps for each in fits) / max(steps, 1)
-    trained = {
-        f"{TRAINED}{slot} {factor}": count
-        for each in fits
-        for (slot, factor), count in sorted(each.trained.items())
-    }
-    return {"loss": loss, "steps": steps, "tokens": sum(each.tokens for each in fits), **trained}
+
+    rounds_done: int = 0
+    best: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    tested: bool = False
+
+    def best_with(
+        self, column: str, round_: int, losses: Sequence[float]
+    ) -> dict[str, tuple[int, float]]:
+        """`best` once a round's validation losses, one for each client, are known too."""
+        best = dict(self.best)
+        if losses and (loss := central_loss(losses)) < best.get(column, (0, math.inf))[1]:
+            best[column] = (round_, loss)
+        return best
+
+    def sound(self) -> "Progress":
+        """The same without best rounds that are none: of a round not done, or below any loss."""
+        best = {
+            column: (round_, loss)
+            for column, (round_, loss) in self.best.items()
+            if 0 <= round_ < self.rounds_done and loss >= 0
+        }
+        return replace(self, best=best)
+
+    def chosen(self, column: str, select: str) -> int:
+        """The round that an arm is tested at."""
+        if select == "best" and column in self.best:
+            return self.best[column][0]
+        return self.rounds_done - 1
 
 
-def round_line(round_: int, cohort: int, began: float) -> Line:
-    """What is recorded of a round: its seconds since `began`, the most memory held so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
-        "kind": "round",
-        "round": round_,
-        "cohort": cohort,
-        "seconds": time.monotonic() - began,
-        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
-    }
+@dataclass(frozen=True)
+class Event:
+    """A sign of life for whoever watches: `done` of `of` steps, clients or scorings.
+
+    After "refuse" the `reason` says why an upload does not count; without a client, why no round
+    has happened.
+    """
+
+    TAG: ClassVar = "event"
+
+    what: Literal["train", "validate", "test", "refuse"]
+    round: int
+    column: str
+    client_id: str
+    done: int
+    of: int
+    loss: float | None = None
+    reason: str = ""
+
+
+class Journal(Protocol):
+    """What a run writes down, and where it finds its states again."""
+
+    def progress(self) -> Progress:
+        """How far the run is."""
+        ...
+
+    def states(self, column: str, round_: int) -> States:
+        """An arm's states: read as after round `round_` - 1, written for `round_`."""
+        ...
+
+    def record(self, line: Line) -> None:
+        """Add one line to the run's record."""
+        ...
+
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        """Keep a few tested examples, in place of those that were kept before."""
+        ...
+
+    def commit(self, progress: Progress) -> None:
+        """Make everything since the last commit count, at once."""
+        ...

@@ -13,7 +13,7 @@ from fedalt.data.chat_template import ends_of
 from fedalt.data.prompts import cut_prompt
 from fedalt.evaluation.group import Ids
 from fedalt.evaluation.scores import Scoring
-from fedalt.models import Base
+from fedalt.models.base import Base
 
 
 def room_of(base: Base, scoring: Scoring) -> int:

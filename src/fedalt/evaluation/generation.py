@@ -16,7 +16,7 @@ from fedalt.evaluation.cache import cache_for, can_select
 from fedalt.evaluation.group import Group, Ids, Share, Shares, shares_of, sizes_of
 from fedalt.evaluation.scores import Scoring
 from fedalt.methods.contract import Serving
-from fedalt.models import Base
+from fedalt.models.base import Base
 from fedalt.training.batches import in_turn
 
 

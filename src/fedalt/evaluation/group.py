@@ -10,15 +10,15 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from fedalt import tree as trees
 from fedalt.adapters.layer import Watch
 from fedalt.adapters.packing import Packing
 from fedalt.adapters.plan import HEAD, Plan, Similarity, single
+from fedalt.core import tree as trees
+from fedalt.core.tree import Tree
 from fedalt.data.examples import Example
 from fedalt.methods.contract import Serving
-from fedalt.models import Base
+from fedalt.models.base import Base
 from fedalt.training.batches import collate, in_turn
-from fedalt.tree import Tree
 
 Ids = Sequence[int]
 Share = tuple[int, list[int]]  # a client, and which of its texts

@@ -13,10 +13,10 @@ from torch.nn import functional
 from fedalt.adapters.layer import Watch
 from fedalt.data.endings import encode_answer
 from fedalt.data.examples import Example
+from fedalt.evaluation.gate_statistics import Watched
 from fedalt.evaluation.group import Group, Shares
 from fedalt.evaluation.scores import Scores
-from fedalt.evaluation.weighing import Watched
-from fedalt.models import Base
+from fedalt.models.base import Base
 from fedalt.training.batches import answers_in_one, collate, in_turn
 from fedalt.training.group import TrainingError, out_of_memory, packs
 from fedalt.training.loop import usual_tokens

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from fedalt.evaluation.weighing import Weighing
+from fedalt.evaluation.gate_statistics import Weighing
 
 
 @dataclass(frozen=True, kw_only=True)

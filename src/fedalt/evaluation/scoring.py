@@ -8,6 +8,7 @@ import torch
 
 from fedalt.data.examples import Example
 from fedalt.evaluation.asking import fitted
+from fedalt.evaluation.gate_statistics import Tally, Watched
 from fedalt.evaluation.generation import written
 from fedalt.evaluation.group import Group, shares_of
 from fedalt.evaluation.likelihood import (
@@ -18,10 +19,9 @@ from fedalt.evaluation.likelihood import (
     questions_of,
 )
 from fedalt.evaluation.scores import Scores, Scoring
-from fedalt.evaluation.weighing import Tally, Watched
 from fedalt.methods.contract import Serving
 from fedalt.metrics import text_metrics
-from fedalt.models import Base
+from fedalt.models.base import Base
 
 # Clients are scored together until they fill so many batches: what the last one leaves empty then
 # counts little. Only so many, because their trees are in memory at once.

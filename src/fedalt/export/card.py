@@ -5,14 +5,14 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from fedalt.answers import Served
+from fedalt.core.foreign import shown
 from fedalt.data.chat_template import days_in, special_ids
-from fedalt.data.foreign import shown
 from fedalt.data.prompts import encode_prompt, opened, opening_ids
 from fedalt.evaluation.asking import ends, room_of
-from fedalt.models import BUILT_IN, location
-from fedalt.prepare import question
-from fedalt.settings import method_name
+from fedalt.models.base import BUILT_IN, location
+from fedalt.runs.answers import Served
+from fedalt.runs.settings import method_name
+from fedalt.runs.setup import question
 
 What = Literal["personal", "individual"]
 

@@ -16,14 +16,14 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.plan import HEAD, Mixer, Router, Slot, Sum
-from fedalt.codec import check_tree
+from fedalt.core.codec import check_tree
+from fedalt.core.files import make_private_folder, open_private, write_private
+from fedalt.core.tree import select
 from fedalt.export.keys import as_peft_reads
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
 from fedalt.export.targets import names_of_sites, saved_whole, targets_of, tensors_of_head
-from fedalt.files import make_private_folder, open_private, write_private
 from fedalt.methods.contract import Serving
-from fedalt.models import BUILT_IN, Base, location
-from fedalt.tree import select
+from fedalt.models.base import BUILT_IN, Base, location
 
 IDENTITY = "base_model.json"
 BUILT_IN_REFERENCE = f"fedalt:{BUILT_IN}"

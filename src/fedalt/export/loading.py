@@ -14,13 +14,13 @@ from torch.nn import ParameterDict
 from transformers import PreTrainedModel
 
 from fedalt.adapters.last_token import pick_last_tokens
-from fedalt.base_model.config import set_padding
-from fedalt.base_model.head import tensors_of_head
-from fedalt.base_model.identity import differences, identify, identity_in
-from fedalt.base_model.weights import Loaded
 from fedalt.export.folders import BUILT_IN_REFERENCE
 from fedalt.export.peft_type import SLOTS, FedALTConfig, FedALTLayer, Kind, register
-from fedalt.models import BUILT_IN, ModelError, load_network, location, network_config
+from fedalt.models.base import BUILT_IN, ModelError, load_network, location, network_config
+from fedalt.models.config import set_padding
+from fedalt.models.head import tensors_of_head
+from fedalt.models.identity import differences, identify, identity_in
+from fedalt.models.weights import Loaded
 
 
 def load(path: str | Path, *, device: str | None = None) -> PeftModel:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.lowrank import Combination, add_low_rank
 from fedalt.adapters.plan import Mixer, Plan, Router, Shape, Slot, Sum
-from fedalt.tree import Name
+from fedalt.core.tree import Name
 
 PREFIX = "fedalt_"  # PEFT finds a type's tensors by it
 SLOTS = "fedalt_slots"

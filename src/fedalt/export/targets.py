@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import HEAD
-from fedalt.tree import Tree, select
+from fedalt.core.tree import Tree, select
 
 
 @dataclass(frozen=True)

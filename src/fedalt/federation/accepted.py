@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypedDict
 
-from fedalt.disk.digests import Digests
-from fedalt.disk.reading import StoreError, read_sealed, sealed
+from fedalt.core.digests import Digests
+from fedalt.core.files import atomic_write
+from fedalt.core.reading import StoreError, read_sealed, sealed
 from fedalt.federation.messages import NEVER
-from fedalt.files import atomic_write
-from fedalt.states import FileStates, Kept
+from fedalt.runs.checkpoints import FileStates, Kept
 
 ACCEPTED: Final = "accepted.json"
 

@@ -12,12 +12,12 @@ from typing import Final
 
 import torch
 
+from fedalt.core.tree import on
 from fedalt.engine.firewall import Refused, quoted
-from fedalt.engine.schedule import TRAINED
+from fedalt.engine.run import TRAINED
+from fedalt.federation.agreement import Terms
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, Split
-from fedalt.federation.terms import Terms
 from fedalt.methods.contract import Message
-from fedalt.tree import on
 
 MOST_COUNTS: Final = 32
 LONGEST_ERROR: Final = 600  # characters; honest clients cut theirs before that

@@ -5,12 +5,12 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
-from fedalt.codec import CodecError, decode
-from fedalt.data.foreign import shown
-from fedalt.engine.course import Schedule
+from fedalt.core.codec import CodecError, decode
+from fedalt.core.foreign import shown
 from fedalt.engine.firewall import Refused, quoted
+from fedalt.engine.schedule import Schedule
+from fedalt.federation.agreement import Terms
 from fedalt.federation.messages import NEVER, Call
-from fedalt.federation.terms import Terms
 from fedalt.training.group import TrainingError
 
 # After the last round it is scored, then tested, then everyone is told that it has ended.

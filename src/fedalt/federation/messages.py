@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedalt.methods.contract import Message
 
@@ -20,6 +20,8 @@ class Call:
     names the columns to score on `split`, each with the round after which; `keep` those rounds
     whose states will be asked for again. `last`: nothing comes after this.
     """
+
+    TAG: ClassVar = "call"
 
     federation: str
     terms: str
@@ -38,6 +40,8 @@ class Call:
 class Score:
     """Metrics of one column after a round; numbers, never texts."""
 
+    TAG: ClassVar = "score"
+
     column: str
     split: Split
     round: int
@@ -47,6 +51,8 @@ class Score:
 @dataclass(frozen=True)
 class Cost:
     """What a client's training of one column in a round took: mean loss, steps, tokens, seconds."""
+
+    TAG: ClassVar = "cost"
 
     column: str
     metrics: Mapping[str, float]
@@ -59,6 +65,8 @@ class Answer:
 
     `call` is the digest of the call that it answers, `accepted` the round it trained from.
     """
+
+    TAG: ClassVar = "answer"
 
     federation: str
     terms: str

@@ -3,8 +3,8 @@
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from fedalt.engine.course import Line
-from fedalt.federation.desk import Desk
+from fedalt.engine.schedule import Line
+from fedalt.federation.round_collector import Desk
 
 
 def score_lines(desk: Desk, client_id: str) -> Iterator[Line]:

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedalt.codec import read
-from fedalt.disk.reading import read_bytes
+from fedalt.core.codec import read
+from fedalt.core.reading import read_bytes
 from fedalt.engine.blame import control_of
-from fedalt.engine.gate import Arrival
-from fedalt.federation.desk import Desk
+from fedalt.engine.screening import Arrival
 from fedalt.federation.messages import Answer
+from fedalt.federation.round_collector import Desk
 from fedalt.methods.contract import Message
 
 

@@ -9,7 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedalt.files import atomic_write
+from fedalt.core.files import atomic_write
 from fedalt.flower.client_keys import ClientKeys
 from fedalt.flower.config import (
     ServerConfig,
@@ -21,7 +21,7 @@ from fedalt.flower.grid import GridChannel
 from fedalt.flower.last_words import last_words
 from fedalt.flower.records import bytes_of, content_of
 from fedalt.flower.serve import host_of
-from fedalt.store import locked
+from fedalt.runs.folder import locked
 
 MISPLACED = (IsADirectoryError, NotADirectoryError, PermissionError)
 server = ServerApp()

@@ -7,7 +7,7 @@ from typing import Final
 
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.credentials import pem_of
-from fedalt.settings import SettingsError
+from fedalt.runs.settings import SettingsError
 
 REVOKED: Final = ".revoked"  # what a file's name ends in whose key was taken away
 

@@ -8,11 +8,11 @@ from typing import Any, get_type_hints
 from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.names import fault_of_names
 from fedalt.engine.firewall import Firewall
-from fedalt.federation.desk import Rules
-from fedalt.federation.member import Hear, Member, ignore, open_member
-from fedalt.federation.terms import Terms, read_terms
-from fedalt.federation.told import Say, silent
-from fedalt.settings import SettingsError, section_of
+from fedalt.federation.agreement import Terms, read_terms
+from fedalt.federation.client import Hear, Member, ignore, open_member
+from fedalt.federation.owner_messages import Say, silent
+from fedalt.federation.round_collector import Rules
+from fedalt.runs.settings import SettingsError, section_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
-from fedalt.settings import SettingsError
+from fedalt.runs.settings import SettingsError
 
 _AUTHORITY_YEARS: Final = 10
 _SERVER_YEARS: Final = 2

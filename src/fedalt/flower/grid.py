@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from flwr.app import Error, Message, MessageType
 
-from fedalt.federation.channel import Lost
+from fedalt.federation.transport import Lost
 from fedalt.flower.records import bytes_of, content_of, text_of
 
 _PAUSE: Final = 0.2  # seconds between two looks

@@ -16,10 +16,10 @@ from typing import Final
 
 import psutil
 
-from fedalt.disk.reading import StoreError, read_json
-from fedalt.files import atomic_write, make_private_folder, open_private
+from fedalt.core.files import atomic_write, make_private_folder, open_private
+from fedalt.core.reading import StoreError, read_json
 from fedalt.flower.last_words import length, told_in
-from fedalt.settings import SettingsError
+from fedalt.runs.settings import SettingsError
 
 _POLITE: Final = 5.0  # seconds from asking a process to end to killing it
 _LONGEST_LOG: Final = 10 * 2**20  # bytes; a longer one is begun anew, and one old one is kept

@@ -4,16 +4,16 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
-from fedalt.data.foreign import shown
+from fedalt.core.files import make_private_folder, open_private
+from fedalt.core.foreign import shown
 from fedalt.data.names import is_safe
-from fedalt.engine.gate import Gate
-from fedalt.federation.channel import Channel
-from fedalt.federation.host import Host, open_host
-from fedalt.files import make_private_folder, open_private
+from fedalt.engine.screening import Gate
+from fedalt.federation.server import Host, open_host
+from fedalt.federation.transport import Channel
 from fedalt.flower.client_keys import REVOKED
 from fedalt.flower.config import ServerConfig
-from fedalt.settings import SettingsError
-from fedalt.store import RunFolder
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.settings import SettingsError
 
 _LONGEST: Final = 1000  # characters of a line, which may quote a client
 

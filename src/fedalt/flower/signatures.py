@@ -19,7 +19,7 @@ from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIG
 from flwr.supercore.error.base import ApiErrorCode, FlowerError
 from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
 
-from fedalt.files import atomic_write
+from fedalt.core.files import atomic_write
 
 _REMEMBERED: Final = 700.0  # seconds; Flower takes a signature for 305 to either side
 _MOST_REMEMBERED: Final = 20_000  # requests of one key within that time; a client makes 5 a second

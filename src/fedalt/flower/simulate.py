@@ -17,18 +17,18 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
-from fedalt.engine.gate import Gate
-from fedalt.federation.channel import Lost
-from fedalt.federation.desk import Rules, Say
-from fedalt.federation.host import open_host
-from fedalt.federation.member import Member, claim
-from fedalt.federation.terms import FILE, Terms, read_terms, require_apart, write_terms
-from fedalt.files import atomic_write, make_private_folder
+from fedalt.core.files import atomic_write, make_private_folder
+from fedalt.engine.screening import Gate
+from fedalt.federation.agreement import FILE, Terms, read_terms, require_apart, write_terms
+from fedalt.federation.client import Member, claim
+from fedalt.federation.round_collector import Rules, Say
+from fedalt.federation.server import open_host
+from fedalt.federation.transport import Lost
 from fedalt.flower.processes import QUIET
 from fedalt.flower.records import bytes_of, content_of
-from fedalt.prepare import Prepared, learner_of, prepare
-from fedalt.settings import Settings, read_settings, to_toml
-from fedalt.store import StoreError, locked
+from fedalt.runs.folder import StoreError, locked
+from fedalt.runs.settings import Settings, read_settings, to_toml
+from fedalt.runs.setup import Prepared, learner_of, prepare
 
 _PAUSE: Final = 0.05  # seconds between two looks
 _RAY: Final = {**QUIET, "RAY_USAGE_STATS_ENABLED": "0"}

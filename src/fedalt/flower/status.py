@@ -8,11 +8,11 @@ from typing import Final, TypedDict
 import psutil
 from psutil import STATUS_ZOMBIE as ZOMBIE
 
-from fedalt.data.foreign import shown as one_line
-from fedalt.disk.reading import FormError, parse, read_bytes, read_json
+from fedalt.core.foreign import shown as one_line
+from fedalt.core.reading import FormError, parse, read_bytes, read_json
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.serve import revoked
-from fedalt.quarantine import refusals
+from fedalt.runs.quarantine import refusals
 
 _SHOWN: Final = 5  # lines of one sort
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from fedalt.tree import Name, Tree
+from fedalt.core.tree import Name, Tree
 
 Signal = Literal["B", "BA"]
 

@@ -2,14 +2,14 @@
 
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
 from fedalt.adapters.plan import Plan
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree
 from fedalt.training.orders import Order
-from fedalt.tree import Tree
 
 Fact = bool | int | float | str
 Facts = Mapping[str, Fact]
@@ -18,6 +18,8 @@ Facts = Mapping[str, Fact]
 @dataclass(frozen=True)
 class Message:
     """What crosses the wire, either way: a tree and a few named numbers."""
+
+    TAG: ClassVar = "message"
 
     tree: Tree
     facts: Facts = field(default_factory=dict)
@@ -29,6 +31,8 @@ class Serving:
 
     `references` (examples, hidden) are what a plan that weighs slots by similarity compares with.
     """
+
+    TAG: ClassVar = "serving"
 
     plan: Plan
     tree: Tree

@@ -16,17 +16,17 @@ not to weigh two adapters. The client's AdamW goes on with its moments from roun
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, add, cast, merge, move, scale, select, subtract, zeros_like
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted, Found, Moments, Search
-from fedalt.tree import Tree, add, cast, merge, move, scale, select, subtract, zeros_like
 
 SHARED = "shared"
 INDIVIDUAL = "individual"
@@ -38,6 +38,8 @@ MIDDLE = (0.5, 0.5)  # of two equal adapters, this makes exactly either of them
 class Server:
     """theta, empty until it is seeded; the momentum v, empty at zero; how many rounds are done."""
 
+    TAG: ClassVar = "fdlora/server"
+
     adapter: Tree = field(default_factory=dict)
     momentum: Tree = field(default_factory=dict)
     rounds: int = 0
@@ -46,6 +48,8 @@ class Server:
 @dataclass(frozen=True)
 class Client:
     """theta_k, whether it has been trained, the moments of stage 2, and a classifier's head."""
+
+    TAG: ClassVar = "fdlora/client"
 
     individual: Tree
     head: Tree

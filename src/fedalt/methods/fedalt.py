@@ -16,12 +16,13 @@ of large norm would ruin everybody's difference.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Sum, names_of, single
 from fedalt.adapters.start import MixerInit, Start
+from fedalt.core.tree import Tree, accumulate, cast, copy, in_blocks, merge, move, scale, select
 from fedalt.methods.contract import (
     Deploy,
     Ledger,
@@ -32,7 +33,6 @@ from fedalt.methods.contract import (
 )
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, accumulate, cast, copy, in_blocks, merge, move, scale, select
 
 INDIVIDUAL = "individual"
 REST_OF_WORLD = "rest_of_world"
@@ -45,6 +45,8 @@ class Server:
     `size` is how many clients the federation has, those that have not yet uploaded included; 0
     where that is not known.
     """
+
+    TAG: ClassVar = "fedalt/server"
 
     total: Tree = field(default_factory=dict)
     weight: float = 0.0
@@ -59,6 +61,8 @@ class Client:
 
     `second` is where a rest of world that is trained begins as long as there are no others.
     """
+
+    TAG: ClassVar = "fedalt/client"
 
     individual: Tree
     mixer: Tree

@@ -18,14 +18,15 @@ B_k against a frozen rest of world R_k that is its own, chosen by the server, on
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Plan, Sum, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
 from fedalt.methods.kin import Similar, kin_weights, similarities, sum_of_products
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, merge, select
 
 INDIVIDUAL = "individual"
 REST_OF_WORLD = "rest_of_world"
@@ -37,6 +38,8 @@ _RANGES |= {"alone": (1, 10**6), "gain": (0, 100)}
 class Server:
     """How many rounds are done, S by client and other client, each R_k there is, the uploads."""
 
+    TAG: ClassVar = "fedalt-select/server"
+
     rounds: int = 0
     similar: Similar = field(default_factory=dict)
     rows: Mapping[str, Tree] = field(default_factory=dict)
@@ -46,6 +49,8 @@ class Server:
 @dataclass(frozen=True)
 class Client:
     """The client's adapter, a classifier's head, and the R_k both were trained against, if any."""
+
+    TAG: ClassVar = "fedalt-select/client"
 
     individual: Tree
     head: Tree

@@ -20,17 +20,17 @@ of FedIT.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Sum, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Name, Tree, merge, move, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Embed, Fit, Fitted
-from fedalt.tree import Name, Tree, merge, move, select
 
 SHARED = "shared"
 INDIVIDUAL = "individual"
@@ -41,6 +41,8 @@ REFERENCES = Name("", "references", "E")
 @dataclass(frozen=True)
 class Server:
     """The averaged adapter, and how many rounds are done."""
+
+    TAG: ClassVar = "feddpa/server"
 
     adapter: Tree
     rounds: int = 0
@@ -53,6 +55,8 @@ class Client:
     `individual` holds the individual adapter and, in a slot of its own, the head trained with it;
     `references` the embeddings e(x_i), (examples, hidden), from its first individual phase on.
     """
+
+    TAG: ClassVar = "feddpa/client"
 
     head: Tree
     individual: Tree = field(default_factory=dict)

@@ -11,14 +11,15 @@ the factors over the clients.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, merge, select
 
 SHARED = "shared"
 
@@ -27,12 +28,16 @@ SHARED = "shared"
 class Server:
     """The averaged adapter."""
 
+    TAG: ClassVar = "fedit/server"
+
     adapter: Tree
 
 
 @dataclass(frozen=True)
 class Client:
     """Only a classifier's head is the client's own; a causal model has none."""
+
+    TAG: ClassVar = "fedit/client"
 
     head: Tree
 

@@ -12,19 +12,22 @@ parts, token by token; whether the paper's had one is not known.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Slot, Sum
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, merge, select
 
 
 @dataclass(frozen=True)
 class Server:
     """The averaged parts and, if there is one, the averaged mixer."""
+
+    TAG: ClassVar = "fedit-split/server"
 
     adapters: Tree
 
@@ -32,6 +35,8 @@ class Server:
 @dataclass(frozen=True)
 class Client:
     """Only a classifier's head is the client's own; a causal model has none."""
+
+    TAG: ClassVar = "fedit-split/client"
 
     head: Tree
 

@@ -20,11 +20,13 @@ M rows of 2M - 1 are the client's own, so its own expert is always among the cho
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import fmean
+from typing import ClassVar
 
 import torch
 
 from fedalt.adapters.plan import HEAD, MIXER, ROUTER, Layout, Plan, Router, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, accumulate, apply, cast, merge, move, scale, select
 from fedalt.methods.clustering import Signal, cluster, distances, has_direction
 from fedalt.methods.contract import (
     Deploy,
@@ -36,7 +38,6 @@ from fedalt.methods.contract import (
 )
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, accumulate, apply, cast, merge, move, scale, select
 
 INDIVIDUAL = "individual"
 NOBODY = Message({}, {"weight": 0.0})
@@ -49,6 +50,8 @@ class Server:
     `experts` lie in slots expert_0 and so on; shared `routers` in router_0 and so on, before there
     are groups one of them all in slot router; `latest` holds every client's warm-up upload.
     """
+
+    TAG: ClassVar = "fedlease/server"
 
     round: int = 0
     routers: Tree = field(default_factory=dict)
@@ -63,6 +66,8 @@ class Client:
 
     A private router has rows for `max_experts` until the client has trained it.
     """
+
+    TAG: ClassVar = "fedlease/client"
 
     individual: Tree
     router: Tree

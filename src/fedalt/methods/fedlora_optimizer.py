@@ -19,18 +19,18 @@ global stage trains on (here: the clients' data, federated), the numbers of roun
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, replace, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, merge, replace, select
 
 SHARED = "shared"
 LENGTH = {"A": "a", "B": "b"}
@@ -79,6 +79,8 @@ def _unit(factor: str, tensor: Tensor, a_axis: Axis) -> Tensor:
 class Server:
     """The parts a, U, b, V that all share, and how many rounds are done."""
 
+    TAG: ClassVar = "fedlora-optimizer/server"
+
     parts: Tree
     rounds: int = 0
 
@@ -86,6 +88,8 @@ class Server:
 @dataclass(frozen=True)
 class Client:
     """Only a classifier's head is kept: a client's b follows from the shared parts and its data."""
+
+    TAG: ClassVar = "fedlora-optimizer/client"
 
     head: Tree
 

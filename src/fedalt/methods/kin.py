@@ -5,9 +5,9 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import pad
 
+from fedalt.core.tree import Name, Tree
 from fedalt.methods.clustering import distances, has_direction
 from fedalt.methods.low_rank_sums import Pair, core_svd, factors, strongest, weighted_stack
-from fedalt.tree import Name, Tree
 
 Similar = Mapping[str, Mapping[str, float]]
 

@@ -6,13 +6,14 @@ and batches are those of the federated methods it is compared with.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, merge, select
 
 INDIVIDUAL = "individual"
 
@@ -21,10 +22,14 @@ INDIVIDUAL = "individual"
 class Server:
     """Nothing: no one uploads."""
 
+    TAG: ClassVar = "local/server"
+
 
 @dataclass(frozen=True)
 class Client:
     """The client's adapter and, for a classifier, its head."""
+
+    TAG: ClassVar = "local/client"
 
     individual: Tree
     head: Tree

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 import torch
 
+from fedalt.core.tree import Tree, accumulate, cast, scale
 from fedalt.methods.contract import Message
-from fedalt.tree import Tree, accumulate, cast, scale
 
 
 def weighted_mean(replies: Iterable[tuple[str, Message]]) -> Tree:

@@ -25,7 +25,7 @@ our reading of its two levels, one communication is one round.
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -33,11 +33,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Name, Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted, Stepped
-from fedalt.tree import Name, Tree, merge, select
 
 SHARED = "shared"
 INDIVIDUAL = "individual"
@@ -49,12 +49,16 @@ Gradient = Literal["exact", "finite_difference", "first_order"]
 class Server:
     """The averaged adapter."""
 
+    TAG: ClassVar = "pf2lora/server"
+
     adapter: Tree
 
 
 @dataclass(frozen=True)
 class Client:
     """The individual adapter, and a classifier's head."""
+
+    TAG: ClassVar = "pf2lora/client"
 
     kept: Tree
 

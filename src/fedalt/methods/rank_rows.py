@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedalt.tree import Name, Tree
+from fedalt.core.tree import Name, Tree
 
 
 def rows_of(name: Name, factor: Tensor) -> Tensor:

@@ -15,15 +15,15 @@ RoLoRA begins with B: as long as B is 0, A has no gradient.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedalt.adapters.plan import HEAD, Plan, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, merge, replace, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Tree, merge, replace, select
 
 SHARED = "shared"
 
@@ -36,6 +36,8 @@ _SENT: Mapping[Variant, str] = {"ffa_lora": "B", "fedsa_lora": "A", "rolora": "A
 class Server:
     """The averaged factors, and how many rounds are done."""
 
+    TAG: ClassVar = "shared-factors/server"
+
     factors: Tree
     rounds: int = 0
 
@@ -43,6 +45,8 @@ class Server:
 @dataclass(frozen=True)
 class Client:
     """The factors that the server does not send (FFA's common A, FedSA's own B), and the head."""
+
+    TAG: ClassVar = "shared-factors/client"
 
     kept: Tree
     head: Tree

@@ -20,12 +20,13 @@ so that products may be added without it.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from fedalt.adapters.plan import HEAD, Slot, names_of, single
 from fedalt.adapters.start import Start
+from fedalt.core.tree import Name, Tree, cast, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.low_rank_sums import (
@@ -42,7 +43,6 @@ from fedalt.methods.low_rank_sums import (
 )
 from fedalt.methods.rank_rows import fill_up, first_rows, rank_of, rows_of
 from fedalt.training.orders import Fit, Fitted
-from fedalt.tree import Name, Tree, cast, merge, select
 
 SHARED = "shared"
 
@@ -54,12 +54,16 @@ class Server:
     The rank may differ from site to site.
     """
 
+    TAG: ClassVar = "unequal-ranks/server"
+
     adapter: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Client:
     """`draw` fills the rows that the server has nothing for; its rank is the client's."""
+
+    TAG: ClassVar = "unequal-ranks/client"
 
     draw: Tree
     head: Tree

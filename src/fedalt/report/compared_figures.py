@@ -6,7 +6,6 @@ from typing import Any
 
 import altair as alt
 
-from fedalt.comparison import Cost
 from fedalt.report.comparison import grid_of
 from fedalt.report.labels import HEIGHT, SIDES, Point, sides
 from fedalt.report.records import Rows, short
@@ -21,6 +20,7 @@ from fedalt.report.style import (
     styled,
 )
 from fedalt.report.table import Table
+from fedalt.runs.compare import Cost
 
 
 def gain_map(table: Table, yardstick: str | None) -> alt.LayerChart:

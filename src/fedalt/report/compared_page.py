@@ -6,10 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, TypedDict
 
-from fedalt.comparison import Cost, Entry, folder_of
-from fedalt.disk.reading import read_lines
+from fedalt.core.reading import read_lines
 from fedalt.methods import METHODS
-from fedalt.record import StoreError
 from fedalt.report import compared_figures as figures
 from fedalt.report.comparison import (
     Grid,
@@ -24,8 +22,10 @@ from fedalt.report.gaps import ABOUT_GAPS, GAP_HEADS, gap_cells
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
 from fedalt.report.run_page import explained
 from fedalt.report.table import YARDSTICK
-from fedalt.settings import method_name, read_settings, settings_of_method
-from fedalt.store import open_run
+from fedalt.runs.compare import Cost, Entry, folder_of
+from fedalt.runs.folder import open_run
+from fedalt.runs.record import StoreError
+from fedalt.runs.settings import method_name, read_settings, settings_of_method
 
 RESULTS = "results.jsonl"
 _COSTS = tuple(Cost.__dataclass_fields__)

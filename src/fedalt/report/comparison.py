@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 from rich.text import Text
 
-from fedalt.comparison import Cost, Entry, Job
-from fedalt.files import atomic_write
+from fedalt.core.files import atomic_write
 from fedalt.methods.notes import notes_on
 from fedalt.report.effort import HEADS, cost_cells, cost_of
 from fedalt.report.gaps import (
@@ -40,8 +39,9 @@ from fedalt.report.table import (
     scores_of,
     to_csv,
 )
-from fedalt.settings import lora_of, method_name
-from fedalt.store import open_run
+from fedalt.runs.compare import Cost, Entry, Job
+from fedalt.runs.folder import open_run
+from fedalt.runs.settings import lora_of, method_name
 
 MOST_COLUMNS = 12  # more clients than this are shown by task, if their names tell tasks
 

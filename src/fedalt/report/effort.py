@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from fedalt.adapters.start import Start
-from fedalt.comparison import Cost
-from fedalt.engine.in_process import drive, server_of
-from fedalt.engine.schedule import TRAINED
-from fedalt.settings import Settings, lora_of, read_settings
-from fedalt.store import RunFolder, open_run
+from fedalt.engine.round import drive, server_of
+from fedalt.engine.run import TRAINED
+from fedalt.runs.compare import Cost
+from fedalt.runs.folder import RunFolder, open_run
+from fedalt.runs.settings import Settings, lora_of, read_settings
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Order
 
 HEADS = ("trainable", "rank", "steps", "upload kB", "download kB", "seconds", "peak MB")

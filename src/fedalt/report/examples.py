@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from fedalt.report.parts import Example, Examples, Notes, Section, Token
 from fedalt.report.records import Line, Record
-from fedalt.store import EXAMPLES
+from fedalt.runs.folder import EXAMPLES
 
 MOST_LETTERS = 700  # of a prompt, a reference, a prediction
 MOST_TOKENS = 160  # of a prompt whose tokens are coloured

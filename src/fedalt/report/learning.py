@@ -6,8 +6,8 @@ from statistics import fmean
 from typing import Any, Final
 
 from fedalt.report.table import run_table
-from fedalt.settings import Settings, read_settings
-from fedalt.store import open_run
+from fedalt.runs.folder import open_run
+from fedalt.runs.settings import Settings, read_settings
 
 Line = Mapping[str, Any]
 

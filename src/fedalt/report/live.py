@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
-from fedalt.disk.reading import read_bytes
-from fedalt.disk.standing import PROGRESS, RECORD
-from fedalt.record import (
+from fedalt.core.reading import read_bytes
+from fedalt.report.table import Table, run_table
+from fedalt.runs.record import (
     Length,
     Standing,
     StoreError,
@@ -25,7 +25,7 @@ from fedalt.record import (
     require_committed,
     require_run,
 )
-from fedalt.report.table import Table, run_table
+from fedalt.runs.standing import PROGRESS, RECORD
 
 Line = Mapping[str, Any]
 Stamp = tuple[tuple[int, int], ...]  # nanoseconds and bytes of each file that is read

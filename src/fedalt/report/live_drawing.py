@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.text import Text
 
-from fedalt.data.foreign import shown
+from fedalt.core.foreign import shown
 from fedalt.report.live import Client, Live
 from fedalt.report.sheet import Sheet
 from fedalt.report.table import draw, shown_size

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from statistics import fmean
 from typing import Any
 
-from fedalt.data.foreign import shown
+from fedalt.core.foreign import shown
 
 
 def numbers_of(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

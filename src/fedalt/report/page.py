@@ -10,8 +10,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedalt.data.foreign import shown_lines
-from fedalt.files import atomic_write, make_private_folder
+from fedalt.core.files import atomic_write, make_private_folder
+from fedalt.core.foreign import shown_lines
 from fedalt.report.parts import Page
 
 _NEEDED = {"altair": "altair", "jinja2": "jinja2", "vl_convert": "vl-convert-python"}

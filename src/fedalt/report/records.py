@@ -6,8 +6,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedalt.settings import read_table
-from fedalt.store import RunFolder, open_run
+from fedalt.runs.folder import RunFolder, open_run
+from fedalt.runs.settings import read_table
 
 Line = Mapping[str, Any]
 Rows = list[dict[str, Any]]

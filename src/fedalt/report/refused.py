@@ -1,9 +1,9 @@
 """The section of a federation's page about uploads that its server did not take."""
 
-from fedalt.data.foreign import shown
-from fedalt.quarantine import refusals
+from fedalt.core.foreign import shown
 from fedalt.report.parts import Cell, Section, Table
 from fedalt.report.records import Record
+from fedalt.runs.quarantine import refusals
 
 MOST_REFUSED = 50
 

@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import Any
 
 from fedalt.methods import METHODS
-from fedalt.record import is_federation
 from fedalt.report import figures
 from fedalt.report.docstrings import opening
 from fedalt.report.examples import examples
@@ -32,6 +31,7 @@ from fedalt.report.similarity import similarity
 from fedalt.report.similarity_figures import similarity_map, similarity_tree
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
+from fedalt.runs.record import is_federation
 
 _WITH_THE_CLIENTS = (
     "The mixer's weights, similarity of clients, best and worst examples: they are made of what "

@@ -12,7 +12,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-from fedalt.data.foreign import shown
+from fedalt.core.foreign import shown
 
 _LEAST = 12  # columns that a text to be read in lines is given
 _LONGEST_CELL = 2000  # characters

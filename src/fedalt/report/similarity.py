@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from fedalt.codec import fields_of
+from fedalt.core.codec import fields_of
+from fedalt.core.tree import Tree, merge
 from fedalt.methods.clustering import Signal, distances
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.local import LocalOnly
 from fedalt.report.records import Record, Rows, short
-from fedalt.settings import read_settings
-from fedalt.states import FileStates
-from fedalt.tree import Tree, merge
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.settings import read_settings
 
 MOST_BYTES = 4_000_000_000  # of states: reading more would take long and much memory
 

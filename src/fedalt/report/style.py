@@ -6,7 +6,7 @@ from typing import Any
 
 import altair as alt
 
-from fedalt.data.foreign import shown
+from fedalt.core.foreign import shown
 
 ACCENT, SECOND = "#3a7fc1", "#d9822b"  # told apart by colour-blind readers too
 INK = "currentColor"  # dark on a light page, light on a dark one, black on paper

@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.text import Text
 
-from fedalt.data.foreign import shown
+from fedalt.core.foreign import shown
 from fedalt.report.sheet import Sheet
 
 Values = tuple[float, ...]  # one number per seed

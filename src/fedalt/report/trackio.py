@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from fedalt.disk.reading import read_text
+from fedalt.core.reading import read_text
 from fedalt.report.numbers import numbers_of
 
 PROJECT = "fedalt"

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fedalt.core.tree import Name, Tree
 from fedalt.training.orders import Moments
-from fedalt.tree import Name, Tree
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # those of torch's AdamW
 

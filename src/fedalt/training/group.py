@@ -9,16 +9,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedalt import tree as trees
 from fedalt.adapters.layer import Noise
+from fedalt.core import tree as trees
+from fedalt.core.seeds import generator, seed_of
+from fedalt.core.tree import Name, Tree
 from fedalt.data.examples import Example
-from fedalt.models import Base
-from fedalt.seeds import generator, seed_of
+from fedalt.models.base import Base
 from fedalt.training.batches import collate, epoch_order
 from fedalt.training.flat import Flat
 from fedalt.training.loss import client_means, token_losses
 from fedalt.training.orders import Fit, Moments, as_it_is
-from fedalt.tree import Name, Tree
 
 
 class TrainingError(ValueError):

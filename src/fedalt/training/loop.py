@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from fedalt.data.examples import Example
-from fedalt.models import Base
+from fedalt.models.base import Base
 from fedalt.training.group import Group, Share, Trained, Training, packs
 from fedalt.training.orders import Fit, as_it_is
 

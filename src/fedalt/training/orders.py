@@ -7,7 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from fedalt.adapters.plan import Plan
-from fedalt.tree import Name, Tree
+from fedalt.core.tree import Name, Tree
 
 
 @dataclass(frozen=True)

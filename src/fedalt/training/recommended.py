@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedalt.models import BUILT_IN, location
+from fedalt.models.base import BUILT_IN, location
 
 FILE = "recommended.toml"
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NotRequired, TypedDict
 
+from fedalt.core.seeds import seed_of
 from fedalt.data.examples import Split
 from fedalt.data.suite.words import KINDS, LOOKS, NAMES, OTHER_WORDS, THINGS
-from fedalt.seeds import seed_of
 
 # How a client words the kinds.
 WORDINGS: Final[Mapping[str, Mapping[str, str]]] = {

@@ -1,1 +1,0 @@
-"""Reading a base model so that nothing of it is random or guessed, and telling bases apart."""

@@ -1,0 +1,1 @@
+"""Names, trees, seeds, bytes and atomic files; knows nothing of models or methods."""

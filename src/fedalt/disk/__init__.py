@@ -1,1 +1,0 @@
-"""Reading what a folder holds so that damage has a name: checked forms, and files by digest."""

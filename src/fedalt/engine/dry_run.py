@@ -1,0 +1,131 @@
+"""What a client's half of a method does with a broadcast, found without any model or data."""
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from fedalt.adapters.plan import Plan
+from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, on
+from fedalt.methods.contract import AnyMethod, Facts, Message
+from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What an upload looks like: names, shapes and dtypes of its tree, keys and types of its facts.
+
+    The tree lies on the meta device, without numbers. `counts` says that the fact "weight" depends
+    on the client's number of examples; where it does not, it is known exactly.
+    """
+
+    tree: Tree
+    facts: Facts
+    counts: bool
+
+    def same(self, other: "Form") -> bool:
+        """Whether an upload that has one form has the other too."""
+        kinds = [
+            {name: (each.shape, each.dtype) for name, each in form.tree.items()}
+            for form in (self, other)
+        ]
+        types = [{key: type(fact) for key, fact in form.facts.items()} for form in (self, other)]
+        return kinds[0] == kinds[1] and types[0] == types[1]
+
+
+def rehearse(method: AnyMethod, start: Start, client_id: str, message: Message) -> tuple[Form, ...]:
+    """The forms that a client's upload may have after this broadcast: one, or two.
+
+    The method's own `local` is played on tensors that have shapes and no numbers: by a newcomer
+    with one example, and by who has been there before with two, as the server sees neither a
+    client's state nor its data.
+    """
+    with torch.device("meta"):
+        sent = Message(on(message.tree, "meta"), message.facts)
+
+        def once(client: Any, examples: int) -> tuple[Any, Message]:
+            return play(method.local(client, sent), start, examples=examples)
+
+        client, newcomers = once(method.init_client(start, client_id), 1)
+        _, known = once(client, 2)
+        if "weight" in known.facts and "weight" not in newcomers.facts:
+            again = once(client, 1)[1]
+        else:
+            again = newcomers
+    counts = again.facts.get("weight") != known.facts.get("weight")
+    forms = Form(newcomers.tree, newcomers.facts, counts), Form(known.tree, known.facts, counts)
+    return forms[1:] if forms[0].same(forms[1]) else forms
+
+
+@dataclass
+class Rehearsals:
+    """Rehearses a method once for all clients that begin alike and are sent alike.
+
+    What `local` does depends on nothing but the client's state and the broadcast.
+    """
+
+    method: AnyMethod
+    start: Start
+    _known: dict[object, tuple[Form, ...]] = field(default_factory=dict)
+
+    def __call__(self, client_id: str, message: Message) -> tuple[Form, ...]:
+        """See `rehearse`."""
+        first = self.method.init_client(self.start, client_id)
+        key = repr((_outline(first), _outline(message)))
+        if key not in self._known:
+            self._known[key] = rehearse(self.method, self.start, client_id, message)
+        return self._known[key]
+
+
+def _outline(value: Any) -> object:
+    """A value with shapes in the place of tensors."""
+    match value:
+        case torch.Tensor():
+            return tuple(value.shape), value.dtype
+        case Mapping():
+            return sorted((str(key), _outline(each)) for key, each in value.items())
+        case _ if is_dataclass(value):
+            return type(value).__name__, _outline(vars(value))
+        case _:
+            return value
+
+
+def play(steps: Generator[Order, Any, T], start: Start, *, examples: int) -> T:
+    """A method's orders to their end, all training answered with what it would begin with.
+
+    Raises ValueError for training whose tensors are not those that its plan needs.
+    """
+    answer: Any = None
+    while True:
+        try:
+            order = steps.send(answer)
+        except StopIteration as end:
+            value: T = end.value
+            return value
+        match order:
+            case Fit():
+                require_bound(order.plan, order.compose(order.tree), start, "training")
+                answer = Fitted(order.tree, examples, Moments())
+            case Embed():
+                answer = torch.zeros(order.examples, 1)  # how wide, only a model could tell
+            case Search():
+                answer = Found(order.start, 0.0)
+
+
+def require_bound(plan: Plan, bound: Tree, start: Start, what: str) -> None:
+    """ValueError unless a tree has exactly the tensors that a plan needs to be bound."""
+    needed = {**plan.shapes(start.sites), **start.heads}
+    if missing := needed.keys() - bound.keys():
+        raise ValueError(f"{what} lacks {len(missing)} tensors, first {str(min(missing))!r}")
+    if extra := bound.keys() - needed.keys():
+        raise ValueError(f"{what} has {len(extra)} tensors too many, first {str(min(extra))!r}")
+    for name, tensor in bound.items():
+        if tuple(tensor.shape) != needed[name] or tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{what} has {str(name)!r} as {tuple(tensor.shape)} of {tensor.dtype}, "
+                f"expected {needed[name]} of torch.float32"
+            )

@@ -1,0 +1,130 @@
+"""How a mixer or router weighs the slots, token by token, seen in passes that run anyway."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from fedalt.adapters.layer import Watch
+from fedalt.adapters.plan import Plan
+from fedalt.core import tree as trees
+from fedalt.methods.contract import Serving
+from fedalt.models.base import Base
+from fedalt.training.loss import segments_for
+
+BINS: Final = 20
+
+
+@dataclass(frozen=True)
+class Weighing:
+    """What a client's mixers or routers did to some of its tokens.
+
+    `weights`: for each site the mean weight of each slot. `histogram`: how often the weight of the
+    first slot, over tokens and sites, lies in each of 20 equal bins of [0, 1].
+    """
+
+    slots: tuple[str, ...]
+    weights: dict[str, tuple[float, ...]]
+    histogram: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What a pass has added for some sites: of each client, on the CPU.
+
+    `sums` (clients, sites, slots) of the weights of `tokens` (clients,), `bins` (clients, 20).
+    """
+
+    sites: tuple[str, ...]
+    sums: Tensor
+    tokens: Tensor
+    bins: Tensor
+
+
+@dataclass(frozen=True)
+class Tally:
+    """The weights of several clients' tokens, added up pass by pass."""
+
+    plan: Plan
+    clients: int
+    parts: list[_Part] = field(default_factory=list)
+
+    @contextmanager
+    def counting(self, seen: Sequence[tuple[int, range]]) -> Iterator[Watch]:
+        """While the pass runs, these of its tokens count, each for its client."""
+        whole: dict[str, Tensor] = {}
+        yield whole.__setitem__
+        tokens = torch.cat([torch.arange(where.start, where.stop) for _, where in seen])
+        sizes = torch.tensor([len(where) for _, where in seen])
+        owners = torch.tensor([client for client, _ in seen]).repeat_interleave(sizes)
+        if whole:
+            self._add(whole, tokens, owners)
+
+    def of(self, client: int) -> Weighing:
+        """One client's share."""
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        bins = torch.zeros(BINS, dtype=torch.long)
+        for part in self.parts:
+            if tokens := int(part.tokens[client]):
+                bins += part.bins[client]
+                for site, added in zip(part.sites, part.sums[client], strict=True):
+                    sums[site] = sums.get(site, 0) + added
+                    counts[site] = counts.get(site, 0) + tokens
+        slots = tuple(slot.name for slot in self.plan.slots)
+        means = {site: tuple((each / counts[site]).tolist()) for site, each in sums.items()}
+        return Weighing(slots, means, tuple(bins.tolist()))
+
+    def _add(self, weights: Mapping[str, Tensor], rows: Tensor, owners: Tensor) -> None:
+        """Add these rows of every site's weights, each for its owner, all sites at once."""
+        # A pass's weights are few: what follows is faster on the CPU than many small kernels.
+        joined = torch.stack(list(weights.values()), 1).float().cpu()[rows]
+        sums = joined.new_zeros(self.clients, *joined.shape[1:]).index_add(0, owners, joined)
+        places = (joined[..., 0] * BINS).long().clamp(0, BINS - 1) + owners[:, None] * BINS
+        bins = places.flatten().bincount(minlength=self.clients * BINS)
+        tokens = owners.bincount(minlength=self.clients)
+        part = _Part(tuple(weights), sums, tokens, bins.reshape(self.clients, BINS))
+        self.parts.append(part)
+
+
+@dataclass(frozen=True)
+class Watched:
+    """Whose weights are counted: those of each client's first so many examples."""
+
+    tally: Tally
+    examples: int
+
+
+@torch.no_grad()
+def weights_by_site(
+    base: Base, serving: Serving, ids: Sequence[int], segments: Sequence[int] = ()
+) -> dict[str, Tensor]:
+    """For each site the weights of the slots, (tokens, slots) float32, for the tokens of a text.
+
+    `segments`: those of a classifier's example. Raises ValueError for a plan that does not weigh
+    its slots token by token.
+    """
+    if serving.plan.gate is None:
+        raise ValueError("the plan has no mixer or router: every token's weights are the same")
+    device = base.adapted.device
+    found: dict[str, Tensor] = {}
+
+    def watch(site: str, weights: Tensor) -> None:
+        found[site] = weights.float().cpu()
+
+    tree = trees.on(serving.tree, device)
+    with base.adapted.bound(serving.plan, tree, watch=watch) as model:
+        row = torch.tensor([list(ids)], device=device)
+        of_pair = torch.tensor([list(segments)], device=device) if segments else None
+        model.base_model(input_ids=row, **segments_for(model, of_pair))
+    return found
+
+
+def weights_of(
+    base: Base, serving: Serving, ids: Sequence[int], segments: Sequence[int] = ()
+) -> Tensor:
+    """The same as a mean over sites: (tokens, slots) float32."""
+    return torch.stack(list(weights_by_site(base, serving, ids, segments).values())).mean(0)

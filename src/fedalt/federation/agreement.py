@@ -1,0 +1,137 @@
+"""What all sides of a federation have agreed on: one file, the same bytes for everyone."""
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+import tomli_w
+
+from fedalt.adapters.plan import Shape
+from fedalt.adapters.start import Start
+from fedalt.core.reading import FormError, StoreError, read_bytes, require
+from fedalt.core.tree import Name
+from fedalt.data.names import fault_of_names, fault_of_title
+from fedalt.federation.messages import digest
+from fedalt.runs.settings import Settings, SettingsError, read_table, settings_of, to_toml
+from fedalt.runs.setup import Parts
+
+FILE = "terms.toml"
+_KEYS = {"name", "clients", "labels", "model", "sites", "heads"}
+# The data lie with the clients; nothing opens this path.
+_ELSEWHERE = "with-the-clients"
+
+
+class _Head(TypedDict):
+    site: str
+    slot: str
+    factor: str
+    shape: list[int]
+
+
+class _Federation(TypedDict):
+    name: str
+    clients: list[str]
+    labels: list[str]
+    model: str
+    sites: dict[str, tuple[int, int]]
+    heads: list[_Head]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Who takes part, on which base model, with which settings.
+
+    `labels` are those of a classifier's data, `model` is the base model's fingerprint, `start`
+    draws what clients begin with: the server needs no weights for it. `digest` stands for all of
+    it in every message. `settings.data.path` means nothing here.
+    """
+
+    name: str
+    clients: tuple[str, ...]
+    labels: tuple[str, ...]
+    model: str
+    settings: Settings
+    start: Start
+    digest: str
+
+
+def require_apart(settings: Settings) -> None:
+    """SettingsError for what only a run of all clients on one machine can do."""
+    if (processes := settings.training.processes) > 1:
+        raise SettingsError(
+            f"processes = {processes} in [training]: the clients of a federation are processes "
+            "of their own already; leave it out"
+        )
+
+
+def write_terms(
+    folder: Path, name: str, clients: Sequence[str], labels: Sequence[str], parts: Parts
+) -> Terms:
+    """Put a federation's terms, and its prompt template if it has one, into a folder."""
+    table = tomllib.loads(to_toml(parts.settings))
+    table["data"].pop("path")
+    if parts.settings.data.template is not None:
+        text = parts.settings.data.template.read_bytes()
+        (folder / "template.txt").write_bytes(text)
+        table["data"]["template"] = "template.txt"
+    start = parts.start
+    table["federation"] = {
+        "name": name,
+        "clients": sorted(clients),
+        "labels": list(labels),
+        "model": parts.base.fingerprint,
+        "sites": {site: list(shape) for site, shape in start.sites.items()},
+        "heads": [
+            {"site": each.site, "slot": each.slot, "factor": each.factor, "shape": list(shape)}
+            for each, shape in start.heads.items()
+        ],
+    }
+    (folder / FILE).write_text(tomli_w.dumps(table), encoding="utf-8")
+    return read_terms(folder / FILE)
+
+
+def read_terms(file: Path) -> Terms:
+    """The terms in a file. Raises SettingsError."""
+    table = read_table(file)
+    about: Any = table.pop("federation", None)
+    if not isinstance(about, dict) or about.keys() != _KEYS:
+        raise SettingsError(
+            f"{file}: [federation]: expected exactly {', '.join(sorted(_KEYS))}; "
+            "`fedalt federation init` writes this file, and nobody edits it"
+        )
+    data = table.get("data", {})
+    if not isinstance(data, dict):
+        raise SettingsError(f"{file}: [data]: expected a section, got {data!r}")
+    settings = settings_of({**table, "data": {**data, "path": _ELSEWHERE}}, str(file))
+    try:
+        whole = read_bytes(file)
+        if settings.data.template is not None:
+            whole += read_bytes(settings.data.template)
+        require(about, _Federation)
+    except StoreError as error:
+        raise SettingsError(str(error)) from None
+    except FormError as error:
+        raise SettingsError(f"{file}: [federation] {error}") from None
+    if fault := fault_of_names(about["clients"]) or fault_of_title(about["name"]):
+        raise SettingsError(f"{file}: [federation] {fault}")
+    return Terms(
+        name=about["name"],
+        clients=tuple(about["clients"]),
+        labels=tuple(about["labels"]),
+        model=about["model"],
+        settings=settings,
+        start=_start(about, settings.seed),
+        digest=digest(whole),
+    )
+
+
+def _start(about: Mapping[str, Any], seed: int) -> Start:
+    """What draws the first tensors, from sites and heads as the terms list them."""
+    heads = {
+        Name(head["site"], head["slot"], head["factor"]): tuple(head["shape"])
+        for head in about["heads"]
+    }
+    sites = {site: Shape(*shape) for site, shape in about["sites"].items()}
+    return Start(sites, heads, seed, len(about["clients"]))

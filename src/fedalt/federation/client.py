@@ -1,0 +1,334 @@
+"""One client of a federation: what it makes of the server's calls, and what it keeps on its disk.
+
+    run.json                     federation, client and terms that the folder belongs to
+    clients/ID/0007.safetensors  the client's state after round 7, never sent
+    local/...                    the same for training alone, the yardstick
+    answer.bin                   the last answer, sent again if it is asked for again
+    accepted.json                the last round of which the server said that it counts, and the
+                                 digests of all states, of that one and of what was trained since
+    server/, served.json         what the server sent, for the owner to use the model; see kept.py
+
+A round of a client counts once the server says that its upload does. What the client trained in a
+round that does not count is dropped, so that client and server never disagree on what was uploaded.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final, Literal, TypedDict
+
+from fedalt.core import tree as trees
+from fedalt.core.codec import CodecError, atomic_write, decode, encode
+from fedalt.core.files import make_private_folder
+from fedalt.core.reading import StoreError, read_bytes, read_json
+from fedalt.engine.firewall import check_broadcast
+from fedalt.engine.local_trainer import Learner
+from fedalt.engine.round import client_of, drive, drive_all
+from fedalt.engine.run import training_metrics
+from fedalt.engine.schedule import Arm, Event
+from fedalt.federation.accepted import ACCEPTED, Accepted, read_accepted
+from fedalt.federation.agreement import Terms
+from fedalt.federation.answer_schema import asked_of, check_answer
+from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
+from fedalt.federation.client_settings import require_model, settings_here
+from fedalt.federation.client_states import keep
+from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
+from fedalt.federation.owner_messages import Say, silent, what_did_not_count, what_was_done, where
+from fedalt.methods.contract import Message, Serving
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.settings import SettingsError
+from fedalt.runs.setup import Parts, Prepared, learner_of, prepare
+from fedalt.training.group import Trained
+from fedalt.training.orders import Order
+
+Hear = Callable[[Event], None]
+FORMAT = 2
+
+_log: Final = logging.getLogger(__name__)  # on standard error, where nobody says otherwise
+
+
+def ignore(_: Event) -> None:
+    """Hear nothing."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client whose model is loaded and whose data are read. Use it within `locked(folder)`."""
+
+    terms: Terms
+    client_id: str
+    parts: Parts
+    learner: Learner
+    folder: Path
+    accepted: Accepted
+    hear: Hear = ignore
+    say: Say = silent
+
+    def answer(self, data: bytes) -> bytes:
+        """What to send back: to the same call the same bytes, to a bad one why it is refused.
+
+        `say` is told of it, and of all that hinders it.
+        """
+        call_digest = digest(data)
+        answer = Answer(
+            self.terms.name, self.terms.digest, self.client_id, NEVER, NEVER, call_digest
+        )
+        rounds, place = self.terms.settings.rounds.rounds, "a call of the server"
+        try:
+            old, known = self._last_answer()
+            if known is not None and known.call == call_digest:
+                self.say("the server asks once more; it gets the same answer")
+                return old
+            call = read_call(data, self.terms, self.client_id)
+            place = where(call, rounds)
+            answer = replace(answer, round=call.round, accepted=call.accepted)
+            since = NEVER if known is None else known.round
+            self._require_counted(call)
+            check_call(call, self.terms, self.client_id, self._columns, since)
+            done = self._carry_out(call, answer)
+            check_answer(done, asked_of(call, call_digest, self.terms, self._columns), self.terms)
+            sent = encode(done)
+            atomic_write(self.folder / "answer.bin", sent)
+        except Exception as error:  # a client that ends with an error could be called to death
+            return self._unable(answer, place, error)
+        if told := what_was_done(call, done, len(sent), rounds):
+            self.say(told)
+        return sent
+
+    def _unable(self, answer: Answer, place: str, error: Exception) -> bytes:
+        """The answer that there is none: the server hears no path and no data, the owner all."""
+        named = str(error)
+        if isinstance(error, OSError) and error.filename:
+            named = f"{error.filename}: {error.strerror}"
+        self.say(f"{place}: this client could not answer: {named}; the server asks it again")
+        if not isinstance(error, ValueError | OSError):
+            _log.error("%s: %s", self.client_id, error, exc_info=True)
+        return encode(replace(answer, upload=None, scores=(), costs=(), error=self._told(error)))
+
+    def _told(self, error: Exception) -> str:
+        """What the server is told of an error, without paths of this machine."""
+        settings = self.parts.settings
+        mine = [self.folder, settings.data.path, Path(settings.model.name), Path.home(), Path.cwd()]
+        return told_outside(error, self.client_id, [*mine, *(each.absolute() for each in mine)])
+
+    def _last_answer(self) -> tuple[bytes, Answer | None]:
+        """The last answer, as it was sent; a damaged file is none."""
+        file = self.folder / "answer.bin"
+        data = read_bytes(file) if file.exists() else b""
+        try:
+            return data, decode(Answer, data)
+        except CodecError:
+            return data, None
+
+    def _carry_out(self, call: Call, answer: Answer) -> Answer:
+        self._require_fitting(call)
+        if lost := what_did_not_count(self.folder, self.client_id, call):
+            self.say(f"{where(call, self.terms.settings.rounds.rounds)}: {lost}")
+        self._settle(call)
+        keep(self.accepted, call, self.terms.settings)
+        scores: list[Score] = []
+        costs: list[Cost] = []
+        upload = None
+        for arm in self.parts.arms:
+            if arm.column in call.score:
+                scores += self.score(arm, call, call.score[arm.column])
+        if call.train:
+            for arm in self.parts.arms:
+                sent, cost = self._train(arm, call)
+                costs.append(cost)
+                upload = sent if arm.column == "own" else upload
+            self.accepted.write(self.accepted.round)  # with the digests of what was trained
+        return replace(answer, upload=upload, scores=tuple(scores), costs=tuple(costs))
+
+    def _require_counted(self, call: Call) -> None:
+        """Refuse a server that has forgotten what it said, or counts what is not here."""
+        known = self.accepted.round
+        if call.accepted < known:
+            raise CallRefused(
+                f"client {self.client_id!r}: the server says that round {call.accepted} was the "
+                f"last to count, but it said {known} before; nothing was changed. It was set back "
+                "to an older state, or this is an old message"
+            )
+        mine = self.accepted.kept.newest(self.folder / "clients" / self.client_id, call.accepted)
+        is_there = mine is not None and int(mine.stem) == call.accepted
+        if call.accepted != NEVER and not is_there and not call.last:
+            raise CallRefused(
+                f"client {self.client_id!r}: the server counts an upload of round "
+                f"{call.accepted}, but this client has no state of it; restore its folder from a "
+                "backup, or let the server's operator take the client out"
+            )
+
+    def _require_fitting(self, call: Call) -> None:
+        """Refuse a broadcast before anything is computed with it."""
+        (own,) = (arm for arm in self.parts.arms if arm.column == "own")
+        scored = call.score.get(own.column, call.accepted)
+        for round_ in {call.accepted, min(scored, call.accepted)}:
+            states = self._states(own.column, round_ + 1)
+            client = client_of(own.method, self.parts.start, states, self.client_id)
+            check_broadcast(call.message, own.method, self.parts.start, client)
+
+    def _settle(self, call: Call) -> None:
+        """Drop what does not count, and remember what does."""
+        stale = []
+        for arm in self.parts.arms:
+            kept = min(call.keep.get(arm.column, call.accepted), call.accepted)
+            folder = self._folder(arm.column)
+            stale += self.accepted.kept.settle(folder, sorted({call.accepted, kept}))
+        self.accepted.write(call.accepted)
+        for file in stale:
+            file.unlink(missing_ok=True)
+
+    def score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
+        """Score what the client serves after a round; on test data also the shared part."""
+        whole = call.split == "test"
+        examples = self.learner.task.examples(self.client_id, call.split)
+        if not examples:
+            return []
+        states = self._states(arm.column, min(round_, call.accepted) + 1)
+        client = client_of(arm.method, self.parts.start, states, self.client_id)
+        message = self._message(arm, call)
+        deploying = arm.method.deploy(client, message)
+        own = drive(deploying, self.learner.deploying(round_), self.client_id)
+        shared = arm.method.shared(client, message) if whole else None
+
+        def scored(column: str, serving: Serving) -> Score:
+            (found,) = self.learner.score([(serving, examples)], generate=whole)
+            return Score(column, call.split, round_, found.metrics)
+
+        scores = [scored(arm.column, own)]
+        if shared is not None:
+            same = shared.plan == own.plan and trees.equal(shared.tree, own.tree)
+            scores.append(replace(scores[0], column="shared") if same else scored("shared", shared))
+        what: Literal["validate", "test"] = "test" if whole else "validate"
+        self.hear(Event(what, round_, arm.column, self.client_id, 1, 1))
+        return scores
+
+    def _train(self, arm: Arm, call: Call) -> tuple[Message, Cost]:
+        """The client's half of a round; its new state stays here, its upload is returned."""
+        began = time.monotonic()
+        states = self._states(arm.column, call.round)
+        client = client_of(arm.method, self.parts.start, states, self.client_id)
+        message = self._message(arm, call)
+
+        def on_step(client_id: str, done: int, of: int, loss: float) -> None:
+            self.hear(Event("train", call.round, arm.column, client_id, done, of, loss))
+
+        together = self.learner.carry_out(call.round, states, on_step)
+        fits: list[Trained] = []
+
+        def carry_out(orders: Sequence[tuple[str, int, Order]]) -> list[object]:
+            found = together(orders)
+            fits.extend(cost for _, cost in found if cost is not None)
+            return [answer for answer, _ in found]
+
+        steps = {self.client_id: arm.method.local(client, message)}
+        after, upload = drive_all(steps, carry_out)[self.client_id]
+        states.put(f"clients/{self.client_id}", after)
+        return upload, Cost(arm.column, training_metrics(fits), time.monotonic() - began)
+
+    def _message(self, arm: Arm, call: Call) -> Message:
+        """What the server sent, or, for the yardstick, what a server without clients would send."""
+        if arm.column == "own":
+            return call.message
+        return arm.method.broadcast(arm.method.init_server(self.parts.start), self.client_id)
+
+    @property
+    def _columns(self) -> tuple[str, ...]:
+        return tuple(arm.column for arm in self.parts.arms)
+
+    def _folder(self, column: str) -> Path:
+        """The yardstick has a folder of its own, as in a run's folder."""
+        return self.folder / "local" if column == "local" else self.folder
+
+    def _states(self, column: str, round_: int) -> FileStates:
+        return FileStates(self._folder(column), round_, kept=self.accepted.kept)
+
+
+def is_last(data: bytes, answer: bytes) -> bool:
+    """Whether a call says that nothing comes after it, and this answer does not refuse it."""
+    try:
+        return decode(Call, data).last and not decode(Answer, answer).error
+    except CodecError:
+        return False
+
+
+def open_member(
+    terms: Terms,
+    client_id: str,
+    data: Path,
+    folder: Path,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    hear: Hear = ignore,
+    say: Say = silent,
+) -> Member:
+    """Load the model and read the data of one client; its folder is made if it is not there.
+
+    Raises SettingsError, DataError, ModelError or StoreError where something does not fit.
+    """
+    if client_id not in terms.clients:
+        raise SettingsError(
+            f"client {client_id!r} is not in the terms of {terms.name!r}, which name "
+            f"{', '.join(terms.clients)}"
+        )
+    if folder.exists():  # before a model is loaded for nothing
+        read_accepted(folder).kept.digests.require_whole()
+    settings = settings_here(terms, data, model, device)
+    prepared = prepare(settings, clients=terms.clients, labels=terms.labels)
+    _require_fitting(prepared, terms, client_id, data)
+    make_private_folder(folder)
+    accepted = claim(folder, terms, client_id)
+    learner = learner_of(prepared)
+    return Member(terms, client_id, prepared.parts, learner, folder, accepted, hear, say)
+
+
+def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Path) -> None:
+    """One client's data, of the agreed labels, for the agreed base model."""
+    if prepared.task.clients != (client_id,):
+        raise SettingsError(
+            f"{data} holds the clients {', '.join(prepared.task.clients)}, but this is the place "
+            f"of {client_id!r} alone: name its files {client_id}.train.jsonl and so on"
+        )
+    if tuple(prepared.task.labels) != terms.labels:
+        raise SettingsError(
+            f"{data} has the labels {', '.join(prepared.task.labels) or '(none)'}, but the terms "
+            f"of {terms.name!r} say {', '.join(terms.labels) or '(none)'}"
+        )
+    require_model(prepared.parts, terms)
+
+
+class _About(TypedDict):
+    format: int
+
+
+def claim(folder: Path, terms: Terms, client_id: str) -> Accepted:
+    """A folder belongs to one client of one federation for ever; what it says of its states."""
+    about = {"format": FORMAT, "federation": terms.name, "client": client_id, "terms": terms.digest}
+    file = folder / "run.json"
+    if not file.exists():
+        for each in (ACCEPTED, "clients", "answer.bin"):
+            if (folder / each).exists():
+                raise StoreError(f"{file} is missing, but {folder / each} is there")
+        atomic_write(file, (json.dumps(about, indent=2) + "\n").encode())
+    found = read_json(file, _About)
+    if found["format"] != FORMAT:
+        raise StoreError(
+            f"{file}: a client's folder of format {found['format']}, but this version reads "
+            f"{FORMAT}; the version that began the federation goes on with it"
+        )
+    if found != about:
+        key = next((key for key in about if found.get(key) != about[key]), min(found))
+        raise StoreError(
+            f"{file}: the folder belongs to {key} {found.get(key)!r}, but this is "
+            f"{about.get(key)!r}; use another folder for it"
+        )
+    kept = folder / "answer.bin"
+    if kept.exists() and not kept.is_file():
+        raise StoreError(f"{kept} cannot be read: it is no file")
+    accepted = read_accepted(folder)
+    accepted.kept.digests.require_there()
+    return accepted

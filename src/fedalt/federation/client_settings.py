@@ -1,0 +1,33 @@
+"""The agreed settings on one client's machine: where data and base model lie there."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedalt.federation.agreement import Terms
+from fedalt.models.identity import parts_that_differ
+from fedalt.runs.settings import Settings, SettingsError
+from fedalt.runs.setup import Parts
+
+
+def settings_here(
+    terms: Terms, data: Path, model: str | None = None, device: str | None = None
+) -> Settings:
+    """The agreed settings, with what lies elsewhere on this client's machine."""
+    agreed = terms.settings
+    name, place = model or agreed.model.name, device or agreed.model.device
+    return replace(
+        agreed,
+        data=replace(agreed.data, path=data),
+        model=replace(agreed.model, name=name, device=place),
+    )
+
+
+def require_model(parts: Parts, terms: Terms) -> None:
+    """Raise SettingsError for another base model than the agreed one."""
+    found = parts.base.fingerprint
+    if found != terms.model:
+        raise SettingsError(
+            f"the base model {parts.base.name!r} here has the fingerprint {found!r}, but "
+            f"the terms of {terms.name!r} are about {terms.model!r}: it is another model, with "
+            f"other {parts_that_differ(terms.model, found)}"
+        )

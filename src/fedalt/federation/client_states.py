@@ -1,0 +1,78 @@
+"""What a client keeps of the server's calls, so that its owner has the model without the server.
+
+    server/broadcast/0007.safetensors  what the server sent after round 7
+    served.json                        the round whose model counts, for each column
+
+A client's model is made of its own state and of what the server sends, in FedALT the others' mean.
+The broadcasts are dropped together with the states of their rounds.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+from fedalt.core.codec import CodecError, atomic_write, read
+from fedalt.core.reading import StoreError, read_json
+from fedalt.federation.accepted import Accepted
+from fedalt.federation.messages import Call
+from fedalt.methods.contract import Message
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.settings import Settings
+
+BROADCAST: Final = "server/broadcast"
+CHOSEN: Final = "served.json"
+
+
+def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
+    """Keep a call's broadcast, and which round's model the client would use now.
+
+    That is the round that is being tested; before any test the best one, if the settings say so
+    and the server has told one, else the one before the call's. `accepted` is what counts in the
+    client's folder, from now on this broadcast too.
+    """
+    folder, after = accepted.folder, call.score.get("own", call.round - 1)
+    if not call.last and after >= 0:
+        FileStates(folder, after, kept=accepted.kept).put(BROADCAST, call.message)
+        accepted.write(accepted.round)
+    if call.split == "test" and call.score:
+        chosen = dict(call.score)
+    else:
+        best = call.keep if settings.rounds.select == "best" else {}
+        if call.last:
+            chosen = {**_chosen(folder), **({} if settings.rounds.test else best)}
+        else:
+            chosen = {column: best.get(column, after) for column in ("own", "local")}
+    if min(chosen.values(), default=-1) >= 0:
+        atomic_write(folder / CHOSEN, json.dumps(chosen).encode())
+
+
+def round_to_serve(folder: Path, column: str, wanted: int | None) -> int:
+    """The wanted round, if it is kept, or the chosen one. Raises StoreError."""
+    there = sorted(int(each.stem) for each in (folder / BROADCAST).glob("[0-9]*.safetensors"))
+    chosen = _chosen(folder).get(column)
+    if not there or chosen is None:
+        raise StoreError(
+            f"{folder} has no model to use yet: its client has not heard from the server after a "
+            "round; `fedalt client` takes part"
+        )
+    at = chosen if wanted is None else wanted
+    if column != "local" and at not in there:
+        raise StoreError(
+            f"{folder}: round {at} is not kept; the rounds kept are {', '.join(map(str, there))}"
+        )
+    return at
+
+
+def broadcast_after(folder: Path, round_: int) -> Message:
+    """What the server sent after a round. Raises StoreError where that is damaged."""
+    try:
+        return read(Message, folder / BROADCAST / f"{round_:04d}.safetensors")
+    except (CodecError, OSError) as error:
+        raise StoreError(f"what the server sent after round {round_}: {error}") from error
+
+
+def _chosen(folder: Path) -> Mapping[str, int]:
+    file = folder / CHOSEN
+    chosen: dict[str, int] = read_json(file, dict[str, int]) if file.exists() else {}
+    return chosen

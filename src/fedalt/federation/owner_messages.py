@@ -1,0 +1,62 @@
+"""What `fedalt client` tells its owner of each call and answer, in one line each."""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from fedalt.federation.messages import Answer, Call, Score
+from fedalt.report.table import shown_size
+from fedalt.runs.checkpoints import newest
+
+Say = Callable[[str], None]
+
+
+def silent(_: str) -> None:
+    """Tell nobody."""
+
+
+def what_did_not_count(folder: Path, client_id: str, call: Call) -> str:
+    """A sentence about an upload that the server refused or did not wait for; "" without one.
+
+    `folder` is that of the states as they are before the call is followed.
+    """
+    mine = newest(folder / "clients" / client_id, call.round - 1)
+    trained = -1 if mine is None else int(mine.stem)
+    if trained <= call.accepted:
+        return ""
+    before = (
+        f"goes on from round {call.accepted + 1}" if call.accepted >= 0 else "begins from its start"
+    )
+    return (
+        f"the server does not count the upload of round {trained + 1}: it was refused, or came too "
+        f"late; this client {before} (why, `fedalt federation status` says at the server)"
+    )
+
+
+def what_was_done(call: Call, answer: Answer, size: int, rounds: int) -> str:
+    """A line for an answer of `size` bytes: trained, sent, scored what; "" for a farewell."""
+    parts = []
+    for cost in answer.costs:
+        if cost.column == "own":
+            steps, loss = cost.metrics.get("steps"), cost.metrics.get("loss")
+            did = "trained" if steps is None else f"trained {steps:.0f} steps"
+            parts.append(did + ("" if loss is None else f", loss {loss:.3f}"))
+            parts.append(f"sent {shown_size(size)}")
+    parts += _scored(answer.scores)
+    if not parts:
+        return ""
+    return f"{where(call, rounds)}: {', '.join(parts)}"
+
+
+def where(call: Call, rounds: int) -> str:
+    """The round of a call as people count; what comes after the last one has a name."""
+    if call.round < rounds:
+        return f"round {call.round + 1}/{rounds}"
+    return f"after round {rounds}/{rounds}"
+
+
+def _scored(scores: Iterable[Score]) -> list[str]:
+    return [
+        f"scored {each.column} of round {each.round + 1} on {each.split} data: "
+        + " ".join(f"{name} {value:.3f}" for name, value in sorted(each.metrics.items()))
+        for each in scores
+    ]

@@ -1,0 +1,295 @@
+"""One round's correspondence of a federation's server: calls out, answers in, checked, on disk."""
+
+import json
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Final, Literal
+
+from fedalt.core.codec import CodecError, atomic_write, decode, encode
+from fedalt.core.files import make_private_folder
+from fedalt.core.foreign import shown
+from fedalt.core.reading import read_bytes
+from fedalt.engine.dry_run import Form, rehearse
+from fedalt.engine.firewall import Refused, check_size, check_upload
+from fedalt.engine.round import encoded
+from fedalt.engine.screening import Gate
+from fedalt.federation.agreement import Terms
+from fedalt.federation.answer_schema import Asked, asked_of, check_answer
+from fedalt.federation.messages import NEVER, Answer, Call, digest
+from fedalt.federation.transport import Channel, Lost
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.folder import RunFolder
+
+_REST: Final = 30.0  # seconds before a client that could not do it is asked again
+_SHOWN: Final = 1.0  # seconds between two status files
+
+Say = Callable[[str], None]
+Called = dict[str, list[Asked]]  # of each client, the calls that it has not answered yet
+
+
+class Late(Exception):  # noqa: N818 - nobody's mistake
+    """An answer whose round is over, which the rules do not let count in this one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """What the server's operator decides alone.
+
+    After `deadline` seconds a round ends with the uploads that are there, if they are at least
+    `minimum`; without a deadline it waits for its whole cohort, but for clients that say that they
+    cannot: those are asked again as long as others are waited for. An upload that comes after its
+    round counts in the next one, or is dropped.
+    """
+
+    deadline: float | None = None
+    minimum: int = 1
+    late: Literal["count", "drop"] = "drop"
+
+    def __post_init__(self) -> None:
+        if self.deadline is not None and not self.deadline > 0:
+            raise ValueError(f"deadline={self.deadline}, but it is above 0 seconds")
+        if self.minimum < 1:
+            raise ValueError(f"minimum={self.minimum}, but a round needs an upload")
+
+
+@dataclass
+class Desk:
+    """The round in progress; what it holds can be had again from the disk and the channel.
+
+    `columns` are those of the run's arms, `folder` is the run's. Uploads stay on disk: `answers`
+    hold all but them, `uploads` their sizes in bytes, `downloads` those of the calls.
+    """
+
+    terms: Terms
+    columns: Collection[str]
+    folder: Path
+    channel: Channel
+    rules: Rules
+    gate: Gate
+    say: Say
+    round: int
+    called: Called
+    answers: dict[str, Answer] = field(default_factory=dict)
+    uploads: dict[str, int] = field(default_factory=dict)
+    downloads: dict[str, int] = field(default_factory=dict)
+    _calls: Mapping[str, Call] = field(default_factory=dict)
+    _digests: dict[str, str] = field(default_factory=dict)
+    _asked: dict[str, Asked] = field(default_factory=dict)
+    _heard: dict[str, float] = field(default_factory=dict)  # when, in seconds of the epoch
+    _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
+    _shown: tuple[float, object] = (0.0, None)
+
+    def gather(
+        self,
+        calls: Mapping[str, Call],
+        cohort: Collection[str] = (),
+        *,
+        patience: float | None = None,
+    ) -> None:
+        """Call clients as they come online until all have answered, or it has taken too long.
+
+        `cohort` are those that are to train; `patience` takes the place of the rules' deadline.
+        """
+        self._calls = calls
+        self._resume()
+        began = time.monotonic()
+        limit = self.rules.deadline if patience is None else patience
+        least = min(self.rules.minimum, len(cohort))
+        told = False
+        while missing := self._missing():
+            if missing <= self._unable.keys() and len(self.uploads) >= least:
+                self._tell(f"goes on without {', '.join(sorted(missing))}")
+                return
+            online = self.channel.online()
+            free = [each for each in sorted(missing & online) if self._is_free(each)]
+            self.channel.send((each, self._encoded(each)) for each in free)
+            for each in free:
+                self.called.setdefault(each, []).append(self.asked(each))
+            for client_id, came in self.channel.receive():
+                self._take(client_id, came)
+            missing = self._missing()
+            self._show(online, missing)
+            if not missing or limit is None or time.monotonic() - began <= limit:
+                continue
+            if len(self.uploads) >= least:
+                self._tell(f"goes on without {', '.join(sorted(missing))}")
+                return
+            if not told:
+                self._tell(
+                    f"the deadline is over, but only {len(self.uploads)} of at least {least} "
+                    "uploads are there; waiting on"
+                )
+                told = True
+
+    def answer_file(self, client_id: str) -> Path:
+        """Where a client's answer of this round lies as it came; empty if it was refused."""
+        return self.folder / "incoming" / f"{self.round:04d}" / f"{client_id}.bin"
+
+    def forms(self, client_id: str) -> Sequence[Form]:
+        """What a client's upload must look like in this round."""
+        message = self._calls[client_id].message
+        return rehearse(self.terms.settings.method, self.terms.start, client_id, message)
+
+    def _missing(self) -> set[str]:
+        """Who has not answered yet, of those who still take part."""
+        return self._calls.keys() - self.answers.keys() - RunFolder(self.folder).left()
+
+    def _is_free(self, client_id: str) -> bool:
+        """Whether a client has no call to answer first and did not just say that it cannot."""
+        if client_id in self._unable and time.monotonic() - self._unable[client_id][1] < _REST:
+            return False
+        calls = self.called.get(client_id, [])
+        if self.rules.late == "count":
+            return not calls
+        return all(each.round != self.round for each in calls)
+
+    def _encoded(self, client_id: str) -> bytes:
+        """A call's bytes. They are made when they are needed: calls share what they have in common.
+
+        What tells the call apart, and its size, stay.
+        """
+        data = encode(self._calls[client_id])
+        self._digests[client_id] = digest(data)
+        self.downloads[client_id] = len(data)
+        return data
+
+    def _digest(self, client_id: str) -> str:
+        if client_id not in self._digests:
+            self._encoded(client_id)
+        return self._digests[client_id]
+
+    def asked(self, client_id: str) -> Asked:
+        """What a client's call of this round asks for."""
+        if client_id not in self._asked:
+            call, digest_ = self._calls[client_id], self._digest(client_id)
+            self._asked[client_id] = asked_of(call, digest_, self.terms, self.columns)
+        return self._asked[client_id]
+
+    def _take(self, client_id: str, came: bytes | Lost) -> None:
+        """Put an answer on disk if it is one that counts, or say why not."""
+        calls = self.called.get(client_id, [])
+        asked = calls.pop(0) if calls else None  # calls are answered one after the other
+        if isinstance(came, Lost):
+            self._tell(f"{client_id}: {shown(came.reason)}")
+            return
+        self._heard[client_id] = time.time()
+        if client_id in self.answers:
+            return
+        try:
+            answer = self._checked(client_id, came, asked)
+        except Late as late:
+            self._tell(f"{client_id}: late: {late}")
+            return
+        except Refused as error:
+            states = FileStates(self.folder, self.round)
+            states.quarantine(client_id, str(error), came, self.gate.firewall.quarantine_bytes)
+            self._tell(f"{client_id}: refused: {error}")
+            if asked is not None and asked.round < self.round:
+                return  # its turn in this round is still to come
+            about = self.terms.name, self.terms.digest, client_id, self.round, NEVER, ""
+            self._keep(client_id, Answer(*about), b"")
+            return
+        if answer.error:
+            answer = replace(answer, error=shown(answer.error))
+            if self._unable.get(client_id, ("", 0.0))[0] != answer.error:
+                self._tell(f"{client_id}: {answer.error}")
+            self._unable[client_id] = answer.error, time.monotonic()
+            return
+        self._keep(client_id, answer, came)
+
+    def _keep(self, client_id: str, answer: Answer, data: bytes) -> None:
+        """Put a client's answer of this round on disk."""
+        self._unable.pop(client_id, None)
+        file = self.answer_file(client_id)
+        make_private_folder(file.parent)
+        atomic_write(file, data)
+        self._note(client_id, answer)
+
+    def _note(self, client_id: str, answer: Answer) -> None:
+        if answer.upload is not None:
+            self.uploads[client_id] = len(encoded(answer.upload))
+        self.answers[client_id] = replace(answer, upload=None)
+
+    def _checked(self, client_id: str, data: bytes, asked: Asked | None) -> Answer:
+        """The answer in these bytes, if it is one to what was asked and may count.
+
+        `asked` is the oldest call that the client has not answered, None if there is none. Raises
+        Late or Refused.
+        """
+        check_size(len(data), self.gate.firewall.max_upload_bytes)
+        late = asked is not None and asked.round < self.round
+        if asked is not None and late:
+            self._require_counting(client_id, asked)
+        if client_id not in self._calls:
+            raise Refused(f"nothing was asked in round {self.round}")
+        try:
+            answer = decode(Answer, data, finite=True)
+        except CodecError as error:
+            raise Refused(f"it cannot be read: {error}") from error
+        check_answer(answer, asked or self.asked(client_id), self.terms)
+        if answer.error and late:
+            raise Late(f"in round {answer.round} it could not: {answer.error}")
+        if answer.upload is not None:
+            check_upload(answer.upload, self.forms(client_id))
+        if late:
+            self._tell(f"{client_id}: late: its upload of round {answer.round} counts in this one")
+        return answer
+
+    def _require_counting(self, client_id: str, asked: Asked) -> None:
+        """Whether the rules let an answer to a call of an earlier round count; Late otherwise."""
+        over = f"its answer to the call of round {asked.round} came after that round had ended"
+        call = self._calls.get(client_id)
+        if self.rules.late == "drop":
+            raise Late(f"{over}; it is dropped")
+        if call is None or not call.train or not asked.trains:
+            raise Late(f"{over}, and it does not train in this one; it is dropped")
+        if asked.accepted != call.accepted:
+            raise Late(f"{over}, and another upload of it has counted since; it is dropped")
+
+    def _resume(self) -> None:
+        """What has come of this round before the process was killed, and who was heard before.
+
+        Whoever sent what is no answer to this round's call, or none at all, is called again.
+        """
+        self._heard = _heard_in(self.folder / "status.json") | self._heard
+        for client_id in self._calls:
+            file = self.answer_file(client_id)
+            data = read_bytes(file) if file.exists() else b""
+            try:
+                answer = self._checked(client_id, data, self.asked(client_id)) if data else None
+            except Refused as error:
+                file.unlink()
+                self._tell(f"{client_id}: its answer on disk is dropped: {error}")
+                continue
+            if answer is not None and not answer.error:
+                self._note(client_id, answer)
+
+    def _show(self, online: Collection[str], missing: Collection[str]) -> None:
+        """What `fedalt federation status` reads."""
+        now, news = time.monotonic(), (set(online), set(missing), set(self._unable))
+        if news == self._shown[1] and now - self._shown[0] < _SHOWN:
+            return
+        self._shown = now, news
+        status = {
+            "round": self.round,
+            "rounds": self.terms.settings.rounds.rounds,
+            "online": sorted(online),
+            "awaited": sorted(missing),
+            "heard": self._heard,
+            "unable": {client_id: why for client_id, (why, _) in self._unable.items()},
+            "time": time.time(),
+        }
+        atomic_write(self.folder / "status.json", json.dumps(status).encode())
+
+    def _tell(self, text: str) -> None:
+        self.say(f"round {self.round}: {text}")
+
+
+def _heard_in(status: Path) -> dict[str, float]:
+    """When each client was heard last, as an earlier round or server has shown it."""
+    try:
+        return {each: float(when) for each, when in json.loads(status.read_text())["heard"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # nobody needs it but who looks; it is written anew

@@ -1,0 +1,190 @@
+"""The model of a federation's client, for its owner: it answers, is exported, and scored again.
+
+All of it is on the client's machine: its own state, and what the server sent last or for the round
+that was tested.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedalt.data.folder import open_data
+from fedalt.data.prompts import Template, read_template
+from fedalt.engine.round import client_of, drive
+from fedalt.engine.schedule import Arm, Column, HeldOut, Line
+from fedalt.federation.accepted import member_states
+from fedalt.federation.client_settings import require_model, settings_here
+from fedalt.federation.client_states import broadcast_after, round_to_serve
+from fedalt.federation.messages import Call
+from fedalt.flower.config import ClientConfig, member_of, read_client_config
+from fedalt.methods.contract import Message
+from fedalt.models.base import Base
+from fedalt.runs.answers import Served
+from fedalt.runs.answers import served as served_of_run
+from fedalt.runs.folder import StoreError, locked, open_run
+from fedalt.runs.record import is_client
+from fedalt.runs.setup import Parts, form_of, learner_of, load_parts, prepare
+from fedalt.training.orders import Order
+
+FILE = "client.toml"
+
+
+def client_at(path: Path) -> ClientConfig | None:
+    """The federation's client that a path stands for, None where it stands for none.
+
+    That is its client.toml, the folder of that file, or the state that it names. Raises
+    SettingsError, and StoreError for a state without its client.toml.
+    """
+    if path.is_file() and path.suffix == ".toml":
+        return read_client_config(path)
+    if (path / FILE).is_file():
+        return read_client_config(path / FILE)
+    if not is_client(path):
+        return None
+    file = path.absolute().parent / FILE
+    if file.is_file():
+        config = read_client_config(file)
+        if config.place.folder.resolve() == path.resolve():
+            return config
+    raise StoreError(
+        f"{path} is the state of a federation's client whose client.toml lies elsewhere; name that "
+        "file instead of the folder"
+    )
+
+
+def served(
+    path: Path,
+    client_id: str | None,
+    column: Column = "own",
+    round_: int | None = None,
+    base: Base | None = None,
+) -> Served:
+    """A client's model: of a run, or a federation's client's own; see `answers.served`.
+
+    `client_id` may be left out where there is one client alone.
+    """
+    if (config := client_at(path)) is not None:
+        require_owner(config, client_id)
+        return _own(config, column, round_, base)
+    if client_id is None:
+        clients = clients_of(path)
+        if len(clients) > 1:
+            raise StoreError(f"{path} has several clients: name one of {', '.join(clients)}")
+        (client_id,) = clients
+    return served_of_run(path, client_id, column, round_, base)
+
+
+def clients_of(path: Path) -> list[str]:
+    """Whose models can be had here: the clients of a run, or a federation's client alone."""
+    if (config := client_at(path)) is not None:
+        return [config.place.name]
+    facts = open_run(path).facts()
+    return [*facts.get("clients", {}), *facts.get("joined", {})]
+
+
+def require_owner(config: ClientConfig, client_id: str | None) -> None:
+    """Raise StoreError where another client is asked for than the one that lives here."""
+    if client_id not in (None, config.place.name):
+        raise StoreError(
+            f"{config.file} is the place of client {config.place.name!r}; the model of "
+            f"{client_id!r} is with its own owner alone"
+        )
+
+
+def evaluate(config: ClientConfig, split: HeldOut, round_: int | None = None) -> list[Line]:
+    """Score the client's model again; lines like those of a run's record. Nothing is written.
+
+    Raises StoreError before the first round is over, and while the client takes part.
+    """
+    place = config.place
+    round_to_serve(place.folder, "own", round_)  # before the model is loaded
+    with locked(place.folder):
+        member = member_of(config)
+        lines: list[Line] = []
+        for arm in member.parts.arms:
+            at = round_to_serve(place.folder, arm.column, round_)
+            call = Call(
+                federation=config.terms.name,
+                terms=config.terms.digest,
+                client=place.name,
+                round=at + 1,
+                accepted=at,
+                train=False,
+                message=_message(config, member.parts, arm, at),
+                split=split,
+            )
+            lines += [
+                {
+                    "kind": "score",
+                    "split": split,
+                    "round": at,
+                    "client": place.name,
+                    "column": score.column,
+                    "metrics": dict(score.metrics),
+                }
+                for score in member.score(arm, call, at)
+            ]
+    return lines
+
+
+def load_base_of(config: ClientConfig) -> Base:
+    """The base model of a federation's client."""
+    place, terms = config.place, config.terms
+    settings = settings_here(terms, place.data, place.model, place.device)
+    return load_parts(settings, terms.labels).base
+
+
+def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | None) -> Served:
+    """What this client serves after a round, the one that counts if none is named."""
+    place, terms = config.place, config.terms
+    wanted: Column = "local" if column == "local" else "own"
+    at = round_to_serve(place.folder, wanted, round_)
+    settings = settings_here(terms, place.data, place.model, place.device)
+    data = open_data(place.data)
+    if place.name not in data.clients:
+        raise StoreError(f"{place.data} has no data of {place.name!r}, whose form prompts take")
+    parts = load_parts(settings, terms.labels, base)
+    require_model(parts, terms)
+    arms = {arm.column: arm for arm in parts.arms}
+    if wanted not in arms:
+        raise StoreError(f"{place.folder} has no column 'local': there is no yardstick")
+    arm = arms[wanted]
+    with locked(place.folder):
+        states = member_states(place.folder, wanted, at + 1)
+        client = client_of(arm.method, parts.start, states, place.name)
+        message = _message(config, parts, arm, at)
+        carry_out = _Deploying(config, parts, at)
+        serving = drive(arm.method.deploy(client, message), carry_out, place.name)
+        if column == "shared":
+            shared = arm.method.shared(client, message)
+            if shared is None:
+                raise StoreError(f"{place.folder} has no column 'shared': its method shares none")
+            serving = shared
+    file = settings.data.template
+    template = Template() if file is None else read_template(file)
+    return Served(parts, serving, form_of(data.records(place.name, "train")[0]), template)
+
+
+def _message(config: ClientConfig, parts: Parts, arm: Arm, round_: int) -> Message:
+    """What the server sent, or, for the yardstick, what a server without clients would send."""
+    if arm.column == "own":
+        return broadcast_after(config.place.folder, round_)
+    return arm.method.broadcast(arm.method.init_server(parts.start), config.place.name)
+
+
+@dataclass(frozen=True)
+class _Deploying:
+    """Carries out what the client orders before it serves, as was done when it was scored.
+
+    Most methods order nothing: the data are encoded when one does.
+    """
+
+    config: ClientConfig
+    parts: Parts
+    round: int
+
+    def __call__(self, client_id: str, number: int, order: Order) -> object:
+        clients = self.config.terms.clients
+        prepared = prepare(self.parts.settings, base=self.parts.base, clients=clients)
+        carry_out: Callable[[str, int, Order], object] = learner_of(prepared).deploying(self.round)
+        return carry_out(client_id, number, order)

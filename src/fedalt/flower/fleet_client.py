@@ -1,0 +1,251 @@
+"""A client's connection to the server, as a process of its own beside the one that holds the model.
+
+    python -m fedalt.flower.fleet_client FD ADDRESS KEY CA [NODE]     (CA is "-" without TLS)
+
+It speaks Flower's Fleet protocol, hands every call on through the socket FD and sends back what
+comes out of it. Nothing that the server sends is ever run: all that a call can hold is bytes. It
+ends with its parent, and where the server does not let it in. It tells the server that it leaves,
+or that the last one, NODE, has left, as Flower would keep the next one out for a minute otherwise.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final, NamedTuple, NoReturn
+
+import httpx
+from cryptography.hazmat.primitives.serialization import load_ssh_private_key
+from flwr.app import Message, RecordDict
+from flwr.proto.fleet_pb2 import DeactivateNodeRequest
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    pull_objects,
+    push_object_contents_from_iterable,
+)
+from flwr.supercore.run import RunNotRunningException
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.fleet_http_connection import http_request_response
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedalt.flower.pipe import receive, send
+from fedalt.flower.proxies import reach_loopback_directly, through_proxy
+from fedalt.flower.records import bytes_of, content_of
+
+_PAUSE: Final = 0.2  # seconds between two looks where a call has just been
+_LONGEST: Final = 2.0  # where there was none for a while: many clients look at one server
+_AGAIN: Final = (1.0, 2.0, 5.0)  # seconds to the next try to reach the server
+_AHEAD: Final = 5.0  # seconds that a clock may be before the server's, by Flower's rules
+_BEHIND: Final = 305.0
+_LAST_WORDS: Final = 8.0  # seconds that leaving may take
+
+
+def main() -> None:
+    """Connect and pass on, until the parent is gone or the server does not know us any more."""
+    descriptor, address, key_file, ca_file, *last = sys.argv[1:]
+    pair = socket.socket(fileno=int(descriptor))
+    signal.signal(signal.SIGTERM, _leave)
+    # Flower sends its own process this signal where the server does not know the key.
+    signal.signal(signal.SIGINT, _shut_out)
+    threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
+    reach_loopback_directly(address)
+    key: Any = load_ssh_private_key(Path(key_file).read_bytes(), None)
+    server = _Server(address, None if ca_file == "-" else ca_file, key)
+    try:
+        _reach(pair, server)
+        for node in last:
+            _sign_off(server, int(node))
+        _pass_on(pair, server)
+    except _EndedError:
+        send(pair, "ended")
+    except _ShutOutError:
+        send(pair, "trouble", b"the server does not know this connection any more")
+
+
+@dataclass(frozen=True)
+class _Server:
+    """Where it is, who vouches for it, None without TLS, and the key that it knows us by."""
+
+    address: str
+    authority: str | None
+    key: Any
+
+    @property
+    def insecure(self) -> bool:
+        return self.authority is None
+
+    @property
+    def certificate(self) -> bytes | None:
+        return None if self.authority is None else Path(self.authority).read_bytes()
+
+
+class _Connection(NamedTuple):
+    """What Flower's connection consists of, in its order."""
+
+    node: int
+    pull: Callable[[], Any]
+    send: Callable[..., tuple[set[str], str]]
+    get_run: object
+    get_fab: object
+    pull_object: Callable[[int, str], bytes]
+    push_object: Callable[[int, str, str, bytes], None]
+    confirm: Callable[[int, str], None]
+
+
+def _sign_off(server: _Server, node: int) -> None:
+    """Say that a connection has ended which broke off; it is no matter if that is known."""
+    signing = NodeAuthHttpInterceptor(server.key, server.key.public_key())
+    with (
+        FleetHttpClient.from_server_address(
+            server.address, server.insecure, server.certificate, [signing]
+        ) as client,
+        contextlib.suppress(httpx.HTTPError),
+    ):
+        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+
+
+def _pass_on(pair: socket.socket, server: _Server) -> None:
+    """Hand on calls and answers for as long as there is a connection."""
+    keys = server.key, server.key.public_key()
+    with http_request_response(server.address, server.insecure, server.certificate, keys) as parts:
+        connection = _Connection(*parts)
+        send(pair, "connected", str(connection.node).encode())
+        pause = _PAUSE
+        while True:
+            if (call := _next_call(connection)) is None:
+                time.sleep(pause)
+                pause = min(1.2 * pause, _LONGEST)
+                continue
+            pause = _PAUSE
+            message, data = call
+            send(pair, "call", data)
+            del call, data  # training takes longer than anything here, beside a large model
+            _answer(connection, message, receive(pair)[1])
+            send(pair, "delivered")
+
+
+def _next_call(connection: _Connection) -> tuple[Message, bytes] | None:
+    """The next call that waits for us, if there is one; what is no call is dropped."""
+    try:
+        if (waiting := connection.pull()) is None:
+            return None
+        head, tree = waiting
+        run, wanted = head.metadata.run_id, head.metadata.message_id
+        names = [each.object_id for each in iterate_object_tree(tree)]
+        contents = pull_objects(  # which may still be on their way to the server
+            names, lambda name: connection.pull_object(run, name), initial_backoff=_PAUSE
+        )
+        connection.confirm(run, wanted)
+    except RunNotRunningException:  # the server has begun anew since
+        return None
+    message: Any = inflate_object_from_contents(wanted, contents)
+    message.metadata.__dict__["_message_id"] = wanted
+    try:
+        data = bytes_of(message.content)
+        message.content = RecordDict()  # only who has sent it is still to be known
+        return message, data
+    except ValueError as error:
+        print(f"a message that is no call of fedalt: {error}", file=sys.stderr)
+        return None
+
+
+def _answer(connection: _Connection, call: Message, data: bytes) -> None:
+    """Send an answer; where the run that asked is over, the next one will ask again."""
+    reply = Message(content_of(data), reply_to=call)
+    run = call.metadata.run_id
+    with no_object_id_recompute():
+        reply.metadata.__dict__["_message_id"] = reply.object_id
+        objects = get_all_nested_objects(reply)
+        try:
+            wanted, session = connection.send(reply, get_object_tree(reply), 0.0)
+            push_object_contents_from_iterable(
+                ((name, each.deflate()) for name, each in objects.items() if name in wanted),
+                push_object_fn=lambda name, content: connection.push_object(
+                    run, session, name, content
+                ),
+            )
+        except RunNotRunningException:
+            print("the server has begun anew; it will ask again", file=sys.stderr)
+
+
+def _reach(pair: socket.socket, server: _Server) -> None:
+    """Wait until the server answers, proves who it is, and has the same time as we have."""
+    tries = 0
+    while (trouble := _trouble(server.address, server.authority)) is not None:
+        send(pair, "trouble", trouble.encode())
+        time.sleep(_AGAIN[min(tries, len(_AGAIN) - 1)])
+        tries += 1
+
+
+def _trouble(address: str, authority: str | None) -> str | None:
+    """Why nobody can work with the server at this address, or None. Raises `_EndedError`."""
+    secure = authority is not None
+    asked = time.time()
+    try:
+        verify: Any = ssl.create_default_context(cafile=authority) if secure else True
+        answer = httpx.get(f"{'https' if secure else 'http'}://{address}/", verify=verify)
+    except (httpx.TransportError, ssl.SSLError) as error:
+        return f"{address} cannot be reached: {error}{through_proxy(address, secure=secure)}"
+    if answer.status_code == HTTPStatus.GONE:
+        raise _EndedError
+    date = answer.headers.get("date")
+    if date is None:
+        return None
+    ahead = asked - parsedate_to_datetime(date).timestamp()
+    if -_BEHIND < ahead < _AHEAD:
+        return None
+    return (
+        f"this machine's clock is {abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} "
+        f"that of {address}; at most {_AHEAD:.0f} ahead and {_BEHIND:.0f} behind are taken"
+    )
+
+
+class _EndedError(Exception):
+    """The server says that the federation has ended."""
+
+
+class _ShutOutError(BaseException):
+    """The server does not know our key, or has begun anew; Flower's own code lets only such an
+    exception pass.
+    """
+
+
+def _shut_out(*_: object) -> NoReturn:
+    raise _ShutOutError
+
+
+def _leave(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # we are about it
+    threading.Thread(target=_end_soon, daemon=True).start()
+    sys.exit(0)
+
+
+def _end_soon() -> None:
+    time.sleep(_LAST_WORDS)
+    os._exit(0)
+
+
+def _leave_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the parent has closed its end
+        main()

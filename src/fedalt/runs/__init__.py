@@ -1,0 +1,1 @@
+"""Runs on one machine: settings, folder, checkpoints, membership, comparison, tuning."""

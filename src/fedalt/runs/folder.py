@@ -1,0 +1,353 @@
+"""A run's folder: settings, the record of rounds, and states that no crash leaves in pieces.
+
+run.json                    format, versions, data and model fingerprints
+settings.toml               the resolved settings
+rounds.jsonl                one line per client, evaluation and round
+examples.jsonl              a few test examples of each client in full: private, like the data
+progress.json               how far the run is; replacing this file commits a round
+states-0.sha256             the digests of all files that count; states-1.sha256 in turn with it
+clients/ID/0007.safetensors a client's state after round 7, and server/ likewise
+server/latest/ID/...        each client's last upload, for methods that keep a ledger
+local/...                   the same for the local-only yardstick; see states.py
+refused.jsonl, quarantine/  uploads that do not count: why, and their bytes
+waiting/                    uploads of a round that has to see all before it judges one
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Final, NotRequired, TypedDict
+
+from fedalt.core.codec import atomic_write
+from fedalt.core.digests import Digests, digest_of
+from fedalt.core.files import AtOnce, Writer, make_private_folder, open_private
+from fedalt.core.reading import read_bytes, read_lines, read_text
+from fedalt.engine.schedule import Line, Progress
+from fedalt.runs.checkpoints import FileStates, Kept
+from fedalt.runs.record import (
+    FORMAT,
+    Standing,
+    StoreError,
+    read_facts,
+    read_standing,
+    require_committed,
+    require_run,
+)
+from fedalt.runs.standing import (
+    FACTS,
+    LISTS,
+    PROGRESS,
+    RECORD,
+    read_digests,
+    seal_of_facts,
+    write_facts,
+    write_standing,
+)
+
+__all__ = [
+    "RunFolder",
+    "StoreError",
+    "create",
+    "kept_rounds",
+    "locked",
+    "open_run",
+    "require_unused",
+]
+
+EXAMPLES: Final = "examples.jsonl"
+_COLUMNS: Final = ("own", "local")
+
+
+class _Example(TypedDict):
+    client: str
+    column: str
+    round: int
+    prompt: str
+    reference: str
+    prediction: str | None
+    loss: float
+    tokens: NotRequired[list[tuple[str, float]]]
+    slots: NotRequired[list[str]]
+
+
+@dataclass
+class _Memory:
+    """What this process knows of the folder, so that it reads nothing twice.
+
+    `hashed` is the digest of the first `bytes` bytes of rounds.jsonl.
+    """
+
+    standing: Standing
+    kept: Kept
+    hashed: Any = field(default_factory=sha256)
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The journal of a run, on disk. Use it within `locked`."""
+
+    path: Path
+    writer: Writer = field(default_factory=AtOnce)
+    _memory: list[_Memory] = field(default_factory=list, repr=False, compare=False)
+
+    def progress(self, leaving: str | None = None) -> Progress:
+        """How far the run is; the record is cut back to what was committed with that.
+
+        Raises StoreError where anything that counts is gone. What states hold is looked at when
+        they are read, or by `require_whole`. Only for the client who is `leaving` may its leaving
+        have been cut short.
+        """
+        begun = self.facts().get("leaving")
+        if begun not in (None, leaving):
+            raise StoreError(
+                f"`fedalt leave {self.path} --client {begun}` was cut short and left files of two "
+                "kinds; the same command again ends what it began"
+            )
+        memory = self._remembered()
+        if begun is not None:
+            self._take_as_it_is(memory.kept.digests, begun)
+        now, record = memory.standing, self.path / RECORD
+        self._committed()
+        memory.kept.digests.require_there()
+        if record.exists() and record.stat().st_size > now.record_bytes:
+            os.truncate(record, now.record_bytes)
+        return Progress(now.rounds_done, now.best, now.tested)
+
+    def require_whole(self) -> None:
+        """Raise StoreError unless every file that counts has the content that was committed."""
+        self._remembered().kept.digests.require_whole()
+
+    def states(self, column: str, round_: int) -> FileStates:
+        """The yardstick has a folder of its own; the method asked for lies at the top."""
+        self.writer.finish()  # it may be what is read now
+        return FileStates(self._arm(column), round_, self.writer, self._remembered().kept)
+
+    def record(self, line: Line) -> None:
+        """Append a line to rounds.jsonl."""
+        with open_private(self.path / RECORD, "a") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        """Replace examples.jsonl."""
+        whole = "".join(_compact(line) + "\n" for line in lines).encode()
+        atomic_write(self.path / EXAMPLES, whole)
+        self._remembered().kept.digests.note(self.path / EXAMPLES, digest_of(whole))
+
+    def commit(self, progress: Progress) -> None:
+        """Make the round count by replacing progress.json, then drop states no one needs."""
+        self.writer.finish()
+        memory = self._remembered()
+        stale = [
+            file
+            for column in _COLUMNS
+            for file in memory.kept.settle(self._arm(column), kept_rounds(progress, column))
+        ]
+        if not progress.tested:  # those of an earlier end may be replaced at any time from now on
+            memory.kept.digests.forget(self.path / EXAMPLES)
+        size = self._hash_record(memory)
+        facts = (seal_of_facts(self.facts()),) if (self.path / FACTS).exists() else ()
+        self._write(
+            memory,
+            replace(
+                memory.standing,
+                rounds_done=progress.rounds_done,
+                best=progress.best,
+                tested=progress.tested,
+                record_bytes=size,
+                record_sha256=memory.hashed.hexdigest(),
+                facts=facts,
+            ),
+        )
+        for file in stale:
+            file.unlink(missing_ok=True)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Everything committed to rounds.jsonl. Raises StoreError where it was changed."""
+        return [json.loads(line) for line in self._committed().splitlines()]
+
+    def examples(self) -> list[dict[str, Any]]:
+        """What examples.jsonl holds. Raises StoreError where it is gone, or changed."""
+        file, digests = self.path / EXAMPLES, self._remembered().kept.digests
+        if EXAMPLES in digests.names(self.path):
+            digests.read(file)
+        return read_lines(file, _Example) if file.exists() else []
+
+    def best_loss(self) -> float | None:
+        """The lowest validation loss of the method asked for, a trimmed mean; None without any."""
+        best = self._standing().best.get("own")
+        return None if best is None else best[1]
+
+    def rounds_done(self) -> int:
+        """How many rounds are committed; unlike `progress` safe while another process writes."""
+        return self._standing().rounds_done
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds. Raises StoreError where it was changed."""
+        return read_facts(self.path)
+
+    def settings_at_start(self) -> dict[str, Any]:
+        """The settings that the run began with, as their file's table."""
+        return dict(self.facts().get("settings", {}))
+
+    def add_facts(self, facts: Mapping[str, object]) -> None:
+        """Add to what run.json holds, or replace a part of it; None takes it out.
+
+        What was written of states since the last commit counts from now on, too.
+        """
+        before = self.facts()
+        after = {key: value for key, value in {**before, **facts}.items() if value is not None}
+        seals = tuple(dict.fromkeys(seal_of_facts(each) for each in (before, after)))
+        if len(seals) == 1 or not self._standing().facts:
+            write_facts(self.path, after)
+            return
+        # Whenever this is cut short, the file is one of the two.
+        memory = self._remembered()
+        self._write(memory, replace(memory.standing, facts=seals))
+        write_facts(self.path, after)
+        self._write(memory, replace(memory.standing, facts=seals[1:]))
+
+    def left(self) -> frozenset[str]:
+        """The clients that have left the run."""
+        return frozenset(self.facts().get("left", ()))
+
+    def forget_uploads(self, client_id: str) -> None:
+        """Drop what ledgers of the server hold of a client."""
+        for ledger in (self.path / "server").glob("*/"):
+            shutil.rmtree(ledger / client_id, ignore_errors=True)
+            self._remembered().kept.digests.forget_below(ledger / client_id)
+
+    def _take_as_it_is(self, digests: Digests, client_id: str) -> None:
+        """Let count what a leaving that was cut short has left of the server's states."""
+        self.forget_uploads(client_id)
+        for name in digests.names(self.path / "server"):
+            file = self.path / "server" / name
+            digests.note(file, digest_of(read_bytes(file)))
+
+    def _arm(self, column: str) -> Path:
+        return self.path / "local" if column == "local" else self.path
+
+    def _standing(self) -> Standing:
+        return read_standing(self.path)
+
+    def _remembered(self) -> _Memory:
+        """What is known of the folder, read anew if another process has committed since."""
+        while not self._memory or self._memory[0].standing != (standing := self._standing()):
+            standing = self._standing()
+            try:
+                digests = read_digests(self.path, standing)
+            except StoreError:
+                if standing == self._standing():
+                    raise
+                continue  # whoever looks at a run that goes on comes too late for a list
+            self._memory[:] = [_Memory(standing, Kept(digests, standing.rounds_done))]
+        return self._memory[0]
+
+    def _write(self, memory: _Memory, standing: Standing) -> None:
+        memory.standing = write_standing(self.path, standing, memory.kept.digests)
+        memory.kept = replace(memory.kept, rounds=standing.rounds_done)
+
+    def _hash_record(self, memory: _Memory) -> int:
+        """Force the record to disk, and its new lines into the digest; how long it is."""
+        if memory.bytes != memory.standing.record_bytes:  # a commit failed half way
+            memory.hashed, memory.bytes = sha256(), 0
+        with open_private(self.path / RECORD, "a+b") as file:
+            os.fsync(file.fileno())
+            file.seek(memory.bytes)
+            while data := file.read(2**20):
+                memory.hashed.update(data)
+                memory.bytes += len(data)
+        return memory.bytes
+
+    def _committed(self) -> bytes:
+        """The part of rounds.jsonl that counts. Raises StoreError where it is not as written."""
+        now, record = self._standing(), self.path / RECORD
+        if not record.exists() and not now.record_bytes:
+            return b""
+        data = read_bytes(record)
+        whole = data[: now.record_bytes]
+        require_committed(record, whole, now)
+        return whole
+
+
+def kept_rounds(progress: Progress, column: str) -> list[int]:
+    """The rounds after which an arm's states are kept: the last two and the best one."""
+    best = [progress.best[column][0]] if column in progress.best else []
+    last = range(max(0, progress.rounds_done - 2), progress.rounds_done)
+    return sorted({*last, *best})
+
+
+def require_unused(path: Path) -> None:
+    """Refuse a folder for a new run that holds anything already."""
+    if path.exists() and not (path.is_dir() and _is_empty(path)):
+        hint = ""
+        if (path / "run.json").exists():
+            hint = f"; `fedalt resume {path}` continues it"
+        elif any((path / each).exists() for each in (PROGRESS, RECORD, *LISTS)):
+            hint = f": it holds a run whose {path / 'run.json'} is missing"
+        raise StoreError(f"{path} exists already and is not empty{hint}")
+
+
+def create(path: Path, settings: str, facts: Mapping[str, object]) -> RunFolder:
+    """Make a run's folder; one that holds anything already is refused.
+
+    But for the settings, if they are the same: their process was killed before it was a run.
+    """
+    begun = path / "settings.toml"
+    if not (begun.is_file() and _is_empty(path, begun.name) and read_text(begun) == settings):
+        require_unused(path)
+    make_private_folder(path)
+    atomic_write(begun, settings.encode())
+    whole = {"format": FORMAT, **facts, "settings": tomllib.loads(settings)}
+    try:
+        write_facts(path, whole)
+    except BaseException:  # half a run could be neither resumed nor begun again
+        begun.unlink()
+        raise
+    return RunFolder(path)
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run's folder, if it is one and of this format."""
+    require_run(path)
+    return RunFolder(path)
+
+
+def require_settings(path: Path, settings: str) -> None:
+    """Raise StoreError unless a run's settings.toml has this text, which nobody may edit."""
+    file = path / "settings.toml"
+    if read_text(file) != settings:
+        raise StoreError(
+            f"{file} was changed after it was written: it is not what the terms say; put it back "
+            "from a backup"
+        )
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[int]:
+    """Keep every other process out of a run's folder; a dead process holds no lock.
+
+    A process that is given the descriptor holds the lock too.
+    """
+    make_private_folder(path)
+    with open_private(path / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StoreError(f"another process is using {path}") from None
+        yield file.fileno()
+
+
+def _compact(line: Line) -> str:
+    return json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _is_empty(folder: Path, but: str = ".lock") -> bool:
+    return all(entry.name in (".lock", but) for entry in folder.iterdir())

@@ -1,0 +1,307 @@
+"""A run in its folder: start it, go on with it, score it again, serve one of its clients."""
+
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedalt.core.files import writing_behind
+from fedalt.engine.executor import Crew
+from fedalt.engine.round import servings
+from fedalt.engine.run import Run
+from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress
+from fedalt.engine.workers import Work, crew
+from fedalt.methods.contract import Serving
+from fedalt.models.base import Base
+from fedalt.models.identity import what_differs
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.folder import (
+    RunFolder,
+    StoreError,
+    create,
+    kept_rounds,
+    locked,
+    open_run,
+    require_unused,
+)
+from fedalt.runs.record import require_clients
+from fedalt.runs.settings import Settings, to_toml
+from fedalt.runs.setup import Parts, Prepared, facts_of, learner_of, prepare, settings_of_run
+from fedalt.training.orders import Order
+
+
+class Watcher(Protocol):
+    """Somebody who watches a run: hears its events and reads its lines as they are written."""
+
+    def hear(self, event: Event) -> None:
+        """Something moved on."""
+        ...
+
+    def wrote(self, line: Line) -> None:
+        """A line was added to rounds.jsonl."""
+        ...
+
+
+@dataclass(frozen=True)
+class Nobody:
+    """A watcher who looks away."""
+
+    def hear(self, event: Event) -> None:
+        """Ignore it."""
+
+    def wrote(self, line: Line) -> None:
+        """Ignore it."""
+
+
+def new_run(prepared: Prepared, path: Path) -> RunFolder:
+    """A run's folder before its first round. Raises StoreError for a folder that is in use."""
+    require_unused(path)
+    with locked(path):
+        return create(path, to_toml(prepared.parts.settings), facts_of(prepared))
+
+
+def start_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
+    """Train and test in a new folder."""
+    new_run(prepared, path)
+    return resume_run(prepared, path, watcher)
+
+
+def reopen(path: Path, base: Base | None = None) -> Prepared:
+    """Prepare an existing run again; StoreError where its data or base model are others now.
+
+    `base` is its base model, if that is loaded already.
+    """
+    folder = open_run(path)
+    require_clients(path)
+    settings, changed = settings_of_run(folder)
+    prepared = prepare(settings, base=base)
+    then, now = folder.facts(), facts_of(prepared)
+    require_same_base(path, then, prepared.parts.base)
+    for part, key, what in (
+        ("data", "fingerprint", "other client data"),
+        ("data", "template", "another prompt template"),
+    ):
+        expected, found = then.get(part, {}).get(key), now[part][key]
+        if expected != found:
+            raise StoreError(
+                f"{path / 'run.json'}: the run began with {what}: expected {key} {expected!r}, "
+                f"found {found!r}"
+            )
+    old = [
+        f"{name} {number}"
+        for name, number in then.get("versions", {}).items()
+        if now["versions"].get(name) != number
+    ]
+    # What else there is to warn of has been said when the run began.
+    text = f"the run began with {', '.join(old)}: numbers may differ in their last digits"
+    return replace(prepared, warnings=(*changed, *((text,) if old else ())))
+
+
+def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
+    """Raise StoreError, which names what differs, for another base model than a run's own."""
+    found = base.fingerprint
+    told = (
+        what_differs(facts["model"], base.identity, found)
+        if base.identity is not None
+        else ""
+        if facts["model"]["fingerprint"] == found
+        else f"fingerprint {found!r}"
+    )
+    if told:
+        raise StoreError(f"{path} began with another base model than {base.name!r} is now: {told}")
+
+
+def is_finished(path: Path) -> bool:
+    """Whether all rounds of a run are done and tested."""
+    folder = open_run(path)
+    require_clients(path)
+    settings, _ = settings_of_run(folder)
+    with locked(path):
+        progress = folder.progress()
+    tested = progress.tested or not settings.rounds.test
+    return tested and progress.rounds_done >= settings.rounds.rounds
+
+
+def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
+    """Go on where a run stands, if it is not finished."""
+    folder = open_run(path)
+    with locked(path):
+        folder.progress()
+        folder.require_whole()
+        with _crew(prepared, path, watcher) as together, writing_behind() as writer:
+            journal = _Watched(replace(folder, writer=writer), watcher)
+            replace(_run(prepared, journal, watcher), crew=together).to_the_end()
+    return folder
+
+
+def load_in_worker(path: Path, hear: Callable[[Event], None]) -> Work:
+    """The run of a folder in a worker process, which does what the first process gives it."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    notes = _Notes(open_run(path), [])
+    return replace(_run(reopen(path), notes, Nobody()), hear=hear).work
+
+
+def evaluate(
+    prepared: Prepared,
+    path: Path,
+    split: HeldOut,
+    round_: int | None = None,
+    watcher: Watcher = Nobody(),
+) -> list[Line]:
+    """Score a round again, the chosen one if none is named; lines like those of rounds.jsonl.
+
+    Nothing is written.
+    """
+    folder = open_run(path)
+    notes = _Notes(folder, [])
+    with locked(path), _crew(prepared, path, watcher) as together:
+        progress = folder.progress()
+        run = replace(_run(prepared, notes, watcher), crew=together)
+        for arm in prepared.parts.arms:
+            at = _round(prepared.parts.settings, progress, arm.column, round_)
+            run.score(arm, at, split, whole=True)
+    return notes.lines
+
+
+def score_clients(
+    prepared: Prepared, folder: RunFolder, arm: Arm, round_: int, clients: Sequence[str]
+) -> list[Line]:
+    """Score some clients on their test data after a round; use it within `locked`."""
+    notes = _Notes(folder, [])
+    run = replace(_run(prepared, notes, Nobody()), clients=clients)
+    run.score(arm, round_, "test", whole=True)
+    return notes.lines
+
+
+def require_client(folder: RunFolder, client_id: str) -> None:
+    """Raise StoreError for a client that a run does not have."""
+    facts = folder.facts()
+    clients = [*facts.get("clients", {}), *facts.get("joined", {})]
+    if client_id not in clients:
+        close = difflib.get_close_matches(client_id, clients, n=3) or clients[:8]
+        raise StoreError(f"{folder.path} has no client {client_id!r}, but {', '.join(close)}")
+
+
+def serving(
+    parts: Parts, path: Path, client_id: str, column: Column, round_: int | None = None
+) -> Serving:
+    """What a client of a run serves: its own model, the shared part, or the yardstick."""
+    folder = open_run(path)
+    require_client(folder, client_id)
+    arms = {arm.column: arm for arm in parts.arms}
+    wanted: Column = "local" if column == "local" else "own"
+    if wanted not in arms:
+        raise StoreError(f"{path} has no column 'local': it was run without the yardstick")
+    with locked(path):
+        at = _round(parts.settings, folder.progress(), wanted, round_)
+        states = folder.states(wanted, at + 1)
+        carry_out = _Again(path, parts, at)
+        own, shared = servings(arms[wanted].method, parts.start, states, client_id, carry_out)
+    if column != "shared":
+        return own
+    if shared is None:
+        raise StoreError(f"{path} has no column 'shared': its method shares nothing")
+    return shared
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A run's folder as its journal, with somebody reading along."""
+
+    folder: RunFolder
+    watcher: Watcher
+
+    def progress(self) -> Progress:
+        return self.folder.progress()
+
+    def states(self, column: str, round_: int) -> FileStates:
+        return self.folder.states(column, round_)
+
+    def record(self, line: Line) -> None:
+        self.folder.record(line)
+        self.watcher.wrote(line)
+
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        self.folder.keep_examples(lines)
+
+    def commit(self, progress: Progress) -> None:
+        self.folder.commit(progress)
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """A journal that reads a run's states and keeps its lines to itself."""
+
+    folder: RunFolder
+    lines: list[Line]
+
+    def progress(self) -> Progress:
+        return self.folder.progress()
+
+    def states(self, column: str, round_: int) -> FileStates:
+        return self.folder.states(column, round_)
+
+    def record(self, line: Line) -> None:
+        self.lines.append(line)
+
+    def keep_examples(self, lines: Sequence[Line]) -> None:
+        """Nothing is written."""
+
+    def commit(self, progress: Progress) -> None:
+        """Nothing has changed."""
+
+
+def _crew(prepared: Prepared, path: Path, watcher: Watcher) -> AbstractContextManager[Crew]:
+    """The processes that share a run."""
+    count = prepared.parts.settings.training.processes
+    device = prepared.parts.base.adapted.device
+    return crew(path, load_in_worker, count, device, watcher.hear)
+
+
+def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Run:
+    parts, settings = prepared.parts, prepared.parts.settings
+    left = journal.folder.left()
+    return Run(
+        arms=parts.arms,
+        clients=[each for each in prepared.task.clients if each not in left],
+        schedule=settings.rounds,
+        learner=learner_of(prepared),
+        start=parts.start,
+        journal=journal,
+        hear=watcher.hear,
+        firewall=settings.firewall,
+    )
+
+
+def _round(settings: Settings, progress: Progress, column: str, wanted: int | None) -> int:
+    """The round to read states of: the wanted one if it is still there, or the chosen one."""
+    if not progress.rounds_done:
+        raise StoreError("no round of this run is done yet")
+    if wanted is None:
+        return progress.chosen(column, settings.rounds.select)
+    kept = kept_rounds(progress, column)
+    if wanted not in kept:
+        there = ", ".join(map(str, kept))
+        raise StoreError(f"round {wanted} is not kept; the rounds kept for {column!r} are {there}")
+    return wanted
+
+
+@dataclass(frozen=True)
+class _Again:
+    """Carries out what a client orders before it serves, as was done when it was scored.
+
+    Most methods order nothing: the client data are opened when one does.
+    """
+
+    path: Path
+    parts: Parts
+    round: int
+
+    def __call__(self, client_id: str, number: int, order: Order) -> object:
+        prepared = reopen(self.path, base=self.parts.base)
+        return learner_of(prepared).deploying(self.round)(client_id, number, order)

@@ -1,0 +1,109 @@
+"""Clients that come to a run when it has trained already, and clients that leave it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedalt.engine.round import client_of, drive, server_of
+from fedalt.engine.schedule import Line
+from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
+from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
+from fedalt.runs.record import require_clients
+from fedalt.runs.settings import method_name
+from fedalt.runs.setup import Prepared, facts_of, learner_of, prepare, settings_of_run
+
+
+def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
+    """Let clients in that were not in training; the lines of their scores on their test data.
+
+    Each newcomer gets what the server of the tested round sends, trains its own part on it for
+    `epochs` (without a number, the run's local epochs) and keeps its state in the run's folder. The
+    server hears nothing of it: no one else's model changes. Beside it, the yardstick trains as
+    long alone. Raises StoreError for clients that the run has, and for other labels.
+    """
+    folder = open_run(path)
+    require_clients(path)
+    prepared = _newcomers(folder, data, epochs)
+    clients = prepared.task.clients
+    with locked(path):
+        progress = folder.progress()
+        if not progress.rounds_done:
+            raise StoreError(f"{path} has nothing to join yet: no round of it is done")
+        lines: list[Line] = []
+        for arm in prepared.parts.arms:
+            at = progress.chosen(arm.column, prepared.parts.settings.rounds.select)
+            carry_out = learner_of(prepared).joining(at)
+            read, write = folder.states(arm.column, at + 1), folder.states(arm.column, at)
+            server = server_of(arm.method, prepared.parts.start, read)
+            for client_id in clients:
+                client = client_of(arm.method, prepared.parts.start, read, client_id)
+                message = arm.method.broadcast(server, client_id)
+                after, _ = drive(arm.method.local(client, message), carry_out, client_id)
+                write.put(f"clients/{client_id}", after)
+            lines += score_clients(prepared, folder, arm, at, clients)
+        joined = {
+            client_id: {**about, "data": str(data), "epochs": _epochs(prepared)}
+            for client_id, about in facts_of(prepared)["clients"].items()
+        }
+        folder.add_facts({"joined": {**folder.facts().get("joined", {}), **joined}})
+    return lines
+
+
+def leave(path: Path, client_id: str) -> None:
+    """Take a client's last upload out of what the server sends, and the client out of the run.
+
+    Its own state stays where it is. Raises StoreError where the method cannot tell what the
+    client has put in. Interrupted, it can be repeated.
+    """
+    folder = open_run(path)
+    require_client(folder, client_id)
+    settings, _ = settings_of_run(folder)
+    method = settings.method
+    with locked(path):
+        rounds = kept_rounds(folder.progress(leaving=client_id), "own")
+        without = {}
+        for at in rounds:
+            server = folder.states("own", at + 1).get("server", method.server_state)
+            if server is not None:
+                without[at] = method.without(server, client_id)
+        if None in without.values():
+            raise StoreError(
+                f"{method_name(method)} keeps averages, from which no client can be taken out "
+                f"again: {client_id!r} can only stop, and what it gave fades over the rounds"
+            )
+        folder.add_facts({"leaving": client_id})  # from here on until the end nothing else goes on
+        for round_, server in without.items():
+            folder.states("own", round_).put("server", server)
+        folder.forget_uploads(client_id)
+        left = sorted({*folder.facts().get("left", []), client_id})
+        folder.add_facts({"left": left, "leaving": None})
+
+
+def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
+    """The run's settings over the newcomers' data, if they fit together."""
+    settings, _ = settings_of_run(folder)
+    training = settings.training
+    if epochs is not None:
+        training = replace(training, local_epochs=epochs)
+    settings = replace(settings, data=replace(settings.data, path=data.absolute()))
+    then = folder.facts()
+    # Newcomers need not have all of the run's labels, nor sort them as its clients do.
+    prepared = prepare(replace(settings, training=training), labels=then["data"]["labels"])
+    now = facts_of(prepared)
+    if twice := _members(folder) & set(prepared.task.clients):
+        raise StoreError(f"{folder.path} has a client {min(twice)!r} already; rename its files")
+    if then["data"]["labels"] != now["data"]["labels"]:
+        raise StoreError(
+            f"{data} does not fit {folder.path}: the run's labels are {then['data']['labels']!r}, "
+            f"these are {now['data']['labels']!r}"
+        )
+    require_same_base(folder.path, then, prepared.parts.base)
+    return prepared
+
+
+def _members(folder: RunFolder) -> set[str]:
+    facts = folder.facts()
+    return {*facts.get("clients", {}), *facts.get("joined", {})}
+
+
+def _epochs(prepared: Prepared) -> int:
+    return prepared.parts.settings.training.local_epochs

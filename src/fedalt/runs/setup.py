@@ -1,0 +1,315 @@
+"""Everything a run needs, loaded and checked before its first step."""
+
+import platform
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any, Final
+
+import torch
+
+from fedalt.adapters.reach import rows_of_embedding
+from fedalt.adapters.start import Start
+from fedalt.core.tree import numbers
+from fedalt.data.examples import Split
+from fedalt.data.folder import open_data
+from fedalt.data.layout import SPLITS, not_read
+from fedalt.data.prompts import Template, read_template
+from fedalt.data.records import (
+    Chat,
+    Completion,
+    DataError,
+    Instruction,
+    Labelled,
+    Record,
+    Turn,
+)
+from fedalt.data.task import Task
+from fedalt.engine.local_trainer import Learner
+from fedalt.engine.schedule import Arm
+from fedalt.methods.local import LocalOnly
+from fedalt.models.base import Base, load_base
+from fedalt.models.checks import require_known_ids
+from fedalt.runs.folder import RunFolder, StoreError
+from fedalt.runs.settings import (
+    Settings,
+    SettingsError,
+    lora_of,
+    method_name,
+    read_settings,
+    rooted,
+    settings_of_method,
+    to_toml,
+)
+from fedalt.training.orders import Fit
+
+_FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", Labelled: "label"}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What gives a run's states their meaning: the base model, the arms, and how they start."""
+
+    settings: Settings
+    base: Base
+    arms: tuple[Arm, ...]
+    start: Start
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that can begin: all is loaded, every example has been encoded once.
+
+    `counts` are examples per client and split; `warnings` are sentences for the user.
+    """
+
+    parts: Parts
+    task: Task
+    counts: Mapping[str, Mapping[Split, int]]
+    warnings: tuple[str, ...]
+
+
+def prepare(
+    settings: Settings,
+    *,
+    base: Base | None = None,
+    clients: Sequence[str] = (),
+    labels: Sequence[str] = (),
+) -> Prepared:
+    """Load what the settings name and check all that can be checked before the first step.
+
+    `base` is the model of these settings, if it is loaded already. `clients` are all that take
+    part, where the data are those of some of them, and `labels` what all have agreed to call the
+    answers of a classifier, in the order of its outputs.
+    """
+    data = open_data(settings.data.path, client_field=settings.data.client_field, labels=labels)
+    file = settings.data.template
+    template = Template() if file is None else read_template(file)
+    require_known(settings, clients or data.clients)
+    agreed = labels or data.labels  # data without labels are refused by whoever has agreed on some
+    parts = load_parts(settings, agreed, base, clients=len(clients or data.clients))
+    task = Task(
+        folder=data,
+        tokenizer=parts.base.tokenizer,
+        template=template,
+        max_length=min(settings.data.max_length, parts.base.positions),
+        validation=settings.data.validation,
+        seed=settings.seed,
+        cut_answers=settings.data.cut_answers,
+    )
+    rows = rows_of_embedding(parts.base.adapted.model)
+    counts: dict[str, dict[Split, int]] = {}
+    cut = [0, 0]
+    for client_id in task.clients:
+        counts[client_id] = {}
+        for split in SPLITS:
+            examples = task.examples(client_id, split)
+            counts[client_id][split] = len(examples)
+            require_known_ids(
+                parts.base.tokenizer,
+                (token for example in examples for token in example.ids),
+                rows,
+                f"client {client_id!r}, {split}",
+            )
+            cut = [sum(pair) for pair in zip(cut, task.cut(client_id, split), strict=True)]
+        task.training_size(client_id)  # while they are encoded: a round asks for all at once
+    warnings = [not_read(data.ignored)] if data.ignored else []
+    warnings += _warnings(parts, task.max_length, counts, cut)
+    return Prepared(parts, task, counts, tuple(warnings))
+
+
+def question(form: str, text: str) -> Record:
+    """A question in the form of a client's records, which facts hold, still without an answer."""
+    match form:
+        case "instruction":
+            return Instruction(text, "", "")
+        case "prompt":
+            return Completion(text, "")
+        case "messages":
+            return Chat((Turn("user", text),), "")
+        case _:
+            raise DataError("records with labels are classified, no text is generated for them")
+
+
+def load_parts(
+    settings: Settings, labels: Sequence[str], base: Base | None = None, *, clients: int = 0
+) -> Parts:
+    """The base model with its arms; `labels` are those of a classifier's data.
+
+    `clients` is how many take part, 0 where nothing begins that needs to know.
+    """
+    model = settings.model
+    require_room(settings, gpus=torch.cuda.device_count())
+    if base is None:
+        base = load_base(
+            model.name,
+            labels=labels,
+            targets=model.targets,
+            quantise=model.quantise,
+            device=model.device,
+        )
+    arms = [Arm("own", settings.method)]
+    yardstick = LocalOnly(lora=lora_of(settings.method))
+    if settings.yardstick and method_name(settings.method) != method_name(yardstick):
+        arms.append(Arm("local", yardstick))
+    heads, given = base.adapted.heads, base.given
+    start = Start(base.adapted.sites, heads, settings.seed, clients, given)
+    return Parts(settings, base, tuple(arms), start)
+
+
+def learner_of(prepared: Prepared) -> Learner:
+    """Trains and scores the clients of a prepared run."""
+    settings = prepared.parts.settings
+    return Learner(
+        prepared.parts.base, prepared.task, settings.training, settings.scoring, settings.seed
+    )
+
+
+def facts_of(prepared: Prepared) -> dict[str, Any]:
+    """What run.json holds."""
+    parts, task = prepared.parts, prepared.task
+    forms = {client: form_of(task.records(client, "train")[0]) for client in task.clients}
+    packages = {name: version(name) for name in ("fedalt", "torch", "transformers", "peft")}
+    return {
+        "versions": {"python": platform.python_version(), **packages},
+        "data": {
+            "fingerprint": task.folder.fingerprint,
+            "kind": task.kind,
+            "labels": list(task.labels),
+            "template": task.template.text,
+        },
+        "model": {
+            "name": parts.base.name,
+            "fingerprint": parts.base.fingerprint,
+            "identity": None if parts.base.identity is None else parts.base.identity.table(),
+        },
+        "method": method_name(parts.settings.method),
+        "trainable_numbers": {arm.column: trainable(arm, parts.start) for arm in parts.arms},
+        "clients": {
+            client: {**counts, "form": forms[client]} for client, counts in prepared.counts.items()
+        },
+        "warnings": list(prepared.warnings),
+    }
+
+
+def form_of(record: Record) -> str:
+    """What a record's form is called, in which a client's prompts are asked."""
+    return _FORMS[type(record)]
+
+
+# What does not change which numbers a state holds, or where the rest of a run is up to the user.
+_FREE: Final = (
+    *("training", "rounds", "scoring", "firewall"),
+    *("data.path", "data.template", "model.name", "model.device"),
+)
+
+
+def settings_of_run(folder: RunFolder) -> tuple[Settings, tuple[str, ...]]:
+    """A run's settings, and a sentence for each that is another than when the run began.
+
+    Rates, lengths and places may change while a run goes on; StoreError for what may not.
+    """
+    file = folder.path / "settings.toml"
+    settings = read_settings(file)
+    then = rooted(folder.settings_at_start(), folder.path)
+    now = tomllib.loads(to_toml(settings))
+    told = []
+    for section in sorted({*then, *now}):
+        ours, theirs = (_keys(table.get(section)) for table in (then, now))
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) == theirs.get(key):
+                continue
+            name = f"[{section}] {key}" if key else section
+            what = f"{name} was {ours.get(key)!r} when the run began, and is {theirs.get(key)!r}"
+            if section not in _FREE and f"{section}.{key}" not in _FREE:
+                raise StoreError(f"{file} was changed: {what}; put it back, or begin a new run")
+            told.append(f"{file} was changed: {what}")
+    return settings, tuple(told)
+
+
+def _keys(section: object) -> dict[str, object]:
+    """The keys of a section; a value at the top of the file has the key ""."""
+    return section if isinstance(section, dict) else {} if section is None else {"": section}
+
+
+def require_known(settings: Settings, clients: Sequence[str]) -> None:
+    """Whoever a method's settings name is a client: a method cannot tell."""
+    for key in settings_of_method(settings.method):
+        value = getattr(settings.method, key)
+        if isinstance(value, Mapping) and (unknown := value.keys() - set(clients)):
+            raise SettingsError(
+                f"[method.{key}] names {min(unknown)!r}, but the clients are {_some(clients)}"
+            )
+
+
+def require_room(settings: Settings, *, gpus: int) -> None:
+    """Raise SettingsError where the device and the base model do not do for several processes."""
+    processes, model = settings.training.processes, settings.model
+    device = model.device or ("cuda" if gpus else "cpu")
+    wanted = f"[training] processes={processes}"
+    if processes == 1:
+        return
+    if model.quantise:
+        raise SettingsError(f"{wanted}, but a quantised base model is for one process")
+    if device not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"{wanted} is for device='cpu' and for device='cuda', whose GPUs they take in turn, "
+            f"not for device={device!r}"
+        )
+    if device == "cuda" and processes > gpus:
+        raise SettingsError(f"{wanted}, one for each GPU, but the number of GPUs is {gpus}")
+
+
+def trainable(arm: Arm, start: Start) -> int:
+    """How many numbers a client trains, in the method's first order."""
+    method = arm.method
+    client = method.init_client(start, "")
+    for order in method.local(client, method.broadcast(method.init_server(start), "")):
+        if isinstance(order, Fit):
+            return numbers({name: order.tree[name] for name in order.train})
+    return 0
+
+
+def _warnings(
+    parts: Parts, limit: int, counts: Mapping[str, Mapping[Split, int]], cut: Sequence[int]
+) -> list[str]:
+    """What a user should know before the first step, in sentences."""
+    found = list(parts.base.notes)
+    if _shares(parts) and len(counts) == 1:
+        found.append(
+            "there is one client, so nobody to learn from: what comes from others stays empty, and "
+            "a mixer only weakens the client's own adapter; `--method local` serves it better"
+        )
+    if _shares(parts) and len(counts) == 2:
+        found.append(
+            "there are two clients: what one receives lets it work out the other's adapter exactly"
+        )
+    untested = [client for client, of in counts.items() if not of["test"]]
+    if untested:
+        found.append(f"trained but not scored, without test data: {_some(untested)}")
+    if parts.settings.rounds.select == "best" and not any(
+        of["validation"] for of in counts.values()
+    ):
+        found.append("no client has validation data: the last round is tested, not the best one")
+    prompts, answers = cut
+    total = sum(sum(of.values()) for of in counts.values())
+    if limit < parts.settings.data.max_length:
+        wanted = parts.settings.data.max_length
+        found.append(f"the base model takes {limit} tokens at most, not max_length={wanted}")
+    if prompts:
+        found.append(f"{prompts} of {total} prompts lose their middle at max_length={limit}")
+    if answers:
+        found.append(f"{answers} of {total} answers lose their end at max_length={limit}")
+    return found
+
+
+def _shares(parts: Parts) -> bool:
+    method, start = parts.settings.method, parts.start
+    message = method.broadcast(method.init_server(start), "")
+    return method.shared(method.init_client(start, ""), message) is not None
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - 5
+    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

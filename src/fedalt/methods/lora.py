@@ -1,10 +1,13 @@
 """What all methods share: the size of their adapters, and how much a client counts in a mean."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from fedalt.adapters.plan import Slot
-from fedalt.training.orders import Fitted
+from fedalt.methods.checks import above, at_least, check, from_to_below
+
+if TYPE_CHECKING:
+    from fedalt.adapters.plan import Slot
+    from fedalt.training.orders import Fitted
 
 Weighting = Literal["uniform", "examples"]
 
@@ -18,18 +21,15 @@ class Lora:
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank}, but a low-rank pair has at least rank 1")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha}, but it must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}, but it is at least 0 and below 1")
+        check(self, rank=at_least(1), alpha=above(0), dropout=from_to_below(0, 1))
 
-    def slot(self, name: str) -> Slot:
+    def slot(self, name: str) -> "Slot":
         """A slot of this size."""
+        from fedalt.adapters.plan import Slot  # brings torch, which settings do without
+
         return Slot(name, self.rank, self.alpha)
 
 
-def weight_of(fitted: Fitted, weighting: Weighting) -> float:
+def weight_of(fitted: "Fitted", weighting: Weighting) -> float:
     """A client's weight in a mean: 1, or how many training examples it has."""
     return 1.0 if weighting == "uniform" else float(fitted.examples)

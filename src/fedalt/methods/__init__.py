@@ -6,7 +6,7 @@ from fedalt.methods.entries import Entry, Methods
 
 METHODS: Final = Methods(
     {
-        "fedalt": Entry("fedalt", "FedALT"),
+        "fedalt": Entry("fedalt", "FedALT", ablations=Entry("fedalt_ablations", "FedALTAblations")),
         "fedalt_select": Entry("fedalt_select", "FedALTSelect"),
         "fedit": Entry("fedit", "FedIT"),
         "local": Entry("local", "LocalOnly", local_only=True),

@@ -20,10 +20,11 @@ from typing import ClassVar, Literal
 
 import torch
 
-from fedalt.adapters.plan import HEAD, Plan, names_of, single
+from fedalt.adapters.plan import HEAD, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, add, cast, merge, move, scale, select, subtract, zeros_like
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted, Found, Moments, Search
@@ -87,6 +88,7 @@ class FDLoRA:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
         for name in ("sync_every", "evaluations"):
@@ -103,15 +105,15 @@ class FDLoRA:
         if not 0 < self.spare < 1:
             raise ValueError(f"spare={self.spare}, but it lies between 0 and 1")
 
-    def init_server(self, start: Start) -> Server:  # noqa: ARG002
+    def init_server(self, start: Start) -> Server:
         """No adapter: round 0 will make the first."""
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """The same first A for everyone, B zero."""
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+    def broadcast(self, server: Server, client_id: str) -> Message:
         """The global adapter, the same for every client."""
         return Message(server.adapter, {"round": server.rounds})
 
@@ -122,7 +124,11 @@ class FDLoRA:
         tree = merge(client.individual if first else message.tree, client.head)
         moments = client.moments if self.carry_inner and not first else None
         fitted: Fitted = yield Fit(
-            self._plan(slot), tree, names_of(tree, slot, HEAD), spare=self.spare, moments=moments
+            self.lora.plan(slot),
+            tree,
+            names_of(tree, slot, HEAD),
+            spare=self.spare,
+            moments=moments,
         )
         adapter, head = select(fitted.tree, slot), select(fitted.tree, HEAD)
         facts = {"weight": weight_of(fitted, self.weighting)}
@@ -162,7 +168,7 @@ class FDLoRA:
             return merge(add(scale(own, w1), scale(common, w2)), client.head)
 
         found: Found = yield Search(
-            plan=self._plan(FUSED),
+            plan=self.lora.plan(FUSED),
             tree_of=fused,
             penalty=lambda weights: self.l1 * sum(abs(weight) for weight in weights),
             start=MIDDLE,
@@ -170,16 +176,9 @@ class FDLoRA:
             evaluations=self.evaluations,
             spare=self.spare,
         )
-        return Serving(self._plan(FUSED), fused(found.numbers))
+        return Serving(self.lora.plan(FUSED), fused(found.numbers))
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The global adapter alone; before there is one, what everybody draws."""
         adapter = message.tree or move(client.individual, INDIVIDUAL, SHARED)
-        return Serving(self._plan(SHARED), merge(adapter, client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
-
-    def _plan(self, slot: str) -> Plan:
-        return single(self.lora.slot(slot), self.lora.dropout)
+        return Serving(self.lora.plan(SHARED), merge(adapter, client.head))

@@ -24,6 +24,7 @@ from fedalt.adapters.plan import HEAD, Plan, Sum, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
+from fedalt.methods.defaults import at_once
 from fedalt.methods.kin import Similar, kin_weights, similarities, sum_of_products
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
@@ -86,11 +87,11 @@ class FedALTSelect:
                     f"{name}={getattr(self, name)}, but it is at least {least} and below {below}"
                 )
 
-    def init_server(self, start: Start) -> Server:  # noqa: ARG002
+    def init_server(self, start: Start) -> Server:
         """Nobody has been heard yet."""
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """A drawn, the same for everyone, B zero."""
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
 
@@ -115,13 +116,12 @@ class FedALTSelect:
         similar = similarities(adapters, server.similar, self.memory)
         return self._heard(Server(server.rounds + 1, similar, latest=latest), adapters)
 
-    def deploy(self, client: Client, message: Message) -> Deploy:  # noqa: ARG002
+    def deploy(self, client: Client, message: Message) -> Deploy:
         """The individual adapter with the rest of world that it was trained against."""
         tree = merge(client.individual, client.row, client.head)
-        return Serving(self._plan(client.row), tree)
-        yield  # deploy is a generator for methods that train before they serve
+        return at_once(Serving(self._plan(client.row), tree))
 
-    def shared(self, client: Client, message: Message) -> Serving | None:  # noqa: ARG002
+    def shared(self, client: Client, message: Message) -> Serving | None:
         """That rest of world alone, if there is one."""
         plan = single(self.lora.slot(REST_OF_WORLD), self.lora.dropout)
         return Serving(plan, merge(client.row, client.head)) if client.row else None

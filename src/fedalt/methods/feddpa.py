@@ -24,10 +24,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedalt.adapters.plan import HEAD, Plan, Similarity, Sum, names_of, single
+from fedalt.adapters.plan import HEAD, Plan, Similarity, Sum, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, move, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Embed, Fit, Fitted
@@ -86,6 +87,7 @@ class FedDPA:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
         for name in ("blend", "scale"):
@@ -100,7 +102,7 @@ class FedDPA:
         """A drawn, B zero."""
         return Server(start.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """The individual adapter of "T": A drawn apart from the shared one, B zero, its own head.
 
         That of "F" is no second draw: it goes on from the shared adapter before the client serves.
@@ -110,7 +112,7 @@ class FedDPA:
         individual = start.adapter(self.lora.slot(INDIVIDUAL), apart=True)
         return Client(start.head(), merge(individual, move(start.head(), HEAD, INDIVIDUAL_HEAD)))
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+    def broadcast(self, server: Server, client_id: str) -> Message:
         """The averaged adapter, the same for every client."""
         return Message(server.adapter, {"round": server.rounds})
 
@@ -130,7 +132,7 @@ class FedDPA:
         tree = merge(self._own(client), message.tree)
         fitted = yield Fit(plan, tree, names_of(tree, INDIVIDUAL, HEAD))
         own = select(fitted.tree, INDIVIDUAL, HEAD)
-        embedded: Tensor = yield Embed(self._alone(INDIVIDUAL), own, self.references)
+        embedded: Tensor = yield Embed(self.lora.plan(INDIVIDUAL), own, self.references)
         individual = merge(select(own, INDIVIDUAL), move(own, HEAD, INDIVIDUAL_HEAD))
         return Client(head, individual, {REFERENCES: embedded}), upload
 
@@ -143,7 +145,7 @@ class FedDPA:
         """Both adapters, weighed question by question; without a trained own one, the shared."""
         if self.schedule == "F":
             own = merge(move(message.tree, SHARED, INDIVIDUAL), client.head)
-            plan = self._alone(INDIVIDUAL)
+            plan = self.lora.plan(INDIVIDUAL)
             fitted: Fitted = yield Fit(plan, own, frozenset(own), epochs=self.tail_epochs)
             own = fitted.tree
             embedded: Tensor = yield Embed(plan, own, self.references)
@@ -158,16 +160,9 @@ class FedDPA:
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The shared adapter alone, with its head."""
-        return Serving(self._alone(SHARED), merge(message.tree, client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
+        return Serving(self.lora.plan(SHARED), merge(message.tree, client.head))
 
     def _own(self, client: Client) -> Tree:
         """The individual adapter and its head, as a plan needs them."""
         head = move(client.individual, INDIVIDUAL_HEAD, HEAD)
         return merge(select(client.individual, INDIVIDUAL), head)
-
-    def _alone(self, slot: str) -> Plan:
-        return single(self.lora.slot(slot), self.lora.dropout)

@@ -36,6 +36,7 @@ from fedalt.methods.contract import (
     Message,
     Serving,
 )
+from fedalt.methods.defaults import at_once, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
 
@@ -101,6 +102,7 @@ class FedLEASE:
     server_state = Server
     client_state = Client
     averages = False
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
         for name in ("warm_up", "max_experts"):
@@ -113,7 +115,7 @@ class FedLEASE:
         """A router of as many rows as can be needed, if routers are shared at all."""
         return Server(routers=self._drawn(start) if self.share_router else {})
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """Everyone draws the same first A, without which no two B could be compared; B is zero."""
         router = {} if self.share_router else self._drawn(start)
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), router, start.head())
@@ -171,8 +173,7 @@ class FedLEASE:
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The routed experts or, without a group, the client's own pair."""
-        return self._serving(client, message)
-        yield  # deploy is a generator for methods that train before they serve
+        return at_once(self._serving(client, message))
 
     def shared(self, client: Client, message: Message) -> Serving | None:
         """What everyone in the group has: with private routers the expert without the others."""
@@ -184,10 +185,6 @@ class FedLEASE:
         slot = self.lora.slot(_expert(own))
         tree = merge(select(message.tree, slot.name), client.head)
         return Serving(single(slot, self.lora.dropout), tree)
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
 
     def _group(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The end of the warm-up, once there are uploads: groups, and an expert of each."""

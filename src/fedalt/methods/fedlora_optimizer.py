@@ -24,10 +24,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from fedalt.adapters.plan import HEAD, Plan, names_of, single
+from fedalt.adapters.plan import HEAD, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, replace, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
@@ -116,6 +117,7 @@ class FedLoRAOptimizer:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
         for name in ("global_rounds", "personal_epochs", "l2"):
@@ -128,11 +130,11 @@ class FedLoRAOptimizer:
         """A drawn, B zero."""
         return Server(decompose(start.adapter(self.lora.slot(SHARED)), self.a_axis))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """A client keeps nothing but its head."""
         return Client(start.head())
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+    def broadcast(self, server: Server, client_id: str) -> Message:
         """All parts and the stage of this round, the same for every client."""
         stage = "global" if server.rounds % (1 + self.global_rounds) else "local"
         return Message(server.parts, {"stage": stage})
@@ -141,7 +143,7 @@ class FedLoRAOptimizer:
         """Train A and B and send their parts back, or U alone and send that."""
         if message.facts["stage"] == "local":
             tree = merge(compose(message.tree, self.a_axis), client.head)
-            fitted: Fitted = yield Fit(self._plan(), tree, frozenset(tree))
+            fitted: Fitted = yield Fit(self.lora.plan(SHARED), tree, frozenset(tree))
             after = decompose(select(fitted.tree, SHARED), self.a_axis)
         else:
             fitted = yield self._refine(client, message, DIRECTION["A"])
@@ -169,15 +171,13 @@ class FedLoRAOptimizer:
 
         fitted: Fitted = yield self._refine(client, message, LENGTH["B"], far_from_the_mean)
         adapter = compose(select(fitted.tree, SHARED), self.a_axis)
-        return Serving(self._plan(), merge(adapter, select(fitted.tree, HEAD)))
+        return Serving(self.lora.plan(SHARED), merge(adapter, select(fitted.tree, HEAD)))
 
     def shared(self, client: Client, message: Message) -> Serving:
         """What everyone would serve without a b of its own."""
-        return Serving(self._plan(), merge(compose(message.tree, self.a_axis), client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
+        return Serving(
+            self.lora.plan(SHARED), merge(compose(message.tree, self.a_axis), client.head)
+        )
 
     def _refine(
         self,
@@ -198,7 +198,7 @@ class FedLoRAOptimizer:
             return merge(compose(select(tree, SHARED), self.a_axis), select(tree, HEAD))
 
         return Fit(
-            self._plan(),
+            self.lora.plan(SHARED),
             tree,
             frozenset(_of(tree, part)) | head,
             epochs=self.personal_epochs if personal else None,
@@ -206,9 +206,6 @@ class FedLoRAOptimizer:
             compose=whole,
             penalty=penalty,
         )
-
-    def _plan(self) -> Plan:
-        return single(self.lora.slot(SHARED), self.lora.dropout)
 
 
 def _of(tree: Tree, part: str) -> Tree:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from fedalt.methods.checks import above, at_least, check, from_to_below
 
 if TYPE_CHECKING:
-    from fedalt.adapters.plan import Slot
+    from fedalt.adapters.plan import Plan, Slot
     from fedalt.training.orders import Fitted
 
 Weighting = Literal["uniform", "examples"]
@@ -28,6 +28,12 @@ class Lora:
         from fedalt.adapters.plan import Slot  # brings torch, which settings do without
 
         return Slot(name, self.rank, self.alpha)
+
+    def plan(self, slot: str) -> "Plan":
+        """Plain LoRA: one slot of this size."""
+        from fedalt.adapters.plan import single
+
+        return single(self.slot(slot), self.dropout)
 
 
 def weight_of(fitted: "Fitted", weighting: Weighting) -> float:

@@ -35,6 +35,7 @@ from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import at_once, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted, Stepped
@@ -156,6 +157,7 @@ class PF2LoRA:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
         if self.client_rank < 1:
@@ -167,11 +169,11 @@ class PF2LoRA:
         """A drawn, B zero."""
         return Server(start.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """C drawn apart from the shared A but the same for everyone, D zero."""
         return Client(merge(start.adapter(self._individual(), apart=True), start.head()))
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+    def broadcast(self, server: Server, client_id: str) -> Message:
         """The averaged adapter, the same for every client."""
         return Message(server.adapter)
 
@@ -190,17 +192,12 @@ class PF2LoRA:
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The shared adapter and the client's own, added."""
-        return Serving(self._plan(), merge(message.tree, client.kept))
-        yield  # deploy is a generator for methods that train before they serve
+        return at_once(Serving(self._plan(), merge(message.tree, client.kept)))
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The shared adapter alone, with the client's head."""
         plan = single(self.lora.slot(SHARED), self.lora.dropout)
         return Serving(plan, merge(message.tree, select(client.kept, HEAD)))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
 
     def _individual(self) -> Slot:
         shared = self.lora.slot(SHARED)

@@ -27,7 +27,8 @@ import torch
 from fedalt.adapters.plan import HEAD, Slot, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, cast, merge, select
-from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.contract import Local, Message, Serving
+from fedalt.methods.defaults import deploy_shared, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.low_rank_sums import (
     Pair,
@@ -90,6 +91,8 @@ class UnequalRanks:
     server_state = Server
     client_state = Client
     averages = False
+    deploy = deploy_shared
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
         for client_id, rank in self.ranks.items():
@@ -102,7 +105,7 @@ class UnequalRanks:
                 "tau and split are settings of sums of products, not of a mean of rows"
             )
 
-    def init_server(self, start: Start) -> Server:  # noqa: ARG002
+    def init_server(self, start: Start) -> Server:
         """Nothing yet: every client begins with its own draw."""
         return Server()
 
@@ -134,21 +137,12 @@ class UnequalRanks:
         summed = self._sum_of_products(replies)
         return Server(summed) if summed else server
 
-    def deploy(self, client: Client, message: Message) -> Deploy:
-        """What the client would train next."""
-        return self.shared(client, message)
-        yield  # deploy is a generator for methods that train before they serve
-
     def shared(self, client: Client, message: Message) -> Serving:
         """The server's adapter as this client gets it; rows without a direction are as drawn."""
         own = rank_of(client.draw)
         slot = Slot(SHARED, own, self.lora.slot(SHARED).scaling * own)
         adapter = fill_up(first_rows(message.tree, own), client.draw)
         return Serving(single(slot, self.lora.dropout), merge(adapter, client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """Neither a sum nor a mean tells what one client put in."""
-        return
 
     def _rank(self, client_id: str) -> int:
         return self.ranks.get(client_id, self.lora.rank)

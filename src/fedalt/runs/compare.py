@@ -26,7 +26,6 @@ from fedalt.runs.settings import (
     SettingsError,
     read_table,
     settings_of,
-    settings_of_method,
     to_toml,
 )
 from fedalt.runs.setup import require_known
@@ -269,7 +268,7 @@ def _grid(
     """The values to try of a method's settings, each of them checked."""
     if not isinstance(shared, dict) or not isinstance(own, dict):
         raise SettingsError(f"{place}: tune: expected a section of settings with lists of values")
-    known = ("lr", *Lora.__dataclass_fields__, *settings_of_method(METHODS[method["name"]]))
+    known = ("lr", *Lora.__dataclass_fields__, *METHODS.entries[method["name"]].settings)
     grid = {key: values for key, values in {**shared, **own}.items() if key != "trials"}
     for name, values in grid.items():
         where = f"{place}: [tune] {name}"

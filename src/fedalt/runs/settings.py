@@ -180,7 +180,7 @@ def to_toml(settings: Settings) -> str:
 
 def method_name(method: AnyMethod) -> str:
     """The name under which METHODS lists a method."""
-    return next(name for name, known in METHODS.items() if _kind(known) == _kind(method))
+    return METHODS.name_of(method)
 
 
 def settings_of_method(method: AnyMethod) -> tuple[str, ...]:
@@ -193,10 +193,6 @@ def lora_of(method: AnyMethod) -> Lora:
     """The size of a method's adapters."""
     lora: Lora = vars(method)["lora"]
     return lora
-
-
-def _kind(method: AnyMethod) -> tuple[type, object]:
-    return type(method), vars(method).get("variant")
 
 
 def _parse(file: Path) -> dict[str, Any]:
@@ -246,13 +242,13 @@ def _method(table: Table, source: str) -> AnyMethod:
         raise SettingsError(
             f"{place} name: there is no method {name!r}, only {', '.join(METHODS)}{hint}"
         )
-    default: Any = METHODS[name]
-    own, sizes = set(settings_of_method(default)), {f.name for f in fields(Lora)}
+    own, sizes = METHODS.entries[name].settings.keys(), {f.name for f in fields(Lora)}
     unknown = table.keys() - own - sizes - {"name"}
     if unknown:
         text = _unknown(min(unknown), (*sorted(sizes), *sorted(own)), "method")
         raise SettingsError(f"{place}: {text} (method {name!r})")
     lora = section_of(Lora, {key: table[key] for key in table.keys() & sizes}, source, "method")
+    default: Any = METHODS.entries[name].method(table.keys() & own)
     hints = get_type_hints(type(default))
     values = {key: _typed(table[key], hints[key], f"{place} {key}") for key in table.keys() & own}
     method: AnyMethod = _made(partial(replace, default), {"lora": lora, **values}, place)

@@ -1,6 +1,5 @@
 """The oracles of FedALT that need no model; those of the mixed layer are in test_layer.py."""
 
-
 import torch
 from federation import EXAMPLES, SITES, START, pull, simulate
 

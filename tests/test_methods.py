@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from fedalt.methods import METHODS
-from fedalt.methods.checks import above, at_least, check, from_to_below
+from fedalt.methods.checks import check
 from fedalt.methods.lora import Lora
 
 LISTING = """
@@ -46,7 +46,7 @@ def test_one_method_alone_is_local_only():
 
 
 def test_a_value_outside_its_range_is_an_error_that_names_it():
-    check(Lora(), rank=at_least(8), alpha=above(31.9), dropout=from_to_below(0.05, 0.06))
+    check(Lora(), rank="[8, inf)", alpha="(31.9, inf)", dropout="[0.05, 0.06)")
     for wrong, words in (
         ({"rank": 0}, "rank=0, but it is at least 1"),
         ({"alpha": float("nan")}, "alpha=nan, but it must be above 0"),

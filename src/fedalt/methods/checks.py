@@ -1,51 +1,32 @@
-"""Ranges of a method's settings, and the error of a value outside its own."""
+"""Intervals of a method's settings, and the error of a value outside its own."""
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-
-class Range(NamedTuple):
-    """Which values a setting may have, and how an error says so."""
-
-    holds: Callable[[float], bool]
-    words: str
+from math import inf
 
 
-def at_least(least: float) -> Range:
-    """[least, infinity)."""
-    words = f"it is at least {least}" if least else "it cannot be negative"
-    return Range(lambda value: value >= least, words)
+def check(settings: object, **intervals: str) -> None:
+    """Raise ValueError for the first field outside its interval; None stands for unset.
 
-
-def above(bound: float) -> Range:
-    """(bound, infinity)."""
-    return Range(lambda value: value > bound, f"it must be above {bound}")
-
-
-def between(least: float, most: float) -> Range:
-    """[least, most]."""
-    return Range(lambda value: least <= value <= most, f"it lies between {least} and {most}")
-
-
-def strictly_between(bound: float, other: float) -> Range:
-    """(bound, other)."""
-    return Range(lambda value: bound < value < other, f"it is above {bound} and below {other}")
-
-
-def from_to_below(least: float, bound: float) -> Range:
-    """[least, bound)."""
-    words = f"it is at least {least} and below {bound}"
-    return Range(lambda value: least <= value < bound, words)
-
-
-def above_up_to(bound: float, most: float) -> Range:
-    """(bound, most]."""
-    return Range(lambda value: bound < value <= most, f"it is above {bound} and at most {most}")
-
-
-def check(settings: object, **ranges: Range) -> None:
-    """Raise ValueError for the first field outside its range; None and NaN: unset, and outside."""
-    for name, allowed in ranges.items():
+    An interval is written as in mathematics: "[0, 1)" holds 0 and not 1, "(0, inf)" has no end.
+    NaN is in none.
+    """
+    for name, interval in intervals.items():
         value = vars(settings)[name]
-        if value is not None and not allowed.holds(value):
-            raise ValueError(f"{name}={value}, but {allowed.words}")
+        least, most = (float(end) for end in interval[1:-1].split(","))
+        closed, closed_above = interval[0] == "[", interval[-1] == "]"
+        if value is None or (
+            (least <= value if closed else least < value)
+            and (value <= most if closed_above else value < most)
+        ):
+            continue
+        raise ValueError(f"{name}={value}, but {_words(least, most, closed, closed_above)}")
+
+
+def _words(least: float, most: float, closed: bool, closed_above: bool) -> str:
+    if most == inf:
+        if closed:
+            return f"it is at least {least:g}" if least else "it cannot be negative"
+        return f"it must be above {least:g}"
+    if closed and closed_above:
+        return f"it lies between {least:g} and {most:g}"
+    lower, upper = ("at least" if closed else "above"), ("at most" if closed_above else "below")
+    return f"it is {lower} {least:g} and {upper} {most:g}"

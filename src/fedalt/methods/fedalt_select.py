@@ -23,6 +23,7 @@ from typing import ClassVar
 from fedalt.adapters.plan import HEAD, Plan, Sum, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
+from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
 from fedalt.methods.defaults import at_once
 from fedalt.methods.kin import Similar, kin_weights, similarities, sum_of_products
@@ -31,8 +32,6 @@ from fedalt.training.orders import Fit, Fitted
 
 INDIVIDUAL = "individual"
 REST_OF_WORLD = "rest_of_world"
-_RANGES = {"tau": (-1, 1), "width": (0.001, 3), "memory": (0, 1), "power": (0, 100)}
-_RANGES |= {"alone": (1, 10**6), "gain": (0, 100)}
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,8 @@ class FedALTSelect:
     averages = False
 
     def __post_init__(self) -> None:
-        for name, (least, below) in _RANGES.items():
-            if not least <= getattr(self, name) < below:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}, but it is at least {least} and below {below}"
-                )
+        check(self, tau="[-1, 1)", memory="[0, 1)", alone="[1, inf)")
+        check(self, width="(0, inf)", power="[0, inf)", gain="[0, inf)")
 
     def init_server(self, start: Start) -> Server:
         """Nobody has been heard yet."""

@@ -27,6 +27,7 @@ from torch import Tensor
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Sum, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, move, select
+from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.defaults import kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
@@ -90,13 +91,7 @@ class FedDPA:
     without = kept_in_averages
 
     def __post_init__(self) -> None:
-        for name in ("blend", "scale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it lies between 0 and 1")
-        if self.references < 1:
-            raise ValueError(f"references={self.references}, but there is at least one")
-        if self.tail_epochs is not None and self.tail_epochs < 0:
-            raise ValueError(f"tail_epochs={self.tail_epochs}, but it cannot be negative")
+        check(self, blend="[0, 1]", scale="[0, 1]", references="[1, inf)", tail_epochs="[0, inf)")
 
     def init_server(self, start: Start) -> Server:
         """A drawn, B zero."""
@@ -129,7 +124,7 @@ class FedDPA:
             return Client(head, client.individual, client.references), upload
         slots = self.lora.slot(INDIVIDUAL), self.lora.slot(SHARED)
         plan = Plan(slots, Sum((self.blend, 1 - self.blend)), self.lora.dropout)
-        tree = merge(self._own(client), message.tree)
+        tree = merge(_bound(client.individual), message.tree)
         fitted = yield Fit(plan, tree, names_of(tree, INDIVIDUAL, HEAD))
         own = select(fitted.tree, INDIVIDUAL, HEAD)
         embedded: Tensor = yield Embed(self.lora.plan(INDIVIDUAL), own, self.references)
@@ -150,19 +145,19 @@ class FedDPA:
             own = fitted.tree
             embedded: Tensor = yield Embed(plan, own, self.references)
         elif client.references:
-            own, embedded = self._own(client), client.references[REFERENCES]
+            own, embedded = _bound(client.individual), client.references[REFERENCES]
         else:
             return self.shared(client, message)
         slots = self.lora.slot(INDIVIDUAL), self.lora.slot(SHARED)
-        on = 0 if self.similarity_on == "individual" else 1
-        plan = Plan(slots, Similarity(self.scale, on=on, embeds=0), self.lora.dropout)
+        weighed = Similarity(self.scale, on=int(self.similarity_on == "shared"), embeds=0)
+        plan = Plan(slots, weighed, self.lora.dropout)
         return Serving(plan, merge(own, message.tree), embedded)
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The shared adapter alone, with its head."""
         return Serving(self.lora.plan(SHARED), merge(message.tree, client.head))
 
-    def _own(self, client: Client) -> Tree:
-        """The individual adapter and its head, as a plan needs them."""
-        head = move(client.individual, INDIVIDUAL_HEAD, HEAD)
-        return merge(select(client.individual, INDIVIDUAL), head)
+
+def _bound(individual: Tree) -> Tree:
+    """The individual adapter and its head, as a plan needs them."""
+    return merge(select(individual, INDIVIDUAL), move(individual, INDIVIDUAL_HEAD, HEAD))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from fedalt.methods.checks import above, at_least, check, from_to_below
+from fedalt.methods.checks import check
 
 if TYPE_CHECKING:
     from fedalt.adapters.plan import Plan, Slot
@@ -21,7 +21,7 @@ class Lora:
     dropout: float = 0.05
 
     def __post_init__(self) -> None:
-        check(self, rank=at_least(1), alpha=above(0), dropout=from_to_below(0, 1))
+        check(self, rank="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
 
     def slot(self, name: str) -> "Slot":
         """A slot of this size."""

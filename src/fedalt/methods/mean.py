@@ -1,36 +1,44 @@
 """The weighted mean of uploads, which every method that averages factor by factor forms."""
 
 from collections.abc import Iterable
-from typing import Final
 
 import torch
 
 from fedalt.core.tree import Tree, accumulate, cast, scale
 from fedalt.methods.contract import Message
 
-NOTHING: Final = Message({}, {"weight": 0.0})  # the total of no uploads
-
 
 def weighted_mean(replies: Iterable[tuple[str, Message]]) -> Tree:
     """sum_k w_k tree_k / sum_k w_k of the replies' trees, w_k being their fact "weight"; float32.
 
-    All trees hold the same names and shapes. They are summed in float64 as they stream in, so that
-    the number of clients costs neither memory nor precision. Empty where nobody replied.
+    All trees hold the same names and shapes. Empty where nobody replied.
     """
-    total = NOTHING
+    totals = Totals()
     for _, upload in replies:
-        total = plus(total, upload)
-    return mean_of(total)
+        totals.add(0, upload)
+    return dict(totals.means()).get(0, {})
 
 
-def plus(total: Message, upload: Message) -> Message:
-    """A total of weighted uploads, in its own float64 memory, and one more of them."""
-    weight = float(upload.facts["weight"])
-    tree = accumulate(total.tree or {}, upload.tree, weight)  # not NOTHING's own, which all share
-    return Message(tree, {"weight": float(total.facts["weight"]) + weight})
+class Totals:
+    """Weighted sums of uploads, by group, from which their means are formed.
 
+    They are summed in float64 as they come in, so that the number of clients costs neither memory
+    nor precision.
+    """
 
-def mean_of(total: Message) -> Tree:
-    """A total divided by its weight, in float32; empty where nothing was added up."""
-    weight = float(total.facts["weight"])
-    return cast(scale(total.tree, 1 / weight), torch.float32) if total.tree else {}
+    def __init__(self) -> None:
+        self._sums: dict[int, Tree] = {}
+        self._weights: dict[int, float] = {}
+
+    def add(self, group: int, upload: Message) -> None:
+        """Count an upload in, by its fact "weight"."""
+        weight = float(upload.facts["weight"])
+        accumulate(self._sums.setdefault(group, {}), upload.tree, weight)
+        self._weights[group] = self._weights.get(group, 0.0) + weight
+
+    def means(self) -> list[tuple[int, Tree]]:
+        """The mean of every group, in float32, by the number of the group."""
+        return [
+            (group, cast(scale(self._sums[group], 1 / self._weights[group]), torch.float32))
+            for group in sorted(self._sums)
+        ]

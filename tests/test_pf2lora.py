@@ -174,7 +174,7 @@ def test_the_difference_of_first_derivatives_is_close_to_the_second_on_a_real_mo
             return stepped
 
     for gradient in ("exact", "finite_difference", "first_order"):
-        order = Fit(PLAN, tree, frozenset(tree), step=Watched(1.0, gradient))
+        order = Fit(PLAN, tree, frozenset(tree), step=Watched(INDIVIDUAL, 1.0, gradient))
         train(base, order, EXAMPLES, Training(batch_size=2), seed=0)
 
     def gap(gradient):
@@ -198,7 +198,7 @@ def test_dropout_masks_are_the_same_in_every_look_at_a_batch():
             looks.append([float(loss(tree, which)) for which in (0, 0, 1, 1)])
             return super().__call__(tree, names, loss)
 
-    order = Fit(plan, tree, frozenset(tree), step=Looks(0.1, "first_order"))
+    order = Fit(plan, tree, frozenset(tree), step=Looks(INDIVIDUAL, 0.1, "first_order"))
     train(base, order, EXAMPLES, Training(batch_size=2), seed=0)
     for own, again, following, once_more in looks:
         assert own == again

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from fedalt.core.tree import Name, Tree
-from fedalt.methods.contract import Ledger
 
 Signal = Literal["B", "BA"]
 
@@ -85,15 +83,6 @@ def cluster(far: Tensor, most: int, least_silhouette: float | None = None) -> Cl
     if best == 1 or (least_silhouette is not None and silhouettes[best] < least_silhouette):
         return Clustering((0,) * clients, silhouettes)
     return Clustering(_numbered(labels[best], far), silhouettes)
-
-
-def nearest_group(adapter: Tree, members: Ledger, groups: Mapping[str, int], signal: Signal) -> int:
-    """The group whose members' adapters are nearest in the mean; the first of equals."""
-    far: dict[int, list[float]] = {}
-    for member in members.clients():
-        pair = {"": adapter, member: members[member].tree}
-        far.setdefault(groups[member], []).append(float(distances(pair, signal)[0, 1]))
-    return min(far, key=lambda group: (fmean(far[group]), group))
 
 
 def _numbered(labels: Sequence[int], far: Tensor) -> tuple[int, ...]:

@@ -18,19 +18,19 @@ M rows of 2M - 1 are the client's own, so its own expert is always among the cho
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, ROUTER, Layout, Router, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, move, select
 from fedalt.methods.checks import check
-from fedalt.methods.clustering import Signal, cluster, distances, has_direction, nearest_group
+from fedalt.methods.clustering import Signal
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
 from fedalt.methods.defaults import at_once, kept_in_averages
-from fedalt.methods.experts import draw_router, expert, first_rows, routed, router_of
+from fedalt.methods.experts import draw_router, expert, first_rows, regrouped, routed, router_of
+from fedalt.methods.grouping import Grouping
 from fedalt.methods.lora import Lora, Weighting, weight_of
-from fedalt.methods.mean import Totals
 from fedalt.training.orders import Fit, Fitted
 
 INDIVIDUAL = "individual"
@@ -121,17 +121,13 @@ class FedLEASE:
         slot = INDIVIDUAL if own < 0 else expert(own)
         trained = names_of(serving.tree, slot, ROUTER, HEAD)
         fitted: Fitted = yield Fit(serving.plan, serving.tree, trained)
-        adapter, router = select(fitted.tree, slot), select(fitted.tree, ROUTER)
-        after = replace(client, head=select(fitted.tree, HEAD))
-        facts = {"weight": weight_of(fitted, self.weighting)}
-        if own < 0:
-            over = int(message.facts["round"]) >= self.warm_up - 1
-            return replace(after, individual=adapter), Message(adapter, facts) if over else Message(
-                {}
-            )
-        if self.share_router:
-            return after, Message(merge(adapter, router), facts)
-        return replace(after, router=router), Message(adapter, facts)
+        adapter, router, head = (select(fitted.tree, part) for part in (slot, ROUTER, HEAD))
+        kept = client.router if own < 0 or self.share_router else router
+        after = Client(adapter if own < 0 else client.individual, kept, head)
+        if own < 0 and int(message.facts["round"]) < self.warm_up - 1:
+            return after, Message({})
+        upload = merge(adapter, router) if self.share_router else adapter
+        return after, Message(upload, {"weight": weight_of(fitted, self.weighting)})
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The mean of each group's uploads; a group of which nobody takes part keeps what it has.
@@ -139,21 +135,13 @@ class FedLEASE:
         Who has no group sends the pair of a warm-up and is put into the nearest one; a pair that is
         zero on a site is nearest to none, and its client tries again.
         """
-        if not server.clusters:
-            return self._group(server, replies)
-        clusters, latest, totals = dict(server.clusters), server.latest, Totals()
-        for client_id, upload in replies:
-            if client_id in server.clusters:
-                totals.add(server.clusters[client_id], upload)
-            elif has_direction(upload.tree, self.signal):
-                clusters[client_id] = nearest_group(
-                    upload.tree, server.latest, server.clusters, self.signal
-                )
-                latest = latest.put(client_id, upload)
-        experts, routers = dict(server.experts), dict(server.routers)
-        for own, mean in totals.means():
-            experts |= select(mean, expert(own))
-            routers |= move(mean, ROUTER, router_of(own))
+        grouping = Grouping(self.signal, self.max_experts, self.min_silhouette)
+        totals, newcomers = grouping.sort(replies, server.clusters)
+        clusters = grouping.assign(newcomers, server.clusters, server.latest)
+        experts, routers = regrouped(server.experts, server.routers, totals, newcomers, clusters)
+        latest = server.latest
+        for client_id, upload in newcomers.items():
+            latest = latest.put(client_id, upload)
         return Server(server.round + 1, routers, experts, clusters, latest)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
@@ -162,31 +150,10 @@ class FedLEASE:
 
     def shared(self, client: Client, message: Message) -> Serving | None:
         """What everyone in the group has: with private routers the expert without the others."""
-        own = int(message.facts["own"])
-        if own < 0:
-            return None
-        if self.share_router:
-            return self._serving(client, message)
-        tree = merge(select(message.tree, expert(own)), client.head)
-        return Serving(self.lora.plan(expert(own)), tree)
-
-    def _group(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The end of the warm-up, once there are uploads: groups, and an expert of each."""
-        server = replace(server, round=server.round + 1)
-        uploads = {k: u for k, u in replies if u.tree and has_direction(u.tree, self.signal)}
-        if not uploads:
-            return server
-        far = distances({client_id: uploads[client_id].tree for client_id in uploads}, self.signal)
-        labels = cluster(far, self.max_experts, self.min_silhouette).labels
-        clusters, latest = dict(zip(uploads, labels, strict=True)), server.latest
-        totals = Totals()
-        for client_id, upload in uploads.items():
-            totals.add(clusters[client_id], upload)
-            latest = latest.put(client_id, upload)
-        means, router = totals.means(), first_rows(server.routers, max(labels) + 1)
-        experts = merge(*(move(mean, INDIVIDUAL, expert(own)) for own, mean in means))
-        routers = merge(*(move(router, ROUTER, router_of(own)) for own, _ in means))
-        return Server(server.round, routers, experts, clusters, latest)
+        slot = expert(int(message.facts["own"]))
+        if slot == expert(-1) or self.share_router:
+            return None if slot == expert(-1) else self._serving(client, message)
+        return Serving(self.lora.plan(slot), merge(select(message.tree, slot), client.head))
 
     def _serving(self, client: Client, message: Message) -> Serving:
         """The client's own pair, or all experts and a router, which one expert does without."""
@@ -194,5 +161,4 @@ class FedLEASE:
         if own < 0:
             return Serving(self.lora.plan(INDIVIDUAL), merge(client.individual, client.head))
         plan = routed(self.lora, experts, Router(own, self.layout, self.renormalise))
-        router = {} if self.share_router else first_rows(client.router, experts)
-        return Serving(plan, merge(message.tree, router, client.head))
+        return Serving(plan, merge(message.tree, first_rows(client.router, experts), client.head))

@@ -136,6 +136,6 @@ def bears_padding_before(model: PreTrainedModel) -> bool:
             ).logits
             for row, there in ((ids, torch.ones_like(ids)), (padded, mask))
         )
-    except Exception:
+    except Exception:  # a foreign network may fail at this anyhow; prompts then go one by one
         return False
     return all(agree(found, wanted) for found, wanted in zip(behind, alone, strict=True))

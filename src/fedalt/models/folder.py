@@ -65,7 +65,7 @@ def require_no_own_config_code(place: str, name: str) -> None:
     """Raise ModelError where a model type is known only to code that comes with the model."""
     try:
         raw, _ = transformers.PretrainedConfig.get_config_dict(place)
-    except Exception:
+    except Exception:  # a foreign file; loading the model says what is wrong with it
         return
     own = raw.get("auto_map") if isinstance(raw, dict) else None
     if isinstance(own, dict) and own and raw.get("model_type") not in _known_types():
@@ -76,7 +76,7 @@ def require_no_own_tokenizer_code(place: str, name: str) -> None:
     """Raise ModelError where a tokenizer's class is defined by code that comes with it."""
     try:
         raw = get_tokenizer_config(place)
-    except Exception:
+    except Exception:  # as above; loading the tokenizer says what is wrong with it
         return
     own = raw.get("auto_map")
     own = own if isinstance(own, dict) else {"AutoTokenizer": own}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedalt.adapters.layer import Noise
+from fedalt.adapters.binding import DropoutSeeds
 from fedalt.core import tree as trees
 from fedalt.core.seeds import generator, seed_of
 from fedalt.core.tree import Name, Tree
@@ -107,7 +107,7 @@ class Client:
         """The examples of a step; after the last one those of the first."""
         return self.batches[at % len(self.batches)]
 
-    def noise(self, at: int) -> int:
+    def dropout_seed(self, at: int) -> int:
         """The seed of the dropout masks of a step's batch."""
         return seed_of(self.seed, "noise", at % len(self.batches))
 
@@ -220,7 +220,7 @@ class Group:
         batches = [each.batch(at) for each in self.clients]
         pack = all(packs(self.base, batch) for batch in batches)
         batch = collate(batches, self.base.pad_id, adapted.device, pack=pack)
-        noise = Noise(tuple(each.noise(at) for each in self.clients))
+        dropout = DropoutSeeds(tuple(each.dropout_seed(at) for each in self.clients))
         order = self.clients[0].order
         bound = whole
         if order.compose is not as_it_is or order.penalty is not None:
@@ -234,7 +234,7 @@ class Group:
             ]
             bound = {name: torch.stack([tree[name] for tree in composed]) for name in composed[0]}
         model = bindings.enter_context(
-            adapted.bound(order.plan, bound, noise, packing=batch.packing)
+            adapted.bound(order.plan, bound, dropout, packing=batch.packing)
         )
         losses = client_means(token_losses(model, batch), batch, len(self.clients))
         if order.penalty is None:

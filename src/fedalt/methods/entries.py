@@ -81,15 +81,12 @@ class Methods(Mapping[str, "AnyMethod"]):
     entries: Mapping[str, Entry]
 
     def __getitem__(self, name: str) -> "AnyMethod":
-        """The method of this name with its defaults."""
         return self.entries[name].method()
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
         return iter(self.entries)
 
     def __len__(self) -> int:
-        """How many there are."""
         return len(self.entries)
 
     def name_of(self, method: "AnyMethod") -> str:

@@ -108,7 +108,6 @@ class FedALT:
         return at_once(self._serving(client, message))
 
     def shared(self, client: Client, message: Message) -> Serving:
-        """The rest-of-world adapter alone."""
         row = rest_of_world(client.individual, client.weight, message)
         return Serving(self.lora.plan(REST_OF_WORLD), merge(row, client.head))
 

@@ -63,7 +63,6 @@ class FedALTAblations:
     averages = False
 
     def init_server(self, start: Start) -> Server:
-        """That of FedALT."""
         return FedALT().init_server(start)
 
     def init_client(self, start: Start, client_id: str) -> Client:
@@ -81,7 +80,6 @@ class FedALTAblations:
         )
 
     def broadcast(self, server: Server, client_id: str) -> Message:
-        """That of FedALT."""
         return FedALT().broadcast(server, client_id)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
@@ -105,12 +103,10 @@ class FedALTAblations:
         return at_once(self._serving(client, message))
 
     def shared(self, client: Client, message: Message) -> Serving:
-        """The rest-of-world adapter alone."""
         tree = merge(self._rest_of_world(client, message), client.head)
         return Serving(self.lora.plan(REST_OF_WORLD), tree)
 
     def without(self, server: Server, client_id: str) -> Server:
-        """That of FedALT."""
         return FedALT().without(server, client_id)
 
     def _rest_of_world(self, client: Client, message: Message) -> Tree:

@@ -108,7 +108,7 @@ class FedALTSelect:
         latest = server.latest
         for client_id, upload in replies:
             latest = latest.put(client_id, upload)
-        adapters = {each: latest[each].tree for each in latest.clients()}
+        adapters = {client: latest[client].tree for client in latest.clients()}
         similar = similarities(adapters, server.similar, self.memory)
         return self._heard(Server(server.rounds + 1, similar, latest=latest), adapters)
 
@@ -126,20 +126,20 @@ class FedALTSelect:
         """All rests of world once more, without this client's upload."""
         latest = server.latest.without(client_id)
         similar = {
-            each: {other: s for other, s in row.items() if other != client_id}
-            for each, row in server.similar.items()
-            if each != client_id
+            client: {other: s for other, s in row.items() if other != client_id}
+            for client, row in server.similar.items()
+            if client != client_id
         }
-        adapters = {each: latest[each].tree for each in similar}
+        adapters = {client: latest[client].tree for client in similar}
         return self._heard(replace(server, similar=similar, latest=latest), adapters)
 
     def _heard(self, server: Server, adapters: Mapping[str, Tree]) -> Server:
         """The server with everybody's rest of world, made of these adapters."""
         rows: dict[str, Tree] = {}
-        for each, row in server.similar.items() if server.rounds >= self.alone else ():
+        for client, row in server.similar.items() if server.rounds >= self.alone else ():
             weights = kin_weights(row, tau=self.tau, width=self.width, power=self.power)
             if weights:
-                rows[each] = sum_of_products(adapters, weights, REST_OF_WORLD, self.lora.rank)
+                rows[client] = sum_of_products(adapters, weights, REST_OF_WORLD, self.lora.rank)
         return replace(server, rows=rows)
 
     def _plan(self, row: Tree) -> Plan:

@@ -94,7 +94,6 @@ class FedDPA:
         check(self, blend="[0, 1]", scale="[0, 1]", references="[1, inf)", tail_epochs="[0, inf)")
 
     def init_server(self, start: Start) -> Server:
-        """A drawn, B zero."""
         return Server(start.adapter(self.lora.slot(SHARED)))
 
     def init_client(self, start: Start, client_id: str) -> Client:
@@ -108,7 +107,6 @@ class FedDPA:
         return Client(start.head(), merge(individual, move(start.head(), HEAD, INDIVIDUAL_HEAD)))
 
     def broadcast(self, server: Server, client_id: str) -> Message:
-        """The averaged adapter, the same for every client."""
         return Message(server.adapter, {"round": server.rounds})
 
     def local(self, client: Client, message: Message) -> Local[Client]:
@@ -132,7 +130,6 @@ class FedDPA:
         return Client(head, individual, {REFERENCES: embedded}), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The weighted mean of the cohort's shared adapters."""
         mean = weighted_mean(replies)
         return Server(mean or server.adapter, server.rounds + 1)
 

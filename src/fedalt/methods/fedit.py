@@ -57,15 +57,12 @@ class FedIT:
     without = kept_in_averages
 
     def init_server(self, start: Start) -> Server:
-        """A drawn, B zero."""
         return Server(start.adapter(self.lora.slot(SHARED)))
 
     def init_client(self, start: Start, client_id: str) -> Client:
-        """A client keeps nothing but its head."""
         return Client(start.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
-        """The averaged adapter, the same for every client."""
         return Message(server.adapter)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
@@ -76,7 +73,6 @@ class FedIT:
         return Client(select(fitted.tree, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The weighted mean of the cohort's adapters."""
         mean = weighted_mean(replies)
         return Server(mean) if mean else server
 

@@ -75,11 +75,9 @@ class FedITSplit:
         return Server(merge(self._split(start.adapter(self.lora.slot("whole"))), mixer))
 
     def init_client(self, start: Start, client_id: str) -> Client:
-        """A client keeps nothing but its head."""
         return Client(start.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
-        """The averaged parts, the same for every client."""
         return Message(server.adapters)
 
     def local(self, client: Client, message: Message) -> Local[Client]:

@@ -86,11 +86,9 @@ class FedLoRAOptimizer:
         check(self, personal_rate="(0, inf)")
 
     def init_server(self, start: Start) -> Server:
-        """A drawn, B zero."""
         return Server(decompose(start.adapter(self.lora.slot(SHARED)), self.a_axis))
 
     def init_client(self, start: Start, client_id: str) -> Client:
-        """A client keeps nothing but its head."""
         return Client(start.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:

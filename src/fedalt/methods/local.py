@@ -48,7 +48,6 @@ class LocalOnly:
     shared = nothing_shared
 
     def init_server(self, start: Start) -> Server:
-        """There is nothing to keep."""
         return Server()
 
     def init_client(self, start: Start, client_id: str) -> Client:
@@ -56,7 +55,6 @@ class LocalOnly:
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
-        """Nothing."""
         return Message({})
 
     def local(self, client: Client, message: Message) -> Local[Client]:
@@ -75,7 +73,6 @@ class LocalOnly:
         return server
 
     def deploy(self, client: Client, message: Message) -> Deploy:
-        """The client's adapter."""
         return at_once(Serving(self.lora.plan(INDIVIDUAL), merge(client.individual, client.head)))
 
     def without(self, server: Server, client_id: str) -> Server:

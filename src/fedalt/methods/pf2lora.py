@@ -84,7 +84,6 @@ class PF2LoRA:
         check(self, client_rank="[1, inf)", inner_lr="[0, inf)")
 
     def init_server(self, start: Start) -> Server:
-        """A drawn, B zero."""
         return Server(start.adapter(self.lora.slot(SHARED)))
 
     def init_client(self, start: Start, client_id: str) -> Client:
@@ -92,7 +91,6 @@ class PF2LoRA:
         return Client(merge(start.adapter(self._individual(), apart=True), start.head()))
 
     def broadcast(self, server: Server, client_id: str) -> Message:
-        """The averaged adapter, the same for every client."""
         return Message(server.adapter)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
@@ -105,7 +103,6 @@ class PF2LoRA:
         return Client(select(fitted.tree, INDIVIDUAL, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The weighted mean of the cohort's shared adapters."""
         mean = weighted_mean(replies)
         return Server(mean) if mean else server
 

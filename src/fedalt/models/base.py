@@ -16,7 +16,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
@@ -93,7 +92,7 @@ class Base:
         known = rows_of_embedding(self.adapted.model) or inf
         # Some tokenizers have got a token for it that the model has no embedding of.
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(each) for each in tokens if each is not None and each < known)
+        return next(int(token) for token in tokens if token is not None and token < known)
 
     @cached_property
     def positions(self) -> int:
@@ -230,15 +229,10 @@ def _packaged(name: str) -> Path:
     return Path(spec.origin).parent / model.place
 
 
-def fingerprint_of(model: PreTrainedModel) -> str:
-    """The short form of a model's identity, without a tokenizer."""
-    return identify(model).short
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone, for looking at data without the weights. Raises ModelError."""
     place = location(name)
-    if Path(place).is_dir() and not any(any(Path(place).glob(each)) for each in _TOKENIZER_FILES):
+    if Path(place).is_dir() and not any(any(Path(place).glob(name)) for name in _TOKENIZER_FILES):
         raise ModelError(
             f"the model folder {name!r} has no tokenizer; expected tokenizer.json and "
             "tokenizer_config.json beside the weights"

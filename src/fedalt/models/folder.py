@@ -26,7 +26,7 @@ def require_folder_of_model(folder: Path, name: str) -> None:
         raise ModelError(f"{name!r} holds an adapter{on}; {_EXPECTED}")
     if (folder / "config.json").is_file():
         return
-    found = next(
+    holds = next(
         (
             what
             for pattern, what in (
@@ -42,7 +42,7 @@ def require_folder_of_model(folder: Path, name: str) -> None:
         None,
     )
     below = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    holds = f", but {found}" if found else ""
+    holds = f", but {holds}" if holds else ""
     holds += f"; its folders {', '.join(below[:5])} have one" if below else ""
     raise ModelError(f"the model folder {name!r} has no config.json{holds}; {_EXPECTED}")
 
@@ -89,9 +89,8 @@ def _known_types() -> frozenset[str]:
 
 
 def _own_code(name: str, own: Mapping[str, Any], file: str) -> str:
-    named: list[str] = []
-    for value in own.values():
-        named += [str(each) for each in (value if isinstance(value, list) else [value]) if each]
+    values = (value if isinstance(value, list) else [value] for value in own.values())
+    named = [str(name) for names in values for name in names if name]
     return (
         f"the model {name!r} needs code of its own ({', '.join(named)} in auto_map of {file}), "
         "and fedalt runs no code that comes with a model; expected an architecture that "

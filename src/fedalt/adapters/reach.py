@@ -39,7 +39,7 @@ class _Seen:
         else:
             rows = x.shape[:-1].numel()
             # A pooler sees one row of each text; by chance an expert in a block sees as many.
-            texts = x.shape[0] == _TEXTS and (x.dim() > 2 or not _is_in_a_block(path))
+            texts = x.shape[0] == _TEXTS and (x.dim() > 2 or not is_in_a_block(path))
             whole = x.dim() > 1 and (texts or rows == _TEXTS * _TOKENS)
             self.whole[path] = whole and self.whole.get(path, True)
 
@@ -114,7 +114,8 @@ def rows_of_embedding(model: PreTrainedModel) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, Tensor) else None
 
 
-def _is_in_a_block(path: str) -> bool:
+def is_in_a_block(path: str) -> bool:
+    """Whether a layer is part of one of the network's numbered blocks, which none may lack."""
     return any(part.isdecimal() for part in path.split("."))
 
 

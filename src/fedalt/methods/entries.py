@@ -48,13 +48,10 @@ class Entry:
 
     def is_of(self, method: "AnyMethod") -> bool:
         """Whether a method, whatever its settings, is listed by this entry."""
-        if self.ablations and self.ablations.is_of(method):
-            return True
-        cls = type(method)
-        return (cls.__module__, cls.__qualname__) == (
-            f"{__package__}.{self.module}",
-            self.name,
-        ) and (vars(method).get("variant") == self.fixed.get("variant"))
+        cls, variant = type(method), vars(method).get("variant")
+        place = f"{__package__}.{self.module}", self.name, self.fixed.get("variant")
+        is_own = (cls.__module__, cls.__qualname__, variant) == place
+        return is_own or (self.ablations is not None and self.ablations.is_of(method))
 
     @cached_property
     def _own_settings(self) -> dict[str, object]:

@@ -73,8 +73,7 @@ class FedIT:
         return Client(select(fitted.tree, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        mean = weighted_mean(replies)
-        return Server(mean) if mean else server
+        return Server(weighted_mean(replies) or server.adapter)
 
     def shared(self, client: Client, message: Message) -> Serving:
         """All of it is shared, but for the head."""

@@ -90,8 +90,7 @@ class FedITSplit:
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The weighted mean of the cohort's parts, each for itself, and of its mixers."""
-        mean = weighted_mean(replies)
-        return Server(mean) if mean else server
+        return Server(weighted_mean(replies) or server.adapters)
 
     def shared(self, client: Client, message: Message) -> Serving:
         """All of it is shared, but for the head."""

@@ -103,8 +103,7 @@ class PF2LoRA:
         return Client(select(fitted.tree, INDIVIDUAL, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        mean = weighted_mean(replies)
-        return Server(mean) if mean else server
+        return Server(weighted_mean(replies) or server.adapter)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The shared adapter and the client's own, added."""

@@ -8,7 +8,7 @@ progress.json               how far the run is; replacing this file commits a ro
 states-0.sha256             the digests of all files that count; states-1.sha256 in turn with it
 clients/ID/0007.safetensors a client's state after round 7, and server/ likewise
 server/latest/ID/...        each client's last upload, for methods that keep a ledger
-local/...                   the same for the local-only yardstick; see states.py
+local/...                   the same for the local-only baseline; see checkpoints.py
 refused.jsonl, quarantine/  uploads that do not count: why, and their bytes
 waiting/                    uploads of a round that has to see all before it judges one
 """
@@ -126,7 +126,7 @@ class RunFolder:
         self._remembered().kept.digests.require_whole()
 
     def states(self, column: str, round_: int) -> FileStates:
-        """The yardstick has a folder of its own; the method asked for lies at the top."""
+        """The local-only baseline has a folder of its own; the method lies at the top."""
         self.writer.finish()  # it may be what is read now
         return FileStates(self._arm(column), round_, self.writer, self._remembered().kept)
 

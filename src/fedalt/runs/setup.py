@@ -150,9 +150,9 @@ def load_parts(
             device=model.device,
         )
     arms = [Arm("own", settings.method)]
-    yardstick = LocalOnly(lora=lora_of(settings.method))
-    if settings.yardstick and method_name(settings.method) != method_name(yardstick):
-        arms.append(Arm("local", yardstick))
+    baseline = LocalOnly(lora=lora_of(settings.method))
+    if settings.local_baseline and method_name(settings.method) != method_name(baseline):
+        arms.append(Arm("local", baseline))
     heads, given = base.adapted.heads, base.given
     start = Start(base.adapted.sites, heads, settings.seed, clients, given)
     return Parts(settings, base, tuple(arms), start)

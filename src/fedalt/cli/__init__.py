@@ -16,6 +16,7 @@ from fedalt.cli.demo import demo
 from fedalt.cli.errors import report as report_fault
 from fedalt.cli.federation import app as federation
 from fedalt.cli.federation import client, server, simulate
+from fedalt.cli.flags import SettingsCommand
 from fedalt.cli.membership import join, leave
 from fedalt.cli.methods import methods
 from fedalt.cli.report import report
@@ -34,8 +35,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(help=docstring(demo))(demo)
+app.command(help=docstring(run), cls=SettingsCommand)(run)
 for command in (
-    *(demo, run, resume, evaluate, generate, export, join, leave, compare, tune, chat),
+    *(resume, evaluate, generate, export, join, leave, compare, tune, chat),
     *(simulate, server, client, watch, track, report),
 ):
     app.command(help=docstring(command))(command)

@@ -186,7 +186,7 @@ def _sentence(cls: Any, error: ValidationError, values: Mapping[str, Any]) -> st
     options = options_of(info.annotation)
     if first["type"] in _OUT_OF_RANGE and len(first["loc"]) == 1:
         value = float(values[name]) if float in options else values[name]
-        return f"{name}={value}, but it must be {_limits_of(info)}"
+        return f"{name}={value}, but it {_must(_limits_of(info))}"
     return f"{name}: {_expected(info.annotation, values[name])}"
 
 
@@ -205,6 +205,13 @@ def _limits_of(info: Any) -> str:
         if isinstance(getattr(limit, name, None), int | float)
         and math.isfinite(getattr(limit, name))
     )
+
+
+def _must(limits: str) -> str:
+    """A range as the end of a sentence."""
+    if limits == "at least 0":
+        return "cannot be negative"
+    return f"{'is' if ' and ' in limits or limits.startswith('at') else 'must be'} {limits}"
 
 
 def _names(cls: Any) -> list[str]:

@@ -23,7 +23,7 @@ class Lora:
 
     def slot(self, name: str) -> "Slot":
         """A slot of this size."""
-        from fedalt.adapters.plan import Slot
+        from fedalt.adapters.plan import Slot  # brings torch, which settings do without
 
         return Slot(name, self.rank, self.alpha)
 

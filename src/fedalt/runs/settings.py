@@ -162,7 +162,7 @@ def to_toml(settings: Settings) -> str:
 
 def method_name(method: AnyMethod) -> str:
     """The name under which METHODS lists a method."""
-    return next(name for name, known in METHODS.items() if _kind(known) == _kind(method))
+    return METHODS.name_of(method)
 
 
 def settings_of_method(method: AnyMethod) -> tuple[str, ...]:
@@ -210,10 +210,6 @@ def _joined(file: Path | None, flags: Table) -> tuple[dict[str, Any], str]:
     return merged, " and ".join(sources) or "the settings"
 
 
-def _kind(method: AnyMethod) -> tuple[type, object]:
-    return type(method), vars(method).get("variant")
-
-
 def _parse(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(decoded(file.read_bytes()))
@@ -242,12 +238,13 @@ def _method(table: Table, source: str) -> AnyMethod:
             f"{place} name: there is no method {name!r}, only {', '.join(METHODS)}"
             f"{close_to(name, METHODS)}"
         )
-    default: Any = METHODS[name]
-    own = set(settings_of_method(default))
+    entry = METHODS.entries[name]
+    own = set(entry.settings)
     if unknown := table.keys() - own - {"name", *_LORA}:
         text = _unknown(min(unknown), (*sorted(_LORA), *sorted(own)), "method")
         raise SettingsError(f"{place}: {text} (method {name!r})")
     lora = placed(Lora, {key: table[key] for key in table.keys() & set(_LORA)}, place)
+    default: Any = entry.method(table.keys() & own)
     hints = get_type_hints(type(default))
     values = {key: typed(table[key], hints[key], f"{place} {key}") for key in table.keys() & own}
     try:

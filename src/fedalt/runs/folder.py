@@ -23,14 +23,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NotRequired, TypedDict
 
-from fedalt.core.codec import atomic_write
 from fedalt.core.digests import Digests, digest_of
-from fedalt.core.files import AtOnce, Writer, make_private_folder, open_private
+from fedalt.core.files import (
+    AtOnce,
+    Writer,
+    atomic_write,
+    make_private_folder,
+    open_private,
+)
 from fedalt.core.reading import read_bytes, read_lines, read_text
-from fedalt.engine.schedule import Line, Progress
-from fedalt.runs.checkpoints import FileStates, Kept
 from fedalt.runs.record import (
     FORMAT,
     Standing,
@@ -50,6 +53,10 @@ from fedalt.runs.standing import (
     write_facts,
     write_standing,
 )
+
+if TYPE_CHECKING:  # whoever only reads a record does without torch
+    from fedalt.engine.schedule import Line, Progress
+    from fedalt.runs.checkpoints import FileStates, Kept
 
 __all__ = [
     "RunFolder",
@@ -85,7 +92,7 @@ class _Memory:
     """
 
     standing: Standing
-    kept: Kept
+    kept: "Kept"
     hashed: Any = field(default_factory=sha256)
     bytes: int = 0
 
@@ -98,7 +105,7 @@ class RunFolder:
     writer: Writer = field(default_factory=AtOnce)
     _memory: list[_Memory] = field(default_factory=list, repr=False, compare=False)
 
-    def progress(self, leaving: str | None = None) -> Progress:
+    def progress(self, leaving: str | None = None) -> "Progress":
         """How far the run is; the record is cut back to what was committed with that.
 
         Raises StoreError where anything that counts is gone. What states hold is looked at when
@@ -119,29 +126,33 @@ class RunFolder:
         memory.kept.digests.require_there()
         if record.exists() and record.stat().st_size > now.record_bytes:
             os.truncate(record, now.record_bytes)
+        from fedalt.engine.schedule import Progress
+
         return Progress(now.rounds_done, now.best, now.tested)
 
     def require_whole(self) -> None:
         """Raise StoreError unless every file that counts has the content that was committed."""
         self._remembered().kept.digests.require_whole()
 
-    def states(self, column: str, round_: int) -> FileStates:
+    def states(self, column: str, round_: int) -> "FileStates":
         """The local-only baseline has a folder of its own; the method lies at the top."""
+        from fedalt.runs.checkpoints import FileStates
+
         self.writer.finish()  # it may be what is read now
         return FileStates(self._arm(column), round_, self.writer, self._remembered().kept)
 
-    def record(self, line: Line) -> None:
+    def record(self, line: "Line") -> None:
         """Append a line to rounds.jsonl."""
         with open_private(self.path / RECORD, "a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def keep_examples(self, lines: Sequence[Line]) -> None:
+    def keep_examples(self, lines: "Sequence[Line]") -> None:
         """Replace examples.jsonl."""
         whole = "".join(_compact(line) + "\n" for line in lines).encode()
         atomic_write(self.path / EXAMPLES, whole)
         self._remembered().kept.digests.note(self.path / EXAMPLES, digest_of(whole))
 
-    def commit(self, progress: Progress) -> None:
+    def commit(self, progress: "Progress") -> None:
         """Make the round count by replacing progress.json, then drop states no one needs."""
         self.writer.finish()
         memory = self._remembered()
@@ -239,6 +250,8 @@ class RunFolder:
 
     def _remembered(self) -> _Memory:
         """What is known of the folder, read anew if another process has committed since."""
+        from fedalt.runs.checkpoints import Kept
+
         while not self._memory or self._memory[0].standing != (standing := self._standing()):
             standing = self._standing()
             try:
@@ -277,7 +290,7 @@ class RunFolder:
         return whole
 
 
-def kept_rounds(progress: Progress, column: str) -> list[int]:
+def kept_rounds(progress: "Progress", column: str) -> list[int]:
     """The rounds after which an arm's states are kept: the last two and the best one."""
     best = [progress.best[column][0]] if column in progress.best else []
     last = range(max(0, progress.rounds_done - 2), progress.rounds_done)
@@ -345,7 +358,7 @@ def locked(path: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def _compact(line: Line) -> str:
+def _compact(line: "Line") -> str:
     return json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 

@@ -66,12 +66,7 @@ def setting_flags() -> tuple[TyperOption, ...]:
     """One option for each declared setting that is not for TOML only."""
     from fedalt.runs.settings import all_declared
 
-    advice = _advice()
-    flags = [
-        _flag(section, item, advice.get(section, {}).get(item.name))
-        for section, item in all_declared()
-        if item.flag
-    ]
+    flags = [_flag(section, item) for section, item in all_declared() if item.flag]
     # The name that older versions had for it.
     old = _option("--yardstick/--no-yardstick", "", "local_baseline", is_flag=True, hidden=True)
     return (*flags, old)
@@ -93,14 +88,26 @@ def names_of(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def default_of(item: "Declared", advised: object = None) -> str:
+def default_of(item: "Declared", section: str = "") -> str:
     """The default of a setting as `--help` shows it, "" without any."""
-    if item.default in (MISSING, None):
-        return "" if advised is None else f"tiny: {advised}"
-    usual = {True: "yes", False: "no"}[item.default] if bool in item.types else f"{item.default}"
-    return usual if advised in (None, item.default) else f"{usual}, tiny: {advised}"
+    advised = _advice().get(section, {}).get(item.name)
+    usual = "" if item.default in (MISSING, None) else shown_value(item.default)
+    own = "" if advised in (None, item.default) else f"tiny: {shown_value(advised)}"
+    return ", ".join(filter(None, (usual, own)))
 
 
+def shown_value(value: object) -> str:
+    """A value as TOML has it, texts without their quotes."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def flag_of(item: "Declared") -> str:
+    """A setting on the command line."""
+    flag = item.flag or ""
+    return f"{flag}/--no-{flag.removeprefix('--')}" if bool in item.types else flag
+
+
+@cache
 def _advice() -> Mapping[str, Mapping[str, object]]:
     """What the built-in base model recommends, by section and key."""
     from fedalt.core.settings import BUILT_IN_FOLDER
@@ -109,21 +116,19 @@ def _advice() -> Mapping[str, Mapping[str, object]]:
     return tomllib.loads((BUILT_IN_FOLDER / FILE).read_text(encoding="utf-8"))
 
 
-def _flag(section: str, item: "Declared", advised: object) -> TyperOption:
+def _flag(section: str, item: "Declared") -> TyperOption:
     """The option of one setting."""
-    name, kind = item.flag or "", item.types[0]
-    if kind is bool:
-        name = f"{name}/--no-{name.removeprefix('--')}"
+    kind = item.types[0]
     choices = get_args(kind) if get_origin(kind) is Literal else ()
     return _option(
-        name,
+        flag_of(item),
         section,
         item.name,
         type={int: click.INT, float: click.FLOAT}.get(kind, click.STRING),
         is_flag=kind is bool,
         metavar=f"[{'|'.join(choices)}]" if choices else None,
         help=item.help,
-        show_default=default_of(item, advised) or False,
+        show_default=default_of(item, section) or False,
         rich_help_panel=PANELS[section],
     )
 

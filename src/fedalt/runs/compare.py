@@ -20,6 +20,7 @@ from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import is_finished
+from fedalt.runs.preflight import require_known
 from fedalt.runs.settings import (
     DataSettings,
     Settings,
@@ -29,7 +30,6 @@ from fedalt.runs.settings import (
     settings_of_method,
     to_toml,
 )
-from fedalt.runs.setup import require_known
 from fedalt.training.recommended import recommended
 
 _OVERRIDES = ("data", "model", "training", "rounds", "scoring")

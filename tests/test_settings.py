@@ -99,7 +99,7 @@ def test_the_resolved_settings_load_again_to_the_same_object(tmp_path):
             model=ModelSettings(targets=("a", "b"), device="cpu"),
             method=FedALTAblations(lora=Lora(rank=3, dropout=0.0), gate="half", train_row=True),
             seed=5,
-            yardstick=False,
+            local_baseline=False,
         ),
         Settings(data=DataSettings(path=tmp_path / "d"), model=ModelSettings(targets="all-linear")),
     ):

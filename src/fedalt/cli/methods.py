@@ -1,20 +1,24 @@
-"""`fedalt methods`: what can stand behind `--method`."""
+"""`fedalt methods`: what can be given as `--method`."""
 
 from typing import Annotated
 
 import typer
+
+from fedalt.cli.output import show_json
 
 
 def methods(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the methods and the settings of each."""
-    from fedalt.cli.output import show_json
     from fedalt.methods import METHODS
 
     if as_json:
         show_json(
-            {n: {"what": e.title, "settings": e.settings} for n, e in METHODS.entries.items()}
+            {
+                name: {"what": entry.title, "settings": entry.settings}
+                for name, entry in METHODS.entries.items()
+            }
         )
         return
     for name, entry in METHODS.entries.items():

@@ -1,9 +1,8 @@
 """What all methods share: the size of their adapters, and how much a client counts in a mean."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from fedalt.methods.checks import check
+from fedalt.core.declared import declared, setting
 
 if TYPE_CHECKING:
     from fedalt.adapters.plan import Plan, Slot
@@ -12,16 +11,15 @@ if TYPE_CHECKING:
 Weighting = Literal["uniform", "examples"]
 
 
-@dataclass(frozen=True)
+@declared
 class Lora:
-    """Rank, alpha and input dropout of every adapter of a run; defaults of the FedALT code."""
+    """The size of every adapter of a run; defaults of the FedALT code."""
 
-    rank: int = 8
-    alpha: float = 32.0
-    dropout: float = 0.05
-
-    def __post_init__(self) -> None:
-        check(self, rank="[1, inf)", alpha="(0, inf)", dropout="[0, 1)")
+    rank: Annotated[int, setting("Rank of the adapters.", ge=1)] = 8
+    alpha: Annotated[
+        float, setting("The output of an adapter is scaled by alpha / rank.", gt=0)
+    ] = 32.0
+    dropout: Annotated[float, setting("Dropout of the input of the adapters.", ge=0, lt=1)] = 0.05
 
     def slot(self, name: str) -> "Slot":
         """A slot of this size."""

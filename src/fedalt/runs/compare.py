@@ -20,6 +20,7 @@ from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import is_finished
+from fedalt.runs.preflight import require_known
 from fedalt.runs.settings import (
     DataSettings,
     Settings,
@@ -28,7 +29,6 @@ from fedalt.runs.settings import (
     settings_of,
     to_toml,
 )
-from fedalt.runs.setup import require_known
 from fedalt.training.recommended import recommended
 
 _OVERRIDES = ("data", "model", "training", "rounds", "scoring")
@@ -63,8 +63,8 @@ class Job:
 
     @property
     def settings(self) -> Settings:
-        """The entry's settings with this seed; the yardstick is a method of its own here."""
-        return replace(self.entry.settings, seed=self.seed, yardstick=False)
+        """The entry's settings with this seed; the local-only baseline is an entry of its own."""
+        return replace(self.entry.settings, seed=self.seed, local_baseline=False)
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
     listed = table.pop("methods", None)
     if not isinstance(listed, list) or not listed or not all(isinstance(e, dict) for e in listed):
         raise SettingsError(f"{file}: expected at least one [[methods]] with a name")
-    for key in ("method", "seed", "yardstick"):
+    for key in ("method", "seed", "local_baseline"):
         if key in table:
             raise SettingsError(
                 f"{file}: {key!r} belongs to a single run; see [[methods]] and seeds"

@@ -12,6 +12,7 @@ from torch import Tensor
 from fedalt.adapters.binding import DropoutSeeds
 from fedalt.core import tree as trees
 from fedalt.core.seeds import generator, seed_of
+from fedalt.core.settings import Training as Training
 from fedalt.core.tree import Name, Tree
 from fedalt.data.examples import Example
 from fedalt.models.base import Base
@@ -28,39 +29,6 @@ class TrainingError(ValueError):
     """
 
     which: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a client trains; the defaults are those of the FedALT code.
-
-    The learning rate falls linearly to 0 within a round. `carry_optimizer` keeps AdamW's moments
-    from round to round, which is a different algorithm from the published ones. `pass_tokens` is
-    about how many tokens of several clients go through the model at once, where they can: None for
-    what suits the device. It changes rounding and speed alone, and so do `processes`, which share
-    the clients of a round: one for each GPU, or each with its part of a CPU's cores.
-    """
-
-    lr: float = 3e-4
-    batch_size: int = 8
-    local_epochs: int = 1
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    carry_optimizer: bool = False
-    pass_tokens: int | None = None
-    gradient_checkpointing: bool = False
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "local_epochs", "pass_tokens", "processes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}, but it is at least 1")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}, but it must be above 0")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay}, but it cannot be negative")
 
 
 @dataclass(frozen=True)

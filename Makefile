@@ -46,6 +46,7 @@ bench: setup ## docs/benchmarks.md anew; about an hour
 	$(BIN)/python benchmarks/federation.py --write 3 17
 
 docs: setup ## the site, into site/; a link that leads nowhere is an error
+	$(BIN)/python scripts/settings_page.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

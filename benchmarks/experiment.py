@@ -274,7 +274,7 @@ def run_fedalt(folder: Path, out: Path, rounds: int, answers: int) -> list[float
     from fedalt.runs.setup import prepare
 
     table = {
-        "yardstick": False,
+        "local_baseline": False,
         "data": {"path": str(folder / "data"), "validation": 0.0},
         "model": {"name": str(folder / "model"), "targets": SITES, "device": "cpu"},
         "method": {"name": "fedalt", "rank": RANK, "alpha": ALPHA, "dropout": DROPOUT},

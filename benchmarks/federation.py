@@ -85,7 +85,7 @@ def watched() -> Iterator[dict[str, float]]:
 def settings_of(folder: Path, rank: int, rounds: int) -> dict[str, Any]:
     """The run's settings, without data."""
     return {
-        "yardstick": False,
+        "local_baseline": False,
         "model": {"name": str(folder / "model"), "targets": experiment.SITES, "device": "cpu"},
         "data": {"max_length": 200, "validation": 0.0},
         "method": {"name": "fedalt", "rank": rank, "alpha": experiment.ALPHA},

@@ -44,7 +44,7 @@ def measure(clients: int, cohort: int, rounds: int) -> None:
         data.mkdir()
         write_clients(data, clients)
         table = {
-            "yardstick": False,
+            "local_baseline": False,
             "data": {"path": str(data), "validation": 0.0},
             "training": {"batch_size": 8},
             "rounds": {"rounds": rounds, "participation": cohort / clients},

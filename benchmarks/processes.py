@@ -3,9 +3,9 @@
     python benchmarks/processes.py --write         # 8 and 16 clients of the built-in suite
     python benchmarks/processes.py --clients 8 --rounds 2 --turns 1      # a quick try
 
-FedALT beside the yardstick on the suite and the base model that `fedalt demo` uses, validated on 40
-examples of each client after every round and tested on 40 at the end. Each run is a process of its
-own, in turns (A B A B). Printed are medians: `a round` are the seconds of a round with its
+FedALT beside the local-only baseline on the suite and the base model of `fedalt demo`, validated on
+40 examples of each client after every round and tested on 40 at the end. Each run is a process of
+its own, in turns (A B A B). Printed are medians: `a round` are the seconds of a round with its
 validation, `in all` those of the run with its test and, where there are several, the start of the
 other processes.
 """

@@ -22,7 +22,7 @@ from document import table, write
 
 from fedalt.core.tree import Name, Tree
 from fedalt.methods.contract import Message
-from fedalt.methods.fedalt import INDIVIDUAL, Client, FedALT, Server
+from fedalt.methods.fedalt import INDIVIDUAL, FedALT, Server, rest_of_world
 
 SITES, RANK, WIDTH = 64, 8, 4096  # 64 x 2 x 8 x 4096 = 4.2 million numbers
 NUMBERS = SITES * 2 * RANK * WIDTH
@@ -98,8 +98,7 @@ def measure(clients: int, given: list[Message]) -> dict[str, float]:
     few = [(str(c), given[(c + 1) % DIFFERENT]) for c in range(clients)]
     aggregate = seconds(lambda: method.aggregate(server, iter(few)), 3) / clients
     message = method.broadcast(server, "0")
-    client = Client(given[0].tree, {}, {}, 1.0)
-    row = seconds(lambda: method.rest_of_world(client, message))
+    row = seconds(lambda: rest_of_world(given[0].tree, 1.0, message))
     rate = copied()
     result = {
         "clients": clients,

@@ -44,7 +44,7 @@ def measure(examples: int, rounds: int) -> None:
         for file in sorted(suite.glob("*.train.jsonl"))[:2]:
             file.rename(data / file.name)
         settings = {
-            "yardstick": False,
+            "local_baseline": False,
             "data": {"path": str(data), "validation": 0.0},
             "model": {"targets": "all-linear", "device": "cpu"},
             "training": {"processes": 1},

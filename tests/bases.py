@@ -12,7 +12,8 @@ from fedalt.adapters.plan import Plan
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree
 from fedalt.data.examples import Example
-from fedalt.models.base import Base, fingerprint_of
+from fedalt.models.base import Base
+from fedalt.models.identity import identify
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -30,7 +31,7 @@ def letters() -> PreTrainedTokenizerFast:
 def base_of(model: PreTrainedModel | None = None, targets: str | None = None) -> Base:
     """A base model around a tiny Llama, or around the given model."""
     model = llama() if model is None else model
-    fingerprint = fingerprint_of(model)
+    fingerprint = identify(model).short
     return Base(AdaptedModel(model, targets), letters(), "tiny random", fingerprint)
 
 

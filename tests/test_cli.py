@@ -123,7 +123,7 @@ def test_flags_win_over_the_file_and_the_folder_keeps_both(
         "beams = 2",
         'select = "last"',
         "gradient_checkpointing = true",
-        "yardstick = false",
+        "local_baseline = false",
         '    "q_proj",\n    "v_proj",',
     ):
         assert said in text
@@ -209,7 +209,7 @@ def test_export_writes_a_folder(finished_run, tmp_path, capsys, what):
 def test_a_column_that_a_run_does_not_have_is_named(run_flags, tmp_path, capsys):
     run = tmp_path / "r"
     assert call("run", *run_flags, "--method", "local", "--rounds", 1, "--out", run, "-q") == 0
-    for column, why in (("local", "without the yardstick"), ("shared", "shares nothing")):
+    for column, why in (("local", "without the local-only baseline"), ("shared", "shares nothing")):
         assert call("generate", run, "--client", "a", "--column", column, "x") == 2
         assert why in capsys.readouterr().err
 

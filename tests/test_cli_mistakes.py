@@ -116,11 +116,11 @@ def test_a_model_folder_without_tokenizer_is_named(run_flags, tmp_path, tiny_mod
 def test_one_client_is_trained_and_told_that_nobody_shares(run_flags, tmp_path, capsys):
     mine = write_clients(tmp_path / "mine", "a")
     assert call("run", *run_flags, "--data", mine, "--rounds", 2, "--out", tmp_path / "r") == 0
-    assert capsys.readouterr().err.count("there is one client") == 1
+    assert capsys.readouterr().err.count("only one client") == 1
     assert (
         call("run", *run_flags, "--data", mine, "--method", "local", "--out", tmp_path / "s") == 0
     )
-    assert "there is one client" not in capsys.readouterr().err
+    assert "only one client" not in capsys.readouterr().err
 
 
 def test_two_clients_are_told_what_they_see_of_each_other(run_flags, tmp_path, capsys):

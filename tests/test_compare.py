@@ -61,7 +61,7 @@ def test_every_method_and_seed_is_a_run_with_its_own_settings(place):
         run = place / "out" / "ffa-lora-faster" / f"seed-{seed}"
         settings = tomllib.loads((run / "settings.toml").read_text())
         assert settings["seed"] == seed
-        assert settings["yardstick"] is False
+        assert settings["local_baseline"] is False
         assert settings["method"]["name"] == "ffa_lora"
         assert settings["training"] == {**settings["training"], "lr": 3e-2, "batch_size": 4}
     assert (place / "out" / "fedalt" / "seed-1" / "run.json").exists()

@@ -21,6 +21,7 @@ from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fdlora import FDLoRA
 from fedalt.methods.fedalt import FedALT
+from fedalt.methods.fedalt_ablations import FedALTAblations
 from fedalt.methods.fedalt_select import FedALTSelect
 from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedit import FedIT
@@ -40,12 +41,12 @@ RANKS = {"a": 1, "b": 3, "z": 1, "y": 3}  # z and y stand for a and b where clie
 ROWS: dict[str, AnyMethod] = {
     "fedalt": FedALT(lora=SMALL),
     "fedalt, by examples": FedALT(lora=SMALL, weighting="examples"),
-    "fedalt, row update": FedALT(lora=SMALL, train_row=True),
-    "fedalt, global mean": FedALT(lora=SMALL, row="global_mean"),
-    "fedalt, half": FedALT(lora=SMALL, gate="half"),
-    "fedalt, 1/K": FedALT(lora=SMALL, gate="one_over_clients"),
-    "fedalt, shared mixer": FedALT(lora=SMALL, share_mixer=True),
-    "fedalt, own starts": FedALT(lora=SMALL, shared_start=False, mixer_init="zeros"),
+    "fedalt, row update": FedALTAblations(lora=SMALL, train_row=True),
+    "fedalt, global mean": FedALTAblations(lora=SMALL, row="global_mean"),
+    "fedalt, half": FedALTAblations(lora=SMALL, gate="half"),
+    "fedalt, 1/K": FedALTAblations(lora=SMALL, gate="one_over_clients"),
+    "fedalt, shared mixer": FedALTAblations(lora=SMALL, share_mixer=True),
+    "fedalt, own starts": FedALTAblations(lora=SMALL, shared_start=False, mixer_init="zeros"),
     "fedalt select": FedALTSelect(lora=SMALL),
     "fedalt select, all": FedALTSelect(lora=SMALL, tau=-1.0, width=0.1, memory=0.9, power=0.0),
     "fedalt select, late": FedALTSelect(lora=SMALL, tau=-1.0, alone=3, gain=0.5),

@@ -1,20 +1,14 @@
 """The oracles of FedALT that need no model; those of the mixed layer are in test_layer.py."""
 
-from dataclasses import replace
-
-import pytest
 import torch
-from federation import EXAMPLES, SITES, START, MemoryStates, pull, served, simulate
-from runs_for_tests import save_model, settings_for, write_clients
+from federation import EXAMPLES, SITES, START, pull, simulate
 
 from fedalt.adapters.plan import MIXER
 from fedalt.core import tree as trees
-from fedalt.core.tree import Name, move, select
-from fedalt.engine.round import client_of, drive, one_by_one, run_round, server_of, servings
-from fedalt.federation.agreement import write_terms
+from fedalt.core.tree import move, select
+from fedalt.engine.round import client_of, server_of
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
 from fedalt.methods.lora import Lora
-from fedalt.runs.setup import prepare
 from fedalt.training.orders import Fitted
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
@@ -24,7 +18,8 @@ P = sum(LORA.rank * (d_in + d_out) for d_in, d_out in SITES.values())
 
 def rest_of_world(method, states, client_id):
     message = method.broadcast(server_of(method, START, states), client_id)
-    return method.rest_of_world(client_of(method, START, states, client_id), message)
+    shared = method.shared(client_of(method, START, states, client_id), message)
+    return select(shared.tree, REST_OF_WORLD)
 
 
 def uploads_of(states, clients):
@@ -120,7 +115,7 @@ def test_weights_by_examples_make_a_weighted_mean():
         torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
 
 
-def test_the_rest_of_world_is_frozen_unless_asked_and_the_mixer_trains():
+def test_the_rest_of_world_is_frozen_and_the_mixer_trains():
     orders = {}
 
     def watch(client_id, number, order):
@@ -129,94 +124,6 @@ def test_the_rest_of_world_is_frozen_unless_asked_and_the_mixer_trains():
 
     simulate(METHOD, [("a",)], train=watch)
     assert orders["a"] == {INDIVIDUAL, MIXER, "head"}
-    simulate(FedALT(lora=LORA, train_row=True), [("a",)], train=watch)
-    assert orders["a"] == {INDIVIDUAL, REST_OF_WORLD, MIXER, "head"}
-
-
-def test_a_trained_rest_of_world_is_forgotten_after_the_round():
-    method = FedALT(lora=LORA, train_row=True)
-    states, _ = simulate(method, [("a", "b")] * 2)
-    assert trees.equal(rest_of_world(method, states, "a"), uploads_of(states, "b")["b"])
-
-
-def test_the_global_mean_counts_its_reader():
-    method = FedALT(lora=LORA, row="global_mean")
-    states, _ = simulate(method, [("a", "b")])
-    uploads = uploads_of(states, "ab")
-    for name, tensor in rest_of_world(method, states, "a").items():
-        expected = (uploads["a"][name] + uploads["b"][name]) / 2
-        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("gate", "weights"), [("half", (0.5, 0.5)), ("one_over_clients", (1 / 3, 2 / 3))]
-)
-def test_fixed_gates_replace_the_mixer(gate, weights):
-    method = FedALT(lora=LORA, gate=gate)
-    states, _ = simulate(method, [("a", "b", "c")])
-    serving = served(method, states, "a")["a"]
-    assert serving.plan.combine.weights == pytest.approx(weights)
-    assert not select(serving.tree, MIXER)
-
-
-def weights_of(method, start, cohorts, clients):
-    """The fixed weights of each round's orders, then those that each client serves with."""
-    seen = []
-
-    def watch(client_id, number, order):
-        seen.append(order.plan.combine.weights)
-        return pull(client_id, number, order)
-
-    states = MemoryStates()
-    for cohort in cohorts:
-        run_round(method, start, states, [cohort], one_by_one(watch), lambda _: None)
-    own = [servings(method, start, states, each, watch)[0] for each in clients]
-    return seen, [serving.plan.combine.weights for serving in own]
-
-
-@pytest.mark.parametrize("clients", [1, 2, 3, 8])
-def test_one_over_k_counts_the_whole_federation_from_the_first_round_on(clients):
-    method = FedALT(lora=LORA, gate="one_over_clients")
-    start = replace(START, clients=clients)
-    names = [f"c{number}" for number in range(clients)]
-    cohorts = [names[:1], names[:2], names]  # the others come later, and count from the beginning
-    trained, own = weights_of(method, start, cohorts, names)
-    assert {*trained, *own} == {(1 / clients, 1 - 1 / clients)}
-
-
-def test_one_over_k_follows_who_joins_and_who_leaves():
-    method = FedALT(lora=LORA, gate="one_over_clients")
-    server = method.init_server(replace(START, clients=2))
-    for each in "abc":
-        _, upload = drive(
-            method.local(method.init_client(START, each), method.broadcast(server, each)),
-            pull,
-            each,
-        )
-        server = method.aggregate(server, [(each, upload)])
-    assert method.broadcast(server, "a").facts["clients"] == 3
-    for left, of in (("a", 2), ("b", 1)):
-        server = method.without(server, left)
-        assert method.broadcast(server, "c").facts["clients"] == of
-
-
-def test_a_run_tells_its_method_how_many_clients_there_are(tmp_path):
-    model, data = save_model(tmp_path / "model"), write_clients(tmp_path / "data", clients="abcd")
-    method = {"name": "fedalt", "gate": "one_over_clients", "rank": 2}
-    prepared = prepare(settings_for(model, data, method=method))
-    server = prepared.parts.settings.method.init_server(prepared.parts.start)
-    assert prepared.parts.settings.method.broadcast(server, "a").facts["clients"] == 4
-    terms = write_terms(tmp_path, "six", tuple("abcdef"), (), prepared.parts)
-    assert terms.start.clients == 6
-
-
-def test_a_shared_mixer_is_the_mean_of_all_mixers():
-    method = FedALT(lora=LORA, share_mixer=True)
-    states, _ = simulate(method, [("a", "b")])
-    name = Name("block.0.q", MIXER, "G")
-    mean = (states["clients/a"].mixer[name] + states["clients/b"].mixer[name]) / 2
-    for serving in served(method, states, "ab").values():
-        torch.testing.assert_close(serving.tree[name], mean, rtol=0, atol=1e-6)
 
 
 def test_message_bytes_equal_the_closed_forms():

@@ -495,7 +495,7 @@ def attacked(tmp_path_factory):
         rounds={"rounds": 3},
         firewall={"norm_limit": 10},
     )
-    prepared = prepare(replace(settings, yardstick=False))
+    prepared = prepare(replace(settings, local_baseline=False))
     examples = float(prepared.counts["b"]["train"])
 
     def spoil(_, upload):

@@ -20,7 +20,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from fedalt.adapters.layer import AdaptedModel, Noise
+from fedalt.adapters.binding import DropoutSeeds
+from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import HEAD, Layout, Mixer, Plan, Router, Shape, Slot, single
 from fedalt.adapters.sites import ALL_LINEAR
 from fedalt.core.tree import Name, Tree, select
@@ -45,11 +46,11 @@ def with_gradients(
     plan: Plan,
     tree: Tree,
     ids: Tensor,
-    noise: Noise | None = None,
+    dropout: DropoutSeeds | None = None,
 ) -> tuple[Tensor, Tree]:
     """Logits and the gradient of some loss with respect to every tensor."""
     leaves = trained(tree)
-    with adapted.bound(plan, leaves, noise) as model:
+    with adapted.bound(plan, leaves, dropout) as model:
         logits = model(ids).logits
         return logits.detach(), gradients(some_loss(logits), leaves)
 

@@ -10,9 +10,10 @@ from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, names_of
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name
 from fedalt.engine.round import drive
+from fedalt.methods.bilevel import Unrolled
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
-from fedalt.methods.pf2lora import INDIVIDUAL, SHARED, PF2LoRA, Unrolled
+from fedalt.methods.pf2lora import INDIVIDUAL, SHARED, PF2LoRA
 from fedalt.training.group import Training
 from fedalt.training.loop import train
 from fedalt.training.orders import Fit
@@ -58,7 +59,7 @@ def after_one_lower_step(tree, loss, rate):
 @pytest.mark.parametrize(("gradient", "tolerance"), [("exact", 1e-8), ("finite_difference", 1e-3)])
 def test_the_hypergradient_is_that_of_the_loss_after_a_lower_step(gradient, tolerance):
     tree, loss = toy()
-    stepped = Unrolled(0.3, gradient)(tree, sorted(tree), loss)
+    stepped = Unrolled(INDIVIDUAL, 0.3, gradient)(tree, sorted(tree), loss)
     for name, found in stepped.gradients.items():
         for at in range(found.numel()):
             with torch.no_grad():
@@ -77,7 +78,8 @@ def test_the_hypergradient_is_that_of_the_loss_after_a_lower_step(gradient, tole
 def test_the_first_order_variant_leaves_something_out():
     tree, loss = toy()
     exact, first = (
-        Unrolled(0.3, kind)(tree, sorted(tree), loss) for kind in ("exact", "first_order")
+        Unrolled(INDIVIDUAL, 0.3, kind)(tree, sorted(tree), loss)
+        for kind in ("exact", "first_order")
     )
     assert trees.equal(exact.moved, first.moved)
     gaps = [(exact.gradients[name] - first.gradients[name]).abs().max() for name in exact.gradients]
@@ -86,7 +88,7 @@ def test_the_first_order_variant_leaves_something_out():
 
 def test_the_lower_level_takes_a_plain_step_on_its_own_batch():
     tree, loss = toy()
-    stepped = Unrolled(0.3, "exact")(tree, sorted(tree), loss)
+    stepped = Unrolled(INDIVIDUAL, 0.3, "exact")(tree, sorted(tree), loss)
     assert {name.slot for name in stepped.moved} == {INDIVIDUAL}
     for name, moved in stepped.moved.items():
         (slope,) = torch.autograd.grad(loss(tree, 0), [tree[name]])
@@ -104,7 +106,7 @@ def test_what_the_lower_level_does_is_the_same_whatever_alpha_is(gradient):
         def scaled(tree, which):
             return loss({**tree, name: tree[name] * scaling}, which)
 
-        stepped = Unrolled(0.3, gradient, scaling)(tree, sorted(tree), scaled)
+        stepped = Unrolled(INDIVIDUAL, 0.3, gradient, scaling)(tree, sorted(tree), scaled)
         return {**stepped.moved, name: stepped.moved[name] * scaling}, stepped.gradients
 
     (moved, upper), (again, once_more) = at(1.0), at(16.0)
@@ -172,7 +174,7 @@ def test_the_difference_of_first_derivatives_is_close_to_the_second_on_a_real_mo
             return stepped
 
     for gradient in ("exact", "finite_difference", "first_order"):
-        order = Fit(PLAN, tree, frozenset(tree), step=Watched(1.0, gradient))
+        order = Fit(PLAN, tree, frozenset(tree), step=Watched(INDIVIDUAL, 1.0, gradient))
         train(base, order, EXAMPLES, Training(batch_size=2), seed=0)
 
     def gap(gradient):
@@ -196,7 +198,7 @@ def test_dropout_masks_are_the_same_in_every_look_at_a_batch():
             looks.append([float(loss(tree, which)) for which in (0, 0, 1, 1)])
             return super().__call__(tree, names, loss)
 
-    order = Fit(plan, tree, frozenset(tree), step=Looks(0.1, "first_order"))
+    order = Fit(plan, tree, frozenset(tree), step=Looks(INDIVIDUAL, 0.1, "first_order"))
     train(base, order, EXAMPLES, Training(batch_size=2), seed=0)
     for own, again, following, once_more in looks:
         assert own == again

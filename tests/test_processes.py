@@ -17,8 +17,9 @@ from runs_for_tests import adapters_of, save_model, scores_of, settings_for, wri
 from fedalt.engine.workers import WorkerError
 from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import resume_run, start_run
+from fedalt.runs.preflight import require_room
 from fedalt.runs.settings import SettingsError, to_toml
-from fedalt.runs.setup import prepare, require_room
+from fedalt.runs.setup import prepare
 from fedalt.training.group import TrainingError
 
 

@@ -8,7 +8,8 @@ from test_contract import ALL, ROWS
 
 from fedalt.adapters.plan import Slot
 from fedalt.core.tree import Name, equal
-from fedalt.methods.fedalt import REST_OF_WORLD, FedALT
+from fedalt.methods.fedalt import REST_OF_WORLD
+from fedalt.methods.fedalt_ablations import FedALTAblations
 from fedalt.methods.feddpa import INDIVIDUAL, SHARED, FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
@@ -58,8 +59,8 @@ def rank_of(tree, site, *slots):
     ("method", "slots", "rank"),
     [
         (PF2LoRA(lora=LORA, client_rank=2), (SHARED, INDIVIDUAL), 5),
-        (FedALT(lora=LORA, train_row=True), (INDIVIDUAL, REST_OF_WORLD), 6),
-        (FedALT(lora=LORA, train_row=True, gate="half"), (INDIVIDUAL, REST_OF_WORLD), 6),
+        (FedALTAblations(lora=LORA, train_row=True), (INDIVIDUAL, REST_OF_WORLD), 6),
+        (FedALTAblations(lora=LORA, train_row=True, gate="half"), (INDIVIDUAL, REST_OF_WORLD), 6),
     ],
 )
 def test_two_adapters_that_train_side_by_side_span_the_sum_of_their_ranks(method, slots, rank):

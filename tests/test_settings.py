@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedalt.methods.fedalt import FedALT
+from fedalt.methods.fedalt_ablations import FedALTAblations
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.runs.settings import (
@@ -96,9 +97,9 @@ def test_the_resolved_settings_load_again_to_the_same_object(tmp_path):
         Settings(
             data=DataSettings(path=tmp_path / "d", template=tmp_path / 't"x', client_field="who"),
             model=ModelSettings(targets=("a", "b"), device="cpu"),
-            method=FedALT(lora=Lora(rank=3, dropout=0.0), gate="half", train_row=True),
+            method=FedALTAblations(lora=Lora(rank=3, dropout=0.0), gate="half", train_row=True),
             seed=5,
-            yardstick=False,
+            local_baseline=False,
         ),
         Settings(data=DataSettings(path=tmp_path / "d"), model=ModelSettings(targets="all-linear")),
     ):

@@ -127,24 +127,24 @@ def add_low_rank(
     return out
 
 
-def times(rows: Tensor, each: Tensor, spans: Sequence[int] | None) -> Tensor:
+def times(rows: Tensor, matrices: Tensor, spans: Sequence[int] | None) -> Tensor:
     """Every client's rows (N, k) times its own matrix (k, m)."""
     if spans is None:
-        return rows @ each
-    out = rows.new_empty(1, rows.shape[1], each.shape[2])
-    parts = zip(rows[0].split(spans), each, out[0].split(spans), strict=True)
+        return rows @ matrices
+    out = rows.new_empty(1, rows.shape[1], matrices.shape[2])
+    parts = zip(rows[0].split(spans), matrices, out[0].split(spans), strict=True)
     for part, matrix, place in parts:
         torch.mm(part, matrix, out=place)
     return out
 
 
-def _plus_times(y: Tensor, rows: Tensor, each: Tensor, spans: Sequence[int] | None) -> Tensor:
+def _plus_times(y: Tensor, rows: Tensor, matrices: Tensor, spans: Sequence[int] | None) -> Tensor:
     """The same added to y."""
     if spans is None:
-        return torch.baddbmm(y, rows, each)
+        return torch.baddbmm(y, rows, matrices)
     out = torch.empty_like(y)
     before, lefts, places = (tensor[0].split(spans) for tensor in (y, rows, out))
-    parts = zip(before, lefts, each, places, strict=True)
+    parts = zip(before, lefts, matrices, places, strict=True)
     for part, left, matrix, place in parts:
         torch.addmm(part, left, matrix, out=place)
     return out

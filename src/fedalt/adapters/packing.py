@@ -68,12 +68,13 @@ def packing_of(groups: Sequence[Sequence[int]], device: torch.device | str) -> P
     before = 0
     for texts in _of_similar_length(lengths):
         steps = torch.arange(lengths[texts[0]])
-        there = steps < sizes[texts, None]
+        is_token = steps < sizes[texts, None]
         rows = starts[texts, None] + steps
-        places[rows[there]] = torch.arange(there.numel()).reshape(there.shape)[there] + before
-        before += there.numel()
-        blocks.append(torch.where(there, rows, 0).to(device))
-        missing.append(None if bool(there.all()) else (~there).to(device))
+        numbers = torch.arange(is_token.numel()).reshape(is_token.shape) + before
+        places[rows[is_token]] = numbers[is_token]
+        before += is_token.numel()
+        blocks.append(torch.where(is_token, rows, 0).to(device))
+        missing.append(None if bool(is_token.all()) else (~is_token).to(device))
     return Packing(tuple(blocks), places.to(device), tuple(missing), positions.to(device), spans)
 
 
@@ -130,16 +131,16 @@ def packed(packing: Packing | None) -> Iterator[None]:
         _Cell.packing = before
 
 
-def agree(found: Tensor, wanted: Tensor) -> bool:
+def agree(logits: Tensor, wanted: Tensor) -> bool:
     """Whether logits are equal but for the rounding of their dtype."""
     share = 1e-3 if torch.finfo(wanted.dtype).bits > 16 else 5e-2
-    found, wanted = found.double(), wanted.double()
-    return float((found - wanted).norm()) <= share * max(float(wanted.norm()), 1e-3)
+    logits, wanted = logits.double(), wanted.double()
+    return float((logits - wanted).norm()) <= share * max(float(wanted.norm()), 1e-3)
 
 
-def _same(found: Tensor, wanted: Tensor) -> bool:
+def _same(logits: Tensor, wanted: Tensor) -> bool:
     """Whether nothing of another text gets into logits, such as the state of a recurrence."""
-    most, size = float((found - wanted).abs().max()), float(wanted.abs().max())
+    most, size = float((logits - wanted).abs().max()), float(wanted.abs().max())
     rounding: float = torch.finfo(wanted.dtype).eps
     return most <= 50 * rounding * max(size, 1e-3)
 

@@ -27,8 +27,7 @@ def positions_of(model: PreTrainedModel) -> int | None:
             if module.padding_idx is not None:
                 skipped = max(skipped, module.padding_idx + 1)
             said.append(module.num_embeddings - skipped)
-    known = [each for each in said if isinstance(each, int) and each > 0]
-    return min(known, default=None)
+    return min((length for length in said if isinstance(length, int) and length > 0), default=None)
 
 
 def _place_of_texts(model: PreTrainedModel) -> str:

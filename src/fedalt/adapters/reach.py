@@ -39,7 +39,7 @@ class _Seen:
         else:
             rows = x.shape[:-1].numel()
             # A pooler sees one row of each text; by chance an expert in a block sees as many.
-            texts = x.shape[0] == _TEXTS and (x.dim() > 2 or not _is_in_a_block(path))
+            texts = x.shape[0] == _TEXTS and (x.dim() > 2 or not is_in_a_block(path))
             whole = x.dim() > 1 and (texts or rows == _TEXTS * _TOKENS)
             self.whole[path] = whole and self.whole.get(path, True)
 
@@ -62,13 +62,13 @@ def plain_layers(model: PreTrainedModel, linear: Mapping[str, nn.Module]) -> dic
     finally:
         for handle in handles:
             handle.remove()
-    found = {}
+    plain = {}
     for path in linear:
         if path in seen.whole and path not in seen.odd:
-            found[path] = seen.whole[path]
+            plain[path] = seen.whole[path]
         elif path not in seen.ran and _is_one_of_many(model, path, seen.ran):
-            found[path] = False
-    return found
+            plain[path] = False
+    return plain
 
 
 @torch.no_grad()
@@ -93,13 +93,12 @@ def short_texts(model: PreTrainedModel, texts: int, tokens: int) -> Tensor:
     """Ids (texts, tokens) of which neighbours differ; the last one ends a text."""
     config = model.config.get_text_config()
     sizes = rows_of_embedding(model), getattr(config, "vocab_size", None)
-    size = min((each for each in sizes if each), default=256)
+    size = min(filter(None, sizes), default=256)
     end = getattr(config, "eos_token_id", None)
     end = end[0] if isinstance(end, list) and end else end
     pad = getattr(config, "pad_token_id", None)
-    usual = [each for each in range(min(size, 1024)) if each not in (end, pad)][
-        : texts * tokens * 7 : 7
-    ]
+    usual = [token for token in range(min(size, 1024)) if token not in (end, pad)]
+    usual = usual[: texts * tokens * 7 : 7]
     ids = torch.tensor([usual[at % len(usual)] for at in range(texts * tokens)])
     if isinstance(end, int) and 0 <= end < size:  # some classifiers look for it
         ids[tokens - 1 :: tokens] = end
@@ -115,7 +114,8 @@ def rows_of_embedding(model: PreTrainedModel) -> int | None:
     return int(weight.shape[0]) if isinstance(weight, Tensor) else None
 
 
-def _is_in_a_block(path: str) -> bool:
+def is_in_a_block(path: str) -> bool:
+    """Whether a layer is part of one of the network's numbered blocks, which none may lack."""
     return any(part.isdecimal() for part in path.split("."))
 
 
@@ -127,7 +127,7 @@ def _is_one_of_many(model: nn.Module, path: str, ran: set[str]) -> bool:
         if above and above not in ran:
             continue
         child = ".".join(parts[: end + 1])
-        inside = any(each.startswith(f"{child}.") for each in ran)
+        inside = any(path.startswith(f"{child}.") for path in ran)
         return isinstance(model.get_submodule(child), nn.ModuleList) and inside
     return False
 

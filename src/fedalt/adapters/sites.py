@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.plan import Shape
-from fedalt.adapters.reach import plain_layers
+from fedalt.adapters.reach import is_in_a_block, plain_layers
 
 ALL_LINEAR = "all-linear"
 # Of these architectures PEFT adapts no layer of this name: fast kernels read its weight and leave
@@ -65,13 +65,8 @@ def head_layers(model: PreTrainedModel, fresh: Collection[str] = ()) -> dict[str
     return {
         path: layer
         for path, layer in linear.items()
-        if path in named or (f"{path}.weight" in fresh and not _is_in_a_block(path))
+        if path in named or (f"{path}.weight" in fresh and not is_in_a_block(path))
     }
-
-
-def _is_in_a_block(path: str) -> bool:
-    """Whether a layer is part of one of the network's numbered blocks, which none may lack."""
-    return any(part.isdecimal() for part in path.split("."))
 
 
 def chosen(

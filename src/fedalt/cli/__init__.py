@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
 from io import TextIOWrapper
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from fedalt.cli.demo import demo
 from fedalt.cli.errors import report as report_fault
 from fedalt.cli.federation import app as federation
 from fedalt.cli.federation import client, server, simulate
+from fedalt.cli.flags import SettingsCommand
 from fedalt.cli.membership import join, leave
 from fedalt.cli.methods import methods
 from fedalt.cli.report import report
@@ -34,8 +34,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command(help=docstring(demo))(demo)
+app.command(help=docstring(run), cls=SettingsCommand)(run)
 for command in (
-    *(demo, run, resume, evaluate, generate, export, join, leave, compare, tune, chat),
+    *(resume, evaluate, generate, export, join, leave, compare, tune, chat),
     *(simulate, server, client, watch, track, report),
 ):
     app.command(help=docstring(command))(command)
@@ -64,6 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         typer.echo(f"fedalt {version('fedalt')}")
         raise typer.Exit
 

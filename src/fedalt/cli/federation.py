@@ -45,8 +45,9 @@ def init(
     _require_flower()
     from fedalt.federation.agreement import require_apart
     from fedalt.flower.init import found_federation, require_possible
+    from fedalt.runs.preflight import require_known
     from fedalt.runs.settings import advised_settings, method_name
-    from fedalt.runs.setup import load_parts, require_known
+    from fedalt.runs.setup import load_parts
 
     names, classes = _names(clients), _names(labels)
     title = name or folder.absolute().name

@@ -1,12 +1,17 @@
 """`fedalt report`: one HTML file that shows a run or a comparison."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from fedalt.cli.flags import AsJson, Quiet
 from fedalt.cli.output import note, show_json
+
+if TYPE_CHECKING:
+    from fedalt.report.parts import Page
+
+RESULTS: Final = "results.jsonl"
 
 
 def report(
@@ -29,24 +34,7 @@ def report(
     from fedalt.report.page import require_report, save_figures, write_page
 
     require_report()
-    from fedalt.cli.output import hush_libraries
-
-    hush_libraries()
-    from fedalt.report.compared_page import RESULTS, comparison_page
-    from fedalt.report.records import read_record
-    from fedalt.report.run_page import run_page
-    from fedalt.runs.folder import StoreError
-    from fedalt.runs.record import meant_by
-
-    if (path / "run.json").exists():
-        page = run_page(read_record(path))
-    elif (path / RESULTS).exists():
-        page = comparison_page(path)
-    else:
-        raise StoreError(
-            f"{path} is neither a run's folder (no run.json) nor a comparison's (no {RESULTS}, "
-            f"which `fedalt compare` writes at its end){meant_by(path)}"
-        )
+    page = _page(path)
     file = out or path / "report.html"
     write_page(page, file)
     saved = save_figures(page, figures) if figures else []
@@ -56,3 +44,23 @@ def report(
     note(f"{file}, {file.stat().st_size / 1e6:.1f} MB", quiet=quiet)
     if saved:
         note(f"{len(saved)} files of figures in {figures}", quiet=quiet)
+
+
+def _page(path: Path) -> "Page":
+    """The page of a run or a comparison. Raises StoreError for any other folder."""
+    from fedalt.core.reading import StoreError
+    from fedalt.runs.record import meant_by
+
+    if (path / "run.json").exists():
+        from fedalt.report.records import read_record
+        from fedalt.report.run_page import run_page
+
+        return run_page(read_record(path))
+    if (path / RESULTS).exists():
+        from fedalt.report.compared_page import comparison_page
+
+        return comparison_page(path)
+    raise StoreError(
+        f"{path} is neither a run's folder (no run.json) nor a comparison's (no {RESULTS}, "
+        f"which `fedalt compare` writes at its end){meant_by(path)}"
+    )

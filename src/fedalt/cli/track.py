@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from fedalt.cli.flags import Quiet, RunPath
-from fedalt.cli.output import hush_libraries, note
+from fedalt.cli.output import note
 from fedalt.report.trackers import TrackerName
 
 
@@ -17,7 +17,6 @@ def track(
     quiet: Quiet = False,
 ) -> None:
     """Send what the record of a run holds to trackers; what they had of it is replaced."""
-    hush_libraries()
     from fedalt.report.trackers import require_trackers, tracking
     from fedalt.runs.folder import locked, open_run
 

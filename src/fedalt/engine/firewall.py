@@ -13,6 +13,7 @@ from torch import Tensor
 from fedalt.adapters.start import Start
 from fedalt.core.codec import CodecError, check_tree
 from fedalt.core.foreign import shown
+from fedalt.core.settings import Firewall as Firewall
 from fedalt.core.tree import Name, Tree
 from fedalt.engine.dry_run import Form, play, require_bound
 from fedalt.methods.contract import AnyMethod, Fact, Facts, Message
@@ -35,30 +36,6 @@ class Refused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
     def __str__(self) -> str:
         """The sentence without control characters, cut where it is too long."""
         return shown(super().__str__())
-
-
-@dataclass(frozen=True, kw_only=True)
-class Firewall:
-    """What the server takes from a client; names, shapes and finite numbers are always checked.
-
-    `norm_limit`: an upload whose norm or weight is more than so many times the median of its
-    round's is refused. `max_upload_bytes` is the most that an upload may have.
-    `quarantine_bytes` is how much of refused uploads is kept in all.
-    """
-
-    norm_limit: float | None = None
-    max_upload_bytes: int = 2**30
-    quarantine_bytes: int = 2**30
-
-    def __post_init__(self) -> None:
-        if self.norm_limit is not None and not self.norm_limit > 1:
-            raise ValueError(
-                f"norm_limit={self.norm_limit}, but it is above 1: a limit of 1 is the median"
-            )
-        if self.max_upload_bytes < 1:
-            raise ValueError(f"max_upload_bytes={self.max_upload_bytes}, but it is at least 1")
-        if self.quarantine_bytes < 0:
-            raise ValueError(f"quarantine_bytes={self.quarantine_bytes}, but it is at least 0")
 
 
 def check_size(size: int, limit: int) -> None:

@@ -9,16 +9,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
 
 from fedalt.core.codec import read
+from fedalt.core.settings import Robust as Robust
 from fedalt.core.tree import Tree, numbers
 from fedalt.methods.contract import Message
-
-Robust = Literal["median", "trimmed_mean"]
 
 _LEFT_OUT: Final = 0.1  # of the losses that choose a round, at either end
 _BLOCK = 2**22  # numbers of all uploads together that are in memory at once

@@ -5,53 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, Protocol
 
-import torch
-
-from fedalt.core.seeds import generator
-from fedalt.engine.robust import Robust, central_loss
+from fedalt.core.settings import Schedule as Schedule
+from fedalt.engine.robust import central_loss
 from fedalt.engine.round import States
 from fedalt.methods.contract import AnyMethod
 
 Column = Literal["own", "shared", "local"]
 HeldOut = Literal["validation", "test"]
 Line = Mapping[str, object]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Schedule:
-    """How long a run lasts and who takes part.
-
-    `participation` in (0, 1]: the share of the clients in a round's cohort, drawn anew each round.
-    Validation data is scored every `evaluate_every` rounds and after the last one; with
-    `select="best"` the round with the lowest central validation loss over the clients (see
-    `engine.robust.central_loss`) is the one that is tested. Without `test` the test data are never
-    read. `robust` takes the place of a method's weighted mean: the coordinate-wise median of the
-    uploads, or their mean without the share `trim` in [0, 0.5) of the least and of the greatest.
-    """
-
-    rounds: int = 20
-    participation: float = 1.0
-    evaluate_every: int = 1
-    select: Literal["best", "last"] = "best"
-    test: bool = True
-    robust: Robust | None = None
-    trim: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("rounds", "evaluate_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
-        if not 0 < self.participation <= 1:
-            raise ValueError(f"participation={self.participation}, but it is above 0 and at most 1")
-        if not 0 <= self.trim < 0.5:
-            raise ValueError(f"trim={self.trim}, but it is at least 0 and below 0.5")
-
-    def cohort(self, clients: Sequence[str], round_: int, seed: int) -> list[str]:
-        """The clients of a round, sorted; the same for every method."""
-        size = max(1, round(self.participation * len(clients)))
-        stream = generator(seed, "cohort", round_)
-        chosen = torch.randperm(len(clients), generator=stream)[:size].tolist()
-        return sorted(clients[index] for index in chosen)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedalt.adapters.layer import Watch
+from fedalt.adapters.binding import Watch
 from fedalt.adapters.plan import Plan
 from fedalt.core import tree as trees
 from fedalt.methods.contract import Serving

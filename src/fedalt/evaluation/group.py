@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from fedalt.adapters.layer import Watch
+from fedalt.adapters.binding import Watch
 from fedalt.adapters.packing import Packing
 from fedalt.adapters.plan import HEAD, Plan, Similarity, single
 from fedalt.core import tree as trees

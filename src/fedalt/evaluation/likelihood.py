@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedalt.adapters.layer import Watch
+from fedalt.adapters.binding import Watch
 from fedalt.data.endings import encode_answer
 from fedalt.data.examples import Example
 from fedalt.evaluation.gate_statistics import Watched

@@ -2,26 +2,8 @@
 
 from dataclasses import dataclass
 
+from fedalt.core.settings import Scoring as Scoring
 from fedalt.evaluation.gate_statistics import Weighing
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scoring:
-    """How test and validation examples are scored.
-
-    `generate`: also write answers, for exact match and ROUGE, with `beams` beams (1 is greedy) and
-    at most `max_new_tokens` tokens each.
-    """
-
-    batch_size: int = 32
-    generate: bool = True
-    beams: int = 1
-    max_new_tokens: int = 80
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "beams", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
 
 
 @dataclass(frozen=True)

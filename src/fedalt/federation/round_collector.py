@@ -5,9 +5,10 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from fedalt.core.codec import CodecError, atomic_write, decode, encode
+from fedalt.core.declared import declared, setting
 from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.core.reading import read_bytes
@@ -33,25 +34,28 @@ class Late(Exception):  # noqa: N818 - nobody's mistake
     """An answer whose round is over, which the rules do not let count in this one."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class Rules:
-    """What the server's operator decides alone.
+    """What the operator of the server decides alone."""
 
-    After `deadline` seconds a round ends with the uploads that are there, if they are at least
-    `minimum`; without a deadline it waits for its whole cohort, but for clients that say that they
-    cannot: those are asked again as long as others are waited for. An upload that comes after its
-    round counts in the next one, or is dropped.
-    """
-
-    deadline: float | None = None
-    minimum: int = 1
-    late: Literal["count", "drop"] = "drop"
-
-    def __post_init__(self) -> None:
-        if self.deadline is not None and not self.deadline > 0:
-            raise ValueError(f"deadline={self.deadline}, but it is above 0 seconds")
-        if self.minimum < 1:
-            raise ValueError(f"minimum={self.minimum}, but a round needs an upload")
+    deadline: Annotated[
+        float | None,
+        setting(
+            "Seconds after which a round ends with the uploads it has, if they are enough; "
+            "without it a round waits for its whole cohort.",
+            flag=None,
+            gt=0,
+        ),
+    ] = None
+    minimum: Annotated[
+        int, setting("Fewest uploads with which a round ends at its deadline.", flag=None, ge=1)
+    ] = 1
+    late: Annotated[
+        Literal["count", "drop"],
+        setting(
+            "An upload that comes after its round counts in the next, or is dropped.", flag=None
+        ),
+    ] = "drop"
 
 
 @dataclass

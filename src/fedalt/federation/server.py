@@ -258,7 +258,7 @@ def open_host(
     """The server in its folder, which is made if it is not there. Raises StoreError."""
     method = terms.settings.method
     arms = [Arm("own", method)]
-    if terms.settings.yardstick and method_name(method) != "local":
+    if terms.settings.local_baseline and method_name(method) != "local":
         arms.append(Arm("local", LocalOnly(lora=lora_of(method))))
     if not (folder / "run.json").exists():
         create(folder, to_toml(terms.settings), _facts(terms, arms))

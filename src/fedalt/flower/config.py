@@ -1,40 +1,43 @@
 """The files an operator and a client's owner write: where things lie, and what they decide."""
 
 import tomllib
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
+from fedalt.core.declared import SettingsError, declared, section_of, setting
+from fedalt.core.settings import Firewall
 from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.names import fault_of_names
-from fedalt.engine.firewall import Firewall
 from fedalt.federation.agreement import Terms, read_terms
 from fedalt.federation.client import Hear, Member, ignore, open_member
 from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.round_collector import Rules
-from fedalt.runs.settings import SettingsError, section_of
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class ServerPlace:
-    """`address` is where clients come in, host:port; `folder` keeps the server's state.
+    """Where the server listens and keeps its files; relative paths are those of this file."""
 
-    Relative paths are those of the configuration's own folder. `insecure` leaves out encryption
-    and keys. `warn_below` clients, what one receives tells too much about another. Connections
-    over which no client's key was shown yet are at most `keyless`, and `keyless_per_address` of one
-    address, behind which several clients may be.
-    """
-
-    address: str = "127.0.0.1:8443"
-    folder: Path = Path("state")
-    certificate: Path = Path("server.crt")
-    key: Path = Path("server.key")
-    authority: Path = Path("ca.crt")
-    clients: Path = Path("clients")
-    insecure: bool = False
-    warn_below: int = 3
-    keyless: int = 256
-    keyless_per_address: int = 128
+    address: Annotated[str, setting("Where clients connect, host:port.")] = "127.0.0.1:8443"
+    folder: Annotated[Path, setting("State of the server.", strict=False)] = Path("state")
+    certificate: Annotated[Path, setting("Certificate of the server.", strict=False)] = Path(
+        "server.crt"
+    )
+    key: Annotated[Path, setting("Private key of the server.", strict=False)] = Path("server.key")
+    authority: Annotated[
+        Path, setting("Certificate of the authority that signed it.", strict=False)
+    ] = Path("ca.crt")
+    clients: Annotated[Path, setting("Folder of the clients' public keys.", strict=False)] = Path(
+        "clients"
+    )
+    insecure: Annotated[bool, setting("Do without encryption and keys.")] = False
+    warn_below: Annotated[
+        int, setting("Warn of fewer clients: what one receives tells too much about the others.")
+    ] = 3
+    keyless: Annotated[int, setting("Most connections that have not shown a key yet.")] = 256
+    # Several clients may be behind one address.
+    keyless_per_address: Annotated[int, setting("The same for one address.")] = 128
 
     def __post_init__(self) -> None:
         if not 1 <= self.keyless_per_address <= self.keyless:
@@ -95,22 +98,21 @@ class ServerConfig:
     firewall: Firewall
 
 
-@dataclass(frozen=True, kw_only=True)
+@declared
 class ClientPlace:
-    """`name` is the client, `data` its files, `folder` its state, `server` the host:port to call.
+    """Who a client is, where its files lie and which server it calls."""
 
-    `model` is where the base model lies here, if not where the terms say.
-    """
-
-    name: str
-    server: str
-    data: Path = Path("data")
-    folder: Path = Path("state")
-    key: Path = Path("client.key")
-    authority: Path = Path("ca.crt")
-    model: str | None = None
-    device: str | None = None
-    insecure: bool = False
+    name: Annotated[str, setting("Name of the client.")]
+    server: Annotated[str, setting("Server to connect to, host:port.")]
+    data: Annotated[Path, setting("Data of the client.", strict=False)] = Path("data")
+    folder: Annotated[Path, setting("State of the client.", strict=False)] = Path("state")
+    key: Annotated[Path, setting("Private key of the client.", strict=False)] = Path("client.key")
+    authority: Annotated[
+        Path, setting("Certificate of the authority of the server.", strict=False)
+    ] = Path("ca.crt")
+    model: Annotated[str | None, setting("Base model, if not where the agreement says.")] = None
+    device: Annotated[str | None, setting("Device to compute on.")] = None
+    insecure: Annotated[bool, setting("Do without encryption and keys.")] = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,9 +187,6 @@ def _table(file: Path, known: set[str]) -> dict[str, Any]:
 
 def _place(cls: Any, table: dict[str, Any], file: Path, section: str) -> Any:
     """A section whose paths are relative to the file's folder."""
-    needed = [each.name for each in fields(cls) if each.default is MISSING]
-    if missing := set(needed) - table.keys():
-        raise SettingsError(f"{file}: [{section}] {min(missing)} is missing")
     hints = get_type_hints(cls)
     place = section_of(cls, table, str(file), section)
     root = file.absolute().parent

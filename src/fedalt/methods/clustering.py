@@ -71,25 +71,25 @@ def cluster(far: Tensor, most: int, least_silhouette: float | None = None) -> Cl
     from sklearn.metrics import silhouette_score
 
     clients = len(far)
-    found: dict[int, list[int]] = {}
+    labels: dict[int, list[int]] = {}
     silhouettes: dict[int, float] = {}
     for clusters in range(2, min(most, clients - 1) + 1):
         linkage = AgglomerativeClustering(clusters, metric="precomputed", linkage="average")
-        found[clusters] = linkage.fit_predict(far.numpy()).tolist()
+        labels[clusters] = linkage.fit_predict(far.numpy()).tolist()
         silhouettes[clusters] = float(
-            silhouette_score(far.numpy(), found[clusters], metric="precomputed")
+            silhouette_score(far.numpy(), labels[clusters], metric="precomputed")
         )
     best = max(silhouettes, key=lambda clusters: silhouettes[clusters], default=1)
     if best == 1 or (least_silhouette is not None and silhouettes[best] < least_silhouette):
         return Clustering((0,) * clients, silhouettes)
-    return Clustering(_numbered(found[best], far), silhouettes)
+    return Clustering(_numbered(labels[best], far), silhouettes)
 
 
 def _numbered(labels: Sequence[int], far: Tensor) -> tuple[int, ...]:
     """The labels, given anew in an order that depends on sizes and distances alone."""
 
     def rank(label: int) -> tuple[int, float]:
-        members = [index for index, each in enumerate(labels) if each == label]
+        members = [index for index, given in enumerate(labels) if given == label]
         return -len(members), float(far[members].sum())
 
     order = sorted(dict.fromkeys(labels), key=rank)

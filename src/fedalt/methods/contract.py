@@ -44,38 +44,30 @@ class Ledger(Protocol):
 
     def __contains__(self, client_id: object) -> bool:
         """Whether this client has ever uploaded."""
-        ...
 
     def __getitem__(self, client_id: str) -> Message:
         """The client's latest upload."""
-        ...
 
     def put(self, client_id: str, message: Message) -> "Ledger":
         """A ledger in which the client's entry is this message."""
-        ...
 
     def clients(self) -> Sequence[str]:
         """Every client with an entry, sorted."""
-        ...
 
     def without(self, client_id: str) -> "Ledger":
         """A ledger in which the client has no entry."""
-        ...
 
 
 class MemoryLedger(dict[str, Message]):
     """A ledger for tests and small federations."""
 
     def put(self, client_id: str, message: Message) -> "MemoryLedger":
-        """A copy in which the client's entry is this message."""
         return MemoryLedger({**self, client_id: message})
 
     def clients(self) -> list[str]:
-        """Every client with an entry, sorted."""
         return sorted(self)
 
     def without(self, client_id: str) -> "MemoryLedger":
-        """A copy in which the client has no entry."""
         return MemoryLedger({key: value for key, value in self.items() if key != client_id})
 
 
@@ -96,12 +88,10 @@ class Method(Protocol[S, C]):
     @property
     def server_state(self) -> type[S]:
         """The class of the server's state, which the codec restores it to."""
-        ...
 
     @property
     def client_state(self) -> type[C]:
         """The class of a client's state."""
-        ...
 
     @property
     def averages(self) -> bool:
@@ -110,19 +100,15 @@ class Method(Protocol[S, C]):
         They then hold the same names and shapes, but for those that hold no tensors at all, and
         another centre can take the mean's place.
         """
-        ...
 
     def init_server(self, start: Start) -> S:
         """The server's state before round 0."""
-        ...
 
     def init_client(self, start: Start, client_id: str) -> C:
         """A client's state before its first round."""
-        ...
 
     def broadcast(self, server: S, client_id: str) -> Message:
         """What the server sends one client."""
-        ...
 
     def local(self, client: C, message: Message) -> Local[C]:
         """One client's round: yields orders to train, returns its new state and its upload.
@@ -130,23 +116,18 @@ class Method(Protocol[S, C]):
         Names and shapes of both do not depend on any tensor's numbers: what an upload must look
         like is found by playing this on tensors that have none.
         """
-        ...
 
     def aggregate(self, server: S, replies: Iterable[tuple[str, Message]]) -> S:
         """The server's state after a round; replies come sorted by client and only once."""
-        ...
 
     def deploy(self, client: C, message: Message) -> Deploy:
         """What the client would serve now; leaves its state alone."""
-        ...
 
     def shared(self, client: C, message: Message) -> Serving | None:
         """The shared part alone, without what the client keeps; None where nothing is shared."""
-        ...
 
     def without(self, server: S, client_id: str) -> S | None:
         """The server's state as if this client had not uploaded; None where it cannot be told."""
-        ...
 
 
 AnyMethod = Method[Any, Any]

@@ -16,17 +16,18 @@ not to weigh two adapters. The client's AdamW goes on with its moments from roun
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-
-from fedalt.adapters.plan import HEAD, Plan, names_of, single
+from fedalt.adapters.plan import HEAD, names_of
 from fedalt.adapters.start import Start
-from fedalt.core.tree import Tree, add, cast, merge, move, scale, select, subtract, zeros_like
+from fedalt.core.tree import Tree, add, merge, move, scale, select
+from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
-from fedalt.training.orders import Fit, Fitted, Found, Moments, Search
+from fedalt.methods.outer_descent import Form, OuterDescent
+from fedalt.training.orders import Fit, Fitted, Moments, Search
 
 SHARED = "shared"
 INDIVIDUAL = "individual"
@@ -74,7 +75,7 @@ class FDLoRA:
 
     lora: Lora = Lora()
     weighting: Weighting = "uniform"
-    outer: Literal["nesterov", "heavy_ball"] = "nesterov"
+    outer: Form = "nesterov"
     outer_lr: float = 0.7
     momentum: float = 0.9
     sync_every: int = 1
@@ -87,31 +88,22 @@ class FDLoRA:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
-        for name in ("sync_every", "evaluations"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
-        if not self.outer_lr > 0:
-            raise ValueError(f"outer_lr={self.outer_lr}, but it must be above 0")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum={self.momentum}, but it is at least 0 and below 1")
-        if self.l1 < 0:
-            raise ValueError(f"l1={self.l1}, but it cannot be negative")
-        if not self.bound >= max(MIDDLE):
-            raise ValueError(f"bound={self.bound}, but the search begins at {max(MIDDLE)}")
-        if not 0 < self.spare < 1:
-            raise ValueError(f"spare={self.spare}, but it lies between 0 and 1")
+        check(self, outer_lr="(0, inf)", momentum="[0, 1)", spare="(0, 1)", l1="[0, inf)")
+        # The search begins at MIDDLE, so its bounds lie beyond that.
+        check(self, sync_every="[1, inf)", evaluations="[1, inf)", bound="[0.5, inf)")
 
-    def init_server(self, start: Start) -> Server:  # noqa: ARG002
+    def init_server(self, start: Start) -> Server:
         """No adapter: round 0 will make the first."""
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """The same first A for everyone, B zero."""
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+    def broadcast(self, server: Server, client_id: str) -> Message:
         """The global adapter, the same for every client."""
         return Message(server.adapter, {"round": server.rounds})
 
@@ -120,36 +112,26 @@ class FDLoRA:
         first = not (client.started and message.tree)
         slot = INDIVIDUAL if first else SHARED
         tree = merge(client.individual if first else message.tree, client.head)
+        plan, trained = self.lora.plan(slot), names_of(tree, slot, HEAD)
         moments = client.moments if self.carry_inner and not first else None
-        fitted: Fitted = yield Fit(
-            self._plan(slot), tree, names_of(tree, slot, HEAD), spare=self.spare, moments=moments
-        )
+        fitted: Fitted = yield Fit(plan, tree, trained, spare=self.spare, moments=moments)
         adapter, head = select(fitted.tree, slot), select(fitted.tree, HEAD)
-        facts = {"weight": weight_of(fitted, self.weighting)}
+        upload = Message(adapter, {"weight": weight_of(fitted, self.weighting)})
         if first:
             # Once there is a global adapter, an untouched one has no place in its next mean.
-            upload = Message({}) if message.tree else Message(adapter, facts)
-            return Client(adapter, head, started=True), upload
-        after = replace(client, head=head, moments=fitted.moments)
-        if int(message.facts["round"]) % self.sync_every == 0:
-            after = replace(after, individual=move(adapter, SHARED, INDIVIDUAL))
-        return after, Message(adapter, facts)
+            return Client(adapter, head, started=True), Message({}) if message.tree else upload
+        copies = int(message.facts["round"]) % self.sync_every == 0
+        individual = move(adapter, SHARED, INDIVIDUAL) if copies else client.individual
+        return Client(individual, head, True, fitted.moments), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The seed, or a step of the outer optimiser, in float64."""
         mean = weighted_mean(reply for reply in replies if reply[1].tree)
-        rounds = server.rounds + 1
-        if not mean:
-            return replace(server, rounds=rounds)
-        if not server.adapter:
-            return Server(move(mean, INDIVIDUAL, SHARED), rounds=rounds)
-        before = cast(server.adapter, torch.float64)
-        step = subtract(before, cast(mean, torch.float64))
-        v = cast(server.momentum or zeros_like(before), torch.float64)
-        v = add(scale(v, self.momentum), step)
-        step = add(step, scale(v, self.momentum)) if self.outer == "nesterov" else v
-        after = subtract(before, scale(step, self.outer_lr))
-        return Server(cast(after, torch.float32), cast(v, torch.float32), rounds)
+        server = replace(server, rounds=server.rounds + 1)
+        if not (mean and server.adapter):
+            return replace(server, adapter=server.adapter or move(mean, INDIVIDUAL, SHARED))
+        descent = OuterDescent(self.outer_lr, self.momentum, self.outer)
+        return Server(*descent.step(server.adapter, mean, server.momentum), server.rounds)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """Both adapters fused, as the client's spared examples like them best."""
@@ -157,29 +139,14 @@ class FDLoRA:
             return self.shared(client, message)
         own, common = move(client.individual, INDIVIDUAL, FUSED), move(message.tree, SHARED, FUSED)
 
-        def fused(weights: Sequence[float]) -> Tree:
-            w1, w2 = weights
-            return merge(add(scale(own, w1), scale(common, w2)), client.head)
+        def fused(w: Sequence[float]) -> Tree:
+            return merge(add(scale(own, w[0]), scale(common, w[1])), client.head)
 
-        found: Found = yield Search(
-            plan=self._plan(FUSED),
-            tree_of=fused,
-            penalty=lambda weights: self.l1 * sum(abs(weight) for weight in weights),
-            start=MIDDLE,
-            bound=self.bound,
-            evaluations=self.evaluations,
-            spare=self.spare,
-        )
-        return Serving(self._plan(FUSED), fused(found.numbers))
+        plan, limits = self.lora.plan(FUSED), (self.bound, self.evaluations, self.spare)
+        found = yield Search(plan, fused, lambda w: self.l1 * sum(map(abs, w)), MIDDLE, *limits)
+        return Serving(plan, fused(found.numbers))
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The global adapter alone; before there is one, what everybody draws."""
         adapter = message.tree or move(client.individual, INDIVIDUAL, SHARED)
-        return Serving(self._plan(SHARED), merge(adapter, client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
-
-    def _plan(self, slot: str) -> Plan:
-        return single(self.lora.slot(slot), self.lora.dropout)
+        return Serving(self.lora.plan(SHARED), merge(adapter, client.head))

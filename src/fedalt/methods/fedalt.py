@@ -16,21 +16,13 @@ of large norm would ruin everybody's difference.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-import torch
-
-from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Sum, names_of, single
-from fedalt.adapters.start import MixerInit, Start
-from fedalt.core.tree import Tree, accumulate, cast, copy, in_blocks, merge, move, scale, select
-from fedalt.methods.contract import (
-    Deploy,
-    Ledger,
-    Local,
-    MemoryLedger,
-    Message,
-    Serving,
-)
+from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, names_of
+from fedalt.adapters.start import Start
+from fedalt.core.tree import Tree, accumulate, copy, in_blocks, merge, move, select
+from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
+from fedalt.methods.defaults import at_once
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
 
@@ -57,10 +49,7 @@ class Server:
 
 @dataclass(frozen=True)
 class Client:
-    """`weight` is what this client's last upload counts: 0 before the first.
-
-    `second` is where a rest of world that is trained begins as long as there are no others.
-    """
+    """`weight` is what this client's last upload counts: 0 before the first."""
 
     TAG: ClassVar = "fedalt/client"
 
@@ -68,29 +57,14 @@ class Client:
     mixer: Tree
     head: Tree
     weight: float = 0.0
-    second: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class FedALT:
-    """The method and its ablations (the paper's section on ablations).
-
-    `row`: the frozen adapter is the mean of the others, or of everybody ("global_mean").
-    `train_row`: train both adapters; the trained rest of world is forgotten after the round.
-    `gate`: the mixer, or fixed weights: one half, or 1/K for the individual adapter, K being all
-    clients of the federation from the first round on.
-    `share_mixer`: average the mixers over the clients instead of keeping them private.
-    `shared_start`: all clients draw the same first A; the authors' code draws one for each.
-    """
+    """The method of the paper; its ablations are in `fedalt_ablations.py`."""
 
     lora: Lora = Lora()
     weighting: Weighting = "uniform"
-    row: Literal["rest_of_world", "global_mean"] = "rest_of_world"
-    train_row: bool = False
-    gate: Literal["mixer", "half", "one_over_clients"] = "mixer"
-    share_mixer: bool = False
-    mixer_init: MixerInit = "kaiming"
-    shared_start: bool = True
 
     server_state = Server
     client_state = Client
@@ -101,17 +75,8 @@ class FedALT:
         return Server(size=start.clients)
 
     def init_client(self, start: Start, client_id: str) -> Client:
-        """A drawn, B zero: the individual adapter starts as no change at all."""
-        return Client(
-            individual=start.adapter(
-                self.lora.slot(INDIVIDUAL), only_for="" if self.shared_start else client_id
-            ),
-            mixer=start.mixer(2, self.mixer_init) if self.gate == "mixer" else {},
-            head=start.head(),
-            second=start.adapter(self.lora.slot(REST_OF_WORLD), apart=True)
-            if self.train_row
-            else {},
-        )
+        """A drawn, the same for everyone, B zero: the individual adapter begins as no change."""
+        return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.mixer(2), start.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The same tree for every client, so that it can be encoded once."""
@@ -122,100 +87,66 @@ class FedALT:
 
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train adapter and mixer against the frozen rest of world; upload the adapter."""
-        row = self.rest_of_world(client, message)
-        mixer = self._mixer(client, message)
-        tree = merge(client.individual, row, mixer, client.head)
-        trained = (INDIVIDUAL, MIXER, HEAD, *((REST_OF_WORLD,) if self.train_row else ()))
-        fitted: Fitted = yield Fit(self._plan(message), tree, names_of(tree, *trained))
-        individual = select(fitted.tree, INDIVIDUAL)
-        mixer = select(fitted.tree, MIXER)
+        serving = self._serving(client, message)
+        trained = names_of(serving.tree, INDIVIDUAL, MIXER, HEAD)
+        fitted: Fitted = yield Fit(serving.plan, serving.tree, trained)
+        individual, mixer, head = (select(fitted.tree, s) for s in (INDIVIDUAL, MIXER, HEAD))
         weight = weight_of(fitted, self.weighting)
-        upload = merge(individual, mixer) if self.share_mixer else individual
-        head = select(fitted.tree, HEAD)
-        after = replace(client, individual=individual, mixer=mixer, head=head, weight=weight)
-        return after, Message(upload, {"weight": weight})
+        return Client(individual, mixer, head, weight), Message(individual, {"weight": weight})
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """Put each client's new upload in the place of its last one, in the total too."""
-        total, weight = copy(server.total), server.weight
-        clients, latest = server.clients, server.latest
+        after = replace(server, total=copy(server.total))
         for client_id, upload in replies:
-            if client_id in latest:
-                last = latest[client_id]
-                _count(total, last, -1)
-                weight -= float(last.facts["weight"])
-                clients -= 1
-            _count(total, upload, 1)
-            weight += float(upload.facts["weight"])
-            clients += 1
-            latest = latest.put(client_id, upload)
-        return Server(total, weight, clients, latest, server.size)
+            if client_id in after.latest:
+                after = _count(after, after.latest[client_id], -1)
+            after = replace(_count(after, upload, 1), latest=after.latest.put(client_id, upload))
+        return after
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The newest rest of world with the mixer trained against the one before, as published."""
-        row = self.rest_of_world(client, message)
-        tree = merge(client.individual, row, self._mixer(client, message), client.head)
-        return Serving(self._plan(message), tree)
-        yield  # deploy is a generator for methods that train before they serve
+        return at_once(self._serving(client, message))
 
-    def shared(self, client: Client, message: Message) -> Serving | None:
-        """The rest-of-world adapter alone."""
-        tree = merge(self.rest_of_world(client, message), client.head)
-        return Serving(single(self.lora.slot(REST_OF_WORLD), self.lora.dropout), tree)
+    def shared(self, client: Client, message: Message) -> Serving:
+        row = rest_of_world(client.individual, client.weight, message)
+        return Serving(self.lora.plan(REST_OF_WORLD), merge(row, client.head))
 
     def without(self, server: Server, client_id: str) -> Server:
         """The total once more, of all uploads but this client's: nothing is left by rounding."""
         latest = server.latest.without(client_id)
-        uploads = ((each, latest[each]) for each in latest.clients())
-        rest = self.aggregate(Server(), uploads)
+        rest = self.aggregate(Server(), ((other, latest[other]) for other in latest.clients()))
         # A leaving that was cut short is done again: who is out of the total is out of the size.
         gone = server.clients - rest.clients
         size = max(server.size, server.clients) - gone if server.size else 0
         return replace(rest, size=size, latest=latest)
 
-    def rest_of_world(self, client: Client, message: Message) -> Tree:
-        """(total - own) / (weight - own weight), or, where there are no others, a zero adapter.
-
-        "No others" is round 0, or a federation of one. With `train_row` it then begins with a draw
-        of its own: with the individual adapter's A it would learn what that learns.
-        """
-        total = select(message.tree, INDIVIDUAL)
-        weight = float(message.facts["weight"])
-        counted = self.row == "rest_of_world" and bool(message.facts["included"])
-        others = weight - client.weight if counted else weight
-        if not total or others <= 0:
-            if client.second:
-                return client.second
-            absent = {
-                name: tensor if name.factor == "A" else torch.zeros_like(tensor)
-                for name, tensor in client.individual.items()
-            }
-            return move(absent, INDIVIDUAL, REST_OF_WORLD)
-        own = client.weight if counted else 0.0
-        row = in_blocks(
-            lambda t, a: t.sub(a.double(), alpha=own).mul_(1 / others), total, client.individual
-        )
-        return move(row, INDIVIDUAL, REST_OF_WORLD)
-
-    def _mixer(self, client: Client, message: Message) -> Tree:
-        mixers = select(message.tree, MIXER)
-        if not (self.share_mixer and mixers):
-            return client.mixer
-        return cast(scale(mixers, 1 / float(message.facts["weight"])), torch.float32)
-
-    def _plan(self, message: Message) -> Plan:
+    def _serving(self, client: Client, message: Message) -> Serving:
+        """Individual adapter and rest of world, weighed by the mixer (eq. 4)."""
+        row = rest_of_world(client.individual, client.weight, message)
         slots = (self.lora.slot(INDIVIDUAL), self.lora.slot(REST_OF_WORLD))
-        clients = int(message.facts["clients"])
-        combine: Mixer | Sum
-        match self.gate:
-            case "mixer":
-                combine = Mixer()
-            case "half":
-                combine = Sum((0.5, 0.5))
-            case "one_over_clients":
-                combine = Sum((1 / clients, 1 - 1 / clients))
-        return Plan(slots, combine, self.lora.dropout)
+        tree = merge(client.individual, row, client.mixer, client.head)
+        return Serving(Plan(slots, Mixer(), self.lora.dropout), tree)
 
 
-def _count(total: Tree, upload: Message, times: int) -> None:
-    accumulate(total, upload.tree, times * float(upload.facts["weight"]))
+def rest_of_world(individual: Tree, own_weight: float, message: Message) -> Tree:
+    """(total - own) / (weight - own weight) (eq. 3), or, where there are no others, a zero adapter.
+
+    "No others" is round 0, or a federation of one.
+    """
+    own = own_weight if message.facts["included"] else 0.0
+    others = float(message.facts["weight"]) - own
+    if others <= 0:
+        zero = {n: t if n.factor == "A" else t.new_zeros(t.shape) for n, t in individual.items()}
+        return move(zero, INDIVIDUAL, REST_OF_WORLD)
+    row = in_blocks(
+        lambda t, a: t.sub(a.double(), alpha=own).mul_(1 / others), message.tree, individual
+    )
+    return move(row, INDIVIDUAL, REST_OF_WORLD)
+
+
+def _count(server: Server, upload: Message, times: int) -> Server:
+    """The server with an upload put into its total, or taken out; the total is changed in place."""
+    weight = times * float(upload.facts["weight"])
+    total = accumulate(server.total, upload.tree, weight)
+    clients = server.clients + times
+    return replace(server, total=total, weight=server.weight + weight, clients=clients)

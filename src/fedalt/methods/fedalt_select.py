@@ -23,15 +23,15 @@ from typing import ClassVar
 from fedalt.adapters.plan import HEAD, Plan, Sum, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
+from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
+from fedalt.methods.defaults import at_once
 from fedalt.methods.kin import Similar, kin_weights, similarities, sum_of_products
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
 
 INDIVIDUAL = "individual"
 REST_OF_WORLD = "rest_of_world"
-_RANGES = {"tau": (-1, 1), "width": (0.001, 3), "memory": (0, 1), "power": (0, 100)}
-_RANGES |= {"alone": (1, 10**6), "gain": (0, 100)}
 
 
 @dataclass(frozen=True)
@@ -80,17 +80,14 @@ class FedALTSelect:
     averages = False
 
     def __post_init__(self) -> None:
-        for name, (least, below) in _RANGES.items():
-            if not least <= getattr(self, name) < below:
-                raise ValueError(
-                    f"{name}={getattr(self, name)}, but it is at least {least} and below {below}"
-                )
+        check(self, tau="[-1, 1)", memory="[0, 1)", alone="[1, inf)")
+        check(self, width="(0, inf)", power="[0, inf)", gain="[0, inf)")
 
-    def init_server(self, start: Start) -> Server:  # noqa: ARG002
+    def init_server(self, start: Start) -> Server:
         """Nobody has been heard yet."""
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """A drawn, the same for everyone, B zero."""
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
 
@@ -111,17 +108,16 @@ class FedALTSelect:
         latest = server.latest
         for client_id, upload in replies:
             latest = latest.put(client_id, upload)
-        adapters = {each: latest[each].tree for each in latest.clients()}
+        adapters = {client: latest[client].tree for client in latest.clients()}
         similar = similarities(adapters, server.similar, self.memory)
         return self._heard(Server(server.rounds + 1, similar, latest=latest), adapters)
 
-    def deploy(self, client: Client, message: Message) -> Deploy:  # noqa: ARG002
+    def deploy(self, client: Client, message: Message) -> Deploy:
         """The individual adapter with the rest of world that it was trained against."""
         tree = merge(client.individual, client.row, client.head)
-        return Serving(self._plan(client.row), tree)
-        yield  # deploy is a generator for methods that train before they serve
+        return at_once(Serving(self._plan(client.row), tree))
 
-    def shared(self, client: Client, message: Message) -> Serving | None:  # noqa: ARG002
+    def shared(self, client: Client, message: Message) -> Serving | None:
         """That rest of world alone, if there is one."""
         plan = single(self.lora.slot(REST_OF_WORLD), self.lora.dropout)
         return Serving(plan, merge(client.row, client.head)) if client.row else None
@@ -130,20 +126,20 @@ class FedALTSelect:
         """All rests of world once more, without this client's upload."""
         latest = server.latest.without(client_id)
         similar = {
-            each: {other: s for other, s in row.items() if other != client_id}
-            for each, row in server.similar.items()
-            if each != client_id
+            client: {other: s for other, s in row.items() if other != client_id}
+            for client, row in server.similar.items()
+            if client != client_id
         }
-        adapters = {each: latest[each].tree for each in similar}
+        adapters = {client: latest[client].tree for client in similar}
         return self._heard(replace(server, similar=similar, latest=latest), adapters)
 
     def _heard(self, server: Server, adapters: Mapping[str, Tree]) -> Server:
         """The server with everybody's rest of world, made of these adapters."""
         rows: dict[str, Tree] = {}
-        for each, row in server.similar.items() if server.rounds >= self.alone else ():
+        for client, row in server.similar.items() if server.rounds >= self.alone else ():
             weights = kin_weights(row, tau=self.tau, width=self.width, power=self.power)
             if weights:
-                rows[each] = sum_of_products(adapters, weights, REST_OF_WORLD, self.lora.rank)
+                rows[client] = sum_of_products(adapters, weights, REST_OF_WORLD, self.lora.rank)
         return replace(server, rows=rows)
 
     def _plan(self, row: Tree) -> Plan:

@@ -24,10 +24,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from fedalt.adapters.plan import HEAD, Plan, Similarity, Sum, names_of, single
+from fedalt.adapters.plan import HEAD, Plan, Similarity, Sum, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, move, select
+from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Embed, Fit, Fitted
@@ -86,21 +88,15 @@ class FedDPA:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
-        for name in ("blend", "scale"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it lies between 0 and 1")
-        if self.references < 1:
-            raise ValueError(f"references={self.references}, but there is at least one")
-        if self.tail_epochs is not None and self.tail_epochs < 0:
-            raise ValueError(f"tail_epochs={self.tail_epochs}, but it cannot be negative")
+        check(self, blend="[0, 1]", scale="[0, 1]", references="[1, inf)", tail_epochs="[0, inf)")
 
     def init_server(self, start: Start) -> Server:
-        """A drawn, B zero."""
         return Server(start.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """The individual adapter of "T": A drawn apart from the shared one, B zero, its own head.
 
         That of "F" is no second draw: it goes on from the shared adapter before the client serves.
@@ -110,8 +106,7 @@ class FedDPA:
         individual = start.adapter(self.lora.slot(INDIVIDUAL), apart=True)
         return Client(start.head(), merge(individual, move(start.head(), HEAD, INDIVIDUAL_HEAD)))
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
-        """The averaged adapter, the same for every client."""
+    def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapter, {"round": server.rounds})
 
     def local(self, client: Client, message: Message) -> Local[Client]:
@@ -127,15 +122,14 @@ class FedDPA:
             return Client(head, client.individual, client.references), upload
         slots = self.lora.slot(INDIVIDUAL), self.lora.slot(SHARED)
         plan = Plan(slots, Sum((self.blend, 1 - self.blend)), self.lora.dropout)
-        tree = merge(self._own(client), message.tree)
+        tree = merge(_bound(client.individual), message.tree)
         fitted = yield Fit(plan, tree, names_of(tree, INDIVIDUAL, HEAD))
         own = select(fitted.tree, INDIVIDUAL, HEAD)
-        embedded: Tensor = yield Embed(self._alone(INDIVIDUAL), own, self.references)
+        embedded: Tensor = yield Embed(self.lora.plan(INDIVIDUAL), own, self.references)
         individual = merge(select(own, INDIVIDUAL), move(own, HEAD, INDIVIDUAL_HEAD))
         return Client(head, individual, {REFERENCES: embedded}), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The weighted mean of the cohort's shared adapters."""
         mean = weighted_mean(replies)
         return Server(mean or server.adapter, server.rounds + 1)
 
@@ -143,31 +137,24 @@ class FedDPA:
         """Both adapters, weighed question by question; without a trained own one, the shared."""
         if self.schedule == "F":
             own = merge(move(message.tree, SHARED, INDIVIDUAL), client.head)
-            plan = self._alone(INDIVIDUAL)
+            plan = self.lora.plan(INDIVIDUAL)
             fitted: Fitted = yield Fit(plan, own, frozenset(own), epochs=self.tail_epochs)
             own = fitted.tree
             embedded: Tensor = yield Embed(plan, own, self.references)
         elif client.references:
-            own, embedded = self._own(client), client.references[REFERENCES]
+            own, embedded = _bound(client.individual), client.references[REFERENCES]
         else:
             return self.shared(client, message)
         slots = self.lora.slot(INDIVIDUAL), self.lora.slot(SHARED)
-        on = 0 if self.similarity_on == "individual" else 1
-        plan = Plan(slots, Similarity(self.scale, on=on, embeds=0), self.lora.dropout)
+        weighed = Similarity(self.scale, on=int(self.similarity_on == "shared"), embeds=0)
+        plan = Plan(slots, weighed, self.lora.dropout)
         return Serving(plan, merge(own, message.tree), embedded)
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The shared adapter alone, with its head."""
-        return Serving(self._alone(SHARED), merge(message.tree, client.head))
+        return Serving(self.lora.plan(SHARED), merge(message.tree, client.head))
 
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
 
-    def _own(self, client: Client) -> Tree:
-        """The individual adapter and its head, as a plan needs them."""
-        head = move(client.individual, INDIVIDUAL_HEAD, HEAD)
-        return merge(select(client.individual, INDIVIDUAL), head)
-
-    def _alone(self, slot: str) -> Plan:
-        return single(self.lora.slot(slot), self.lora.dropout)
+def _bound(individual: Tree) -> Tree:
+    """The individual adapter and its head, as a plan needs them."""
+    return merge(select(individual, INDIVIDUAL), move(individual, INDIVIDUAL_HEAD, HEAD))

@@ -13,10 +13,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedalt.adapters.plan import HEAD, Plan, names_of, single
+from fedalt.adapters.plan import HEAD, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
-from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.contract import Local, Message, Serving
+from fedalt.methods.defaults import deploy_shared, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
@@ -52,43 +53,28 @@ class FedIT:
     server_state = Server
     client_state = Client
     averages = True
+    deploy = deploy_shared
+    without = kept_in_averages
 
     def init_server(self, start: Start) -> Server:
-        """A drawn, B zero."""
         return Server(start.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
-        """A client keeps nothing but its head."""
+    def init_client(self, start: Start, client_id: str) -> Client:
         return Client(start.head())
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
-        """The averaged adapter, the same for every client."""
+    def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapter)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train the averaged adapter on the client's data and send it back."""
         tree = merge(message.tree, client.head)
-        fitted: Fitted = yield Fit(self._plan(), tree, names_of(tree, SHARED, HEAD))
+        fitted: Fitted = yield Fit(self.lora.plan(SHARED), tree, names_of(tree, SHARED, HEAD))
         upload = Message(select(fitted.tree, SHARED), {"weight": weight_of(fitted, self.weighting)})
         return Client(select(fitted.tree, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The weighted mean of the cohort's adapters."""
-        mean = weighted_mean(replies)
-        return Server(mean) if mean else server
-
-    def deploy(self, client: Client, message: Message) -> Deploy:
-        """The averaged adapter is what everyone serves."""
-        return self.shared(client, message)
-        yield  # deploy is a generator for methods that train before they serve
+        return Server(weighted_mean(replies) or server.adapter)
 
     def shared(self, client: Client, message: Message) -> Serving:
         """All of it is shared, but for the head."""
-        return Serving(self._plan(), merge(message.tree, client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
-
-    def _plan(self) -> Plan:
-        return single(self.lora.slot(SHARED), self.lora.dropout)
+        return Serving(self.lora.plan(SHARED), merge(message.tree, client.head))

@@ -17,7 +17,8 @@ from typing import ClassVar
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Slot, Sum
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
-from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.contract import Local, Message, Serving
+from fedalt.methods.defaults import deploy_shared, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
@@ -58,6 +59,8 @@ class FedITSplit:
     server_state = Server
     client_state = Client
     averages = True
+    deploy = deploy_shared
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
         if not 1 <= self.parts <= self.lora.rank:
@@ -71,12 +74,10 @@ class FedITSplit:
         mixer = start.mixer(self.parts) if self.mixer else {}
         return Server(merge(self._split(start.adapter(self.lora.slot("whole"))), mixer))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
-        """A client keeps nothing but its head."""
+    def init_client(self, start: Start, client_id: str) -> Client:
         return Client(start.head())
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
-        """The averaged parts, the same for every client."""
+    def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapters)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
@@ -89,21 +90,11 @@ class FedITSplit:
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The weighted mean of the cohort's parts, each for itself, and of its mixers."""
-        mean = weighted_mean(replies)
-        return Server(mean) if mean else server
-
-    def deploy(self, client: Client, message: Message) -> Deploy:
-        """The averaged parts are what everyone serves."""
-        return self.shared(client, message)
-        yield  # deploy is a generator for methods that train before they serve
+        return Server(weighted_mean(replies) or server.adapters)
 
     def shared(self, client: Client, message: Message) -> Serving:
         """All of it is shared, but for the head."""
         return Serving(self._plan(), merge(message.tree, client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
 
     def _slots(self) -> tuple[Slot, ...]:
         """The parts; the first ones take what does not divide evenly."""

@@ -18,29 +18,22 @@ M rows of 2M - 1 are the client's own, so its own expert is always among the cho
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from statistics import fmean
+from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
-
-from fedalt.adapters.plan import HEAD, MIXER, ROUTER, Layout, Plan, Router, names_of, single
+from fedalt.adapters.plan import HEAD, ROUTER, Layout, Router, names_of
 from fedalt.adapters.start import Start
-from fedalt.core.tree import Tree, accumulate, apply, cast, merge, move, scale, select
-from fedalt.methods.clustering import Signal, cluster, distances, has_direction
-from fedalt.methods.contract import (
-    Deploy,
-    Ledger,
-    Local,
-    MemoryLedger,
-    Message,
-    Serving,
-)
+from fedalt.core.tree import Tree, merge, move, select
+from fedalt.methods.checks import check
+from fedalt.methods.clustering import Signal
+from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
+from fedalt.methods.defaults import at_once, kept_in_averages
+from fedalt.methods.experts import draw_router, expert, first_rows, regrouped, routed, router_of
+from fedalt.methods.grouping import Grouping
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
 
 INDIVIDUAL = "individual"
-NOBODY = Message({}, {"weight": 0.0})
 
 
 @dataclass(frozen=True)
@@ -101,49 +94,40 @@ class FedLEASE:
     server_state = Server
     client_state = Client
     averages = False
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
-        for name in ("warm_up", "max_experts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}, but it is at least 1")
-        if self.min_silhouette is not None and not -1 <= self.min_silhouette <= 1:
-            raise ValueError(f"min_silhouette={self.min_silhouette}, but it lies between -1 and 1")
+        check(self, warm_up="[1, inf)", max_experts="[1, inf)", min_silhouette="[-1, 1]")
 
     def init_server(self, start: Start) -> Server:
         """A router of as many rows as can be needed, if routers are shared at all."""
-        return Server(routers=self._drawn(start) if self.share_router else {})
+        return Server(routers=draw_router(start, self.max_experts) if self.share_router else {})
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """Everyone draws the same first A, without which no two B could be compared; B is zero."""
-        router = {} if self.share_router else self._drawn(start)
+        router = {} if self.share_router else draw_router(start, self.max_experts)
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), router, start.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """All experts and the group's router; only facts to a client without a group."""
         own = server.clusters.get(client_id, -1)
-        experts = len(set(server.clusters.values()))
-        facts = {"round": server.round, "own": own, "experts": experts}
-        if own < 0:
-            return Message({}, facts)
-        return Message(merge(server.experts, move(server.routers, _router(own), ROUTER)), facts)
+        facts = {"round": server.round, "own": own, "experts": len(set(server.clusters.values()))}
+        tree = merge(server.experts, move(server.routers, router_of(own), ROUTER))
+        return Message(tree if own >= 0 else {}, facts)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train the group's expert and the router or, without a group, the client's own pair."""
-        own, round_ = int(message.facts["own"]), int(message.facts["round"])
-        serving = self._serving(client, message)
-        slot = INDIVIDUAL if own < 0 else _expert(own)
+        own, serving = int(message.facts["own"]), self._serving(client, message)
+        slot = INDIVIDUAL if own < 0 else expert(own)
         trained = names_of(serving.tree, slot, ROUTER, HEAD)
         fitted: Fitted = yield Fit(serving.plan, serving.tree, trained)
-        adapter, router = select(fitted.tree, slot), select(fitted.tree, ROUTER)
-        after = replace(client, head=select(fitted.tree, HEAD))
-        facts = {"weight": weight_of(fitted, self.weighting)}
-        if own < 0:
-            over = round_ >= self.warm_up - 1
-            upload = Message(adapter, facts) if over else Message({})
-            return replace(after, individual=adapter), upload
-        if self.share_router:
-            return after, Message(merge(adapter, router), facts)
-        return replace(after, router=router), Message(adapter, facts)
+        adapter, router, head = (select(fitted.tree, part) for part in (slot, ROUTER, HEAD))
+        kept = client.router if own < 0 or self.share_router else router
+        after = Client(adapter if own < 0 else client.individual, kept, head)
+        if own < 0 and int(message.facts["round"]) < self.warm_up - 1:
+            return after, Message({})
+        upload = merge(adapter, router) if self.share_router else adapter
+        return after, Message(upload, {"weight": weight_of(fitted, self.weighting)})
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The mean of each group's uploads; a group of which nobody takes part keeps what it has.
@@ -151,113 +135,30 @@ class FedLEASE:
         Who has no group sends the pair of a warm-up and is put into the nearest one; a pair that is
         zero on a site is nearest to none, and its client tries again.
         """
-        if not server.clusters:
-            return self._group(server, replies)
-        sums: dict[int, Message] = {}
-        clusters, latest = dict(server.clusters), server.latest
-        for client_id, upload in replies:
-            if client_id in server.clusters:
-                own = server.clusters[client_id]
-                sums[own] = _sum(sums.get(own, NOBODY), upload)
-            elif has_direction(upload.tree, self.signal):
-                clusters[client_id] = self._nearest(server, client_id, upload)
-                latest = latest.put(client_id, upload)
-        experts, routers = dict(server.experts), dict(server.routers)
-        for own, total in sums.items():
-            mean = _mean(total)
-            experts |= select(mean, _expert(own))
-            routers |= move(mean, ROUTER, _router(own))
+        grouping = Grouping(self.signal, self.max_experts, self.min_silhouette)
+        totals, newcomers = grouping.sort(replies, server.clusters)
+        clusters = grouping.assign(newcomers, server.clusters, server.latest)
+        experts, routers = regrouped(server.experts, server.routers, totals, newcomers, clusters)
+        latest = server.latest
+        for client_id, upload in newcomers.items():
+            latest = latest.put(client_id, upload)
         return Server(server.round + 1, routers, experts, clusters, latest)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The routed experts or, without a group, the client's own pair."""
-        return self._serving(client, message)
-        yield  # deploy is a generator for methods that train before they serve
+        return at_once(self._serving(client, message))
 
     def shared(self, client: Client, message: Message) -> Serving | None:
         """What everyone in the group has: with private routers the expert without the others."""
-        own = int(message.facts["own"])
-        if own < 0:
-            return None
-        if self.share_router:
-            return self._serving(client, message)
-        slot = self.lora.slot(_expert(own))
-        tree = merge(select(message.tree, slot.name), client.head)
-        return Serving(single(slot, self.lora.dropout), tree)
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
-
-    def _group(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The end of the warm-up, once there are uploads: groups, and an expert of each."""
-        uploads = {
-            client_id: upload
-            for client_id, upload in replies
-            if upload.tree and has_direction(upload.tree, self.signal)
-        }
-        after = replace(server, round=server.round + 1)
-        if not uploads:
-            return after
-        far = distances({each: uploads[each].tree for each in uploads}, self.signal)
-        found = cluster(far, self.max_experts, self.min_silhouette)
-        clusters = dict(zip(uploads, found.labels, strict=True))
-        sums = dict.fromkeys(range(found.clusters), NOBODY)
-        latest = server.latest
-        for client_id, upload in uploads.items():
-            sums[clusters[client_id]] = _sum(sums[clusters[client_id]], upload)
-            latest = latest.put(client_id, upload)
-        means = {own: _mean(total) for own, total in sums.items()}
-        experts = merge(*(move(mean, INDIVIDUAL, _expert(own)) for own, mean in means.items()))
-        router = _first_rows(server.routers, found.clusters)
-        routers = merge(*(move(router, ROUTER, _router(own)) for own in means))
-        return replace(after, routers=routers, experts=experts, clusters=clusters, latest=latest)
-
-    def _nearest(self, server: Server, client_id: str, upload: Message) -> int:
-        """The group whose members' pairs of the warm-up are nearest in the mean."""
-        far: dict[int, list[float]] = {}
-        for member in server.latest.clients():
-            pair = {client_id: upload.tree, member: server.latest[member].tree}
-            distance = float(distances(pair, self.signal)[0, 1])
-            far.setdefault(server.clusters[member], []).append(distance)
-        return min(far, key=lambda own: (fmean(far[own]), own))
+        slot = expert(int(message.facts["own"]))
+        if slot == expert(-1) or self.share_router:
+            return None if slot == expert(-1) else self._serving(client, message)
+        return Serving(self.lora.plan(slot), merge(select(message.tree, slot), client.head))
 
     def _serving(self, client: Client, message: Message) -> Serving:
         """The client's own pair, or all experts and a router, which one expert does without."""
         own, experts = int(message.facts["own"]), int(message.facts["experts"])
         if own < 0:
-            plan = single(self.lora.slot(INDIVIDUAL), self.lora.dropout)
-            return Serving(plan, merge(client.individual, client.head))
-        slots = tuple(self.lora.slot(_expert(number)) for number in range(experts))
-        plan = single(slots[0], self.lora.dropout)
-        if experts > 1:
-            plan = Plan(slots, Router(own, self.layout, self.renormalise), self.lora.dropout)
-        router = {} if self.share_router else _first_rows(client.router, experts)
-        return Serving(plan, merge(message.tree, router, client.head))
-
-    def _drawn(self, start: Start) -> Tree:
-        return move(start.mixer(2 * self.max_experts - 1), MIXER, ROUTER)
-
-
-def _expert(number: int) -> str:
-    return f"expert_{number}"
-
-
-def _router(number: int) -> str:
-    return f"router_{number}"
-
-
-def _first_rows(router: Tree, experts: int) -> Tree:
-    """The rows that a router over so many experts has; one over a single expert is left out."""
-    return apply(lambda g: g[: 2 * experts - 1], router) if experts > 1 else {}
-
-
-def _sum(total: Message, upload: Message) -> Message:
-    """A weighed sum and its weight; in float64, so that many clients cost no precision."""
-    weight = float(upload.facts["weight"])
-    tree = accumulate(total.tree or {}, upload.tree, weight)  # an empty one is everybody's
-    return Message(tree, {"weight": float(total.facts["weight"]) + weight})
-
-
-def _mean(total: Message) -> Tree:
-    return cast(scale(total.tree, 1 / float(total.facts["weight"])), torch.float32)
+            return Serving(self.lora.plan(INDIVIDUAL), merge(client.individual, client.head))
+        plan = routed(self.lora, experts, Router(own, self.layout, self.renormalise))
+        return Serving(plan, merge(message.tree, first_rows(client.router, experts), client.head))

@@ -17,62 +17,25 @@ then B's magnitudes for each client, and this order; not known are the axes, the
 global stage trains on (here: the clients' data, federated), the numbers of rounds and the rates.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from fedalt.adapters.plan import HEAD, Plan, names_of, single
+from fedalt.adapters.plan import HEAD, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, replace, select
+from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import kept_in_averages
+from fedalt.methods.directions import DIRECTION, LENGTH, Axis, compose, decompose, normalise
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
 
 SHARED = "shared"
-LENGTH = {"A": "a", "B": "b"}
-DIRECTION = {"A": "U", "B": "V"}
-SHORTEST = 1e-12  # what is shorter has no direction
-
-Axis = Literal["rank", "column"]
-
-
-def decompose(adapter: Tree, a_axis: Axis) -> Tree:
-    """Lengths and directions of A (r, d_in) and B (d_out, r), under the names a, U, b, V.
-
-    b is (1, r), a is (r, 1) or, by column, (1, d_in); what is zero has direction zero.
-    """
-    parts: Tree = {}
-    for name, tensor in adapter.items():
-        length = _length(name.factor, tensor, a_axis)
-        parts[name._replace(factor=LENGTH[name.factor])] = length
-        parts[name._replace(factor=DIRECTION[name.factor])] = tensor / length.clamp_min(SHORTEST)
-    return parts
-
-
-def compose(parts: Tree, a_axis: Axis) -> Tree:
-    """A and B of their parts; a direction of any length counts as one of length 1."""
-    adapter: Tree = {}
-    for factor in ("A", "B"):
-        for name in (name for name in parts if name.factor == DIRECTION[factor]):
-            length = parts[name._replace(factor=LENGTH[factor])]
-            unit = _unit(factor, parts[name], a_axis)
-            adapter[name._replace(factor=factor)] = length * unit
-    return adapter
-
-
-def _length(factor: str, tensor: Tensor, a_axis: Axis) -> Tensor:
-    """Norms of the rank rows of A (or of its columns) and of the columns of B."""
-    by_row = factor == "A" and a_axis == "rank"
-    norms: Tensor = torch.linalg.vector_norm(tensor, dim=1 if by_row else 0, keepdim=True)
-    return norms
-
-
-def _unit(factor: str, tensor: Tensor, a_axis: Axis) -> Tensor:
-    return tensor / _length(factor, tensor, a_axis).clamp_min(SHORTEST)
 
 
 @dataclass(frozen=True)
@@ -116,23 +79,19 @@ class FedLoRAOptimizer:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
-        for name in ("global_rounds", "personal_epochs", "l2"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}, but it cannot be negative")
-        if not self.personal_rate > 0:
-            raise ValueError(f"personal_rate={self.personal_rate}, but it must be above 0")
+        check(self, global_rounds="[0, inf)", personal_epochs="[0, inf)", l2="[0, inf)")
+        check(self, personal_rate="(0, inf)")
 
     def init_server(self, start: Start) -> Server:
-        """A drawn, B zero."""
         return Server(decompose(start.adapter(self.lora.slot(SHARED)), self.a_axis))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
-        """A client keeps nothing but its head."""
+    def init_client(self, start: Start, client_id: str) -> Client:
         return Client(start.head())
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+    def broadcast(self, server: Server, client_id: str) -> Message:
         """All parts and the stage of this round, the same for every client."""
         stage = "global" if server.rounds % (1 + self.global_rounds) else "local"
         return Message(server.parts, {"stage": stage})
@@ -140,77 +99,55 @@ class FedLoRAOptimizer:
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train A and B and send their parts back, or U alone and send that."""
         if message.facts["stage"] == "local":
-            tree = merge(compose(message.tree, self.a_axis), client.head)
-            fitted: Fitted = yield Fit(self._plan(), tree, frozenset(tree))
+            tree = self._composed(merge(message.tree, client.head))
+            fitted: Fitted = yield Fit(self.lora.plan(SHARED), tree, frozenset(tree))
             after = decompose(select(fitted.tree, SHARED), self.a_axis)
         else:
-            fitted = yield self._refine(client, message, DIRECTION["A"])
-            after = _of(fitted.tree, DIRECTION["A"])
+            tree = merge(message.tree, client.head)
+            trained = names_of(tree, HEAD) | _part(tree, DIRECTION["A"]).keys()
+            fitted = yield Fit(self.lora.plan(SHARED), tree, trained, compose=self._composed)
+            after = _part(fitted.tree, DIRECTION["A"])
         upload = Message(after, {"weight": weight_of(fitted, self.weighting)})
         return Client(select(fitted.tree, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The mean of every part; directions that cancel each other stay what they were."""
-        mean = weighted_mean(replies)
-        for name, tensor in mean.items():
-            for factor in (f for f, direction in DIRECTION.items() if direction == name.factor):
-                there = _length(factor, tensor, self.a_axis) >= SHORTEST
-                unit = _unit(factor, tensor, self.a_axis)
-                mean[name] = torch.where(there, unit, server.parts[name])
-        return Server(replace(server.parts, mean), server.rounds + 1)
+        parts = normalise(weighted_mean(replies), server.parts, self.a_axis)
+        return Server(replace(server.parts, parts), server.rounds + 1)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
-        """The shared parts, with the client's own b."""
-        mean = _of(message.tree, LENGTH["B"])
+        """The shared parts, with the client's own b, which alone is trained before it serves.
+
+        A head that had further steps, at the personal rate, would be most of what is compared.
+        """
+        tree = merge(message.tree, client.head)
+        mean = _part(tree, LENGTH["B"])
 
         def far_from_the_mean(tree: Tree) -> Tensor:
             gaps = [(tree[name] - mean[name].to(tree[name])).square().sum() for name in mean]
             return self.l2 / 2 * torch.stack(gaps).sum()
 
-        fitted: Fitted = yield self._refine(client, message, LENGTH["B"], far_from_the_mean)
-        adapter = compose(select(fitted.tree, SHARED), self.a_axis)
-        return Serving(self._plan(), merge(adapter, select(fitted.tree, HEAD)))
+        fitted: Fitted = yield Fit(
+            self.lora.plan(SHARED),
+            tree,
+            frozenset(mean),
+            epochs=self.personal_epochs,
+            rate=self.personal_rate,
+            compose=self._composed,
+            penalty=far_from_the_mean,
+        )
+        return Serving(self.lora.plan(SHARED), self._composed(fitted.tree))
 
     def shared(self, client: Client, message: Message) -> Serving:
         """What everyone would serve without a b of its own."""
-        return Serving(self._plan(), merge(compose(message.tree, self.a_axis), client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
-
-    def _refine(
-        self,
-        client: Client,
-        message: Message,
-        part: str,
-        penalty: Callable[[Tree], Tensor] | None = None,
-    ) -> Fit:
-        """An order to train one part of the adapter; with the head, but not before serving.
-
-        A head that had further steps, at the personal rate, would be most of what is compared.
-        """
         tree = merge(message.tree, client.head)
-        personal = penalty is not None
-        head = frozenset() if personal else names_of(tree, HEAD)
+        return Serving(self.lora.plan(SHARED), self._composed(tree))
 
-        def whole(tree: Tree) -> Tree:
-            return merge(compose(select(tree, SHARED), self.a_axis), select(tree, HEAD))
-
-        return Fit(
-            self._plan(),
-            tree,
-            frozenset(_of(tree, part)) | head,
-            epochs=self.personal_epochs if personal else None,
-            rate=self.personal_rate if personal else 1.0,
-            compose=whole,
-            penalty=penalty,
-        )
-
-    def _plan(self) -> Plan:
-        return single(self.lora.slot(SHARED), self.lora.dropout)
+    def _composed(self, tree: Tree) -> Tree:
+        """The tree that is bound: A and B of their parts, and the head."""
+        return merge(compose(select(tree, SHARED), self.a_axis), select(tree, HEAD))
 
 
-def _of(tree: Tree, part: str) -> Tree:
+def _part(tree: Tree, part: str) -> Tree:
     """The tensors of one part."""
     return {name: tree[name] for name in tree if name[1:] == (SHARED, part)}

@@ -18,15 +18,15 @@ def similarities(adapters: Mapping[str, Tree], before: Similar, memory: float) -
     `before` counts `memory` in [0, 1) where it knows the pair. Clients whose B A is zero on a site
     point nowhere and are left out.
     """
-    known = {each: tree for each, tree in adapters.items() if has_direction(tree, "BA")}
-    found = (1 - distances(known, "BA")).tolist() if known else []
+    known = {client: tree for client, tree in adapters.items() if has_direction(tree, "BA")}
+    cosines = (1 - distances(known, "BA")).tolist() if known else []
     return {
-        one: {
-            other: memory * before.get(one, {}).get(other, s) + (1 - memory) * s
+        client: {
+            other: memory * before.get(client, {}).get(other, s) + (1 - memory) * s
             for other, s in zip(known, row, strict=True)
-            if other != one
+            if other != client
         }
-        for one, row in zip(known, found, strict=True)
+        for client, row in zip(known, cosines, strict=True)
     }
 
 
@@ -38,12 +38,12 @@ def kin_weights(
     Their sum is the trust in them, (largest s - tau) / width, at most 1; empty where nobody is
     above tau.
     """
-    above = {each: s - tau for each, s in similar.items() if s > tau}
+    above = {client: s - tau for client, s in similar.items() if s > tau}
     if not above:
         return {}
     trust = min(max(above.values()) / width, 1.0)
     total = sum(s**power for s in above.values())
-    return {each: trust * s**power / total for each, s in above.items()}
+    return {client: trust * s**power / total for client, s in above.items()}
 
 
 def sum_of_products(
@@ -57,7 +57,7 @@ def sum_of_products(
     tree: Tree = {}
     for name in (name for name in adapters[min(weights)] if name.factor == "B"):
         a = name._replace(factor="A")
-        pairs = ((w, Pair(adapters[each][name], adapters[each][a])) for each, w in weights.items())
+        pairs = ((w, Pair(adapters[k][name], adapters[k][a])) for k, w in weights.items())
         pair = factors(strongest(core_svd(weighted_stack(*pairs)), rank), "in_b")
         missing = rank - len(pair.a)
         tree[Name(name.site, target, "A")] = pad(pair.a, (0, 0, 0, missing)).to(torch.float32)

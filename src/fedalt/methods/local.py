@@ -1,4 +1,4 @@
-"""Local only: each client trains a LoRA of its own and never talks; the yardstick of every table.
+"""Local only: each client trains a LoRA of its own and never talks; the baseline of every table.
 
 T rounds of E local epochs with a new optimiser and schedule each, so that steps, learning rates
 and batches are those of the federated methods it is compared with.
@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedalt.adapters.plan import HEAD, Plan, names_of, single
+from fedalt.adapters.plan import HEAD, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import at_once, nothing_shared
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
 
@@ -44,23 +45,24 @@ class LocalOnly:
     server_state = Server
     client_state = Client
     averages = False
+    shared = nothing_shared
 
-    def init_server(self, start: Start) -> Server:  # noqa: ARG002
-        """There is nothing to keep."""
+    def init_server(self, start: Start) -> Server:
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """The same first A as in every other method, B zero."""
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
-        """Nothing."""
+    def broadcast(self, server: Server, client_id: str) -> Message:
         return Message({})
 
-    def local(self, client: Client, message: Message) -> Local[Client]:  # noqa: ARG002
+    def local(self, client: Client, message: Message) -> Local[Client]:
         """Go on training the client's own adapter."""
         tree = merge(client.individual, client.head)
-        fitted: Fitted = yield Fit(self._plan(), tree, names_of(tree, INDIVIDUAL, HEAD))
+        fitted: Fitted = yield Fit(
+            self.lora.plan(INDIVIDUAL), tree, names_of(tree, INDIVIDUAL, HEAD)
+        )
         after = Client(select(fitted.tree, INDIVIDUAL), select(fitted.tree, HEAD))
         return after, Message({})
 
@@ -70,18 +72,9 @@ class LocalOnly:
             pass
         return server
 
-    def deploy(self, client: Client, message: Message) -> Deploy:  # noqa: ARG002
-        """The client's adapter."""
-        return Serving(self._plan(), merge(client.individual, client.head))
-        yield  # deploy is a generator for methods that train before they serve
+    def deploy(self, client: Client, message: Message) -> Deploy:
+        return at_once(Serving(self.lora.plan(INDIVIDUAL), merge(client.individual, client.head)))
 
-    def shared(self, client: Client, message: Message) -> Serving | None:  # noqa: ARG002
-        """Nothing is shared."""
-        return None
-
-    def without(self, server: Server, client_id: str) -> Server:  # noqa: ARG002
+    def without(self, server: Server, client_id: str) -> Server:
         """Nobody has put in anything."""
         return server
-
-    def _plan(self) -> Plan:
-        return single(self.lora.slot(INDIVIDUAL), self.lora.dropout)

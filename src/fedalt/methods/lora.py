@@ -1,35 +1,39 @@
 """What all methods share: the size of their adapters, and how much a client counts in a mean."""
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from fedalt.adapters.plan import Slot
-from fedalt.training.orders import Fitted
+from fedalt.core.declared import declared, setting
+
+if TYPE_CHECKING:
+    from fedalt.adapters.plan import Plan, Slot
+    from fedalt.training.orders import Fitted
 
 Weighting = Literal["uniform", "examples"]
 
 
-@dataclass(frozen=True)
+@declared
 class Lora:
-    """Rank, alpha and input dropout of every adapter of a run; defaults of the FedALT code."""
+    """The size of every adapter of a run; defaults of the FedALT code."""
 
-    rank: int = 8
-    alpha: float = 32.0
-    dropout: float = 0.05
+    rank: Annotated[int, setting("Rank of the adapters.", ge=1)] = 8
+    alpha: Annotated[
+        float, setting("The output of an adapter is scaled by alpha / rank.", gt=0)
+    ] = 32.0
+    dropout: Annotated[float, setting("Dropout of the input of the adapters.", ge=0, lt=1)] = 0.05
 
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank={self.rank}, but a low-rank pair has at least rank 1")
-        if not self.alpha > 0:
-            raise ValueError(f"alpha={self.alpha}, but it must be above 0")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout}, but it is at least 0 and below 1")
-
-    def slot(self, name: str) -> Slot:
+    def slot(self, name: str) -> "Slot":
         """A slot of this size."""
+        from fedalt.adapters.plan import Slot  # brings torch, which settings do without
+
         return Slot(name, self.rank, self.alpha)
 
+    def plan(self, slot: str) -> "Plan":
+        """Plain LoRA: one slot of this size."""
+        from fedalt.adapters.plan import single
 
-def weight_of(fitted: Fitted, weighting: Weighting) -> float:
+        return single(self.slot(slot), self.dropout)
+
+
+def weight_of(fitted: "Fitted", weighting: Weighting) -> float:
     """A client's weight in a mean: 1, or how many training examples it has."""
     return 1.0 if weighting == "uniform" else float(fitted.examples)

@@ -69,13 +69,14 @@ def core_svd(pair: Pair) -> Directions:
     u, s, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
     u, v = q_b @ u, q_a @ v.T
     signs = v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
-    there = s > torch.finfo(torch.float32).eps * s[0]
-    return Directions((u * signs)[:, there], s[there], (v * signs)[:, there])
+    kept = s > torch.finfo(torch.float32).eps * s[0]
+    return Directions((u * signs)[:, kept], s[kept], (v * signs)[:, kept])
 
 
-def strongest(found: Directions, rank: int) -> Directions:
+def strongest(directions: Directions, rank: int) -> Directions:
     """The best approximation of at most this rank (Eckart and Young)."""
-    return Directions(found.u[:, :rank], found.s[:rank], found.v[:, :rank])
+    u, s, v = directions
+    return Directions(u[:, :rank], s[:rank], v[:, :rank])
 
 
 def energy_rank(s: Tensor, tau: float) -> int:
@@ -84,12 +85,12 @@ def energy_rank(s: Tensor, tau: float) -> int:
     return int((energy < tau * energy[-1]).sum()) + 1 if len(s) else 0
 
 
-def factors(found: Directions, split: Split) -> Pair:
+def factors(directions: Directions, split: Split) -> Pair:
     """The pair whose product is U S V^T: sqrt(S) in both factors, or all of S in B."""
+    u, s, v = directions
     if split == "in_b":
-        return Pair(found.u * found.s, found.v.T)
-    root = found.s.sqrt()
-    return Pair(found.u * root, (found.v * root).T)
+        return Pair(u * s, v.T)
+    return Pair(u * s.sqrt(), (v * s.sqrt()).T)
 
 
 def add_rows(total: Rows | None, rows: Tensor, weight: float) -> Rows:

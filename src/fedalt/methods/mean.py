@@ -11,13 +11,34 @@ from fedalt.methods.contract import Message
 def weighted_mean(replies: Iterable[tuple[str, Message]]) -> Tree:
     """sum_k w_k tree_k / sum_k w_k of the replies' trees, w_k being their fact "weight"; float32.
 
-    All trees hold the same names and shapes. They are summed in float64 as they stream in, so that
-    the number of clients costs neither memory nor precision. Empty where nobody replied.
+    All trees hold the same names and shapes. Empty where nobody replied.
     """
-    total: Tree = {}
-    weights = 0.0
+    totals = Totals()
     for _, upload in replies:
+        totals.add(0, upload)
+    return dict(totals.means()).get(0, {})
+
+
+class Totals:
+    """Weighted sums of uploads, by group, from which their means are formed.
+
+    They are summed in float64 as they come in, so that the number of clients costs neither memory
+    nor precision.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Tree] = {}
+        self._weights: dict[int, float] = {}
+
+    def add(self, group: int, upload: Message) -> None:
+        """Count an upload in, by its fact "weight"."""
         weight = float(upload.facts["weight"])
-        accumulate(total, upload.tree, weight)
-        weights += weight
-    return cast(scale(total, 1 / weights), torch.float32) if total else {}
+        accumulate(self._sums.setdefault(group, {}), upload.tree, weight)
+        self._weights[group] = self._weights.get(group, 0.0) + weight
+
+    def means(self) -> list[tuple[int, Tree]]:
+        """The mean of every group, in float32, by the number of the group."""
+        return [
+            (group, cast(scale(self._sums[group], 1 / self._weights[group]), torch.float32))
+            for group in sorted(self._sums)
+        ]

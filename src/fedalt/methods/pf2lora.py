@@ -22,27 +22,23 @@ fixed. How the paper computes it and how often it communicates were not at hand:
 our reading of its two levels, one communication is one round.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
-
-import torch
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
 from fedalt.adapters.start import Start
-from fedalt.core.tree import Name, Tree, merge, select
+from fedalt.core.tree import Tree, merge, select
+from fedalt.methods.bilevel import Gradient, Unrolled
+from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import at_once, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
-from fedalt.training.orders import Fit, Fitted, Stepped
+from fedalt.training.orders import Fit, Fitted
 
 SHARED = "shared"
 INDIVIDUAL = "individual"
-
-Gradient = Literal["exact", "finite_difference", "first_order"]
 
 
 @dataclass(frozen=True)
@@ -61,80 +57,6 @@ class Client:
     TAG: ClassVar = "pf2lora/client"
 
     kept: Tree
-
-
-@dataclass(frozen=True)
-class Unrolled:
-    """One step on both levels: the individual adapter moves, the shared one gets a hypergradient.
-
-    `rate` is the lower level's learning rate, of C and of D times `scaling`, which is the s of the
-    individual adapter. A classifier's head is part of the upper level.
-    "exact" differentiates twice, which fused attention kernels cannot; "finite_difference" takes
-    the difference of two first derivatives instead; "first_order" leaves the second term out.
-    """
-
-    rate: float
-    gradient: Gradient
-    scaling: float = 1.0
-    moves = INDIVIDUAL
-
-    def __call__(
-        self, tree: Tree, train: Sequence[Name], loss: Callable[[Tree, int], Tensor]
-    ) -> Stepped:
-        """Two forward and backward passes; "exact" goes back twice, differences pass four times."""
-        lower = [name for name in train if name.slot == self.moves]
-        upper = [name for name in train if name.slot != self.moves]
-        exact = self.gradient == "exact"
-        with sdpa_kernel(SDPBackend.MATH) if exact else nullcontext():
-            first = loss(tree, 0)
-        slope = _gradients(first, tree, lower, keep=exact)
-        rates = {name: self._rate(name) for name in lower}
-        moved = {name: (tree[name] - rates[name] * slope[name]).detach() for name in lower}
-        for tensor in moved.values():
-            tensor.requires_grad_()
-        after = {**tree, **moved}
-        both = _gradients(loss(after, 1), after, [*upper, *lower])
-        h = {name: both[name] for name in upper}
-        v = {name: rates[name] * both[name].detach() for name in lower}
-        if exact:
-            along = torch.stack([(slope[name] * v[name]).sum() for name in lower]).sum()
-            crossed = _gradients(along, tree, upper)
-        elif self.gradient == "finite_difference":
-            crossed = self._difference(tree, upper, v, loss)
-        else:
-            return Stepped(first.detach(), h, moved)
-        return Stepped(first.detach(), {n: h[n] - crossed[n] for n in upper}, moved)
-
-    def _rate(self, name: Name) -> float:
-        """What a gradient is multiplied with; that of D holds one s, and D's effect another."""
-        return self.rate / self.scaling**2 if name.factor == "B" else self.rate
-
-    def _difference(
-        self, tree: Tree, upper: Sequence[Name], v: Tree, loss: Callable[[Tree, int], Tensor]
-    ) -> Tree:
-        """(grad_x f(x, y + e v) - grad_x f(x, y - e v)) / 2e, e so small that e v is 0.01 long."""
-        length = torch.stack([tensor.square().sum() for tensor in v.values()]).sum().sqrt()
-        if not length:
-            return {name: torch.zeros_like(tree[name]) for name in upper}
-        e = 0.01 / length
-        ahead, behind = (
-            _gradients(
-                loss({**tree, **{n: (tree[n] + sign * e * v[n]).detach() for n in v}}, 0),
-                tree,
-                upper,
-            )
-            for sign in (1, -1)
-        )
-        return {name: (ahead[name] - behind[name]) / (2 * e) for name in upper}
-
-
-def _gradients(value: Tensor, tree: Tree, names: Sequence[Name], *, keep: bool = False) -> Tree:
-    """The gradient for every name; 0 where the value does not depend on it."""
-    tensors = [tree[name] for name in names]
-    found = torch.autograd.grad(
-        value, tensors, create_graph=keep, retain_graph=True, materialize_grads=True
-    )
-    return dict(zip(names, found, strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,51 +78,41 @@ class PF2LoRA:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
-        if self.client_rank < 1:
-            raise ValueError(f"client_rank={self.client_rank}, but a rank is at least 1")
-        if not self.inner_lr >= 0:
-            raise ValueError(f"inner_lr={self.inner_lr}, but it cannot be negative")
+        check(self, client_rank="[1, inf)", inner_lr="[0, inf)")
 
     def init_server(self, start: Start) -> Server:
-        """A drawn, B zero."""
         return Server(start.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """C drawn apart from the shared A but the same for everyone, D zero."""
         return Client(merge(start.adapter(self._individual(), apart=True), start.head()))
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
-        """The averaged adapter, the same for every client."""
+    def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapter)
 
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Both levels descend together; only the shared adapter is sent back."""
         tree = merge(message.tree, client.kept)
-        step = Unrolled(self.inner_lr, self.hypergradient, self._individual().scaling)
+        scaling = self._individual().scaling
+        step = Unrolled(INDIVIDUAL, self.inner_lr, self.hypergradient, scaling)
         fitted: Fitted = yield Fit(self._plan(), tree, frozenset(tree), step=step)
         upload = Message(select(fitted.tree, SHARED), {"weight": weight_of(fitted, self.weighting)})
         return Client(select(fitted.tree, INDIVIDUAL, HEAD)), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """The weighted mean of the cohort's shared adapters."""
-        mean = weighted_mean(replies)
-        return Server(mean) if mean else server
+        return Server(weighted_mean(replies) or server.adapter)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The shared adapter and the client's own, added."""
-        return Serving(self._plan(), merge(message.tree, client.kept))
-        yield  # deploy is a generator for methods that train before they serve
+        return at_once(Serving(self._plan(), merge(message.tree, client.kept)))
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The shared adapter alone, with the client's head."""
         plan = single(self.lora.slot(SHARED), self.lora.dropout)
         return Serving(plan, merge(message.tree, select(client.kept, HEAD)))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
 
     def _individual(self) -> Slot:
         shared = self.lora.slot(SHARED)

@@ -17,10 +17,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fedalt.adapters.plan import HEAD, Plan, names_of, single
+from fedalt.adapters.plan import HEAD, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, replace, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.defaults import at_once, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.methods.mean import weighted_mean
 from fedalt.training.orders import Fit, Fitted
@@ -63,19 +64,20 @@ class SharedFactors:
     server_state = Server
     client_state = Client
     averages = True
+    without = kept_in_averages
 
     def init_server(self, start: Start) -> Server:
         """A drawn, B zero, as far as they are sent."""
         adapter = start.adapter(self.lora.slot(SHARED))
         return Server(_factors(adapter, _SENT[self.variant]))
 
-    def init_client(self, start: Start, client_id: str) -> Client:  # noqa: ARG002
+    def init_client(self, start: Start, client_id: str) -> Client:
         """The other factors of the same draw, which therefore need not cross the wire."""
         adapter = start.adapter(self.lora.slot(SHARED))
         kept = {name: adapter[name] for name in adapter if name.factor not in _SENT[self.variant]}
         return Client(kept, start.head())
 
-    def broadcast(self, server: Server, client_id: str) -> Message:  # noqa: ARG002
+    def broadcast(self, server: Server, client_id: str) -> Message:
         """The averaged factors; RoLoRA's client gets both, as it may have missed the last round."""
         return Message(server.factors, {"round": server.rounds})
 
@@ -84,7 +86,7 @@ class SharedFactors:
         tree = merge(message.tree, client.kept, client.head)
         trained = self._trained(int(message.facts["round"]))
         names = names_of(tree, HEAD) | _factors(select(tree, SHARED), trained).keys()
-        fitted: Fitted = yield Fit(self._plan(), tree, names)
+        fitted: Fitted = yield Fit(self.lora.plan(SHARED), tree, names)
         after = Client({name: fitted.tree[name] for name in client.kept}, select(fitted.tree, HEAD))
         upload = {name: fitted.tree[name] for name in message.tree if name.factor in trained}
         return after, Message(upload, {"weight": weight_of(fitted, self.weighting)})
@@ -96,18 +98,13 @@ class SharedFactors:
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The averaged factors with those that the client keeps."""
         tree = merge(message.tree, client.kept, client.head)
-        return Serving(self._plan(), tree)
-        yield  # deploy is a generator for methods that train before they serve
+        return at_once(Serving(self.lora.plan(SHARED), tree))
 
     def shared(self, client: Client, message: Message) -> Serving | None:
         """All of it but the head; FedSA's A alone is no adapter, so nothing there."""
         if self.variant == "fedsa_lora":
             return None
-        return Serving(self._plan(), merge(message.tree, client.kept, client.head))
-
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """A mean does not tell what one client put in."""
-        return
+        return Serving(self.lora.plan(SHARED), merge(message.tree, client.kept, client.head))
 
     def _trained(self, round_: int) -> str:
         """The factors that clients train in a round."""
@@ -118,9 +115,6 @@ class SharedFactors:
                 return "AB"
             case "rolora":
                 return "A" if round_ % 2 else "B"
-
-    def _plan(self) -> Plan:
-        return single(self.lora.slot(SHARED), self.lora.dropout)
 
 
 def _factors(tree: Tree, wanted: str) -> Tree:

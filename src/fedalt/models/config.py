@@ -45,9 +45,8 @@ def set_labels(config: Any, labels: Sequence[str]) -> None:
 
 def own_labels(config: Any) -> tuple[str, ...]:
     """The labels that a checkpoint was fine-tuned for; none where it is no classifier."""
-    if not any(
-        str(each).endswith("ForSequenceClassification") for each in config.architectures or ()
-    ):
+    kinds = map(str, config.architectures or ())
+    if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         return ()
     return tuple(str(label) for _, label in sorted(config.id2label.items()))
 

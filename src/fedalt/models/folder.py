@@ -26,7 +26,7 @@ def require_folder_of_model(folder: Path, name: str) -> None:
         raise ModelError(f"{name!r} holds an adapter{on}; {_EXPECTED}")
     if (folder / "config.json").is_file():
         return
-    found = next(
+    holds = next(
         (
             what
             for pattern, what in (
@@ -42,7 +42,7 @@ def require_folder_of_model(folder: Path, name: str) -> None:
         None,
     )
     below = sorted(path.parent.name for path in folder.glob("*/config.json"))
-    holds = f", but {found}" if found else ""
+    holds = f", but {holds}" if holds else ""
     holds += f"; its folders {', '.join(below[:5])} have one" if below else ""
     raise ModelError(f"the model folder {name!r} has no config.json{holds}; {_EXPECTED}")
 
@@ -65,7 +65,7 @@ def require_no_own_config_code(place: str, name: str) -> None:
     """Raise ModelError where a model type is known only to code that comes with the model."""
     try:
         raw, _ = transformers.PretrainedConfig.get_config_dict(place)
-    except Exception:
+    except Exception:  # a foreign file; loading the model says what is wrong with it
         return
     own = raw.get("auto_map") if isinstance(raw, dict) else None
     if isinstance(own, dict) and own and raw.get("model_type") not in _known_types():
@@ -76,7 +76,7 @@ def require_no_own_tokenizer_code(place: str, name: str) -> None:
     """Raise ModelError where a tokenizer's class is defined by code that comes with it."""
     try:
         raw = get_tokenizer_config(place)
-    except Exception:
+    except Exception:  # as above; loading the tokenizer says what is wrong with it
         return
     own = raw.get("auto_map")
     own = own if isinstance(own, dict) else {"AutoTokenizer": own}
@@ -89,9 +89,8 @@ def _known_types() -> frozenset[str]:
 
 
 def _own_code(name: str, own: Mapping[str, Any], file: str) -> str:
-    named: list[str] = []
-    for value in own.values():
-        named += [str(each) for each in (value if isinstance(value, list) else [value]) if each]
+    values = (value if isinstance(value, list) else [value] for value in own.values())
+    named = [str(name) for names in values for name in names if name]
     return (
         f"the model {name!r} needs code of its own ({', '.join(named)} in auto_map of {file}), "
         "and fedalt runs no code that comes with a model; expected an architecture that "

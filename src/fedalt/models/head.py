@@ -32,12 +32,12 @@ def own_head(
         return {}
     order = [own.index(label) for label in labels]
     last = list(head_layers(model, fresh))[-1]
-    found = {}
+    begins = {}
     for name, tensor in tensors.items():
         site, _, factor = name.rpartition(".")
         begun = tensor.detach().float().cpu()
-        found[Name(site, HEAD, factor)] = begun[order] if site == last else begun.clone()
-    return found
+        begins[Name(site, HEAD, factor)] = begun[order] if site == last else begun.clone()
+    return begins
 
 
 def notes_on_head(

@@ -83,12 +83,11 @@ def differences(then: Identity, now: Identity) -> str:
     if other := _keys(then.weights, now.weights):
         several = f" and of {len(other) - 1} more tensors" if len(other) > 1 else ""
         told.append(f"the weights of {other[0]}{several} are others")
-    for what, one, two in (
-        ("config", then.config, now.config),
-        ("tokenizer", then.tokenizer, now.tokenizer),
-    ):
-        keys = _keys(one, two)
-        told += [f"{what} {key} was {_said(one, key)}, is {_said(two, key)}" for key in keys[:3]]
+    for what in ("config", "tokenizer"):
+        old, new = getattr(then, what), getattr(now, what)
+        keys = _keys(old, new)
+        said = ((key, *(part.get(key, "not there") for part in (old, new))) for key in keys[:3])
+        told += [f"{what} {key} was {before}, is {after}" for key, before, after in said]
         if len(keys) > 3:
             told.append(f"{len(keys) - 3} more keys of the {what} differ")
     if then.template != now.template:
@@ -100,10 +99,11 @@ def differences(then: Identity, now: Identity) -> str:
 
 def parts_that_differ(then: str, now: str) -> str:
     """What two short strings tell: the names of the parts that differ."""
-    one, two = then.split("-"), now.split("-")
-    if len(one) != len(PARTS) or len(two) != len(PARTS):
+    before, after = then.split("-"), now.split("-")
+    if len(before) != len(PARTS) or len(after) != len(PARTS):
         return "what it was known by"
-    return ", ".join(part for part, old, new in zip(PARTS, one, two, strict=True) if old != new)
+    parts = zip(PARTS, before, after, strict=True)
+    return ", ".join(part for part, old, new in parts if old != new)
 
 
 def what_differs(then: Mapping[str, Any], now: Identity, short: str) -> str:
@@ -122,12 +122,8 @@ def what_differs(then: Mapping[str, Any], now: Identity, short: str) -> str:
     )
 
 
-def _keys(one: Mapping[str, str], two: Mapping[str, str]) -> list[str]:
-    return sorted(key for key in {*one, *two} if one.get(key) != two.get(key))
-
-
-def _said(of: Mapping[str, str], key: str) -> str:
-    return of.get(key, "not there")
+def _keys(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    return sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
 
 
 def _list(labels: Sequence[str]) -> str:

@@ -44,7 +44,7 @@ def load_weights(kind: Any, place: str, name: str, options: Mapping[str, Any]) -
         raise ModelError(f"cannot load the model {name!r}: {_why(error)}") from error
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(f"{name!r} holds an adapter, not a whole model; give its base model")
-    shapes = {key: (tuple(found), tuple(own)) for key, found, own in report["mismatched_keys"]}
+    shapes = {key: (list(its), list(own)) for key, its, own in report["mismatched_keys"]}
     fresh = {*report["missing_keys"], *shapes}
     allowed = _of_head(model, report["missing_keys"])
     left_over = _left_over(model, report["unexpected_keys"])
@@ -53,10 +53,10 @@ def load_weights(kind: Any, place: str, name: str, options: Mapping[str, Any]) -
         beside = f", and has {_count(others, 'other')}, first {min(others)}" if others else ""
         raise ModelError(_not_of(model, name, f"lacks {_some(lacking)}{beside}"))
     if wrong := sorted(shapes.keys() - allowed):
-        found, own = shapes[wrong[0]]
+        its, expected = shapes[wrong[0]]
         raise ModelError(
             f"the checkpoint of {name!r} does not fit its config.json: {_count(wrong, 'tensor')} "
-            f"of another shape, first {wrong[0]} with {list(found)}, expected {list(own)}"
+            f"of another shape, first {wrong[0]} with {its}, expected {expected}"
         )
     if left_over:
         count = _count(left_over, "tensor")
@@ -79,7 +79,7 @@ def _of_head(model: PreTrainedModel, missing: Collection[str]) -> set[str]:
     layers = head_layers(model, missing)
     if not layers:
         return set()
-    names = {f"{path}.{each}" for path in layers for each in ("weight", "bias")}
+    names = {f"{path}.{factor}" for path in layers for factor in ("weight", "bias")}
     network = set(model.base_model.modules())
     return names | {
         key

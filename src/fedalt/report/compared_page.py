@@ -147,11 +147,11 @@ def _methods(entries: Sequence[Entry]) -> Facts:
     items = []
     for entry in entries:
         method = entry.settings.method
-        usual = METHODS[method_name(method)]
+        usual = METHODS.entries[method_name(method)].settings
         other = [
             f"{name} = {getattr(method, name)}"
             for name in settings_of_method(method)
-            if getattr(method, name) != getattr(usual, name)
+            if getattr(method, name) != usual[name]
         ]
         unlike = f" Here with {', '.join(other)}." if other else ""
         items.append((entry.label, f"{explained(method_name(method))}{unlike}"))

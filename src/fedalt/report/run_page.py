@@ -1,13 +1,11 @@
 """A run's page: what was run, its table, curves, mixer, similarity, examples, and what it took."""
 
-import sys
 from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
 from fedalt.methods import METHODS
 from fedalt.report import figures
-from fedalt.report.docstrings import opening
 from fedalt.report.examples import examples
 from fedalt.report.parts import (
     Cell,
@@ -27,8 +25,6 @@ from fedalt.report.records import (
     round_rows,
 )
 from fedalt.report.refused import refused
-from fedalt.report.similarity import similarity
-from fedalt.report.similarity_figures import similarity_map, similarity_tree
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
 from fedalt.runs.record import is_federation
@@ -76,7 +72,7 @@ def run_page(record: Record) -> Page:
 
 def explained(method: str) -> str:
     """What a method is, in the sentence that its module opens with."""
-    return opening(sys.modules[type(METHODS[method]).__module__])
+    return METHODS.entries[method].title
 
 
 def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
@@ -215,6 +211,9 @@ def _mixer(record: Record, absent: list[str]) -> list[Section]:
 
 
 def _similarity(record: Record, absent: list[str]) -> list[Section]:
+    from fedalt.report.similarity import similarity  # the one part that reads tensors
+    from fedalt.report.similarity_figures import similarity_map, similarity_tree
+
     found = similarity(record)
     if isinstance(found, str):
         absent.append(f"Similarity of clients: {found}.")

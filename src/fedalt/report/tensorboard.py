@@ -1,23 +1,26 @@
 """A run's numbers as TensorBoard's event files."""
 
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fedalt.report.numbers import numbers_of
-
-if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
 
 
 @contextmanager
 def writing_tensorboard(run: Path) -> Iterator["TensorBoard"]:
-    """Write below RUN/tensorboard; what was there before is told to be forgotten."""
-    from torch.utils.tensorboard import SummaryWriter
+    """Write below RUN/tensorboard; what was there before is told to be forgotten.
 
-    writer = SummaryWriter(str(run / "tensorboard"), purge_step=0)
+    By TensorBoard's own writer: PyTorch's would import PyTorch.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    writer = EventFileWriter(str(run / "tensorboard"))
+    writer.add_event(Event(step=0, session_log=SessionLog(status=SessionLog.START)))
     try:
         yield TensorBoard(writer)
     finally:
@@ -28,14 +31,18 @@ def writing_tensorboard(run: Path) -> Iterator["TensorBoard"]:
 class TensorBoard:
     """Writes every number of a line; a step is a round."""
 
-    writer: "SummaryWriter"
+    writer: Any
 
     def hear(self, event: object) -> None:
         """Only whole lines are drawn."""
 
     def wrote(self, line: Mapping[str, Any]) -> None:
         """Add the numbers of a line."""
-        for name, value in numbers_of(line):
-            self.writer.add_scalar(name, value, line["round"])
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for tag, number in numbers_of(line):
+            summary = Summary(value=[Summary.Value(tag=tag, simple_value=number)])
+            self.writer.add_event(Event(wall_time=time.time(), step=line["round"], summary=summary))
         if line["kind"] == "round":
             self.writer.flush()

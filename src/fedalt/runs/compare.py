@@ -20,16 +20,15 @@ from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import is_finished
+from fedalt.runs.preflight import require_known
 from fedalt.runs.settings import (
     DataSettings,
     Settings,
     SettingsError,
     read_table,
     settings_of,
-    settings_of_method,
     to_toml,
 )
-from fedalt.runs.setup import require_known
 from fedalt.training.recommended import recommended
 
 _OVERRIDES = ("data", "model", "training", "rounds", "scoring")
@@ -64,8 +63,8 @@ class Job:
 
     @property
     def settings(self) -> Settings:
-        """The entry's settings with this seed; the yardstick is a method of its own here."""
-        return replace(self.entry.settings, seed=self.seed, yardstick=False)
+        """The entry's settings with this seed; the local-only baseline is an entry of its own."""
+        return replace(self.entry.settings, seed=self.seed, local_baseline=False)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
     listed = table.pop("methods", None)
     if not isinstance(listed, list) or not listed or not all(isinstance(e, dict) for e in listed):
         raise SettingsError(f"{file}: expected at least one [[methods]] with a name")
-    for key in ("method", "seed", "yardstick"):
+    for key in ("method", "seed", "local_baseline"):
         if key in table:
             raise SettingsError(
                 f"{file}: {key!r} belongs to a single run; see [[methods]] and seeds"
@@ -269,7 +268,7 @@ def _grid(
     """The values to try of a method's settings, each of them checked."""
     if not isinstance(shared, dict) or not isinstance(own, dict):
         raise SettingsError(f"{place}: tune: expected a section of settings with lists of values")
-    known = ("lr", *Lora.__dataclass_fields__, *settings_of_method(METHODS[method["name"]]))
+    known = ("lr", *Lora.__dataclass_fields__, *METHODS.entries[method["name"]].settings)
     grid = {key: values for key, values in {**shared, **own}.items() if key != "trials"}
     for name, values in grid.items():
         where = f"{place}: [tune] {name}"

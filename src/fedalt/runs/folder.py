@@ -8,7 +8,7 @@ progress.json               how far the run is; replacing this file commits a ro
 states-0.sha256             the digests of all files that count; states-1.sha256 in turn with it
 clients/ID/0007.safetensors a client's state after round 7, and server/ likewise
 server/latest/ID/...        each client's last upload, for methods that keep a ledger
-local/...                   the same for the local-only yardstick; see states.py
+local/...                   the same for the local-only baseline; see checkpoints.py
 refused.jsonl, quarantine/  uploads that do not count: why, and their bytes
 waiting/                    uploads of a round that has to see all before it judges one
 """
@@ -21,45 +21,29 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, Final, NotRequired, TypedDict
 
-from fedalt.core.codec import atomic_write
 from fedalt.core.digests import Digests, digest_of
-from fedalt.core.files import AtOnce, Writer, make_private_folder, open_private
+from fedalt.core.files import AtOnce, Writer, atomic_write, make_private_folder, open_private
 from fedalt.core.reading import read_bytes, read_lines, read_text
-from fedalt.engine.schedule import Line, Progress
-from fedalt.runs.checkpoints import FileStates, Kept
-from fedalt.runs.record import (
-    FORMAT,
-    Standing,
-    StoreError,
-    read_facts,
-    read_standing,
-    require_committed,
-    require_run,
-)
+from fedalt.runs.record import FORMAT, require_committed, require_run
+from fedalt.runs.record import StoreError as StoreError
 from fedalt.runs.standing import (
     FACTS,
     LISTS,
     PROGRESS,
     RECORD,
-    read_digests,
+    read_facts,
+    read_standing,
     seal_of_facts,
     write_facts,
-    write_standing,
 )
 
-__all__ = [
-    "RunFolder",
-    "StoreError",
-    "create",
-    "kept_rounds",
-    "locked",
-    "open_run",
-    "require_unused",
-]
+if TYPE_CHECKING:  # whoever only reads a record does without torch
+    from fedalt.engine.schedule import Line, Progress
+    from fedalt.runs.checkpoints import FileStates
+    from fedalt.runs.memory import Memory
 
 EXAMPLES: Final = "examples.jsonl"
 _COLUMNS: Final = ("own", "local")
@@ -77,28 +61,15 @@ class _Example(TypedDict):
     slots: NotRequired[list[str]]
 
 
-@dataclass
-class _Memory:
-    """What this process knows of the folder, so that it reads nothing twice.
-
-    `hashed` is the digest of the first `bytes` bytes of rounds.jsonl.
-    """
-
-    standing: Standing
-    kept: Kept
-    hashed: Any = field(default_factory=sha256)
-    bytes: int = 0
-
-
 @dataclass(frozen=True)
 class RunFolder:
     """The journal of a run, on disk. Use it within `locked`."""
 
     path: Path
     writer: Writer = field(default_factory=AtOnce)
-    _memory: list[_Memory] = field(default_factory=list, repr=False, compare=False)
+    _memory: list["Memory"] = field(default_factory=list, repr=False, compare=False)
 
-    def progress(self, leaving: str | None = None) -> Progress:
+    def progress(self, leaving: str | None = None) -> "Progress":
         """How far the run is; the record is cut back to what was committed with that.
 
         Raises StoreError where anything that counts is gone. What states hold is looked at when
@@ -119,29 +90,34 @@ class RunFolder:
         memory.kept.digests.require_there()
         if record.exists() and record.stat().st_size > now.record_bytes:
             os.truncate(record, now.record_bytes)
+        from fedalt.engine.schedule import Progress
+
         return Progress(now.rounds_done, now.best, now.tested)
 
     def require_whole(self) -> None:
         """Raise StoreError unless every file that counts has the content that was committed."""
         self._remembered().kept.digests.require_whole()
 
-    def states(self, column: str, round_: int) -> FileStates:
-        """The yardstick has a folder of its own; the method asked for lies at the top."""
+    def states(self, column: str, round_: int) -> "FileStates":
+        """The local-only baseline has a folder of its own; the method lies at the top."""
+        from fedalt.runs.checkpoints import FileStates
+
         self.writer.finish()  # it may be what is read now
         return FileStates(self._arm(column), round_, self.writer, self._remembered().kept)
 
-    def record(self, line: Line) -> None:
+    def record(self, line: "Line") -> None:
         """Append a line to rounds.jsonl."""
         with open_private(self.path / RECORD, "a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
-    def keep_examples(self, lines: Sequence[Line]) -> None:
+    def keep_examples(self, lines: "Sequence[Line]") -> None:
         """Replace examples.jsonl."""
-        whole = "".join(_compact(line) + "\n" for line in lines).encode()
+        compact = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        whole = "".join(f"{compact.encode(line)}\n" for line in lines).encode()
         atomic_write(self.path / EXAMPLES, whole)
         self._remembered().kept.digests.note(self.path / EXAMPLES, digest_of(whole))
 
-    def commit(self, progress: Progress) -> None:
+    def commit(self, progress: "Progress") -> None:
         """Make the round count by replacing progress.json, then drop states no one needs."""
         self.writer.finish()
         memory = self._remembered()
@@ -152,10 +128,9 @@ class RunFolder:
         ]
         if not progress.tested:  # those of an earlier end may be replaced at any time from now on
             memory.kept.digests.forget(self.path / EXAMPLES)
-        size = self._hash_record(memory)
+        size = memory.hash_record()
         facts = (seal_of_facts(self.facts()),) if (self.path / FACTS).exists() else ()
-        self._write(
-            memory,
+        memory.write(
             replace(
                 memory.standing,
                 rounds_done=progress.rounds_done,
@@ -164,7 +139,7 @@ class RunFolder:
                 record_bytes=size,
                 record_sha256=memory.hashed.hexdigest(),
                 facts=facts,
-            ),
+            )
         )
         for file in stale:
             file.unlink(missing_ok=True)
@@ -182,20 +157,16 @@ class RunFolder:
 
     def best_loss(self) -> float | None:
         """The lowest validation loss of the method asked for, a trimmed mean; None without any."""
-        best = self._standing().best.get("own")
+        best = read_standing(self.path).best.get("own")
         return None if best is None else best[1]
 
     def rounds_done(self) -> int:
         """How many rounds are committed; unlike `progress` safe while another process writes."""
-        return self._standing().rounds_done
+        return read_standing(self.path).rounds_done
 
     def facts(self) -> dict[str, Any]:
         """What run.json holds. Raises StoreError where it was changed."""
         return read_facts(self.path)
-
-    def settings_at_start(self) -> dict[str, Any]:
-        """The settings that the run began with, as their file's table."""
-        return dict(self.facts().get("settings", {}))
 
     def add_facts(self, facts: Mapping[str, object]) -> None:
         """Add to what run.json holds, or replace a part of it; None takes it out.
@@ -205,14 +176,14 @@ class RunFolder:
         before = self.facts()
         after = {key: value for key, value in {**before, **facts}.items() if value is not None}
         seals = tuple(dict.fromkeys(seal_of_facts(each) for each in (before, after)))
-        if len(seals) == 1 or not self._standing().facts:
+        if len(seals) == 1 or not read_standing(self.path).facts:
             write_facts(self.path, after)
             return
         # Whenever this is cut short, the file is one of the two.
         memory = self._remembered()
-        self._write(memory, replace(memory.standing, facts=seals))
+        memory.write(replace(memory.standing, facts=seals))
         write_facts(self.path, after)
-        self._write(memory, replace(memory.standing, facts=seals[1:]))
+        memory.write(replace(memory.standing, facts=seals[1:]))
 
     def left(self) -> frozenset[str]:
         """The clients that have left the run."""
@@ -234,50 +205,25 @@ class RunFolder:
     def _arm(self, column: str) -> Path:
         return self.path / "local" if column == "local" else self.path
 
-    def _standing(self) -> Standing:
-        return read_standing(self.path)
-
-    def _remembered(self) -> _Memory:
+    def _remembered(self) -> "Memory":
         """What is known of the folder, read anew if another process has committed since."""
-        while not self._memory or self._memory[0].standing != (standing := self._standing()):
-            standing = self._standing()
-            try:
-                digests = read_digests(self.path, standing)
-            except StoreError:
-                if standing == self._standing():
-                    raise
-                continue  # whoever looks at a run that goes on comes too late for a list
-            self._memory[:] = [_Memory(standing, Kept(digests, standing.rounds_done))]
+        from fedalt.runs.memory import Memory
+
+        if not self._memory or self._memory[0].standing != read_standing(self.path):
+            self._memory[:] = [Memory.of(self.path)]
         return self._memory[0]
-
-    def _write(self, memory: _Memory, standing: Standing) -> None:
-        memory.standing = write_standing(self.path, standing, memory.kept.digests)
-        memory.kept = replace(memory.kept, rounds=standing.rounds_done)
-
-    def _hash_record(self, memory: _Memory) -> int:
-        """Force the record to disk, and its new lines into the digest; how long it is."""
-        if memory.bytes != memory.standing.record_bytes:  # a commit failed half way
-            memory.hashed, memory.bytes = sha256(), 0
-        with open_private(self.path / RECORD, "a+b") as file:
-            os.fsync(file.fileno())
-            file.seek(memory.bytes)
-            while data := file.read(2**20):
-                memory.hashed.update(data)
-                memory.bytes += len(data)
-        return memory.bytes
 
     def _committed(self) -> bytes:
         """The part of rounds.jsonl that counts. Raises StoreError where it is not as written."""
-        now, record = self._standing(), self.path / RECORD
+        now, record = read_standing(self.path), self.path / RECORD
         if not record.exists() and not now.record_bytes:
             return b""
-        data = read_bytes(record)
-        whole = data[: now.record_bytes]
+        whole = read_bytes(record)[: now.record_bytes]
         require_committed(record, whole, now)
         return whole
 
 
-def kept_rounds(progress: Progress, column: str) -> list[int]:
+def kept_rounds(progress: "Progress", column: str) -> list[int]:
     """The rounds after which an arm's states are kept: the last two and the best one."""
     best = [progress.best[column][0]] if column in progress.best else []
     last = range(max(0, progress.rounds_done - 2), progress.rounds_done)
@@ -343,10 +289,6 @@ def locked(path: Path) -> Iterator[int]:
         except BlockingIOError:
             raise StoreError(f"another process is using {path}") from None
         yield file.fileno()
-
-
-def _compact(line: Line) -> str:
-    return json.dumps(line, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def _is_empty(folder: Path, but: str = ".lock") -> bool:

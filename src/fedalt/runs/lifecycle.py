@@ -190,13 +190,15 @@ def require_client(folder: RunFolder, client_id: str) -> None:
 def serving(
     parts: Parts, path: Path, client_id: str, column: Column, round_: int | None = None
 ) -> Serving:
-    """What a client of a run serves: its own model, the shared part, or the yardstick."""
+    """What a client of a run serves: its own model, the shared part, or the local-only baseline."""
     folder = open_run(path)
     require_client(folder, client_id)
     arms = {arm.column: arm for arm in parts.arms}
     wanted: Column = "local" if column == "local" else "own"
     if wanted not in arms:
-        raise StoreError(f"{path} has no column 'local': it was run without the yardstick")
+        raise StoreError(
+            f"{path} has no column 'local': it was run without the local-only baseline"
+        )
     with locked(path):
         at = _round(parts.settings, folder.progress(), wanted, round_)
         states = folder.states(wanted, at + 1)

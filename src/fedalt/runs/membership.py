@@ -17,8 +17,8 @@ def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
 
     Each newcomer gets what the server of the tested round sends, trains its own part on it for
     `epochs` (without a number, the run's local epochs) and keeps its state in the run's folder. The
-    server hears nothing of it: no one else's model changes. Beside it, the yardstick trains as
-    long alone. Raises StoreError for clients that the run has, and for other labels.
+    server hears nothing of it: no one else's model changes. Beside it, the local-only
+    baseline trains for as long. Raises StoreError for clients of the run and for other labels.
     """
     folder = open_run(path)
     require_clients(path)

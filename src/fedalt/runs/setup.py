@@ -32,14 +32,13 @@ from fedalt.methods.local import LocalOnly
 from fedalt.models.base import Base, load_base
 from fedalt.models.checks import require_known_ids
 from fedalt.runs.folder import RunFolder, StoreError
+from fedalt.runs.preflight import require_known, require_room, warnings_of
 from fedalt.runs.settings import (
     Settings,
-    SettingsError,
     lora_of,
     method_name,
     read_settings,
     rooted,
-    settings_of_method,
     to_toml,
 )
 from fedalt.training.orders import Fit
@@ -115,7 +114,8 @@ def prepare(
             cut = [sum(pair) for pair in zip(cut, task.cut(client_id, split), strict=True)]
         task.training_size(client_id)  # while they are encoded: a round asks for all at once
     warnings = [not_read(data.ignored)] if data.ignored else []
-    warnings += _warnings(parts, task.max_length, counts, cut)
+    warnings += parts.base.notes
+    warnings += warnings_of(settings, counts, cut, task.max_length, shares=_shares(parts))
     return Prepared(parts, task, counts, tuple(warnings))
 
 
@@ -150,9 +150,9 @@ def load_parts(
             device=model.device,
         )
     arms = [Arm("own", settings.method)]
-    yardstick = LocalOnly(lora=lora_of(settings.method))
-    if settings.yardstick and method_name(settings.method) != method_name(yardstick):
-        arms.append(Arm("local", yardstick))
+    baseline = LocalOnly(lora=lora_of(settings.method))
+    if settings.local_baseline and method_name(settings.method) != method_name(baseline):
+        arms.append(Arm("local", baseline))
     heads, given = base.adapted.heads, base.given
     start = Start(base.adapted.sites, heads, settings.seed, clients, given)
     return Parts(settings, base, tuple(arms), start)
@@ -212,7 +212,7 @@ def settings_of_run(folder: RunFolder) -> tuple[Settings, tuple[str, ...]]:
     """
     file = folder.path / "settings.toml"
     settings = read_settings(file)
-    then = rooted(folder.settings_at_start(), folder.path)
+    then = rooted(folder.facts().get("settings", {}), folder.path)
     now = tomllib.loads(to_toml(settings))
     told = []
     for section in sorted({*then, *now}):
@@ -233,34 +233,6 @@ def _keys(section: object) -> dict[str, object]:
     return section if isinstance(section, dict) else {} if section is None else {"": section}
 
 
-def require_known(settings: Settings, clients: Sequence[str]) -> None:
-    """Whoever a method's settings name is a client: a method cannot tell."""
-    for key in settings_of_method(settings.method):
-        value = getattr(settings.method, key)
-        if isinstance(value, Mapping) and (unknown := value.keys() - set(clients)):
-            raise SettingsError(
-                f"[method.{key}] names {min(unknown)!r}, but the clients are {_some(clients)}"
-            )
-
-
-def require_room(settings: Settings, *, gpus: int) -> None:
-    """Raise SettingsError where the device and the base model do not do for several processes."""
-    processes, model = settings.training.processes, settings.model
-    device = model.device or ("cuda" if gpus else "cpu")
-    wanted = f"[training] processes={processes}"
-    if processes == 1:
-        return
-    if model.quantise:
-        raise SettingsError(f"{wanted}, but a quantised base model is for one process")
-    if device not in ("cpu", "cuda"):
-        raise SettingsError(
-            f"{wanted} is for device='cpu' and for device='cuda', whose GPUs they take in turn, "
-            f"not for device={device!r}"
-        )
-    if device == "cuda" and processes > gpus:
-        raise SettingsError(f"{wanted}, one for each GPU, but the number of GPUs is {gpus}")
-
-
 def trainable(arm: Arm, start: Start) -> int:
     """How many numbers a client trains, in the method's first order."""
     method = arm.method
@@ -271,45 +243,8 @@ def trainable(arm: Arm, start: Start) -> int:
     return 0
 
 
-def _warnings(
-    parts: Parts, limit: int, counts: Mapping[str, Mapping[Split, int]], cut: Sequence[int]
-) -> list[str]:
-    """What a user should know before the first step, in sentences."""
-    found = list(parts.base.notes)
-    if _shares(parts) and len(counts) == 1:
-        found.append(
-            "there is one client, so nobody to learn from: what comes from others stays empty, and "
-            "a mixer only weakens the client's own adapter; `--method local` serves it better"
-        )
-    if _shares(parts) and len(counts) == 2:
-        found.append(
-            "there are two clients: what one receives lets it work out the other's adapter exactly"
-        )
-    untested = [client for client, of in counts.items() if not of["test"]]
-    if untested:
-        found.append(f"trained but not scored, without test data: {_some(untested)}")
-    if parts.settings.rounds.select == "best" and not any(
-        of["validation"] for of in counts.values()
-    ):
-        found.append("no client has validation data: the last round is tested, not the best one")
-    prompts, answers = cut
-    total = sum(sum(of.values()) for of in counts.values())
-    if limit < parts.settings.data.max_length:
-        wanted = parts.settings.data.max_length
-        found.append(f"the base model takes {limit} tokens at most, not max_length={wanted}")
-    if prompts:
-        found.append(f"{prompts} of {total} prompts lose their middle at max_length={limit}")
-    if answers:
-        found.append(f"{answers} of {total} answers lose their end at max_length={limit}")
-    return found
-
-
 def _shares(parts: Parts) -> bool:
+    """Whether a client receives anything from others."""
     method, start = parts.settings.method, parts.start
     message = method.broadcast(method.init_server(start), "")
     return method.shared(method.init_client(start, ""), message) is not None
-
-
-def _some(names: Sequence[str]) -> str:
-    more = len(names) - 5
-    return ", ".join(names[:5]) + (f" and {more} more" if more > 0 else "")

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedalt.adapters.layer import Noise
+from fedalt.adapters.binding import DropoutSeeds
 from fedalt.core import tree as trees
 from fedalt.core.seeds import generator, seed_of
+from fedalt.core.settings import Training as Training
 from fedalt.core.tree import Name, Tree
 from fedalt.data.examples import Example
 from fedalt.models.base import Base
@@ -28,39 +29,6 @@ class TrainingError(ValueError):
     """
 
     which: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Training:
-    """How a client trains; the defaults are those of the FedALT code.
-
-    The learning rate falls linearly to 0 within a round. `carry_optimizer` keeps AdamW's moments
-    from round to round, which is a different algorithm from the published ones. `pass_tokens` is
-    about how many tokens of several clients go through the model at once, where they can: None for
-    what suits the device. It changes rounding and speed alone, and so do `processes`, which share
-    the clients of a round: one for each GPU, or each with its part of a CPU's cores.
-    """
-
-    lr: float = 3e-4
-    batch_size: int = 8
-    local_epochs: int = 1
-    weight_decay: float = 0.05
-    clip: float = 1.0
-    carry_optimizer: bool = False
-    pass_tokens: int | None = None
-    gradient_checkpointing: bool = False
-    processes: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "local_epochs", "pass_tokens", "processes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}, but it is at least 1")
-        for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}, but it must be above 0")
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay={self.weight_decay}, but it cannot be negative")
 
 
 @dataclass(frozen=True)
@@ -107,7 +75,7 @@ class Client:
         """The examples of a step; after the last one those of the first."""
         return self.batches[at % len(self.batches)]
 
-    def noise(self, at: int) -> int:
+    def dropout_seed(self, at: int) -> int:
         """The seed of the dropout masks of a step's batch."""
         return seed_of(self.seed, "noise", at % len(self.batches))
 
@@ -220,7 +188,7 @@ class Group:
         batches = [each.batch(at) for each in self.clients]
         pack = all(packs(self.base, batch) for batch in batches)
         batch = collate(batches, self.base.pad_id, adapted.device, pack=pack)
-        noise = Noise(tuple(each.noise(at) for each in self.clients))
+        dropout = DropoutSeeds(tuple(each.dropout_seed(at) for each in self.clients))
         order = self.clients[0].order
         bound = whole
         if order.compose is not as_it_is or order.penalty is not None:
@@ -234,7 +202,7 @@ class Group:
             ]
             bound = {name: torch.stack([tree[name] for tree in composed]) for name in composed[0]}
         model = bindings.enter_context(
-            adapted.bound(order.plan, bound, noise, packing=batch.packing)
+            adapted.bound(order.plan, bound, dropout, packing=batch.packing)
         )
         losses = client_means(token_losses(model, batch), batch, len(self.clients))
         if order.penalty is None:

@@ -2,10 +2,9 @@
 
 import tomllib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from fedalt.models.base import BUILT_IN, location
+from fedalt.core.settings import BUILT_IN, BUILT_IN_FOLDER
 
 FILE = "recommended.toml"
 
@@ -43,7 +42,7 @@ def _advice(table: Mapping[str, Any]) -> Mapping[str, Any]:
     model = table.get("model", {})
     if not isinstance(model, dict) or model.get("name", BUILT_IN) != BUILT_IN:
         return {}
-    return tomllib.loads((Path(location(BUILT_IN)) / FILE).read_text(encoding="utf-8"))
+    return tomllib.loads((BUILT_IN_FOLDER / FILE).read_text(encoding="utf-8"))
 
 
 def _is_number(value: object) -> bool:

@@ -1,0 +1,72 @@
+"""What is found before a run begins: mistakes in its settings, and what a user should know."""
+
+from collections.abc import Mapping, Sequence
+
+from fedalt.core.foreign import listed
+from fedalt.data.examples import Split
+from fedalt.runs.settings import Settings, SettingsError, settings_of_method
+
+
+def require_known(settings: Settings, clients: Sequence[str]) -> None:
+    """Whoever a method's settings name is a client: a method cannot tell."""
+    for key in settings_of_method(settings.method):
+        value = getattr(settings.method, key)
+        if isinstance(value, Mapping) and (unknown := value.keys() - set(clients)):
+            raise SettingsError(
+                f"[method.{key}] names {min(unknown)!r}, but the clients are {listed(clients)}"
+            )
+
+
+def require_room(settings: Settings, *, gpus: int) -> None:
+    """Raise SettingsError where the device and the base model do not do for several processes."""
+    processes, model = settings.training.processes, settings.model
+    device = model.device or ("cuda" if gpus else "cpu")
+    wanted = f"[training] processes={processes}"
+    if processes == 1:
+        return
+    if model.quantise:
+        raise SettingsError(f"{wanted}, but a quantised base model is for one process")
+    if device not in ("cpu", "cuda"):
+        raise SettingsError(
+            f"{wanted} is for device='cpu' and for device='cuda', whose GPUs they take in turn, "
+            f"not for device={device!r}"
+        )
+    if device == "cuda" and processes > gpus:
+        raise SettingsError(f"{wanted}, one for each GPU, but the number of GPUs is {gpus}")
+
+
+def warnings_of(
+    settings: Settings,
+    counts: Mapping[str, Mapping[Split, int]],
+    cut: Sequence[int],
+    limit: int,
+    *,
+    shares: bool,
+) -> list[str]:
+    """What a user should know before the first step, in sentences.
+
+    `counts` are examples per client and split, `cut` truncated prompts and answers, `limit` is the
+    most tokens of an example; `shares`: whether clients receive anything from others.
+    """
+    sentences = []
+    if shares and len(counts) == 1:
+        sentences.append("only one client: federation has no effect; use --method local")
+    if shares and len(counts) == 2:
+        sentences.append(
+            "there are two clients: what one receives lets it work out the other's adapter exactly"
+        )
+    if untested := [client for client, of in counts.items() if not of["test"]]:
+        sentences.append(f"trained but not scored, without test data: {listed(untested)}")
+    validated = any(of["validation"] for of in counts.values())
+    if settings.rounds.select == "best" and not validated:
+        sentences.append("no client has validation data: the last round is tested, not the best")
+    total = sum(sum(of.values()) for of in counts.values())
+    if limit < (wanted := settings.data.max_length):
+        sentences.append(f"the base model takes {limit} tokens at most, not max_length={wanted}")
+    truncated = ("prompts lose their middle", "answers lose their end")
+    sentences += [
+        f"{number} of {total} {what} at max_length={limit}"
+        for number, what in zip(cut, truncated, strict=True)
+        if number
+    ]
+    return sentences

@@ -1,0 +1,141 @@
+"""FedALT's ablations: each switch by itself, and all of them off."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from federation import (
+    START,
+    MemoryStates,
+    assert_same_servings,
+    pull,
+    served,
+    simulate,
+)
+from runs_for_tests import save_model, settings_for, write_clients
+from test_fedalt import LORA, rest_of_world, uploads_of
+
+from fedalt.adapters.plan import MIXER
+from fedalt.core import tree as trees
+from fedalt.core.tree import Name, select
+from fedalt.engine.round import drive, one_by_one, run_round, servings
+from fedalt.federation.agreement import write_terms
+from fedalt.methods import METHODS
+from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
+from fedalt.methods.fedalt_ablations import FedALTAblations
+from fedalt.runs.setup import prepare
+
+
+def test_with_all_switches_off_it_is_fedalt_bit_for_bit():
+    cohorts = [("a", "b", "c"), ("a", "c"), ("b",)]
+    method, ablations = FedALT(lora=LORA), FedALTAblations(lora=LORA)
+    straight, costs = simulate(method, cohorts)
+    switched, same_costs = simulate(ablations, cohorts)
+    assert [(cost.upload_bytes, cost.download_bytes) for cost in costs] == [
+        (cost.upload_bytes, cost.download_bytes) for cost in same_costs
+    ]
+    assert_same_servings(served(method, straight, "abc"), served(ablations, switched, "abc"))
+
+
+def test_the_name_fedalt_with_a_switch_is_an_ablation_and_without_one_the_method():
+    entry = METHODS.entries["fedalt"]
+    assert entry.method(("weighting",)) == FedALT()
+    assert entry.method(("weighting", "gate")) == FedALTAblations()
+    assert METHODS.name_of(FedALTAblations(gate="half")) == "fedalt"
+
+
+def test_a_rest_of_world_that_is_asked_to_train_does():
+    orders = {}
+
+    def watch(client_id, number, order):
+        orders[client_id] = {name.slot for name in order.train}
+        return pull(client_id, number, order)
+
+    simulate(FedALTAblations(lora=LORA, train_row=True), [("a",)], train=watch)
+    assert orders["a"] == {INDIVIDUAL, REST_OF_WORLD, MIXER, "head"}
+
+
+def test_a_trained_rest_of_world_is_forgotten_after_the_round():
+    method = FedALTAblations(lora=LORA, train_row=True)
+    states, _ = simulate(method, [("a", "b")] * 2)
+    assert trees.equal(rest_of_world(method, states, "a"), uploads_of(states, "b")["b"])
+
+
+def test_the_global_mean_counts_its_reader():
+    method = FedALTAblations(lora=LORA, row="global_mean")
+    states, _ = simulate(method, [("a", "b")])
+    uploads = uploads_of(states, "ab")
+    for name, tensor in rest_of_world(method, states, "a").items():
+        expected = (uploads["a"][name] + uploads["b"][name]) / 2
+        torch.testing.assert_close(tensor, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("gate", "weights"), [("half", (0.5, 0.5)), ("one_over_clients", (1 / 3, 2 / 3))]
+)
+def test_fixed_gates_replace_the_mixer(gate, weights):
+    method = FedALTAblations(lora=LORA, gate=gate)
+    states, _ = simulate(method, [("a", "b", "c")])
+    serving = served(method, states, "a")["a"]
+    assert serving.plan.combine.weights == pytest.approx(weights)
+    assert not select(serving.tree, MIXER)
+
+
+def weights_of(method, start, cohorts, clients):
+    """The fixed weights of each round's orders, then those that each client serves with."""
+    seen = []
+
+    def watch(client_id, number, order):
+        seen.append(order.plan.combine.weights)
+        return pull(client_id, number, order)
+
+    states = MemoryStates()
+    for cohort in cohorts:
+        run_round(method, start, states, [cohort], one_by_one(watch), lambda _: None)
+    own = [servings(method, start, states, each, watch)[0] for each in clients]
+    return seen, [serving.plan.combine.weights for serving in own]
+
+
+@pytest.mark.parametrize("clients", [1, 2, 3, 8])
+def test_one_over_k_counts_the_whole_federation_from_the_first_round_on(clients):
+    method = FedALTAblations(lora=LORA, gate="one_over_clients")
+    start = replace(START, clients=clients)
+    names = [f"c{number}" for number in range(clients)]
+    cohorts = [names[:1], names[:2], names]  # the others come later, and count from the beginning
+    trained, own = weights_of(method, start, cohorts, names)
+    assert {*trained, *own} == {(1 / clients, 1 - 1 / clients)}
+
+
+def test_one_over_k_follows_who_joins_and_who_leaves():
+    method = FedALTAblations(lora=LORA, gate="one_over_clients")
+    server = method.init_server(replace(START, clients=2))
+    for each in "abc":
+        _, upload = drive(
+            method.local(method.init_client(START, each), method.broadcast(server, each)),
+            pull,
+            each,
+        )
+        server = method.aggregate(server, [(each, upload)])
+    assert method.broadcast(server, "a").facts["clients"] == 3
+    for left, of in (("a", 2), ("b", 1)):
+        server = method.without(server, left)
+        assert method.broadcast(server, "c").facts["clients"] == of
+
+
+def test_a_run_tells_its_method_how_many_clients_there_are(tmp_path):
+    model, data = save_model(tmp_path / "model"), write_clients(tmp_path / "data", clients="abcd")
+    method = {"name": "fedalt", "gate": "one_over_clients", "rank": 2}
+    prepared = prepare(settings_for(model, data, method=method))
+    server = prepared.parts.settings.method.init_server(prepared.parts.start)
+    assert prepared.parts.settings.method.broadcast(server, "a").facts["clients"] == 4
+    terms = write_terms(tmp_path, "six", tuple("abcdef"), (), prepared.parts)
+    assert terms.start.clients == 6
+
+
+def test_a_shared_mixer_is_the_mean_of_all_mixers():
+    method = FedALTAblations(lora=LORA, share_mixer=True)
+    states, _ = simulate(method, [("a", "b")])
+    name = Name("block.0.q", MIXER, "G")
+    mean = (states["clients/a"].mixer[name] + states["clients/b"].mixer[name]) / 2
+    for serving in served(method, states, "ab").values():
+        torch.testing.assert_close(serving.tree[name], mean, rtol=0, atol=1e-6)

@@ -27,8 +27,6 @@ from fedalt.report.records import (
     round_rows,
 )
 from fedalt.report.refused import refused
-from fedalt.report.similarity import similarity
-from fedalt.report.similarity_figures import similarity_map, similarity_tree
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
 from fedalt.runs.record import is_federation
@@ -215,6 +213,8 @@ def _mixer(record: Record, absent: list[str]) -> list[Section]:
 
 
 def _similarity(record: Record, absent: list[str]) -> list[Section]:
+    from fedalt.report.similarity import similarity  # reads tensors, so it needs PyTorch
+
     found = similarity(record)
     if isinstance(found, str):
         absent.append(f"Similarity of clients: {found}.")
@@ -237,13 +237,13 @@ def _similarity(record: Record, absent: list[str]) -> list[Section]:
                     "similarity",
                     "Cosines",
                     "The diagonal is 1.",
-                    similarity_map(found),
+                    figures.similarity_map(found),
                 ),
                 Figure(
                     "similarity-tree",
                     "Tree",
                     "Average linkage: branches meet at their mean distance, 1 − cosine.",
-                    similarity_tree(found),
+                    figures.similarity_tree(found),
                 ),
             ],
         )

@@ -70,7 +70,7 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
     try:
         # A copy into torch's own memory: sums over memory aligned otherwise may differ in the last
         # bit, and tensors of one file must not share it.
-        tensors = {key: each.clone() for key, each in safetensors.torch.load(data).items()}
+        tensors = {key: tensor.clone() for key, tensor in safetensors.torch.load(data).items()}
     except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise CodecError(f"corrupt: {reprlib.repr(str(error))}") from error
     for key, tensor in tensors.items():

@@ -137,7 +137,7 @@ def curve_rows(curves: Mapping[str, Iterable[Mapping[str, Any]]]) -> Rows:
             if line["kind"] == "train" and line["column"] == "own":
                 losses.setdefault(line["round"], []).append(line["metrics"]["loss"])
         rows += [
-            {"method": method, "round": at, "loss": short(fmean(each))}
-            for at, each in sorted(losses.items())
+            {"method": method, "round": at, "loss": short(fmean(values))}
+            for at, values in sorted(losses.items())
         ]
     return rows

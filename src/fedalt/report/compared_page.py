@@ -84,7 +84,7 @@ def comparison_page(path: Path) -> Page:
     results = read_results(path)
     scores = results.tables()["scores"]
     alone = (
-        each.label for each in results.entries if method_name(each.settings.method) == YARDSTICK
+        entry.label for entry in results.entries if method_name(entry.settings.method) == YARDSTICK
     )
     yardstick = next(alone, None)
     best = next(iter(figures.ranked(scores)))
@@ -197,8 +197,8 @@ def _gap_table(results: Results) -> list[Table | Notes]:
 
 def _cost_table(costs: Mapping[str, Sequence[Cost]]) -> Table:
     rows = [
-        [Cell(method, method), *(Cell(text, _leading(text)) for text in cost_cells(each))]
-        for method, each in costs.items()
+        [Cell(method, method), *(Cell(text, _leading(text)) for text in cost_cells(seeds))]
+        for method, seeds in costs.items()
     ]
     return Table("Costs, bytes per client and round", ["method", *HEADS], rows, wide=True)
 

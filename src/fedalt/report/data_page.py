@@ -23,7 +23,7 @@ MOST_NAMES = 24  # of labels or answers in one chart
 
 def data_page(report: DataReport, model: str) -> Page:
     """All findings; `model` is whose tokenizer they were made with."""
-    splits = [split for each in report.clients for split in each.splits.values()]
+    splits = [split for client in report.clients for split in client.splits.values()]
     warnings = report.warnings or ("Nothing to warn of.",)
     balance = _balances(report)
     sections = [
@@ -167,7 +167,7 @@ def _leak(client: ClientReport) -> list[Cell]:
 
 def _balances(report: DataReport) -> list[Figure]:
     """A chart for every thing that is counted: labels, answers, positions of the right option."""
-    found = []
+    drawn = []
     for kind in ("label", "answer", "position"):
         rows = [
             {
@@ -183,10 +183,10 @@ def _balances(report: DataReport) -> list[Figure]:
         if rows and len({row["name"] for row in rows}) <= MOST_NAMES:
             title = "position of the right option" if kind == "position" else kind
             caption = f"The share of every {title} in train; point at a cell for that in test."
-            found.append(
+            drawn.append(
                 Figure(f"balance-{kind}", title.capitalize(), caption, balances(rows, "share"))
             )
-    return found
+    return drawn
 
 
 def _share(client: ClientReport, name: str) -> float:

@@ -113,12 +113,12 @@ def cost_cells(costs: Sequence[Cost]) -> list[str]:
 
 def by_slot(trained: Mapping[str, int]) -> dict[str, int]:
     """Numbers by slot; a factor's parts count where the factor itself was not trained."""
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for key, count in trained.items():
         slot, factor = key.rsplit(" ", 1)
         if factor in _WHOLE:
-            found[slot] = found.get(slot, 0) + count
-    return found
+            numbers[slot] = numbers.get(slot, 0) + count
+    return numbers
 
 
 def _total(parts: Mapping[str, int]) -> int:
@@ -134,7 +134,7 @@ def _serving(
     nowhere = Start({}, {}, settings.seed)  # every client here has been trained
     server = server_of(method, nowhere, states)
     counts = folder.facts()["clients"]
-    found: dict[str, tuple[int, dict[str, int]]] = {}
+    efforts: dict[str, tuple[int, dict[str, int]]] = {}
     for client_id in clients:
         client = states.get(f"clients/{client_id}", method.client_state)
         if client is None:
@@ -148,8 +148,8 @@ def _serving(
         for fit in fits:
             for name in fit.train:
                 parts[f"{name.slot} {name.factor}"] += fit.tree[name].numel()
-        found[client_id] = sum(epochs) * -(-examples // training.batch_size), dict(parts)
-    return found
+        efforts[client_id] = sum(epochs) * -(-examples // training.batch_size), dict(parts)
+    return efforts
 
 
 def _unmoved(fits: list[Fit], examples: int, client_id: str, number: int, order: Order) -> Any:  # noqa: ARG001

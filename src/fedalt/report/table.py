@@ -71,7 +71,7 @@ def run_table(lines: Iterable[Line], split: str = "test", *, losses: bool = Fals
     """
     lines = list(lines)
     scored = {column: [scores_of(lines, column, split)] for column in COLUMNS}
-    seen = {column: each for column, each in scored.items() if each[0]}
+    seen = {column: seeds for column, seeds in scored.items() if seeds[0]}
     return joined(seen, YARDSTICK, losses=losses)
 
 
@@ -95,7 +95,9 @@ def joined(
     if not columns:
         raise ValueError("nothing has been scored: no client has data to score on")
     names = tuple(columns)
-    clients = sorted({client for seeds in columns.values() for each in seeds for client in each})
+    clients = sorted(
+        {client for seeds in columns.values() for scored in seeds for client in scored}
+    )
     metrics = {client: "loss" if losses else _headline(client, columns) for client in clients}
     if "loss" in metrics.values():
         metrics = dict.fromkeys(clients, "loss")
@@ -216,7 +218,9 @@ def verdict(table: Table, ours: str, other: str) -> str:
 
 
 def _headline(client: str, columns: Mapping[str, Sequence[Scored]]) -> str:
-    all_metrics = [each[client] for seeds in columns.values() for each in seeds if client in each]
+    all_metrics = [
+        scored[client] for seeds in columns.values() for scored in seeds if client in scored
+    ]
     for name, _ in _HEADLINES:
         if all(name in metrics for metrics in all_metrics):
             return name
@@ -225,7 +229,9 @@ def _headline(client: str, columns: Mapping[str, Sequence[Scored]]) -> str:
 
 def _values(seeds: Sequence[Scored], client: str, metric: str, scale: float) -> Values:
     """The client's numbers, none at all if a seed lacks one: means of different seeds mislead."""
-    values = [each[client][metric] * scale for each in seeds if metric in each.get(client, {})]
+    values = [
+        scored[client][metric] * scale for scored in seeds if metric in scored.get(client, {})
+    ]
     return tuple(values) if len(values) == len(seeds) else ()
 
 

@@ -107,33 +107,24 @@ def _sums(
     texts = _texts(questions, pack=pack)
     if shares is not None:
         shares = [
-            weights[[text.question for text in of_client]]
-            for weights, of_client in zip(shares, texts, strict=True)
+            weights[[text.question for text in own]]
+            for weights, own in zip(shares, texts, strict=True)
         ]
-    sums = torch.zeros(sum(len(text.answers) for of_client in texts for text in of_client)).double()
+    sums = torch.zeros(sum(len(text.answers) for own in texts for text in own)).double()
     counts = torch.zeros_like(sums)
-    sizes = [
-        [max(len(answer.ids) for answer in text.answers) for text in of_client]
-        for of_client in texts
-    ]
+    sizes = [[max(len(answer.ids) for answer in text.answers) for text in own] for own in texts]
     # Answers are written a token at a time, which wants many rows; likelihoods fill a pass at once.
     for batch in in_turn(sizes, batch_size, usual_tokens(base)):
-        chosen = [[texts[client][at] for at in of_client] for client, of_client in batch]
-        rows = [row for of_client in chosen for text in of_client for row in text.rows]
-        answers = [text.answers for of_client in chosen for text in of_client]
+        chosen = [[texts[client][at] for at in own] for client, own in batch]
+        rows = [row for own in chosen for text in own for row in text.rows]
+        answers = [text.answers for own in chosen for text in own]
         if pack:
-            whole = answers_in_one(
-                [[text.answers for text in of_client] for of_client in chosen], device
-            )
+            whole = answers_in_one([[text.answers for text in own] for own in chosen], device)
         else:
             whole = collate(answers, base.pad_id, device)
-        wide = [
-            text.tokens if pack else whole.ids.shape[1]
-            for of_client in chosen
-            for text in of_client
-        ]
+        wide = [text.tokens if pack else whole.ids.shape[1] for own in chosen for text in own]
         starts = accumulate(wide[:-1], initial=0)
-        owners = [client for client, of_client in batch for _ in of_client]
+        owners = [client for client, own in batch for _ in own]
         seen = [
             (client, range(start, start + len(text.answers[0].ids) - 1))
             for client, text, start in zip(owners, chain(*chosen), starts, strict=True)
@@ -188,8 +179,8 @@ def classified(
     watched: Watched | None,
 ) -> list[Scores]:
     """Loss, accuracy, and the names of the likeliest labels."""
-    losses = [torch.zeros(len(of_client)) for of_client in examples]
-    guesses = [torch.zeros(len(of_client), dtype=torch.long) for of_client in examples]
+    losses = [torch.zeros(len(own)) for own in examples]
+    guesses = [torch.zeros(len(own), dtype=torch.long) for own in examples]
     for batch in in_turn([[len(example.ids) for example in of] for of in examples], batch_size):
         chosen = [(client, at) for client, texts in batch for at in texts]
         rows = [examples[client][at] for client, at in chosen]

@@ -257,7 +257,11 @@ def test_methods_with_other_clients_are_ranked_by_their_own():
 
     table = joined({"x": scored(a=0.5, b=0.75), "local": scored(a=0.25, b=1.0), "y": scored(c=1.0)})
     assert ranked(table) == {"y": 100.0, "x": 62.5, "local": 62.5}
-    rows = json.loads(gain_map(table, "local").to_dict()["data"]["values"])
+    drawn = gain_map(table, "local").to_dict()
+    cells, numbers = (layer["encoding"] for layer in drawn["layer"])
+    assert cells["color"]["field"] == numbers["text"]["field"] == "gain"
+    assert [tip["field"] for tip in cells["tooltip"]] == ["method", "client", "gain"]
+    rows = json.loads(drawn["data"]["values"])
     assert {(row["method"], row["client"]): row["gain"] for row in rows} == {
         ("x", "a"): 25.0,
         ("x", "b"): -25.0,

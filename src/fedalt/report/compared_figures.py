@@ -46,9 +46,7 @@ def gain_map(table: Table, yardstick: str | None) -> alt.LayerChart:
     return heat_map(
         rows,
         axes,
-        alt.Tooltip(
-            "gain", type="quantitative", title=title, format="+.2f" if table.of_losses else "+.1f"
-        ),
+        alt.Tooltip("gain:Q", title=title, format="+.2f" if table.of_losses else "+.1f"),
         alt.Scale(scheme="blueorange", domain=[-most, most], reverse=True),
         white=f"abs(datum.gain) > {0.6 * most}",
     )

@@ -106,7 +106,7 @@ def balances(rows: Rows, title: str) -> alt.LayerChart:
             alt.X("name:N", sort=names, axis=names_axis(names)),
             alt.Y("client:N", sort=clients, title=None),
         ),
-        alt.Tooltip("train", type="quantitative", title="train", format=".1%"),
+        alt.Tooltip("train:Q", title="train", format=".1%"),
         alt.Scale(scheme="viridis", domainMin=0),
         legend=title,
         also=[alt.Tooltip("test:Q", format=".1%")],

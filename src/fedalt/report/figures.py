@@ -144,7 +144,7 @@ def similarity_map(similar: "Similarity") -> alt.LayerChart:
     return heat_map(
         rows,
         axes,
-        alt.Tooltip("cosine", type="quantitative", title="cosine", format=".2f"),
+        alt.Tooltip("cosine:Q", title="cosine", format=".2f"),
         alt.Scale(scheme="viridis", domain=[min(apart), max(apart)], clamp=True),
         white=f"datum.cosine <= {(min(apart) + 2 * max(apart)) / 3}",
     )
@@ -214,7 +214,7 @@ def _weights(rows: Rows, slot: str, across: alt.X) -> alt.LayerChart:
     return heat_map(
         rows,
         (across, alt.Y("layer:N", sort=layers, title="layer")),
-        alt.Tooltip("weight", type="quantitative", title="weight", format=".2f"),
+        alt.Tooltip("weight:Q", title="weight", format=".2f"),
         alt.Scale(scheme="blueorange", domain=[0.5 - spread, 0.5 + spread]),
         white=f"abs(datum.weight - 0.5) > {0.7 * spread}",
         legend=f"weight of {slot}",

@@ -110,18 +110,16 @@ def heat_map(
 
     The numbers stand there unless they would have no room, or without `white`.
     """
-    field, title = value["field"], value["title"]
+    field, title = value["shorthand"], value["title"]
     columns, lines = (len({row[axis["shorthand"][:-2]] for row in rows}) for axis in axes)
     across, down = (axis["shorthand"] for axis in axes)
     base = alt.Chart(data_of(rows)).encode(axes[0], axes[1], tooltip=[down, across, value, *also])
     shown_as = alt.Legend(title=legend or title, format=value["format"])
-    cells = base.mark_rect().encode(
-        color=alt.Color(field, type="quantitative", scale=scale, legend=shown_as)
-    )
+    cells = base.mark_rect().encode(color=alt.Color(field, scale=scale, legend=shown_as))
     if not white or columns > MOST_NUMBERED:
         return styled(cells, rows_high(lines))
     numbers = base.mark_text(fontSize=10).encode(
-        text=alt.Text(field, type="quantitative", format=value["format"]),
+        text=alt.Text(field, format=value["format"]),
         color=alt.when(white).then(alt.value("#fff")).otherwise(alt.value("#111")),
     )
     return styled(alt.layer(cells, numbers), rows_high(lines))

@@ -17,7 +17,7 @@ from fedalt.report.comparison import (
     grid_of,
     shown_cell,
 )
-from fedalt.report.effort import HEADS, cost_cells
+from fedalt.report.costs import HEADS, cost_cells
 from fedalt.report.gaps import ABOUT_GAPS, GAP_HEADS, gap_cells
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
 from fedalt.report.run_page import explained

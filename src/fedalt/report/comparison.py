@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedalt.core.files import atomic_write
 from fedalt.methods.notes import notes_on
-from fedalt.report.effort import HEADS, cost_cells, cost_of
+from fedalt.report.costs import HEADS, cost_cells
 from fedalt.report.gaps import (
     ABOUT_GAPS,
     SIGNIFICANT,
@@ -110,6 +110,8 @@ def grid_of(table: Table) -> Grid:
 
 def collect(entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job]) -> Results:
     """The results of methods whose runs have all been finished."""
+    from fedalt.report.effort import cost_of  # reads clients' last states, so it needs PyTorch
+
     runs = {(job.entry.label, job.seed): open_run(job.path) for job in jobs}
     of = {entry.label: [runs[entry.label, seed] for seed in seeds] for entry in entries}
     return Results(

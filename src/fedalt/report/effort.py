@@ -1,7 +1,7 @@
 """What a finished run's clients trained: steps in the rounds and before serving, every tensor."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,6 @@ from fedalt.runs.compare import Cost
 from fedalt.runs.folder import RunFolder, open_run
 from fedalt.runs.settings import Settings, lora_of, read_settings
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Order
-
-HEADS = ("trainable", "rank", "steps", "upload kB", "download kB", "seconds", "peak MB")
 
 # What a layer or a head consists of; other factors, such as lengths of B, are another form of it.
 _WHOLE = ("A", "B", "G", "weight", "bias")
@@ -92,23 +90,6 @@ def cost_of(path: Path) -> Cost:
             line["peak_memory_bytes"] for line in lines if line["kind"] == "round"
         ),
     )
-
-
-def cost_cells(costs: Sequence[Cost]) -> list[str]:
-    """Means over the seeds, in the order of HEADS."""
-    most, least = costs[0].trainable_numbers, costs[0].least_numbers
-    smallest, largest = costs[0].ranks
-    steps = f"{fmean(cost.steps for cost in costs):.0f}"
-    before_serving = fmean(cost.serving_steps for cost in costs)
-    return [
-        str(most) if least in (0, most) else f"{least}–{most}",
-        str(largest) if smallest == largest else f"{smallest}–{largest}",
-        f"{steps} + {before_serving:.0f}" if before_serving else steps,
-        f"{fmean(cost.upload_bytes for cost in costs) / 1e3:.1f}",
-        f"{fmean(cost.download_bytes for cost in costs) / 1e3:.1f}",
-        f"{fmean(cost.seconds for cost in costs):.0f}",
-        f"{max(cost.peak_memory_bytes for cost in costs) / 1e6:.0f}",
-    ]
 
 
 def by_slot(trained: Mapping[str, int]) -> dict[str, int]:

@@ -4,7 +4,6 @@ They are changed in their plain form, which is what the codec's JSON holds, so t
 can be wrong that no dataclass of ours would take; tensors and bytes are changed too.
 """
 
-import json
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedalt.core.container import dump, pack, unpack
+from fedalt.core.container import pack, unpack
 
 SCORE = "score"
 COST = "cost"
@@ -34,12 +33,12 @@ class Opened:
     @staticmethod
     def of(data: bytes) -> "Opened":
         """The parts of honest bytes, new every time."""
-        texts, tensors = unpack(data)
-        return Opened(texts["class"], json.loads(texts["facts"]), tensors)
+        content, tensors = unpack(data)
+        return Opened(content["class"], content["facts"], tensors)
 
     def packed(self) -> bytes:
         """Bytes whose checksum is right."""
-        return pack({"class": self.label, "facts": dump(self.plain)}, self.tensors)
+        return pack({"class": self.label, "facts": self.plain}, self.tensors)
 
     def message(self, field: str) -> dict[str, Any]:
         """The plain form of an upload or a broadcast."""

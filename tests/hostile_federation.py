@@ -211,8 +211,8 @@ def _same(one: bytes, other: bytes) -> bool:
 
 def _outline(data: bytes) -> object:
     """What can be read of bytes, in short."""
-    texts, tensors = unpack(data)
-    return texts["facts"], {key: (each.shape, each.dtype) for key, each in tensors.items()}
+    content, tensors = unpack(data)
+    return content["facts"], {key: (each.shape, each.dtype) for key, each in tensors.items()}
 
 
 def _contents(folder: Path) -> dict[str, str]:

@@ -164,8 +164,8 @@ def copy_of(run: Path, to: Path) -> Path:
 @pytest.mark.parametrize(
     ("file", "content", "complaint"),
     [
-        ("run.json", '{"format": 99}', "run format 99, but this version reads 2"),
-        ("run.json", '{"format": 1}', "run.json: this run is of format 1, which keeps no digests"),
+        ("run.json", '{"format": 99}', "run format 99, but this version reads 3"),
+        ("run.json", '{"format": 2}', "this run is of format 2, and this version reads 3"),
         ("run.json", "{", "run.json is damaged: it is not JSON"),
         ("progress.json", "{", "progress.json is damaged: it is not JSON"),
         ("progress.json", "{}", "progress.json is damaged: it lacks 'best'"),

@@ -183,6 +183,8 @@ def test_a_ledger_is_left_out_and_given_back() -> None:
 
 @dataclass(frozen=True)
 class Odd:
+    TAG: ClassVar = "odd"
+
     field: Any
 
 
@@ -198,7 +200,7 @@ class Odd:
         ),
         (Message({A: torch.ones(1, device="meta")}), "individual/A/layers.0.q is .* on meta"),
         (Message({A: torch.eye(2).to_sparse()}), "individual/A/layers.0.q is a torch.sparse"),
-        (Message({A: torch.ones([1] * 33)}), "has 33 dimensions"),
+        (Message({A: torch.ones([1] * 65)}), "has 33 dimensions"),
         (Message({A: 1.0}), r"individual/A/layers.0.q is 1.0 instead of a tensor"),
         (Message({("q", "a", "A"): torch.ones(1)}), "^tree is"),
         (Message({}, {"n": None}), "facts/n is None"),
@@ -225,9 +227,7 @@ def test_encode_refuses(message: object, error: str) -> None:
 def forged(
     facts: object, tensors: Mapping[str, Tensor] | None = None, cls: type = Message
 ) -> bytes:
-    label = vars(cls)["TAG"]
-    text = facts if isinstance(facts, str) else container.dump(facts)
-    return container.pack({"class": label, "facts": text}, tensors or {})
+    return container.pack({"class": vars(cls)["TAG"], "facts": facts}, tensors or {})
 
 
 ONE = torch.ones(1)
@@ -257,16 +257,9 @@ EMPTY = {"mapping": {}}
         (forged({"tree": {"tree": 0}, "facts": {"mapping": {"n": {"float": "1"}}}}), "facts/n is"),
         (forged({"tree": {"tree": 0}, "facts": {"mapping": {"n": {"float": []}}}}), "facts/n is"),
         (forged([]), r"message is \[\] instead of fields"),
-        (forged("{"), "the facts cannot be read"),
-        (forged(""), "the facts cannot be read"),
-        (forged('{"facts":NaN}'), "the facts cannot be read"),
-        (forged('{"facts":1e999}'), "the facts cannot be read"),
-        (forged('{"facts":1,"facts":1}'), "not as they were written"),
-        (forged('{"facts": 1}'), "not as they were written"),
-        (forged('{"facts":' + "1" * 5000 + "}"), "the facts cannot be read"),
-        (forged("[" * 10**6), "nested deeper"),
-        (container.pack({"facts": "{}"}, {}), r"metadata are \['facts'\]"),
-        (container.pack({"class": "a", "facts": "{}", "x": ""}, {}), "metadata are"),
+        (forged(""), r"message is '' instead of fields"),
+        (container.pack({"facts": {}}, {}), r"metadata are \['facts'\]"),
+        (container.pack({"class": "a", "facts": {}, "x": ""}, {}), "metadata are"),
     ],
 )
 def test_decode_refuses_a_forged_message(data: bytes, error: str) -> None:

@@ -12,9 +12,8 @@ from report_records import SITES, append_lines, example_line, large_record, mixe
 from report_records import write_examples as examples_into
 from runs_for_tests import write_clients
 
-from fedalt.report.compared_figures import gain_map, ranked
+from fedalt.report.compared_figures import gain_map, method_bars, ranked
 from fedalt.report.comparison import collect, write_results
-from fedalt.report.labels import Point, sides
 from fedalt.report.page import render
 from fedalt.report.records import loss_rows, mixer_record, read_record, site_parts
 from fedalt.report.run_page import run_page
@@ -258,7 +257,11 @@ def test_methods_with_other_clients_are_ranked_by_their_own():
 
     table = joined({"x": scored(a=0.5, b=0.75), "local": scored(a=0.25, b=1.0), "y": scored(c=1.0)})
     assert ranked(table) == {"y": 100.0, "x": 62.5, "local": 62.5}
-    rows = json.loads(gain_map(table, "local").to_dict()["data"]["values"])
+    drawn = gain_map(table, "local").to_dict()
+    cells, numbers = (layer["encoding"] for layer in drawn["layer"])
+    assert cells["color"]["field"] == numbers["text"]["field"] == "gain"
+    assert [tip["field"] for tip in cells["tooltip"]] == ["method", "client", "gain"]
+    rows = json.loads(drawn["data"]["values"])
     assert {(row["method"], row["client"]): row["gain"] for row in rows} == {
         ("x", "a"): 25.0,
         ("x", "b"): -25.0,
@@ -267,14 +270,16 @@ def test_methods_with_other_clients_are_ranked_by_their_own():
     }
 
 
-def test_names_of_points_do_not_overlap():
-    crowd = sides([Point("a name", 0.5, 50.0)] * 9 + [Point("far", 1.0, 0.0)])
-    named = [side for side in crowd[:-1] if side is not None]
-    assert crowd[0] is not None
-    assert len(named) == len(set(named)) < 9
-    apart = sides([Point("one", 0.0, 10.0), Point("two", 0.5, 20.0), Point("three", 1.0, 30.0)])
-    assert [side.align for side in apart] == ["left", "left", "right"]
-    assert sides([Point("n" * 90, 1.0, 1.0)]) == [None]
+def test_bars_stand_in_the_order_of_the_mean_scores_and_tell_them():
+    table = joined({
+        "x": [{"a": {"accuracy": 0.5}}], "y": [{"a": {"accuracy": 0.75}}]
+    })  # fmt: skip
+    drawn = method_bars(table, {"x": 3.0, "y": 12.3456}, "MB").to_dict()
+    assert json.loads(drawn["data"]["values"]) == [
+        {"method": "y", "value": 12.35, "score": 75.0},
+        {"method": "x", "value": 3.0, "score": 50.0},
+    ]
+    assert drawn["layer"][0]["encoding"]["y"]["sort"] == ["y", "x"]
 
 
 def test_a_folder_that_is_neither_is_one_clear_error(tmp_path, capsys):

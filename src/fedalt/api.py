@@ -85,8 +85,8 @@ class Run:
     def plot_similarity(self) -> "altair.LayerChart":
         """How alike the clients' adapters are."""
         record = self._record()
+        from fedalt.report.figures import similarity_map
         from fedalt.report.similarity import similarity
-        from fedalt.report.similarity_figures import similarity_map
 
         match similarity(record):
             case str(why):

@@ -43,14 +43,14 @@ def text_metrics(predictions: Sequence[str], references: Sequence[str]) -> dict[
 
     tokenizer = _Words()
     scorer = RougeScorer(["rouge1", "rougeL"], tokenizer=tokenizer)
-    found: dict[str, list[float]] = {"exact_match": [], "rouge1": [], "rougeL": []}
+    metrics: dict[str, list[float]] = {"exact_match": [], "rouge1": [], "rougeL": []}
     for prediction, reference in zip(predictions, references, strict=True):
         exact = float(_same_form(prediction) == _same_form(reference))
-        found["exact_match"].append(exact)
+        metrics["exact_match"].append(exact)
         rouge = scorer.score(reference, prediction) if tokenizer.tokenize(reference) else {}
         for name in ("rouge1", "rougeL"):
-            found[name].append(100 * (rouge[name].fmeasure if rouge else exact))
-    return {name: fmean(values) for name, values in found.items()}
+            metrics[name].append(100 * (rouge[name].fmeasure if rouge else exact))
+    return {name: fmean(values) for name, values in metrics.items()}
 
 
 def words(text: str) -> list[str]:
@@ -64,23 +64,23 @@ def words(text: str) -> list[str]:
         return _ASCII_WORD.findall(text.lower())
     # Symbols first: NFKC would make letters of some, such as the trade mark.
     kept = unicodedata.normalize("NFKC", "".join(map(_kept, text)))
-    found: list[str] = []
+    parts: list[str] = []
     before = ""  # what the last character has left open: a word, one character, or nothing
     for char in unicodedata.normalize("NFKC", kept.casefold()):
         kind = unicodedata.category(char)[0]
         if kind == "M" and before:
-            found[-1] += char
+            parts[-1] += char
         elif kind not in "LN":
             before = ""
         elif _stands_alone(char):
-            found.append(char)
+            parts.append(char)
             before = "character"
         elif before == "word":
-            found[-1] += char
+            parts[-1] += char
         else:
-            found.append(char)
+            parts.append(char)
             before = "word"
-    return found
+    return parts
 
 
 def _kept(char: str) -> str:
@@ -114,7 +114,7 @@ class _Words:
         """The words of a text."""
         if text.isascii():
             return self._of_ascii(text)
-        found: list[str] = []
+        parts: list[str] = []
         for word in words(text):
-            found += self._of_ascii(word) if word.isascii() else [word]
-        return found
+            parts += self._of_ascii(word) if word.isascii() else [word]
+        return parts

@@ -1,93 +1,82 @@
-"""Texts and tensors in one safetensors file that shows every change made to it.
+"""Facts and tensors in one safetensors file that shows every change made to it.
 
-The header's `__metadata__` holds the texts and, besides, format, version and sha256 (of all the
-rest). The same content gives the same bytes, and nothing but those bytes is accepted for it.
-
-The file is laid out here because the library's functions on bytes hide the metadata and order it
-by chance; what is written here, the library reads.
+The file's only metadata are a text under the key "fedalt": the SHA-256 of the whole file, with
+zeros in its own place, and then JSON with the facts and the format's version. With a single key
+the safetensors library writes the same bytes for the same content.
 """
 
 import json
-import math
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import Any
 
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-FORMAT = "fedalt"
-VERSION = "1"
+KEY = "fedalt"
+VERSION = "2"
 MAX_HEADER = 2**25  # bytes; a hundred thousand tensors need half of it
 MAX_DIMENSIONS = 32
 
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_BEGIN = b'{"__metadata__":{"%s":"' % KEY.encode()
+_DIGEST = slice(8 + len(_BEGIN), 8 + len(_BEGIN) + 64)  # where its hexadecimal digits stand
+_ZEROS = b"0" * 64
+
+_DTYPES = frozenset(
+    {
+        torch.bfloat16,
+        torch.float16,
+        torch.float32,
+        torch.float64,
+        torch.int8,
+        torch.int16,
+        torch.int32,
+        torch.int64,
+        torch.uint8,
+    }
+)
 
 
 class CodecError(ValueError):
     """Bytes that are no state or message, or a value that cannot become bytes."""
 
 
-class _Entry(NamedTuple):
-    """A tensor as the header describes it."""
-
-    code: str
-    shape: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        """Bytes of one element."""
-        return _DTYPES[self.code].itemsize
-
-    @property
-    def size(self) -> int:
-        """Bytes of all elements."""
-        return math.prod(self.shape) * self.width
-
-
-def pack(texts: Mapping[str, str], tensors: Mapping[str, Tensor]) -> bytes:
+def pack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes of a file that holds these; device, gradient and shared memory are not kept."""
-    metadata = {**texts, "format": FORMAT, "version": VERSION}
-    entries = {key: _describe(key, tensor) for key, tensor in tensors.items()}
-    parts = [_bytes_of(tensors[key]) for key in _in_order(entries)]
-    header = _header({**metadata, "sha256": _digest(metadata, entries, parts)}, entries)
-    if len(header) > MAX_HEADER:
-        raise CodecError(f"a header of {len(header)} bytes, but at most {MAX_HEADER} can be read")
-    return b"".join([header, *parts])
+    text = dump({**facts, "version": VERSION})
+    try:
+        data = safetensors.torch.save(_apart(tensors), {KEY: _ZEROS.decode() + text})
+    except (SafetensorError, ValueError) as error:
+        raise CodecError(f"the tensors cannot become bytes: {error}") from error
+    if (size := head_length(data)) > MAX_HEADER:
+        raise CodecError(f"a header of {size} bytes, but at most {MAX_HEADER} can be read")
+    return sealed(data)
 
 
-def unpack(data: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """Texts and tensors of a file, once its header is exactly ours and the checksum holds.
+def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Facts and tensors of a file, once its size and its digest are right.
 
     The tensors lie on the CPU, each in memory of its own.
     """
-    view = memoryview(data)
-    metadata, entries, begin = _read_header(view)
-    end = begin + sum(entry.size for entry in entries.values())
-    if len(view) != end:
-        problem = "truncated" if len(view) < end else "trailing bytes"
-        raise CodecError(f"{problem}: {len(view)} bytes, but the header announces {end}")
-    checksum = metadata.pop("sha256")
-    if _digest(metadata, entries, [view[begin:]]) != checksum:
+    facts, end = _read_header(data)
+    if len(data) != end:
+        problem = "truncated" if len(data) < end else "trailing bytes"
+        raise CodecError(f"{problem}: {len(data)} bytes, but the header announces {end}")
+    if data[_DIGEST] != _digest(data):
         raise CodecError("corrupt: the checksum does not fit the content")
-    tensors: dict[str, Tensor] = {}
-    for key in _in_order(entries):
-        tensors[key] = _tensor_of(key, entries[key], view[begin : begin + entries[key].size])
-        begin += entries[key].size
-    del metadata["format"], metadata["version"]
-    return metadata, tensors
+    try:
+        # A copy into torch's own memory: sums over memory aligned otherwise may differ in the last
+        # bit, and tensors of one file must not share it.
+        tensors = {key: tensor.clone() for key, tensor in safetensors.torch.load(data).items()}
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, OverflowError) as error:
+        raise CodecError(f"corrupt: {reprlib.repr(str(error))}") from error
+    for key, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise CodecError(f"{key} has the unknown dtype {tensor.dtype}")
+    return facts, tensors
 
 
 def head_length(data: bytes) -> int:
@@ -102,102 +91,71 @@ def dump(plain: Any) -> str:
     )
 
 
-def _header(metadata: Mapping[str, str], entries: Mapping[str, _Entry]) -> bytes:
-    described: dict[str, Any] = {"__metadata__": metadata}
-    end = 0
-    for key in _in_order(entries):
-        begin, end = end, end + entries[key].size
-        described[key] = {
-            "dtype": entries[key].code,
-            "shape": entries[key].shape,
-            "data_offsets": (begin, end),
-        }
-    text = dump(described).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def sealed(data: bytes) -> bytes:
+    """The same file with its digest in the place of the zeros."""
+    return b"".join([data[: _DIGEST.start], _digest(data), memoryview(data)[_DIGEST.stop :]])
 
 
-def _in_order(entries: Mapping[str, _Entry]) -> list[str]:
-    return sorted(entries, key=lambda key: (-entries[key].width, key))  # wide first: all aligned
+def _digest(data: bytes) -> bytes:
+    digest = sha256(data[: _DIGEST.start] + _ZEROS)
+    digest.update(memoryview(data)[_DIGEST.stop :])
+    return digest.hexdigest().encode()
 
 
-def _digest(
-    metadata: Mapping[str, str], entries: Mapping[str, _Entry], parts: Iterable[memoryview]
-) -> str:
-    digest = sha256(_header(metadata, entries))
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as the library takes them: dense, and none in the memory of another."""
+    apart: dict[str, Tensor] = {}
+    taken: set[int] = set()
+    for key, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CodecError(f"{key} is {reprlib.repr(tensor)} instead of a tensor")
+        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided or tensor.is_meta:
+            known = ", ".join(sorted(map(str, _DTYPES)))
+            raise CodecError(
+                f"{key} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, "
+                f"but only dense tensors of {known} can become bytes"
+            )
+        if tensor.dim() > MAX_DIMENSIONS:
+            raise CodecError(f"{key} has {tensor.dim()} dimensions, more than {MAX_DIMENSIONS}")
+        dense = tensor.detach().cpu().contiguous()
+        if dense.untyped_storage().data_ptr() in taken:
+            dense = dense.clone()
+        taken.add(dense.untyped_storage().data_ptr())
+        apart[key] = dense
+    return apart
 
 
-def _read_header(view: memoryview) -> tuple[dict[str, str], dict[str, _Entry], int]:
-    """Metadata, entries, and where the tensors begin."""
-    begin = 8 + int.from_bytes(view[:8], "little")
+def _read_header(data: bytes) -> tuple[dict[str, Any], int]:
+    """The facts, and how long the file has to be."""
+    begin = 8 + int.from_bytes(data[:8], "little")
     if begin > MAX_HEADER:
         raise CodecError(
             f"not ours: a header of {begin} bytes, but at most {MAX_HEADER} is allowed"
         )
-    if len(view) < begin:
-        raise CodecError(f"truncated: {len(view)} bytes, but the header alone has {begin}")
-    header = bytes(view[:begin])
+    if len(data) < begin:
+        raise CodecError(f"truncated: {len(data)} bytes, but the header alone has {begin}")
     try:
-        described = json.loads(header[8:].decode())
-        metadata = described.pop("__metadata__")
-        ours = metadata["format"] == FORMAT and all(type(text) is str for text in metadata.values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CodecError(f"not ours: the header cannot be read ({error!r})") from error
+        header = json.loads(data[8:begin].decode())
+        metadata = header.pop("__metadata__")
+        if metadata.get("format") == KEY:
+            raise _unknown(metadata.get("version"))
+        text = metadata[KEY][len(_ZEROS) :]
+        facts = json.loads(text)
+        version = facts.pop("version")
+        if any(len(entry["shape"]) > MAX_DIMENSIONS for entry in header.values()):
+            raise ValueError(f"a tensor of more than {MAX_DIMENSIONS} dimensions")
+        end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        ours = data[8:begin].startswith(_BEGIN) and dump({**facts, "version": version}) == text
+    except CodecError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise CodecError(f"not ours: the header cannot be read ({reprlib.repr(error)})") from error
     if not ours:
-        raise CodecError(f"not ours: the metadata do not say format {FORMAT!r}")
-    if (version := metadata.get("version")) != VERSION:
-        raise CodecError(f"version {version!r} of the format, but only {VERSION!r} is known")
-    if "sha256" not in metadata:
-        raise CodecError("corrupt: the metadata have no sha256")
-    entries = {key: _entry(key, entry) for key, entry in described.items()}
-    try:
-        rebuilt = _header(metadata, entries)
-    except ValueError as error:  # a key that is no text, a size of thousands of digits
-        raise CodecError(f"corrupt: {error}") from error
-    if rebuilt != header:
-        raise CodecError("corrupt: the header is not as it was written")
-    return metadata, entries, begin
+        raise CodecError("not ours: the header is not as it was written")
+    if version != VERSION:
+        raise _unknown(version)
+    return facts, end
 
 
-def _entry(key: str, described: Any) -> _Entry:
-    try:
-        code, shape = described["dtype"], tuple(described["shape"])
-    except (TypeError, KeyError) as error:
-        raise CodecError(f"corrupt: {key} has no dtype and shape") from error
-    if not (isinstance(code, str) and code in _DTYPES):
-        raise CodecError(f"{key} has the unknown dtype {reprlib.repr(code)}")
-    if len(shape) > MAX_DIMENSIONS or not all(type(size) is int and size >= 0 for size in shape):
-        raise CodecError(f"{key} has the impossible shape {reprlib.repr(shape)}")
-    return _Entry(code, shape)
-
-
-def _describe(key: str, tensor: Tensor) -> _Entry:
-    if not isinstance(tensor, Tensor):
-        raise CodecError(f"{key} is {reprlib.repr(tensor)} instead of a tensor")
-    if tensor.dtype not in _CODES or tensor.layout != torch.strided or tensor.is_meta:
-        known = ", ".join(sorted(_CODES.values()))
-        raise CodecError(
-            f"{key} is a {tensor.layout} tensor of {tensor.dtype} on {tensor.device}, "
-            f"but only dense tensors of {known} can become bytes"
-        )
-    if tensor.dim() > MAX_DIMENSIONS:
-        raise CodecError(f"{key} has {tensor.dim()} dimensions, more than {MAX_DIMENSIONS}")
-    return _Entry(_CODES[tensor.dtype], tuple(tensor.shape))
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def _tensor_of(key: str, entry: _Entry, data: memoryview) -> Tensor:
-    try:
-        # Torch's own memory: sums over memory aligned otherwise may differ in the last bit.
-        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.code])
-    except (RuntimeError, TypeError, OverflowError) as error:
-        raise CodecError(f"{key} has the impossible shape {entry.shape}") from error
-    _bytes_of(tensor)[:] = data
-    return tensor
+def _unknown(version: object) -> CodecError:
+    return CodecError(f"version {version!r} of the format, but only {VERSION!r} is known")

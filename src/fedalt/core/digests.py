@@ -39,9 +39,9 @@ class Digests:
     def forget_below(self, folder: Path) -> None:
         """No file in this folder and in folders below it counts any more."""
         key = self._key(folder)
-        for each in list(self._of):
-            if f"{each}/".startswith(f"{key}/"):
-                del self._of[each]
+        for folder_key in list(self._of):
+            if f"{folder_key}/".startswith(f"{key}/"):
+                del self._of[folder_key]
 
     def names(self, folder: Path) -> list[str]:
         """The names of this folder's own files."""
@@ -106,7 +106,7 @@ class Digests:
     @staticmethod
     def of_bytes(data: bytes, root: Path, says: Path) -> "Digests":
         """What `to_bytes` made bytes of. Raises StoreError, which names `says`."""
-        found = Digests(root, says)
+        digests = Digests(root, says)
         for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else (), 1):
             match = _LINE.fullmatch(line)
             if match is None:
@@ -115,8 +115,8 @@ class Digests:
             if escaped:
                 name = re.sub(rb"\\(.)", lambda one: b"\n" if one[1] == b"n" else one[1], name)
             key, _, last = os.fsdecode(name).rpartition("/")
-            found._of.setdefault(key or ".", {})[last] = digest.decode()
-        return found
+            digests._of.setdefault(key or ".", {})[last] = digest.decode()
+        return digests
 
     def _key(self, folder: Path) -> str:
         return folder.relative_to(self.root).as_posix()

@@ -23,7 +23,7 @@ def shown(text: object, most: int = LONGEST) -> str:
     direction characters, line ends, what takes no room, surrogates.
     """
     whole = str(text)
-    clean = "".join(_escaped(each) for each in whole[: most + 1])
+    clean = "".join(_escaped(letter) for letter in whole[: most + 1])
     return clean if len(whole) <= most and len(clean) <= most else f"{clean[:most]}..."
 
 
@@ -31,7 +31,8 @@ def shown_lines(text: object, most: int = LONGEST_TEXT) -> str:
     """The same for a text of several lines: line ends, tabs and the joiners of scripts stay."""
     whole = str(text).replace("\r\n", "\n")
     clean = "".join(
-        each if each in "\n\t" or each in _JOINERS else _escaped(each) for each in whole[: most + 1]
+        letter if letter in "\n\t" or letter in _JOINERS else _escaped(letter)
+        for letter in whole[: most + 1]
     )
     return clean if len(whole) <= most else f"{clean[:most]}..."
 
@@ -44,9 +45,9 @@ def shown_message(text: object, most: int = LONGEST_TEXT) -> str:
 
 def listed(names: Iterable[object], most: int = 5) -> str:
     """Names in one line, separated by commas; of more than `most`, how many more there are."""
-    found = list(names)
-    more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(shown(name, 120) for name in found[:most]) + more
+    known = list(names)
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return ", ".join(shown(name, 120) for name in known[:most]) + more
 
 
 def _escaped(letter: str) -> str:

@@ -118,10 +118,10 @@ def sealed(content: dict[str, Any]) -> bytes:
 def read_sealed(file: Path, form: Any) -> dict[str, Any]:
     """What `sealed` made the bytes of, of this form, or StoreError."""
     value: dict[str, Any] = read_json(file, form)
-    found = value.pop(SEAL, None)
-    if found is None:
+    seal = value.pop(SEAL, None)
+    if seal is None:
         raise StoreError(f"{file} is damaged: it lacks {SEAL!r}")
-    if found != seal_of(value):
+    if seal != seal_of(value):
         raise StoreError(f"{file} was changed after it was written: its {SEAL} does not fit")
     return value
 
@@ -164,9 +164,9 @@ def _mismatch(value: object, form: Any, where: str) -> FormError:
 def _words(form: Any) -> str:
     origin, args = get_origin(form), get_args(form)
     if origin in (Union, UnionType):
-        return " or ".join(_words(each) for each in args)
+        return " or ".join(_words(option) for option in args)
     if origin is Literal:
-        return " or ".join(json.dumps(each) for each in args)
+        return " or ".join(json.dumps(option) for option in args)
     if origin in (list, tuple):
         return "a list" if origin is list else f"a list of {len(args)}"
     if origin is dict or is_typeddict(form):

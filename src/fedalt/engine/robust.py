@@ -7,16 +7,19 @@ whatever weight it claims.
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import fmean
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from torch import Tensor
 
 from fedalt.core.codec import read
 from fedalt.core.settings import Robust as Robust
-from fedalt.core.tree import Tree, numbers
+from fedalt.core.tree import Name, Tree
 from fedalt.methods.contract import Message
 
 _LEFT_OUT: Final = 0.1  # of the losses that choose a round, at either end
@@ -28,24 +31,40 @@ def centre(files: Sequence[Path], robust: Robust, trim: float) -> Tree:
 
     All have the same names and shapes, in float32. Raises ValueError where they have not.
     """
-    tree = read(Message, files[0]).tree
-    total, cut = numbers(tree), cut_of(robust, trim, len(files))
-    bodies = {file: _body(file) for file in files}
-    if wrong := [file for file in files if file.stat().st_size - bodies[file] != 4 * total]:
-        raise ValueError(f"{wrong[0]} is no float32 upload of the same shapes as {files[0]}")
-    flat = np.empty(total, np.float32)
-    step = max(1, _BLOCK // len(files))
-    for begin in range(0, total, step):
-        block = np.stack([np.fromfile(f, "<f4", step, offset=bodies[f] + 4 * begin) for f in files])
+    tree, cut = read(Message, files[0]).tree, cut_of(robust, trim, len(files))
+    with ExitStack() as stack:  # mapped into memory: of all files together little is read at once
+        uploads = {file: stack.enter_context(safe_open(file, "numpy")) for file in files}
+        for file, upload in uploads.items():
+            _require_like(tree, upload, file, files[0])
+        return {
+            name: _centre_of([upload.get_slice(_key(name)) for upload in uploads.values()], cut)
+            for name in sorted(tree, key=str)
+        }
+
+
+def _key(name: Name) -> str:
+    """What the codec calls a tensor of an upload's tree."""
+    return f"tree/{name}"
+
+
+def _require_like(tree: Tree, upload: Any, file: Path, first: Path) -> None:
+    wanted = {_key(name): (list(tensor.shape), "F32") for name, tensor in tree.items()}
+    parts = {key: upload.get_slice(key) for key in upload.keys()}  # noqa: SIM118 - no dict
+    if {key: (part.get_shape(), part.get_dtype()) for key, part in parts.items()} != wanted:
+        raise ValueError(f"{file} is no float32 upload of the same shapes as {first}")
+
+
+def _centre_of(parts: Sequence[Any], cut: int) -> Tensor:
+    """The centre of one tensor, some rows of all uploads at a time."""
+    shape = parts[0].get_shape()
+    result = np.empty(shape, np.float32)
+    rows = max(1, _BLOCK // (len(parts) * max(1, math.prod(shape[1:]))))
+    for begin in range(0, shape[0] if shape else 1, rows):
+        at = slice(begin, min(begin + rows, shape[0])) if shape else ...
+        block = np.stack([part[at] for part in parts])
         block.sort(axis=0)
-        flat[begin : begin + step] = block[cut : len(files) - cut].mean(axis=0, dtype=np.float64)
-    # In a file, tensors of one dtype lie in the order of their keys, which end in the name's text.
-    order = sorted(tree, key=str)
-    parts = torch.from_numpy(flat).split([tree[name].numel() for name in order])
-    return {
-        name: part.reshape(tree[name].shape).clone()
-        for name, part in zip(order, parts, strict=True)
-    }
+        result[at] = block[cut : len(parts) - cut].mean(axis=0, dtype=np.float64)
+    return torch.from_numpy(result)
 
 
 def cut_of(robust: Robust, trim: float, count: int) -> int:
@@ -69,9 +88,3 @@ def central_loss(losses: Sequence[float]) -> float:
     ordered = sorted(math.inf if math.isnan(each) else each for each in losses)
     cut = cut_of("trimmed_mean", _LEFT_OUT, len(ordered))
     return fmean(ordered[cut : len(ordered) - cut])
-
-
-def _body(file: Path) -> int:
-    """Where the numbers of an encoded message begin."""
-    with file.open("rb") as opened:
-        return 8 + int.from_bytes(opened.read(8), "little")

@@ -41,11 +41,11 @@ def ends(base: Base) -> tuple[int, ...]:
     configuration name as ends at the time of the call: chat models name several.
     """
     model = base.adapted.model
-    found: list[int | None] = [*ends_of(base.tokenizer)]
+    tokens: list[int | None] = [*ends_of(base.tokenizer)]
     for config in (model.generation_config, model.config, model.config.get_text_config()):
         named = getattr(config, "eos_token_id", None)
-        found += named if isinstance(named, list | tuple) else [named]
-    return tuple(dict.fromkeys(int(each) for each in found if each is not None and each >= 0))
+        tokens += named if isinstance(named, list | tuple) else [named]
+    return tuple(dict.fromkeys(int(token) for token in tokens if token is not None and token >= 0))
 
 
 def greedily(base: Base, scoring: Scoring, new_tokens: int) -> GenerationConfig:

@@ -43,12 +43,14 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
         if not self.buffers or end > self.buffers[0].shape[2]:
             rows, heads = key_states.shape[:2]
             self.room = max(end, self.room)
-            self.buffers = [each.new_empty(rows, heads, self.room, each.shape[3]) for each in new]
+            self.buffers = [
+                states.new_empty(rows, heads, self.room, states.shape[3]) for states in new
+            ]
             for buffer, old in zip(self.buffers, (self.keys, self.values), strict=True):
                 if before:
                     buffer[:, :, :before] = old
-        for buffer, each in zip(self.buffers, new, strict=True):
-            buffer[:, :, before:end] = each
+        for buffer, states in zip(self.buffers, new, strict=True):
+            buffer[:, :, before:end] = states
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
         return self.keys, self.values
 
@@ -74,7 +76,7 @@ class _Layer(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
 def can_select(cache: object) -> bool:
     """Whether rows of what a model has read can be kept and others dropped."""
     layers = getattr(cache, "layers", ())
-    return all(hasattr(each, "batch_select_indices") for each in (cache, *layers))
+    return all(hasattr(part, "batch_select_indices") for part in (cache, *layers))
 
 
 def cache_for(model: PreTrainedModel, tokens: int) -> Cache | None:

@@ -75,7 +75,7 @@ class Tally:
                     sums[site] = sums.get(site, 0) + added
                     counts[site] = counts.get(site, 0) + tokens
         slots = tuple(slot.name for slot in self.plan.slots)
-        means = {site: tuple((each / counts[site]).tolist()) for site, each in sums.items()}
+        means = {site: tuple((total / counts[site]).tolist()) for site, total in sums.items()}
         return Weighing(slots, means, tuple(bins.tolist()))
 
     def _add(self, weights: Mapping[str, Tensor], rows: Tensor, owners: Tensor) -> None:
@@ -110,17 +110,17 @@ def weights_by_site(
     if serving.plan.gate is None:
         raise ValueError("the plan has no mixer or router: every token's weights are the same")
     device = base.adapted.device
-    found: dict[str, Tensor] = {}
+    by_site: dict[str, Tensor] = {}
 
     def watch(site: str, weights: Tensor) -> None:
-        found[site] = weights.float().cpu()
+        by_site[site] = weights.float().cpu()
 
     tree = trees.on(serving.tree, device)
     with base.adapted.bound(serving.plan, tree, watch=watch) as model:
         row = torch.tensor([list(ids)], device=device)
         of_pair = torch.tensor([list(segments)], device=device) if segments else None
         model.base_model(input_ids=row, **segments_for(model, of_pair))
-    return found
+    return by_site
 
 
 def weights_of(

@@ -39,20 +39,20 @@ def written(
 ) -> list[list[str]]:
     """An answer to every prompt of every client; the prompts are `fitted`."""
     base = group.base
-    found = [[""] * len(each) for each in prompts]
-    kinds = [[_kind(base, prompt, scoring) for prompt in each] for each in prompts]
-    for kind in sorted({each for of in kinds for each in of}):
-        alike = [[at for at, each in enumerate(of) if each == kind] for of in kinds]
+    answers = [[""] * len(of_client) for of_client in prompts]
+    kinds = [[_kind(base, prompt, scoring) for prompt in of_client] for of_client in prompts]
+    for kind in sorted({kind for of_client in kinds for kind in of_client}):
+        alike = [[at for at, other in enumerate(of_client) if other == kind] for of_client in kinds]
         sizes = sizes_of(
-            [[each[at] for at in some] for each, some in zip(prompts, alike, strict=True)]
+            [[of_client[at] for at in some] for of_client, some in zip(prompts, alike, strict=True)]
         )
         for places in in_turn(sizes, scoring.batch_size):
             batch = [(client, [alike[client][at] for at in texts]) for client, texts in places]
             asked = _padded(base, [prompts[client][at] for client, texts in batch for at in texts])
             for owners, rows in _continued(group, batch, shares, asked, scoring, kind.new_tokens):
                 for (client, at), text in zip(owners, _texts(base, rows), strict=True):
-                    found[client][at] = text
-    return found
+                    answers[client][at] = text
+    return answers
 
 
 class _Kind(NamedTuple):

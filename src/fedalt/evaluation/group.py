@@ -56,9 +56,13 @@ class Group:
         if not self.servings:
             yield self.base.adapted.model
             return
-        each = [self.servings[client].tree for client, _ in batch]
+        client_trees = [self.servings[client].tree for client, _ in batch]
         # One client's tree is bound as it is, without a copy.
-        tree = each[0] if len(each) == 1 else trees.apply(lambda *all_: torch.stack(all_), *each)
+        tree = (
+            client_trees[0]
+            if len(client_trees) == 1
+            else trees.apply(lambda *all_: torch.stack(all_), *client_trees)
+        )
         device = self.base.adapted.device
         weights = None
         if shares is not None:
@@ -79,7 +83,7 @@ class Group:
 
 def embedded_by(group: Group, prompts: Sequence[Sequence[Ids]], batch_size: int) -> list[Tensor]:
     """The last hidden state at each client's prompts' last tokens, on the CPU."""
-    found: list[dict[int, Tensor]] = [{} for _ in prompts]
+    states: list[dict[int, Tensor]] = [{} for _ in prompts]
     for batch in in_turn(sizes_of(prompts), batch_size):
         chosen = [tuple(prompts[client][at]) for client, texts in batch for at in texts]
         examples = [Example(ids, len(ids), "", label=0) for ids in chosen]
@@ -89,8 +93,8 @@ def embedded_by(group: Group, prompts: Sequence[Sequence[Ids]], batch_size: int)
         last = torch.tensor([len(ids) - 1 for ids in chosen])
         rows = iter(hidden[torch.arange(len(chosen)), last].float().cpu())
         for client, texts in batch:
-            found[client] |= zip(texts, islice(rows, len(texts)), strict=True)
-    return [torch.stack([each[at] for at in range(len(each))]) for each in found]
+            states[client] |= zip(texts, islice(rows, len(texts)), strict=True)
+    return [torch.stack([of_client[at] for at in range(len(of_client))]) for of_client in states]
 
 
 def shares_of(group: Group, prompts: Sequence[Sequence[Ids]], size: int) -> Shares | None:
@@ -100,9 +104,10 @@ def shares_of(group: Group, prompts: Sequence[Sequence[Ids]], size: int) -> Shar
         return None
     slot = group.plan.slots[combine.embeds]
     alone = [
-        Serving(single(slot), trees.select(each.tree, slot.name, HEAD)) for each in group.servings
+        Serving(single(slot), trees.select(serving.tree, slot.name, HEAD))
+        for serving in group.servings
     ]
-    found = []
+    shares = []
     embedded = embedded_by(Group(group.base, alone), prompts, size)
     for serving, seen in zip(group.servings, embedded, strict=True):
         assert serving.references is not None
@@ -111,13 +116,13 @@ def shares_of(group: Group, prompts: Sequence[Sequence[Ids]], size: int) -> Shar
         weights = torch.zeros(len(seen), 2)
         weights[:, combine.on] = combine.scale * likeness
         weights[:, 1 - combine.on] = 1 - combine.scale * likeness
-        found.append(weights)
-    return found
+        shares.append(weights)
+    return shares
 
 
 def sizes_of(texts: Sequence[Sequence[Ids]]) -> list[list[int]]:
     """Tokens of each text of each client."""
-    return [[len(ids) for ids in each] for each in texts]
+    return [[len(ids) for ids in of_client] for of_client in texts]
 
 
 def _text_of_tokens(packing: Packing) -> Tensor:

@@ -77,7 +77,7 @@ def likelihoods(
 ) -> list[Scores]:
     """Answer loss, and accuracy over options; the right option is computed once for both."""
     sums, counts = _sums(group, questions, shares, batch_size, watched)
-    found, before = [], 0
+    scores, before = [], 0
     for asked in questions:
         firsts = [before, *accumulate((len(question) for question in asked), initial=before)][1:-1]
         metrics = {"loss": float(sums[firsts].sum() / counts[firsts].sum().clamp(min=1))}
@@ -89,9 +89,9 @@ def likelihoods(
         if right:
             metrics["accuracy"] = sum(right) / len(right)
         losses = (sums[firsts] / counts[firsts].clamp(min=1)).tolist()
-        found.append(Scores(metrics, losses=tuple(losses)))
+        scores.append(Scores(metrics, losses=tuple(losses)))
         before += sum(map(len, asked))
-    return found
+    return scores
 
 
 def _sums(
@@ -107,24 +107,24 @@ def _sums(
     texts = _texts(questions, pack=pack)
     if shares is not None:
         shares = [
-            weights[[text.question for text in each]]
-            for weights, each in zip(shares, texts, strict=True)
+            weights[[text.question for text in own]]
+            for weights, own in zip(shares, texts, strict=True)
         ]
-    sums = torch.zeros(sum(len(text.answers) for each in texts for text in each)).double()
+    sums = torch.zeros(sum(len(text.answers) for own in texts for text in own)).double()
     counts = torch.zeros_like(sums)
-    sizes = [[max(len(answer.ids) for answer in text.answers) for text in each] for each in texts]
+    sizes = [[max(len(answer.ids) for answer in text.answers) for text in own] for own in texts]
     # Answers are written a token at a time, which wants many rows; likelihoods fill a pass at once.
     for batch in in_turn(sizes, batch_size, usual_tokens(base)):
-        chosen = [[texts[client][at] for at in of_client] for client, of_client in batch]
-        rows = [row for each in chosen for text in each for row in text.rows]
-        answers = [text.answers for each in chosen for text in each]
+        chosen = [[texts[client][at] for at in own] for client, own in batch]
+        rows = [row for own in chosen for text in own for row in text.rows]
+        answers = [text.answers for own in chosen for text in own]
         if pack:
-            whole = answers_in_one([[text.answers for text in each] for each in chosen], device)
+            whole = answers_in_one([[text.answers for text in own] for own in chosen], device)
         else:
             whole = collate(answers, base.pad_id, device)
-        wide = [text.tokens if pack else whole.ids.shape[1] for each in chosen for text in each]
+        wide = [text.tokens if pack else whole.ids.shape[1] for own in chosen for text in own]
         starts = accumulate(wide[:-1], initial=0)
-        owners = [client for client, of_client in batch for _ in of_client]
+        owners = [client for client, own in batch for _ in own]
         seen = [
             (client, range(start, start + len(text.answers[0].ids) - 1))
             for client, text, start in zip(owners, chain(*chosen), starts, strict=True)
@@ -151,15 +151,15 @@ def _sums(
 
 def _texts(questions: Sequence[Questions], *, pack: bool) -> list[list[_Text]]:
     """What goes through the model for each client's questions."""
-    found: list[list[_Text]] = []
+    texts: list[list[_Text]] = []
     row = 0
     for asked in questions:
-        found.append([])
+        texts.append([])
         for number, answers in enumerate(asked):
             for first, together in enumerate([answers] if pack else [[each] for each in answers]):
                 rows = range(row, row := row + len(together))
-                found[-1].append(_Text(number, together, rows, first == 0))
-    return found
+                texts[-1].append(_Text(number, together, rows, first == 0))
+    return texts
 
 
 def _watching(
@@ -179,9 +179,9 @@ def classified(
     watched: Watched | None,
 ) -> list[Scores]:
     """Loss, accuracy, and the names of the likeliest labels."""
-    losses = [torch.zeros(len(each)) for each in examples]
-    guesses = [torch.zeros(len(each), dtype=torch.long) for each in examples]
-    for batch in in_turn([[len(each.ids) for each in of] for of in examples], batch_size):
+    losses = [torch.zeros(len(own)) for own in examples]
+    guesses = [torch.zeros(len(own), dtype=torch.long) for own in examples]
+    for batch in in_turn([[len(example.ids) for example in of] for of in examples], batch_size):
         chosen = [(client, at) for client, texts in batch for at in texts]
         rows = [examples[client][at] for client, at in chosen]
         whole = collate([rows], group.base.pad_id, group.base.adapted.device)
@@ -196,17 +196,19 @@ def classified(
             group.bound(batch, shares, watch=watch) as model,
         ):
             logits = label_logits(model, whole).float()
-        found = functional.cross_entropy(logits, whole.targets, reduction="none").cpu()
+        row_losses = functional.cross_entropy(logits, whole.targets, reduction="none").cpu()
         likeliest = logits.argmax(-1).cpu()
         for row, (client, at) in enumerate(chosen):
-            losses[client][at], guesses[client][at] = found[row], likeliest[row]
+            losses[client][at], guesses[client][at] = row_losses[row], likeliest[row]
     return [
         Scores(
             {
                 "loss": float(loss.mean()),
-                "accuracy": fmean(int(g) == each.label for g, each in zip(guess, of, strict=True)),
+                "accuracy": fmean(
+                    int(g) == example.label for g, example in zip(guess, of, strict=True)
+                ),
             },
-            tuple(each.options[int(g)] for g, each in zip(guess, of, strict=True)),
+            tuple(example.options[int(g)] for g, example in zip(guess, of, strict=True)),
             tuple(loss.tolist()),
         )
         for loss, guess, of in zip(losses, guesses, examples, strict=True)

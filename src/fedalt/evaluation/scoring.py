@@ -50,14 +50,14 @@ def score_together(
     what does are the trees, which are all given at once. With `watch` the weights that a mixer or
     router gives to each client's first so many examples are told, too.
     """
-    found: dict[int, Scores] = {}
+    by_client: dict[int, Scores] = {}
     servings = [serving for serving, _ in clients]
     questions = [questions_of(base, examples) for _, examples in clients]
     for members in _alike(base, servings, questions):
         group = Group(base, [servings[at] for at in members])
         scores = _scores(group, [questions[at] for at in members], scoring, watch)
-        found |= zip(members, scores, strict=True)
-    return [found.get(at, Scores({})) for at in range(len(clients))]
+        by_client |= zip(members, scores, strict=True)
+    return [by_client.get(at, Scores({})) for at in range(len(clients))]
 
 
 def in_groups(
@@ -68,7 +68,7 @@ def in_groups(
     for client_id, examples in clients:
         if examples:
             group.append((client_id, examples))
-        enough = sum(len(each) for _, each in group) >= _BATCHES * scoring.batch_size
+        enough = sum(len(texts) for _, texts in group) >= _BATCHES * scoring.batch_size
         if enough or len(group) == _MOST_CLIENTS:
             yield group
             group = []
@@ -94,29 +94,29 @@ def _scores(
     group: Group, questions: Sequence[Questions], scoring: Scoring, watch: int
 ) -> list[Scores]:
     """The scores of each client of a group."""
-    examples = [[asked[0] for asked in each] for each in questions]
-    prompts = [[example.prompt_ids for example in each] for each in examples]
+    examples = [[asked[0] for asked in of_client] for of_client in questions]
+    prompts = [[example.prompt_ids for example in of_client] for of_client in examples]
     shares = shares_of(group, prompts, scoring.batch_size)
     tally = Tally(group.plan, len(examples)) if watch and group.plan.gate is not None else None
     watched = None if tally is None else Watched(tally, watch)
     classifies = examples[0][0].label is not None
     if classifies:
-        found = classified(group, examples, shares, scoring.batch_size, watched)
+        results = classified(group, examples, shares, scoring.batch_size, watched)
     else:
-        found = likelihoods(group, questions, shares, scoring.batch_size, watched)
+        results = likelihoods(group, questions, shares, scoring.batch_size, watched)
     if tally is not None:
-        found = [replace(each, weighing=tally.of(at)) for at, each in enumerate(found)]
+        results = [replace(scores, weighing=tally.of(at)) for at, scores in enumerate(results)]
     if classifies or not scoring.generate:
-        return found
-    asked = [[fitted(group.base, prompt, scoring) for prompt in each] for each in prompts]
+        return results
+    asked = [[fitted(group.base, prompt, scoring) for prompt in of_client] for of_client in prompts]
     if asked != prompts:
         shares = shares_of(group, asked, scoring.batch_size)
     texts_of = written(group, asked, shares, scoring)
     return [
         replace(
             scores,
-            metrics=scores.metrics | text_metrics(texts, [example.answer for example in each]),
+            metrics=scores.metrics | text_metrics(texts, [example.answer for example in of_client]),
             predictions=tuple(texts),
         )
-        for scores, texts, each in zip(found, texts_of, examples, strict=True)
+        for scores, texts, of_client in zip(results, texts_of, examples, strict=True)
     ]

@@ -108,7 +108,7 @@ written = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens
 answer = written[0, len(ids) :].tolist()"""
     )
     added, special = set(tokenizer.get_added_vocab().values()), special_ids(tokenizer)
-    if unseen := [each for each in ends(base) if each in added - special]:
+    if unseen := [end for end in ends(base) if end in added - special]:
         lines.append(
             f"answer = answer[: next((at for at, each in enumerate(answer) if each in {unseen}), "
             "None)]"

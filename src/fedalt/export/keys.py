@@ -27,16 +27,16 @@ def as_peft_reads(
     """
     named = {PREFIX + key: tensor for key, tensor in tensors.items()}
     read = _read(model, config, named)
-    found = {}
+    readable = {}
     for key, tensor in named.items():
         if _is(read.get(key), tensor):
-            found[key] = tensor
+            readable[key] = tensor
             continue
         other = next(
             (
-                each
-                for each in _older_names(model, key)
-                if _is(_read(model, config, {each: tensor}).get(key), tensor)
+                older
+                for older in _older_names(model, key)
+                if _is(_read(model, config, {older: tensor}).get(key), tensor)
             ),
             None,
         )
@@ -46,8 +46,8 @@ def as_peft_reads(
                 "another name, so no plain LoRA can hold this adapter; --what personal writes all "
                 "of the client's model, which fedalt.load reads"
             )
-        found[other] = tensor
-    return {key.removeprefix(PREFIX): tensor for key, tensor in found.items()}
+        readable[other] = tensor
+    return {key.removeprefix(PREFIX): tensor for key, tensor in readable.items()}
 
 
 def _read(
@@ -63,12 +63,12 @@ def _read(
 
 
 def _older_names(model: PreTrainedModel, key: str) -> Iterator[str]:
-    for each in get_model_conversion_mapping(model):
-        if isinstance(each, WeightRenaming):
-            older, matched = each.reverse_transform().rename_source_key(key)
+    for conversion in get_model_conversion_mapping(model):
+        if isinstance(conversion, WeightRenaming):
+            older, matched = conversion.reverse_transform().rename_source_key(key)
             if matched is not None and older != key:
                 yield older
 
 
-def _is(found: Tensor | None, tensor: Tensor) -> bool:
-    return found is not None and found.shape == tensor.shape and bool((found == tensor).all())
+def _is(read: Tensor | None, tensor: Tensor) -> bool:
+    return read is not None and read.shape == tensor.shape and bool((read == tensor).all())

@@ -134,7 +134,7 @@ def _require_same(loaded: Loaded, config: FedALTConfig, folder: Path) -> None:
     now = identify(loaded.model, labels=config.labels or (), without=names)
     then = replace(
         then,
-        weights={name: each for name, each in then.weights.items() if name not in names},
+        weights={name: digest for name, digest in then.weights.items() if name not in names},
         tokenizer={},
         template="",
     )

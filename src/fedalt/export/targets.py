@@ -68,12 +68,14 @@ def tensors_of_head(adapted: AdaptedModel, tree: Tree, names: Sequence[str]) -> 
 
     PEFT goes by the ends of names: `classifier` is `pre_classifier`, too.
     """
-    trained = {f"{name.site}.{name.factor}": each for name, each in select(tree, HEAD).items()}
-    found: dict[str, Tensor] = {}
+    trained = {f"{name.site}.{name.factor}": tensor for name, tensor in select(tree, HEAD).items()}
+    whole: dict[str, Tensor] = {}
     for path, module in adapted.model.named_modules():
         if any(path.endswith(name) for name in names):
-            found |= {_plain(f"{path}.{key}"): each for key, each in module.state_dict().items()}
-    return found | trained
+            whole |= {
+                _plain(f"{path}.{key}"): tensor for key, tensor in module.state_dict().items()
+            }
+    return whole | trained
 
 
 def _plain(key: str) -> str:

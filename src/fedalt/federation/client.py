@@ -45,7 +45,7 @@ from fedalt.training.group import Trained
 from fedalt.training.orders import Order
 
 Hear = Callable[[Event], None]
-FORMAT = 2
+FORMAT = 3
 
 _log: Final = logging.getLogger(__name__)  # on standard error, where nobody says otherwise
 

@@ -1,26 +1,25 @@
-"""A comparison's charts: methods by clients, quality against bytes, seconds, and loss curves."""
+"""A comparison's charts: methods by clients, what each takes, and loss curves."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 from typing import Any
 
 import altair as alt
 
 from fedalt.report.comparison import grid_of
-from fedalt.report.labels import HEIGHT, SIDES, Point, sides
 from fedalt.report.records import Rows, short
 from fedalt.report.style import (
     ACCENT,
-    INK,
     SECOND,
     data_of,
+    heat_map,
+    lines_of,
     names_axis,
     rounds_axis,
     rows_high,
     styled,
 )
 from fedalt.report.table import Table
-from fedalt.runs.compare import Cost
 
 
 def gain_map(table: Table, yardstick: str | None) -> alt.LayerChart:
@@ -39,82 +38,40 @@ def gain_map(table: Table, yardstick: str | None) -> alt.LayerChart:
         ]
     clients = list(dict.fromkeys(row["client"] for row in rows))
     most = max(abs(row["gain"]) for row in rows) or 1.0
-    scale = alt.Scale(scheme="blueorange", domain=[-most, most], reverse=True)
-    digits = 3 if table.of_losses else 1
-    base = alt.Chart(data_of(rows)).encode(
-        x=alt.X("client:N", sort=clients, axis=names_axis(clients)),
-        y=alt.Y("method:N", sort=list(ranked(table)), title=None),
-    )
     title = f"gain over {yardstick or 'the mean of all'}"
-    cells = base.mark_rect().encode(
-        color=alt.Color("gain:Q", scale=scale, legend=alt.Legend(title=title)),
-        tooltip=["method:N", "client:N", alt.Tooltip("gain:Q", title=title, format=f"+.{digits}f")],
+    axes = (
+        alt.X("client:N", sort=clients, axis=names_axis(clients)),
+        alt.Y("method:N", sort=list(ranked(table)), title=None),
     )
-    if len(clients) > 10:
-        return styled(cells, rows_high(len(table.columns)))
-    text = base.mark_text(fontSize=9.5).encode(
-        text=alt.Text("gain:Q", format=f"+.{min(digits, 2) - (digits == 1)}f"),
-        color=alt.when(f"abs(datum.gain) > {0.6 * most}")
-        .then(alt.value("#fff"))
-        .otherwise(alt.value("#111")),
+    return heat_map(
+        rows,
+        axes,
+        alt.Tooltip("gain:Q", title=title, format="+.2f" if table.of_losses else "+.1f"),
+        alt.Scale(scheme="blueorange", domain=[-most, most], reverse=True),
+        white=f"abs(datum.gain) > {0.6 * most}",
     )
-    return styled(alt.layer(cells, text), rows_high(len(table.columns)))
 
 
-def bytes_against_quality(table: Table, costs: Mapping[str, Sequence[Cost]]) -> alt.LayerChart:
-    """Bytes a client sends and receives in a round against the mean score; named where it fits."""
-    points = [
-        Point(
-            method,
-            fmean(cost.upload_bytes + cost.download_bytes for cost in costs[method]) / 1e6,
-            score,
-        )
+def method_bars(table: Table, values: Mapping[str, float], title: str) -> alt.LayerChart:
+    """What each method takes, in the order of the mean scores, which colour the bars."""
+    rows: Rows = [
+        {"method": method, "value": short(values[method]), "score": short(score)}
         for method, score in ranked(table).items()
     ]
-    rows = [
-        {
-            "method": point.name,
-            "megabytes": short(point.x),
-            "score": short(point.y),
-            "side": -1 if side is None else SIDES.index(side),
-        }
-        for point, side in zip(points, sides(points), strict=True)
-    ]
-    title = table.mean.metric or "score"
-    base = alt.Chart(data_of(rows)).encode(
-        x=alt.X("megabytes:Q", title="MB per client and round, both ways"),
-        y=alt.Y("score:Q", title=f"mean {title}", scale=alt.Scale(zero=False)),
-    )
-    dots = base.mark_circle(size=70, color=ACCENT, opacity=0.9).encode(
-        tooltip=[
-            "method:N",
-            alt.Tooltip("megabytes:Q", title="MB", format=",.3~f"),
-            alt.Tooltip("score:Q", title=title, format=".4~g"),
-        ]
-    )
-    names = [
-        base.transform_filter(alt.datum.side == number)
-        .mark_text(fill=INK, fontSize=11, align=side.align, dx=side.dx, dy=side.dy)
-        .encode(text="method:N")
-        for number, side in enumerate(SIDES)
-        if any(row["side"] == number for row in rows)
-    ]
-    return styled(alt.layer(dots, *names), HEIGHT)
-
-
-def method_seconds(table: Table, costs: Mapping[str, Sequence[Cost]]) -> alt.LayerChart:
-    """Seconds of training, mean over the seeds."""
-    rows: Rows = [
-        {"method": method, "seconds": short(fmean(cost.seconds for cost in costs[method]))}
-        for method in ranked(table)
-    ]
+    score = f"mean {table.mean.metric or 'score'}"
+    scale = alt.Scale(scheme="viridis", reverse=table.of_losses)
     bars = (
         alt.Chart(data_of(rows))
-        .mark_bar(color=ACCENT, height=alt.RelativeBandSize(0.6), cornerRadiusEnd=2)
+        .mark_bar(height=alt.RelativeBandSize(0.6), cornerRadiusEnd=2)
         .encode(
-            x=alt.X("seconds:Q", title="seconds of training"),
+            x=alt.X("value:Q", title=title),
             y=alt.Y("method:N", sort=[row["method"] for row in rows], title=None),
-            tooltip=["method:N", alt.Tooltip("seconds:Q", format=",.4~g")],
+            color=alt.Color("score:Q", scale=scale, legend=alt.Legend(title=score)),
+            tooltip=[
+                "method:N",
+                alt.Tooltip("value:Q", title=title, format=",.4~g"),
+                alt.Tooltip("score:Q", title=score, format=".4~g"),
+            ],
         )
     )
     return styled(bars, rows_high(len(rows)))
@@ -122,25 +79,16 @@ def method_seconds(table: Table, costs: Mapping[str, Sequence[Cost]]) -> alt.Lay
 
 def method_curves(rows: Rows, best: str, yardstick: str | None) -> alt.LayerChart:
     """Loss over the rounds, a line for each method: the best one and the yardstick in colour."""
-    near = alt.selection_point(
-        fields=["method"], on="pointerover", nearest=True, empty=False, clear="pointerout"
-    )
     named = [best, *([yardstick] if yardstick and yardstick != best else [])]
     base = alt.Chart(data_of(rows)).encode(
         x=rounds_axis(), y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False))
     )
-    lit = alt.when(near).then(alt.value(0.9)).otherwise(alt.value(0.25))
-    thin = base.mark_line(stroke=INK, strokeWidth=1.2).encode(detail="method:N", opacity=lit)
+    thin, touch = lines_of(base, "method", "loss", 0.25)
     colours = alt.Scale(domain=named, range=[ACCENT, SECOND][: len(named)])
     thick = (
         base.transform_filter(alt.FieldOneOfPredicate("method", named))
         .mark_line(strokeWidth=3)
         .encode(color=alt.Color("method:N", scale=colours, legend=alt.Legend(title=None)))
-    )
-    touch = (
-        base.mark_point(opacity=0, size=40)
-        .encode(tooltip=["method:N", "round:Q", alt.Tooltip("loss:Q", format=".4~g")])
-        .add_params(near)
     )
     return styled(alt.layer(thin, thick, touch))
 
@@ -187,7 +135,7 @@ def curve_rows(curves: Mapping[str, Iterable[Mapping[str, Any]]]) -> Rows:
             if line["kind"] == "train" and line["column"] == "own":
                 losses.setdefault(line["round"], []).append(line["metrics"]["loss"])
         rows += [
-            {"method": method, "round": at, "loss": short(fmean(each))}
-            for at, each in sorted(losses.items())
+            {"method": method, "round": at, "loss": short(fmean(values))}
+            for at, values in sorted(losses.items())
         ]
     return rows

@@ -17,11 +17,12 @@ from fedalt.report.comparison import (
     grid_of,
     shown_cell,
 )
-from fedalt.report.effort import HEADS, cost_cells
+from fedalt.report.costs import HEADS, cost_cells
 from fedalt.report.gaps import ABOUT_GAPS, GAP_HEADS, gap_cells
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
 from fedalt.report.run_page import explained
 from fedalt.report.table import YARDSTICK
+from fedalt.report.table import Table as Scores
 from fedalt.runs.compare import Cost, Entry, folder_of
 from fedalt.runs.folder import open_run
 from fedalt.runs.record import StoreError
@@ -81,51 +82,19 @@ def read_results(path: Path) -> Results:
 def comparison_page(path: Path) -> Page:
     """The page of a comparison's folder. Raises StoreError."""
     results = read_results(path)
-    scores, losses = results.tables().values()
+    scores = results.tables()["scores"]
     alone = (
-        each.label for each in results.entries if method_name(each.settings.method) == YARDSTICK
+        entry.label for entry in results.entries if method_name(entry.settings.method) == YARDSTICK
     )
     yardstick = next(alone, None)
     best = next(iter(figures.ranked(scores)))
-    grids = {"Scores on test data": grid_of(scores)}
-    if not scores.of_losses:
-        grids["Mean loss of an answer's token, in nats: lower is better"] = grid_of(losses)
     budget = list(budget_of(results))
-    over = yardstick or "the mean of all methods"
     sections = [
         Section("compared", "What was compared", [Notes(budget[:-1]), _methods(results.entries)]),
-        Section(
-            "scores",
-            "Scores",
-            [
-                *(_grid_table(grid, caption) for caption, grid in grids.items()),
-                Notes(budget[-1:], quiet=True),
-                *_gap_table(results),
-                Figure(
-                    "gains", f"Gain over {over}, by client", "Mean over seeds; above 0 is better.",
-                    figures.gain_map(scores, yardstick), wide=True,
-                ),
-            ],
-        ),
-        Section(
-            "costs",
-            "What it costs",
-            [
-                Figure(
-                    "bytes", "Bytes against quality",
-                    "Up and left is better. Point at a dot for its name where there was no room.",
-                    figures.bytes_against_quality(scores, results.costs),
-                ),
-                Figure(
-                    "seconds", "Seconds of training",
-                    "In the order of the mean score; they compare only if nothing else ran.",
-                    figures.method_seconds(scores, results.costs),
-                ),
-                _cost_table(results.costs),
-            ],
-        ),
+        _scores(results, budget[-1], yardstick),
+        _costs(results.costs, scores),
         Section("curves", "Learning curves", [_curves(path, results, best, yardstick)]),
-    ]  # fmt: skip
+    ]
     seeds = len(results.seeds)
     return Page(
         title=path.resolve().name,
@@ -140,6 +109,43 @@ def comparison_page(path: Path) -> Page:
         sections=sections,
         foot=str(path),
     )
+
+
+def _scores(results: Results, reading: str, yardstick: str | None) -> Section:
+    scores, losses = results.tables().values()
+    grids = {"Scores on test data": grid_of(scores)}
+    if not scores.of_losses:
+        grids["Mean loss of an answer's token, in nats: lower is better"] = grid_of(losses)
+    gains = Figure(
+        "gains",
+        f"Gain over {yardstick or 'the mean of all methods'}, by client",
+        "Mean over seeds; above 0 is better.",
+        figures.gain_map(scores, yardstick),
+        wide=True,
+    )
+    tables = [_grid_table(grid, caption) for caption, grid in grids.items()]
+    parts = [*tables, Notes([reading], quiet=True), *_gap_table(results), gains]
+    return Section("scores", "Scores", parts)
+
+
+def _costs(costs: Mapping[str, Sequence[Cost]], scores: Scores) -> Section:
+    megabytes = {
+        method: fmean(cost.upload_bytes + cost.download_bytes for cost in seeds) / 1e6
+        for method, seeds in costs.items()
+    }
+    seconds = {method: fmean(cost.seconds for cost in seeds) for method, seeds in costs.items()}
+    order = "In the order of the mean score, which is the colour"
+    drawn = [
+        Figure(
+            "bytes", "Bytes against quality", f"{order}: high and short is better.",
+            figures.method_bars(scores, megabytes, "MB per client and round, both ways"),
+        ),
+        Figure(
+            "seconds", "Seconds of training", f"{order}; they compare only if nothing else ran.",
+            figures.method_bars(scores, seconds, "seconds of training"),
+        ),
+    ]  # fmt: skip
+    return Section("costs", "What it costs", [*drawn, _cost_table(costs)])
 
 
 def _methods(entries: Sequence[Entry]) -> Facts:
@@ -191,8 +197,8 @@ def _gap_table(results: Results) -> list[Table | Notes]:
 
 def _cost_table(costs: Mapping[str, Sequence[Cost]]) -> Table:
     rows = [
-        [Cell(method, method), *(Cell(text, _leading(text)) for text in cost_cells(each))]
-        for method, each in costs.items()
+        [Cell(method, method), *(Cell(text, _leading(text)) for text in cost_cells(seeds))]
+        for method, seeds in costs.items()
     ]
     return Table("Costs, bytes per client and round", ["method", *HEADS], rows, wide=True)
 

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from fedalt.core.files import atomic_write
 from fedalt.methods.notes import notes_on
-from fedalt.report.effort import HEADS, cost_cells, cost_of
+from fedalt.report.costs import HEADS, cost_cells
 from fedalt.report.gaps import (
     ABOUT_GAPS,
     SIGNIFICANT,
@@ -110,13 +110,15 @@ def grid_of(table: Table) -> Grid:
 
 def collect(entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job]) -> Results:
     """The results of methods whose runs have all been finished."""
+    from fedalt.report.effort import cost_of  # reads clients' last states, so it needs PyTorch
+
     runs = {(job.entry.label, job.seed): open_run(job.path) for job in jobs}
     of = {entry.label: [runs[entry.label, seed] for seed in seeds] for entry in entries}
     return Results(
         entries,
         seeds,
-        {label: [scores_of(run.lines(), "own") for run in each] for label, each in of.items()},
-        {label: [cost_of(run.path) for run in each] for label, each in of.items()},
+        {label: [scores_of(run.lines(), "own") for run in group] for label, group in of.items()},
+        {label: [cost_of(run.path) for run in group] for label, group in of.items()},
     )
 
 
@@ -124,7 +126,7 @@ def write_results(out: Path, results: Results) -> None:
     """Write results.jsonl, table.md, table.csv, gaps.csv and clients.csv."""
     tables = results.tables()
     grids = {name: grid_of(table) for name, table in tables.items()}
-    costs = {label: cost_cells(each) for label, each in results.costs.items()}
+    costs = {label: cost_cells(seeds) for label, seeds in results.costs.items()}
     gaps = gaps_of(results)
     parts = [
         *budget_of(results),
@@ -193,7 +195,7 @@ def draw_grid(grid: Grid, title: str) -> Sheet:
     rows: list[list[str | Text]] = [
         [
             method,
-            *(Text(shown_cell(grid, each), style="bold" if each.bold else "") for each in cells),
+            *(Text(shown_cell(grid, cell), style="bold" if cell.bold else "") for cell in cells),
         ]
         for method, cells in grid.rows.items()
     ]
@@ -206,8 +208,8 @@ def grid_markdown(grid: Grid, costs: Mapping[str, Sequence[str]], heads: Sequenc
     lines.append(["---", *("---:" for _ in lines[0][1:])])
     for method, cells in grid.rows.items():
         shown = [
-            f"**{shown_cell(grid, each)}**" if each.bold else shown_cell(grid, each)
-            for each in cells
+            f"**{shown_cell(grid, cell)}**" if cell.bold else shown_cell(grid, cell)
+            for cell in cells
         ]
         lines.append([markdown_cell(method), *shown, *costs.get(method, [""] * len(heads))])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
@@ -234,17 +236,17 @@ def beats(first: Values, second: Values) -> bool:
 def gaps_of(results: Results) -> list[Gap]:
     """Each method's gaps to local-only, if that is there, and to the best of each table's means."""
     alone = [
-        each.label for each in results.entries if method_name(each.settings.method) == YARDSTICK
+        entry.label for entry in results.entries if method_name(entry.settings.method) == YARDSTICK
     ]
-    found: dict[tuple[str, str, str], Gap] = {}
+    gaps: dict[tuple[str, str, str], Gap] = {}
     for table in results.tables().values():
         means = [cells[-2].seeds for cells in grid_of(table).rows.values()]
         ranked = sorted(zip(table.columns, means, strict=True), key=lambda pair: fmean(pair[1]))
         best = ranked[0 if table.of_losses else -1][0]
         for over in dict.fromkeys([*alone, best]):
             for gap in gaps_over(table, over):
-                found.setdefault((gap.family, gap.over, gap.method), gap)
-    return list(found.values())
+                gaps.setdefault((gap.family, gap.over, gap.method), gap)
+    return list(gaps.values())
 
 
 def _parts(trained: Mapping[str, int]) -> str:
@@ -269,8 +271,8 @@ def _marked(rows: Sequence[Row], table: Table) -> list[Cell]:
     """The cells of a column, the best one bold where the test supports it."""
     sign = -1 if table.of_losses else 1
     cells = [_cell(rows, at) for at in range(len(table.columns))]
-    there = [at for at, cell in enumerate(cells) if cell.seeds]
-    ranked = sorted(there, key=lambda at: -sign * fmean(cells[at].seeds))
+    scored = [at for at, cell in enumerate(cells) if cell.seeds]
+    ranked = sorted(scored, key=lambda at: -sign * fmean(cells[at].seeds))
     if len(ranked) > 1:
         best, *others = ranked
         bold = told_apart(rows, best, others, sign=sign)

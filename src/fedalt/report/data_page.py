@@ -6,7 +6,16 @@ from fedalt.core.foreign import shown
 from fedalt.data.findings import ClientReport, DataReport
 from fedalt.report.parts import Cell, Facts, Figure, Masked, Notes, Page, Section, Table
 from fedalt.report.records import Rows, short
-from fedalt.report.style import ACCENT, INK, SECOND, data_of, names_axis, rows_high, styled
+from fedalt.report.style import (
+    ACCENT,
+    INK,
+    SECOND,
+    data_of,
+    heat_map,
+    names_axis,
+    rows_high,
+    styled,
+)
 
 _SPLITS = {"train": ACCENT, "validation": "#8a8f98", "test": SECOND}
 MOST_NAMES = 24  # of labels or answers in one chart
@@ -14,7 +23,7 @@ MOST_NAMES = 24  # of labels or answers in one chart
 
 def data_page(report: DataReport, model: str) -> Page:
     """All findings; `model` is whose tokenizer they were made with."""
-    splits = [split for each in report.clients for split in each.splits.values()]
+    splits = [split for client in report.clients for split in client.splits.values()]
     warnings = report.warnings or ("Nothing to warn of.",)
     balance = _balances(report)
     sections = [
@@ -91,26 +100,17 @@ def balances(rows: Rows, title: str) -> alt.LayerChart:
     """The share of every label, answer or position in a client's train data."""
     names = sorted({row["name"] for row in rows})
     clients = list(dict.fromkeys(row["client"] for row in rows))
-    cells = (
-        alt.Chart(data_of(rows))
-        .mark_rect()
-        .encode(
-            x=alt.X("name:N", sort=names, axis=names_axis(names)),
-            y=alt.Y("client:N", sort=clients, title=None),
-            color=alt.Color(
-                "train:Q",
-                scale=alt.Scale(scheme="viridis", domainMin=0),
-                legend=alt.Legend(title=title, format="%"),
-            ),
-            tooltip=[
-                "client:N",
-                alt.Tooltip("name:N", title=title),
-                alt.Tooltip("train:Q", format=".1%"),
-                alt.Tooltip("test:Q", format=".1%"),
-            ],
-        )
+    return heat_map(
+        rows,
+        (
+            alt.X("name:N", sort=names, axis=names_axis(names)),
+            alt.Y("client:N", sort=clients, title=None),
+        ),
+        alt.Tooltip("train:Q", title="train", format=".1%"),
+        alt.Scale(scheme="viridis", domainMin=0),
+        legend=title,
+        also=[alt.Tooltip("test:Q", format=".1%")],
     )
-    return styled(cells, rows_high(len(clients)))
 
 
 def _near(rows: Rows, limit: int) -> bool:
@@ -167,7 +167,7 @@ def _leak(client: ClientReport) -> list[Cell]:
 
 def _balances(report: DataReport) -> list[Figure]:
     """A chart for every thing that is counted: labels, answers, positions of the right option."""
-    found = []
+    drawn = []
     for kind in ("label", "answer", "position"):
         rows = [
             {
@@ -183,10 +183,10 @@ def _balances(report: DataReport) -> list[Figure]:
         if rows and len({row["name"] for row in rows}) <= MOST_NAMES:
             title = "position of the right option" if kind == "position" else kind
             caption = f"The share of every {title} in train; point at a cell for that in test."
-            found.append(
+            drawn.append(
                 Figure(f"balance-{kind}", title.capitalize(), caption, balances(rows, "share"))
             )
-    return found
+    return drawn
 
 
 def _share(client: ClientReport, name: str) -> float:

@@ -19,8 +19,8 @@ def docstring(of: ModuleType | Callable[..., object]) -> str:
     if isinstance(of, ModuleType):
         return ast.get_docstring(tree) or ""
     functions = (node for node in tree.body if isinstance(node, ast.FunctionDef))
-    found = next((node for node in functions if node.name == of.__name__), None)
-    return "" if found is None else ast.get_docstring(found) or ""
+    function = next((node for node in functions if node.name == of.__name__), None)
+    return "" if function is None else ast.get_docstring(function) or ""
 
 
 def opening(of: ModuleType | Callable[..., object]) -> str:

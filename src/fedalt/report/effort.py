@@ -1,7 +1,7 @@
 """What a finished run's clients trained: steps in the rounds and before serving, every tensor."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -17,8 +17,6 @@ from fedalt.runs.compare import Cost
 from fedalt.runs.folder import RunFolder, open_run
 from fedalt.runs.settings import Settings, lora_of, read_settings
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Order
-
-HEADS = ("trainable", "rank", "steps", "upload kB", "download kB", "seconds", "peak MB")
 
 # What a layer or a head consists of; other factors, such as lengths of B, are another form of it.
 _WHOLE = ("A", "B", "G", "weight", "bias")
@@ -94,31 +92,14 @@ def cost_of(path: Path) -> Cost:
     )
 
 
-def cost_cells(costs: Sequence[Cost]) -> list[str]:
-    """Means over the seeds, in the order of HEADS."""
-    most, least = costs[0].trainable_numbers, costs[0].least_numbers
-    smallest, largest = costs[0].ranks
-    steps = f"{fmean(cost.steps for cost in costs):.0f}"
-    before_serving = fmean(cost.serving_steps for cost in costs)
-    return [
-        str(most) if least in (0, most) else f"{least}–{most}",
-        str(largest) if smallest == largest else f"{smallest}–{largest}",
-        f"{steps} + {before_serving:.0f}" if before_serving else steps,
-        f"{fmean(cost.upload_bytes for cost in costs) / 1e3:.1f}",
-        f"{fmean(cost.download_bytes for cost in costs) / 1e3:.1f}",
-        f"{fmean(cost.seconds for cost in costs):.0f}",
-        f"{max(cost.peak_memory_bytes for cost in costs) / 1e6:.0f}",
-    ]
-
-
 def by_slot(trained: Mapping[str, int]) -> dict[str, int]:
     """Numbers by slot; a factor's parts count where the factor itself was not trained."""
-    found: dict[str, int] = {}
+    numbers: dict[str, int] = {}
     for key, count in trained.items():
         slot, factor = key.rsplit(" ", 1)
         if factor in _WHOLE:
-            found[slot] = found.get(slot, 0) + count
-    return found
+            numbers[slot] = numbers.get(slot, 0) + count
+    return numbers
 
 
 def _total(parts: Mapping[str, int]) -> int:
@@ -134,7 +115,7 @@ def _serving(
     nowhere = Start({}, {}, settings.seed)  # every client here has been trained
     server = server_of(method, nowhere, states)
     counts = folder.facts()["clients"]
-    found: dict[str, tuple[int, dict[str, int]]] = {}
+    efforts: dict[str, tuple[int, dict[str, int]]] = {}
     for client_id in clients:
         client = states.get(f"clients/{client_id}", method.client_state)
         if client is None:
@@ -148,8 +129,8 @@ def _serving(
         for fit in fits:
             for name in fit.train:
                 parts[f"{name.slot} {name.factor}"] += fit.tree[name].numel()
-        found[client_id] = sum(epochs) * -(-examples // training.batch_size), dict(parts)
-    return found
+        efforts[client_id] = sum(epochs) * -(-examples // training.batch_size), dict(parts)
+    return efforts
 
 
 def _unmoved(fits: list[Fit], examples: int, client_id: str, number: int, order: Order) -> Any:  # noqa: ARG001

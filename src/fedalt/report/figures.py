@@ -1,8 +1,9 @@
 """A run's charts, made of its record's rows: each function returns one Altair chart."""
 
+import json
 from collections.abc import Sequence
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING
 
 import altair as alt
 
@@ -13,12 +14,17 @@ from fedalt.report.style import (
     SECOND,
     data_of,
     faint,
+    heat_map,
+    lines_of,
     names_axis,
     rounds_axis,
     rows_high,
     styled,
 )
 from fedalt.report.table import Table
+
+if TYPE_CHECKING:
+    from fedalt.report.similarity import Similarity
 
 MOST_POINTS = 800  # to point at in one chart
 _COLUMNS = ["own", "shared", "local"]
@@ -63,26 +69,15 @@ def mixer_curves(mixer: MixerRecord) -> alt.LayerChart:
 
 def mixer_layers(mixer: MixerRecord) -> alt.LayerChart:
     """The first slot's weight by layer and round, mean over clients and the layer's sites."""
-    layers = dict.fromkeys(row["layer"] for row in mixer.layers)
-    rounds = dict.fromkeys(row["round"] for row in mixer.layers)
-    cells = _weights(mixer.layers, mixer.slots[0]).encode(
-        x=alt.X("round:O", title="round", axis=alt.Axis(labelAngle=0)),
-        y=alt.Y("layer:N", sort=list(layers), title="layer"),
-        tooltip=["layer:N", "round:O", alt.Tooltip("weight:Q", format=".3f")],
-    )
-    return styled(_numbered(cells, mixer.layers, len(rounds)), rows_high(len(layers)))
+    rounds = alt.X("round:O", title="round", axis=alt.Axis(labelAngle=0))
+    return _weights(mixer.layers, mixer.slots[0], rounds)
 
 
 def mixer_sites(mixer: MixerRecord) -> alt.LayerChart:
     """The first slot's weight by layer and kind of site after the last round, mean over clients."""
-    layers = dict.fromkeys(row["layer"] for row in mixer.sites)
     kinds = list(dict.fromkeys(row["site"] for row in mixer.sites))
-    cells = _weights(mixer.sites, mixer.slots[0]).encode(
-        x=alt.X("site:N", sort=kinds, axis=names_axis(kinds)),
-        y=alt.Y("layer:N", sort=list(layers), title="layer"),
-        tooltip=["layer:N", "site:N", alt.Tooltip("weight:Q", format=".3f")],
-    )
-    return styled(_numbered(cells, mixer.sites, len(kinds)), rows_high(len(layers)))
+    sites = alt.X("site:N", sort=kinds, axis=names_axis(kinds))
+    return _weights(mixer.sites, mixer.slots[0], sites)
 
 
 def mixer_tokens(mixer: MixerRecord) -> alt.LayerChart:
@@ -133,37 +128,70 @@ def round_curve(rows: Rows, field: str, title: str) -> alt.LayerChart:
     return styled(line, 200)
 
 
+def similarity_map(similar: "Similarity") -> alt.LayerChart:
+    """Cosines of all pairs of clients' adapters, in the order of the tree beside it."""
+    names = similar.names
+    rows: Rows = [
+        {"client": client, "other": other, "cosine": similar.cosines[i][j]}
+        for i, client in enumerate(names)
+        for j, other in enumerate(names)
+    ]
+    apart = [row["cosine"] for row in rows if row["client"] != row["other"]]
+    axes = (
+        alt.X("other:N", sort=names, axis=names_axis(names)),
+        alt.Y("client:N", sort=names, title=None),
+    )
+    return heat_map(
+        rows,
+        axes,
+        alt.Tooltip("cosine:Q", title="cosine", format=".2f"),
+        alt.Scale(scheme="viridis", domain=[min(apart), max(apart)], clamp=True),
+        white=f"datum.cosine <= {(min(apart) + 2 * max(apart)) / 3}",
+    )
+
+
+def similarity_tree(similar: "Similarity") -> alt.LayerChart:
+    """Average linkage of 1 - cosine: where two branches meet is how far apart they are."""
+    names = list(similar.names)
+    axis = alt.Axis(
+        values=list(range(len(names))),
+        tickCount=len(names),
+        labelExpr=f"{json.dumps(names)}[datum.value]",
+        grid=False,
+        title=None,
+    )
+    scale = alt.Scale(domain=[len(names) - 0.5, -0.5], nice=False, zero=False)
+    line = (
+        alt.Chart(data_of(similar.branches))
+        .mark_line(stroke=ACCENT, strokeWidth=1.5, interpolate="linear")
+        .encode(
+            x=alt.X("distance:Q", title="1 − cosine", scale=alt.Scale(reverse=True)),
+            y=alt.Y("place:Q", axis=axis, scale=scale),
+            detail="branch:N",
+            order="step:Q",
+            tooltip=[alt.Tooltip("height:Q", title="1 − cosine", format=".3f")],
+        )
+    )
+    return styled(line, rows_high(len(names)))
+
+
 def _curves(
     rows: Rows, field: str, title: str, *, zero: bool = False, numbers: str = "~g"
 ) -> alt.LayerChart:
     """Thin lines of clients, the one under the pointer in colour, and thick lines of means."""
     columns = [name for name in _COLUMNS if any(row["column"] == name for row in rows)]
     few = len({row["round"] for row in rows}) <= 2
-    near = alt.selection_point(
-        fields=["client"], on="pointerover", nearest=True, empty=False, clear="pointerout"
-    )
+    scale, axis = alt.Scale(zero=zero), alt.Axis(format=numbers)
     base = alt.Chart(data_of(rows)).encode(
-        x=rounds_axis(),
-        y=alt.Y(
-            f"{field}:Q",
-            title=title,
-            scale=alt.Scale(zero=zero),
-            axis=alt.Axis(format=numbers),
-        ),
+        x=rounds_axis(), y=alt.Y(f"{field}:Q", title=title, scale=scale, axis=axis)
     )
-    clients = len({row["client"] for row in rows})
-    lit = alt.when(near).then(alt.value(0.9)).otherwise(alt.value(faint(clients)))
-    own = base.transform_filter(alt.FieldEqualPredicate(field="column", equal=columns[0]))
-    dot = {"size": 25, "filled": True, "color": INK} if few else False
-    thin = own.mark_line(stroke=INK, strokeWidth=1, point=dot).encode(
-        detail="client:N", opacity=lit
-    )
-    every = 1 + len(rows) // MOST_POINTS  # many points would make a page slow
-    touch = (
-        own.transform_filter(f"datum.round % {every} == 0")
-        .mark_point(opacity=0, size=40)
-        .encode(tooltip=["client:N", "round:Q", alt.Tooltip(f"{field}:Q", format=",.4~g")])
-        .add_params(near)
+    thin, touch = lines_of(
+        base.transform_filter(alt.FieldEqualPredicate(field="column", equal=columns[0])),
+        "client",
+        field,
+        faint(len({row["client"] for row in rows})),
+        dots=few,
+        every=1 + len(rows) // MOST_POINTS,  # many points would make a page slow
     )
     means = base.mark_line(strokeWidth=3, point={"size": 50, "filled": True} if few else False)
     thick = means.encode(
@@ -179,27 +207,15 @@ def _by_column(columns: Sequence[str], *, shown: bool = True) -> alt.Color:
     return alt.Color("column:N", scale=scale, legend=alt.Legend(title=None) if shown else None)
 
 
-def _weights(rows: Rows, slot: str) -> Any:
-    """Cells coloured by a weight: one half is neutral."""
-    spread = _spread(rows)
-    scale = alt.Scale(scheme="blueorange", domain=[0.5 - spread, 0.5 + spread])
-    legend = alt.Legend(title=f"weight of {slot}", format=".2f")
-    cells = alt.Chart(data_of(rows)).mark_rect()
-    return cells.encode(color=alt.Color("weight:Q", scale=scale, legend=legend))
-
-
-def _numbered(cells: Any, rows: Rows, columns: int) -> Any:
-    """The cells, each with its weight where there is room for it."""
-    if columns > 8:
-        return cells
-    dark = alt.expr.abs(alt.datum.weight - 0.5) > 0.7 * _spread(rows)
-    text = cells.mark_text(fontSize=10).encode(
-        text=alt.Text("weight:Q", format=".2f"),
-        color=alt.when(dark).then(alt.value("#fff")).otherwise(alt.value("#111")),
+def _weights(rows: Rows, slot: str, across: alt.X) -> alt.LayerChart:
+    """Cells by layer, coloured by a slot's weight: one half is neutral."""
+    spread = max((abs(row["weight"] - 0.5) for row in rows), default=0.0) or 0.5
+    layers = list(dict.fromkeys(row["layer"] for row in rows))
+    return heat_map(
+        rows,
+        (across, alt.Y("layer:N", sort=layers, title="layer")),
+        alt.Tooltip("weight:Q", title="weight", format=".2f"),
+        alt.Scale(scheme="blueorange", domain=[0.5 - spread, 0.5 + spread]),
+        white=f"abs(datum.weight - 0.5) > {0.7 * spread}",
+        legend=f"weight of {slot}",
     )
-    return alt.layer(cells, text)
-
-
-def _spread(rows: Rows) -> float:
-    """How far a weight is from one half at most."""
-    return max((abs(row["weight"] - 0.5) for row in rows), default=0.0) or 0.5

@@ -66,8 +66,8 @@ def p_value(gaps: Sequence[float] | Floats) -> float:
 
 def p_values(gaps: Floats) -> Floats:
     """The same of several comparisons at once: gaps (comparisons, clients), none of them all 0."""
-    found: Floats = wilcoxon(gaps, axis=1).pvalue
-    return found
+    values: Floats = wilcoxon(gaps, axis=1).pvalue
+    return values
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -98,16 +98,16 @@ def interval(gaps: Floats, draws: int = DRAWS, seed: int = 0) -> tuple[float, fl
 
 def families(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """Clients by the metric that their scores are."""
-    found: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
-        found.setdefault(row.metric, []).append(row)
-    return found
+        groups.setdefault(row.metric, []).append(row)
+    return groups
 
 
 def gaps_over(table: Table, over: str) -> list[Gap]:
     """The gaps of all other methods to one, family by family; Holm's correction is per family."""
     sign, base = -1 if table.of_losses else 1, table.columns.index(over)
-    found: list[Gap] = []
+    over_all: list[Gap] = []
     for family, rows in families(table.clients).items():
         matrices = {
             at: gap_matrix(rows, at, base, sign=sign)
@@ -121,8 +121,8 @@ def gaps_over(table: Table, over: str) -> list[Gap]:
             low, high = interval(matrix)
             mean = float(matrix.mean())
             name = table.columns[at]
-            found.append(Gap(name, over, family, len(matrix), mean, low, high, p, after))
-    return found
+            over_all.append(Gap(name, over, family, len(matrix), mean, low, high, p, after))
+    return over_all
 
 
 def told_apart(rows: Sequence[Row], best: int, others: Sequence[int], *, sign: int) -> bool:
@@ -172,7 +172,7 @@ def gaps_csv(gaps: Sequence[Gap]) -> str:
     """A line for every gap, nothing rounded."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    names = [each.name for each in fields(Gap)]
+    names = [column.name for column in fields(Gap)]
     writer.writerow(names)
     writer.writerows([getattr(gap, name) for name in names] for gap in gaps)
     return text.getvalue()

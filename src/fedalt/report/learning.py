@@ -62,11 +62,11 @@ def _course(lines: Sequence[Line]) -> tuple[float, float, bool] | None:
     for line in lines:
         if line["column"] == "own" and "loss" in line["metrics"]:
             losses.setdefault(line["client"], []).append(line["metrics"]["loss"])
-    courses = [each for each in losses.values() if len(each) > 1]
+    courses = [values for values in losses.values() if len(values) > 1]
     if not courses:
         return None
-    lowest = fmean(min(each) for each in courses)
-    first, last = fmean(each[0] for each in courses), fmean(each[-1] for each in courses)
+    lowest = fmean(min(values) for values in courses)
+    first, last = fmean(values[0] for values in courses), fmean(values[-1] for values in courses)
     return first, last, lowest > first * _FALLEN
 
 

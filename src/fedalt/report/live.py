@@ -103,12 +103,12 @@ def runs_of(path: Path) -> list[Path]:
     """The run that a folder is, or the runs of the comparison that it is. Raises StoreError."""
     if (path / "run.json").exists():
         return [path]
-    found = sorted(file.parent for file in path.glob("*/seed-*/run.json"))
-    if not found:
+    runs = sorted(file.parent for file in path.glob("*/seed-*/run.json"))
+    if not runs:
         raise StoreError(
             f"{path} is neither a run's folder nor that of a comparison with runs{meant_by(path)}"
         )
-    return found
+    return runs
 
 
 def is_comparison(path: Path, runs: Sequence[Path]) -> bool:
@@ -204,10 +204,10 @@ def _stamp(path: Path) -> Stamp:
 
     def of(file: Path) -> tuple[int, int]:
         try:
-            found = os.stat(file)  # noqa: PTH116 - one call, on a network one question
+            status = os.stat(file)  # noqa: PTH116 - one call, on a network one question
         except FileNotFoundError:
             return (-1, -1)
-        return (found.st_mtime_ns, found.st_size)
+        return (status.st_mtime_ns, status.st_size)
 
     return tuple(of(path / name) for name in _FILES)
 

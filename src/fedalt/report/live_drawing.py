@@ -115,16 +115,16 @@ def _drawn_clients(clients: Sequence[Client], most: int) -> RenderableType:
     """The clients; where they are too many, those whose loss is highest."""
     chosen = clients
     if len(clients) > most:
-        chosen = sorted(clients, key=lambda each: -(_best_known(each) or 0.0))[:most]
+        chosen = sorted(clients, key=lambda client: -(_best_known(client) or 0.0))[:most]
     rows = [
         [
-            each.name,
-            _last(each.train),
-            _last(each.validation),
-            sparkline(each.validation or each.train, _WIDTH),
-            "–" if each.upload_bytes is None else shown_size(each.upload_bytes),
+            client.name,
+            _last(client.train),
+            _last(client.validation),
+            sparkline(client.validation or client.train, _WIDTH),
+            "–" if client.upload_bytes is None else shown_size(client.upload_bytes),
         ]
-        for each in chosen
+        for client in chosen
     ]
     heads = ("client", "train loss", "validation loss", "curve", "upload")
     drawn = Sheet(heads, rows, left=(0, 3))

@@ -88,7 +88,7 @@ def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
         ("versions", ", ".join(f"{key} {value}" for key, value in facts["versions"].items())),
     ]
     per_section = [
-        (f"[{name}]", ", ".join(f"{key} = {_shown(each)}" for key, each in values.items()))
+        (f"[{name}]", ", ".join(f"{key} = {_shown(value)}" for key, value in values.items()))
         for name, values in settings.items()
         if isinstance(values, dict)
     ]
@@ -128,8 +128,8 @@ def score_table(table: Scores, caption: str) -> Table:
             Cell(row.name, row.name),
             Cell(row.metric, row.metric),
             *(
-                Cell(text, fmean(each) if each else None, at in best)
-                for at, (text, each) in enumerate(numbers)
+                Cell(text, fmean(seeds) if seeds else None, at in best)
+                for at, (text, seeds) in enumerate(numbers)
             ),
         ]
 
@@ -140,13 +140,13 @@ def score_table(table: Scores, caption: str) -> Table:
 
 def _key(record: Record, table: Scores | None) -> list[tuple[str, str]]:
     clients = len({*record.facts.get("clients", {}), *record.facts.get("joined", {})})
-    found = [("clients", str(clients)), ("rounds", str(record.folder.rounds_done()))]
+    numbers = [("clients", str(clients)), ("rounds", str(record.folder.rounds_done()))]
     if table is None:
-        return found
+        return numbers
     for head, text in zip(heads_of(table), cells_of(table, table.mean), strict=True):
         if head == table.columns[0] or head.startswith("gain"):
-            found.append((f"mean, {head}", text))
-    return found
+            numbers.append((f"mean, {head}", text))
+    return numbers
 
 
 def _scores(record: Record, table: Scores) -> Section:
@@ -211,20 +211,19 @@ def _mixer(record: Record, absent: list[str]) -> list[Section]:
 
 
 def _similarity(record: Record, absent: list[str]) -> list[Section]:
-    from fedalt.report.similarity import similarity  # the one part that reads tensors
-    from fedalt.report.similarity_figures import similarity_map, similarity_tree
+    from fedalt.report.similarity import similarity  # reads tensors, so it needs PyTorch
 
-    found = similarity(record)
-    if isinstance(found, str):
-        absent.append(f"Similarity of clients: {found}.")
+    similar = similarity(record)
+    if isinstance(similar, str):
+        absent.append(f"Similarity of clients: {similar}.")
         return []
-    whose = "individual" if found.column == "own" else "local-only"
-    what = {"BA": "products B A", "B": "factors B"}[found.signal]
+    whose = "individual" if similar.column == "own" else "local-only"
+    what = {"BA": "products B A", "B": "factors B"}[similar.signal]
     lead = (
-        f"Cosine of the {what} of two clients' {whose} adapters after round {found.round}, mean "
+        f"Cosine of the {what} of two clients' {whose} adapters after round {similar.round}, mean "
         "over the sites. Clients stand in the order of the tree."
     )
-    if found.groups:
+    if similar.groups:
         lead += " Groups are those that the method itself has made."
     return [
         Section(
@@ -236,13 +235,13 @@ def _similarity(record: Record, absent: list[str]) -> list[Section]:
                     "similarity",
                     "Cosines",
                     "The diagonal is 1.",
-                    similarity_map(found),
+                    figures.similarity_map(similar),
                 ),
                 Figure(
                     "similarity-tree",
                     "Tree",
                     "Average linkage: branches meet at their mean distance, 1 − cosine.",
-                    similarity_tree(found),
+                    figures.similarity_tree(similar),
                 ),
             ],
         )

@@ -83,7 +83,9 @@ def _clients(record: Record) -> list[str]:
 
 def _size(states: FileStates, clients: Sequence[str]) -> int:
     """Bytes of the clients' state files, of all rounds that are kept."""
-    files = (path for each in clients for path in (states.folder / "clients" / each).glob("*"))
+    files = (
+        path for client_id in clients for path in (states.folder / "clients" / client_id).glob("*")
+    )
     return sum(path.stat().st_size for path in files)
 
 

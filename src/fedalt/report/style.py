@@ -10,6 +10,7 @@ from fedalt.core.foreign import shown
 
 ACCENT, SECOND = "#3a7fc1", "#d9822b"  # told apart by colour-blind readers too
 INK = "currentColor"  # dark on a light page, light on a dark one, black on paper
+MOST_NUMBERED = 8  # columns of a heat map whose cells have room for numbers
 WIDTH = 560  # of a figure on its own; on a page it is as wide as there is room
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Helvetica, Arial, sans-serif"
 
@@ -95,6 +96,51 @@ def names_axis(names: Sequence[str]) -> alt.Axis:
     )
 
 
-def literal(value: object) -> str:
-    """A value as a constant of Vega's expressions."""
-    return json.dumps(value)
+def heat_map(
+    rows: Sequence[Mapping[str, Any]],
+    axes: tuple[alt.X, alt.Y],
+    value: alt.Tooltip,
+    scale: alt.Scale,
+    *,
+    white: str = "",
+    legend: str = "",
+    also: Sequence[alt.Tooltip] = (),
+) -> alt.LayerChart:
+    """Cells coloured by a value; `white` tells, of a datum, where a number on it has to be white.
+
+    The numbers stand there unless they would have no room, or without `white`.
+    """
+    field, title = value["shorthand"], value["title"]
+    columns, lines = (len({row[axis["shorthand"][:-2]] for row in rows}) for axis in axes)
+    across, down = (axis["shorthand"] for axis in axes)
+    base = alt.Chart(data_of(rows)).encode(axes[0], axes[1], tooltip=[down, across, value, *also])
+    shown_as = alt.Legend(title=legend or title, format=value["format"])
+    cells = base.mark_rect().encode(color=alt.Color(field, scale=scale, legend=shown_as))
+    if not white or columns > MOST_NUMBERED:
+        return styled(cells, rows_high(lines))
+    numbers = base.mark_text(fontSize=10).encode(
+        text=alt.Text(field, format=value["format"]),
+        color=alt.when(white).then(alt.value("#fff")).otherwise(alt.value("#111")),
+    )
+    return styled(alt.layer(cells, numbers), rows_high(lines))
+
+
+def lines_of(
+    base: Any, name: str, field: str, opacity: float, *, dots: bool = False, every: int = 1
+) -> tuple[Any, Any]:
+    """Thin lines, one for each `name`, and what shows the one under the pointer by its values."""
+    near = alt.selection_point(
+        fields=[name], on="pointerover", nearest=True, empty=False, clear="pointerout"
+    )
+    lit = alt.when(near).then(alt.value(0.9)).otherwise(alt.value(opacity))
+    dot = {"size": 25, "filled": True, "color": INK} if dots else False
+    thin = base.mark_line(stroke=INK, strokeWidth=1, point=dot).encode(
+        detail=f"{name}:N", opacity=lit
+    )
+    touch = (
+        base.transform_filter(f"datum.round % {every} == 0")
+        .mark_point(opacity=0, size=40)
+        .encode(tooltip=[f"{name}:N", "round:Q", alt.Tooltip(f"{field}:Q", format=",.4~g")])
+        .add_params(near)
+    )
+    return thin, touch

@@ -71,7 +71,7 @@ def run_table(lines: Iterable[Line], split: str = "test", *, losses: bool = Fals
     """
     lines = list(lines)
     scored = {column: [scores_of(lines, column, split)] for column in COLUMNS}
-    seen = {column: each for column, each in scored.items() if each[0]}
+    seen = {column: seeds for column, seeds in scored.items() if seeds[0]}
     return joined(seen, YARDSTICK, losses=losses)
 
 
@@ -95,7 +95,7 @@ def joined(
     if not columns:
         raise ValueError("nothing has been scored: no client has data to score on")
     names = tuple(columns)
-    clients = sorted({client for seeds in columns.values() for each in seeds for client in each})
+    clients = sorted({client for seeds in columns.values() for seed in seeds for client in seed})
     metrics = {client: "loss" if losses else _headline(client, columns) for client in clients}
     if "loss" in metrics.values():
         metrics = dict.fromkeys(clients, "loss")
@@ -216,7 +216,7 @@ def verdict(table: Table, ours: str, other: str) -> str:
 
 
 def _headline(client: str, columns: Mapping[str, Sequence[Scored]]) -> str:
-    all_metrics = [each[client] for seeds in columns.values() for each in seeds if client in each]
+    all_metrics = [seed[client] for seeds in columns.values() for seed in seeds if client in seed]
     for name, _ in _HEADLINES:
         if all(name in metrics for metrics in all_metrics):
             return name
@@ -225,7 +225,7 @@ def _headline(client: str, columns: Mapping[str, Sequence[Scored]]) -> str:
 
 def _values(seeds: Sequence[Scored], client: str, metric: str, scale: float) -> Values:
     """The client's numbers, none at all if a seed lacks one: means of different seeds mislead."""
-    values = [each[client][metric] * scale for each in seeds if metric in each.get(client, {})]
+    values = [seed[client][metric] * scale for seed in seeds if metric in seed.get(client, {})]
     return tuple(values) if len(values) == len(seeds) else ()
 
 
@@ -239,14 +239,14 @@ def _gain(own: Values, yardstick: Values, metric: str) -> Values:
 def _over_clients(name: str, rows: Sequence[Row], score: Fold, gain: Fold) -> Row:
     """A row of one number per seed, made of the clients' numbers of that seed."""
 
-    def each(cells: Sequence[Values], one: Fold) -> Values:
-        return tuple(one(seed) for seed in zip(*cells, strict=True)) if all(cells) else ()
+    def folded(cells: Sequence[Values], fold: Fold) -> Values:
+        return tuple(fold(seed) for seed in zip(*cells, strict=True)) if all(cells) else ()
 
     columns = range(len(rows[0].scores))
     metrics = {row.metric for row in rows}
-    scores = tuple(each([row.scores[at] for row in rows], score) for at in columns)
+    scores = tuple(folded([row.scores[at] for row in rows], score) for at in columns)
     metric = metrics.pop() if len(metrics) == 1 else ""
-    return Row(name, metric, scores, each([row.gain for row in rows], gain))
+    return Row(name, metric, scores, folded([row.gain for row in rows], gain))
 
 
 def heads_of(table: Table) -> list[str]:

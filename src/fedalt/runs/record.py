@@ -31,7 +31,7 @@ __all__ = [
     "require_run",
 ]
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ def require_run(path: Path) -> None:
             "`chat` and `export` take the client.toml"
         )
     found = read_json(file, _Format)["format"]
-    if found == 1:
+    if found in range(1, FORMAT):
         raise StoreError(
-            f"{file}: this run is of format 1, which keeps no digests of its files; a version of "
-            f"fedalt from before format {FORMAT} goes on with it, or begin a new run"
+            f"{file}: this run is of format {found}, and this version reads {FORMAT}; the version "
+            "that began the run goes on with it, or begin a new run"
         )
     if found != FORMAT:
         raise StoreError(f"{file}: run format {found!r}, but this version reads {FORMAT}")

@@ -118,14 +118,14 @@ def require_run(path: Path) -> None:
             "that is with the server; of this client's own model, `fedalt evaluate`, `generate`, "
             "`chat` and `export` take the client.toml"
         )
-    found = read_json(file, _Format)["format"]
-    if found == 1:
+    version = read_json(file, _Format)["format"]
+    if version == 1:
         raise StoreError(
             f"{file}: this run is of format 1, which keeps no digests of its files; a version of "
             f"fedalt from before format {FORMAT} goes on with it, or begin a new run"
         )
-    if found != FORMAT:
-        raise StoreError(f"{file}: run format {found!r}, but this version reads {FORMAT}")
+    if version != FORMAT:
+        raise StoreError(f"{file}: run format {version!r}, but this version reads {FORMAT}")
 
 
 def require_clients(path: Path) -> None:

@@ -120,10 +120,10 @@ def _answered(
     if members.shared is not None:
         servings["shared part"] = members.shared.serving
     servings["base model"] = None
-    found = {}
+    texts = {}
     for name, serving in servings.items():
-        (found[name],) = generate(members.base, serving, [prompt], scoring)
-    answers = {name: Text(shown_lines(text), overflow="fold") for name, text in found.items()}
+        (texts[name],) = generate(members.base, serving, [prompt], scoring)
+    answers = {name: Text(shown_lines(text), overflow="fold") for name, text in texts.items()}
     if width >= _ROOM * len(servings):
         table = Table(expand=True)
         for name in servings:
@@ -136,14 +136,14 @@ def _answered(
             yield Padding(answered, (0, 0, 0, 2))
     if own.serving.plan.gate is None:
         return
-    answer = ids_of(found["own"], members.base.tokenizer)
+    answer = ids_of(texts["own"], members.base.tokenizer)
     ids = (*prompt, *answer)[: members.base.positions]
     weights = weights_of(members.base, own.serving, ids)[:, 0].tolist()
     shown = list(zip(pieces(members.base.tokenizer, ids), weights, strict=True))
     yield Text(f"weight of {own.serving.plan.slots[0].name}, the mean over sites: ") + (
         _legend() if colours else Text("percent behind each token")
     )
-    yield Text("").join(_token(*each, colours=colours) for each in shown)
+    yield Text("").join(_token(text, weight, colours=colours) for text, weight in shown)
 
 
 def _token(text: str, weight: float, *, colours: bool) -> "Text":
@@ -169,7 +169,7 @@ def _colour(weight: float) -> str:
     far = abs(2 * weight - 1)
     end = _WARM if weight > 0.5 else _COLD
     mixed = (round(e * far + m * (1 - far)) for e, m in zip(end, _EVEN, strict=True))
-    return "#" + "".join(f"{each:02x}" for each in mixed)
+    return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
 def _choose(out: "Console", clients: Sequence[str]) -> str | None:

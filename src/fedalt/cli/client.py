@@ -13,7 +13,7 @@ from fedalt.cli.typed import next_lines, piped_lines
 ClientId = Annotated[
     str | None,
     typer.Option(
-        "--client", metavar="ID", help="A client of the run; a federation's client is its own."
+        "--client", metavar="ID", help="A client of the run; not needed for a client.toml."
     ),
 ]
 Model = Annotated[
@@ -22,7 +22,7 @@ Model = Annotated[
 ]
 Round = Annotated[
     int | None,
-    typer.Option("--round", help="After which round; without it, the one that was tested."),
+    typer.Option("--round", help="Use the model after this round instead of the tested one."),
 ]
 AsColumn = Annotated[
     Literal["own", "shared", "local"],
@@ -34,20 +34,20 @@ def generate(
     path: Model,
     prompt: Annotated[
         str | None,
-        typer.Argument(help="The question; without it, each line of stdin is one."),
+        typer.Argument(help="The prompt; without it, every line of stdin is one."),
     ] = None,
     client: ClientId = None,
     column: AsColumn = "own",
     round_: Round = None,
     beams: Annotated[int | None, typer.Option(help="Beams, instead of the run's.")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(help="Most tokens of an answer, instead of the run's.")
+        int | None, typer.Option(help="Longest answer, in tokens, instead of the run's.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per answer.")
     ] = False,
 ) -> None:
-    """Let a client's model answer: a prompt, every line of stdin, or a conversation line by line.
+    """Generate answers with a client's model to a prompt, or to every line of stdin.
 
     A prompt takes the form of the client's records; where those are instructions, it goes through
     the run's template.
@@ -101,7 +101,7 @@ def export(
     else:
         export_individual(of.serving, of.parts.base, out, readme=readme)
         note(f"`peft.PeftModel.from_pretrained(base, {str(out)!r})` loads it in Python")
-    note(f"{out / 'README.md'} shows how it wants to be asked")
+    note(f"{out / 'README.md'} shows how to prompt it")
     typer.echo(str(out))
 
 

@@ -1,19 +1,19 @@
 """`fedalt compare` and `tune`: several methods under one budget, and a fair choice of settings."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedalt.cli.flags import AsJson, Quiet
+from fedalt.cli.flags import AsJson, Quiet, numbers_of
 from fedalt.cli.output import console, hush_libraries, note, show_json
 from fedalt.core.foreign import shown
 
 if TYPE_CHECKING:
     from fedalt.runs.compare import Entry
+    from fedalt.runs.tune import Trial
 
 File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, seeds, one budget.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder of all runs and of the results.")]
@@ -94,56 +94,50 @@ def tune(
     """
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
-    from fedalt.core.files import atomic_write
     from fedalt.runs.compare import jobs_of, read_comparison
     from fedalt.runs.folder import open_run
-    from fedalt.runs.tune import Trial, trials_in, trials_of, tuned_table, write_toml
+    from fedalt.runs.tune import best_of, trials_in, trials_of, write_tuned
 
     entries, seeds = read_comparison(file)
     _tell_advice(entries, quiet=quiet)
     flags = {
-        **({"lr": _numbers(lr, float, "--lr")} if lr else {}),
-        **({"rank": _numbers(rank, int, "--rank")} if rank else {}),
+        **({"lr": numbers_of(lr, float, "--lr")} if lr else {}),
+        **({"rank": numbers_of(rank, int, "--rank")} if rank else {}),
     }
     trials = trials_of(entries, flags, trials_in(file), rounds)
     at = seeds[0] if seed is None else seed
     runs = jobs_of([trial.entry for trial in trials], [at], out)
     if run_jobs(runs, jobs, quiet=quiet):
         raise typer.Exit(1)
-    losses: list[float] = []
-    for job in runs:
-        best = open_run(job.path).best_loss()
-        if best is None:
-            raise typer.BadParameter("no client has validation data to choose by")
-        losses.append(best)
-    chosen: dict[str, Trial] = {}
-    for trial, _ in sorted(zip(trials, losses, strict=True), key=lambda pair: pair[1]):
-        chosen.setdefault(trial.label, trial)
-    lines = [
-        {**trial.facts(), "validation_loss": loss}
-        for trial, loss in zip(trials, losses, strict=True)
-    ]
-    text = "".join(f"{json.dumps(line)}\n" for line in lines)
-    atomic_write(out / "tune.jsonl", text.encode())
-    write_toml(out / "tuned.toml", tuned_table(file, chosen))
-    edges = [trial.label for trial in chosen.values() if trial.at_edge(trials)]
+    losses = [loss for job in runs if (loss := open_run(job.path).best_loss()) is not None]
+    if len(losses) < len(runs):
+        raise typer.BadParameter("no client has validation data to choose by")
+    chosen = best_of(trials, losses)
+    lines = write_tuned(out, file, trials, losses)
     if as_json:
         show_json({"tuned": str(out / "tuned.toml"), "trials": lines})
         return
+    _show_trials(trials, losses, list(chosen.values()))
+    if edges := [trial.label for trial in chosen.values() if trial.at_edge(trials)]:
+        note(f"chosen at the edge of what was tried: {', '.join(edges)}", quiet=quiet)
+    note(f"`fedalt compare {out / 'tuned.toml'} --out ...` compares with these", quiet=quiet)
+
+
+def _show_trials(
+    trials: "Sequence[Trial]", losses: Sequence[float], chosen: "Sequence[Trial]"
+) -> None:
+    """All trials as a table, the chosen ones in bold."""
     from rich.text import Text
 
     from fedalt.report.sheet import Sheet
 
     rows = []
     for trial, loss in zip(trials, losses, strict=True):
-        style = "bold" if chosen[trial.label] == trial else ""
         tried = ", ".join(f"{name} = {value}" for name, value in trial.values.items())
+        style = "bold" if trial in chosen else ""
         cells = (shown(trial.label), shown(tried), f"{loss:.3f}")
         rows.append([Text(cell, style=style) for cell in cells])
     console().print(Sheet(("method", "tried", "validation loss"), rows))
-    if edges:
-        note(f"chosen at the edge of what was tried: {', '.join(edges)}", quiet=quiet)
-    note(f"`fedalt compare {out / 'tuned.toml'} --out ...` compares with these", quiet=quiet)
 
 
 def _tell_advice(entries: "Sequence[Entry]", *, quiet: bool) -> None:
@@ -155,13 +149,3 @@ def _tell_advice(entries: "Sequence[Entry]", *, quiet: bool) -> None:
         if sentence:
             who = "" if len(by_sentence) == 1 else f"{', '.join(labels)}: "
             note(f"{who}{sentence}", quiet=quiet)
-
-
-def _numbers(text: str, kind: Any, flag: str) -> list[Any]:
-    try:
-        numbers = [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise typer.BadParameter(f"{flag}: expected numbers with commas, got {text!r}") from None
-    if min(numbers) <= 0:
-        raise typer.BadParameter(f"{flag}: {min(numbers)}, but it must be above 0")
-    return list(dict.fromkeys(numbers))

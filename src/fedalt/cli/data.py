@@ -23,8 +23,8 @@ def _group() -> None:
 
 def check(
     path: Annotated[Path, typer.Argument(metavar="DIR", help="Folder or file of client data.")],
-    model: Annotated[str, typer.Option(help="Whose tokenizer to look through.")] = "tiny",
-    max_length: Annotated[int, typer.Option(help="Most tokens of an example.")] = 512,
+    model: Annotated[str, typer.Option(help="Base model whose tokenizer counts.")] = "tiny",
+    max_length: Annotated[int, typer.Option(help="Longest example, in tokens.")] = 512,
     template: Annotated[
         Path | None, typer.Option(help="File with a prompt template.", show_default=False)
     ] = None,
@@ -33,13 +33,13 @@ def check(
     ] = None,
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FILE.html", help="Also write a page of it.", show_default=False),
+        typer.Option(metavar="FILE.html", help="Also write an HTML report.", show_default=False),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print all of it as JSON.")] = False,
 ) -> None:
-    """Measure every client's data and warn of what would spoil a run.
+    """Measure every client's data and warn of problems.
 
-    A folder that cannot be used ends in one error with all its problems.
+    A folder that cannot be used is one error that lists all problems.
     """
     if html:
         from fedalt.report.page import require_report
@@ -79,10 +79,10 @@ def split(
         typer.Option(metavar="ALPHA", help="Draw shares of each label; small: very different."),
     ] = None,
     label: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="The label that --dirichlet divides.")
+        str | None, typer.Option(metavar="FIELD", help="Label field that --dirichlet divides.")
     ] = None,
     clients: Annotated[
-        int | None, typer.Option(metavar="N", help="How many clients --dirichlet makes.")
+        int | None, typer.Option(metavar="N", help="Number of clients of --dirichlet.")
     ] = None,
     equal: Annotated[
         int | None, typer.Option(metavar="N", help="N clients with random parts of equal size.")
@@ -90,13 +90,11 @@ def split(
     test_fraction: Annotated[
         float, typer.Option(help="Share of each client's records for its test file.")
     ] = 0.2,
-    minimum: Annotated[
-        int, typer.Option(help="Fewest records of a client that --dirichlet makes.")
-    ] = 10,
-    seed: Annotated[int, typer.Option(help="Of all random numbers.")] = 0,
+    minimum: Annotated[int, typer.Option(help="Fewest records of a client of --dirichlet.")] = 10,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
-    """Make a folder of client data out of one file: by --by, by --dirichlet, or by --equal."""
+    """Split one file into client data with --by, --dirichlet or --equal."""
     from fedalt.data.partition import Partition, divide
 
     if sum(way is not None for way in (by, dirichlet, equal)) != 1:
@@ -123,7 +121,7 @@ def split(
 
 def suite(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
-    seed: Annotated[int, typer.Option(help="One seed, one suite.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     clients: Annotated[int, typer.Option(min=1, help="Clients of each of the eight tasks.")] = 1,
     train: Annotated[int, typer.Option(min=1, help="Training examples of a client.")] = 96,
     validation: Annotated[int, typer.Option(min=0, help="Validation examples.")] = 40,

@@ -21,10 +21,10 @@ DATA_SEED = 1  # the settings were found on suites of other seeds
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Where to put data, runs and tables.")] = Path(
+    out: Annotated[Path, typer.Option("--out", help="Folder for data, runs and tables.")] = Path(
         "runs/demo"
     ),
-    seeds: Annotated[int, typer.Option(min=1, help="Repeat with so many seeds.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds of each run.")] = ROUNDS,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -58,7 +58,7 @@ def demo(
     results = collect(entries, each_seed, runs)
     write_results(folder, results)
     columns = {name: results.scores[method] for method, name in METHODS.items()}
-    scores, losses = (joined(columns, "local", losses=each) for each in (False, True))
+    scores, losses = (joined(columns, "local", losses=losses) for losses in (False, True))
     # By client, as it is shown, instead of a comparison's table by method.
     atomic_write(folder / "table.md", f"{to_markdown(scores)}\n{to_markdown(losses)}".encode())
     pages = _write_pages(folder, runs[0].path)

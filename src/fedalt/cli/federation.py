@@ -9,18 +9,18 @@ from typing import Annotated
 
 import typer
 
-from fedalt.cli.flags import Quiet
+from fedalt.cli.flags import Quiet, names_of
 from fedalt.cli.output import hush_libraries, note, show_run, tell, warn
 from fedalt.core.foreign import shown as one_line
 from fedalt.report.docstrings import docstring
 
 app = typer.Typer(
-    help="Make and look after a federation over machines.",
+    help="Create and manage a federation over machines.",
     no_args_is_help=True,
     suggest_commands=False,
 )
 Insecure = Annotated[
-    bool, typer.Option("--insecure", help="Without encryption; for trying things out.")
+    bool, typer.Option("--insecure", help="Do without encryption, for tests on one machine.")
 ]
 Config = Annotated[Path, typer.Option("--config", help="The server's federation.toml.")]
 
@@ -49,7 +49,7 @@ def init(
     from fedalt.runs.settings import advised_settings, method_name
     from fedalt.runs.setup import load_parts
 
-    names, classes = _names(clients), _names(labels)
+    names, classes = names_of(clients), names_of(labels)
     title = name or folder.absolute().name
     require_possible(folder, names, address, name=title, labels=classes)
     chosen, advice = advised_settings(settings, {"data": {"path": "with-the-clients"}})
@@ -68,7 +68,7 @@ def init(
 
 
 def status(config: Config = Path("federation.toml")) -> None:
-    """Who is there, how far the rounds are, and what was refused."""
+    """Show which clients are online, how far the rounds are, and which uploads were rejected."""
     _require_flower()
     from fedalt.flower.config import read_server_config
     from fedalt.flower.status import shown
@@ -80,7 +80,7 @@ def revoke(
     client: Annotated[str, typer.Argument(metavar="CLIENT")],
     config: Config = Path("federation.toml"),
 ) -> None:
-    """Shut a client out: its key is no longer let in. What it has uploaded stays."""
+    """Revoke the key of a client: it can no longer connect. Its uploads stay."""
     _require_flower()
     from fedalt.flower.config import read_server_config
     from fedalt.flower.serve import revoke_key
@@ -97,23 +97,23 @@ def server(
     config: Config = Path("federation.toml"),
     insecure: Insecure = False,
 ) -> None:
-    """Run a federation's server to its end, and go on where it was."""
+    """Run the server of a federation; started again, it continues."""
     hush_libraries()
     _require_flower()
     from fedalt.flower.config import read_server_config
     from fedalt.flower.supervisor import supervise
 
-    found = read_server_config(config, insecure=insecure)
-    _warn_of(insecure=found.place.insecure)
-    if len(found.terms.clients) < found.place.warn_below:
-        count = len(found.terms.clients)
+    server_config = read_server_config(config, insecure=insecure)
+    _warn_of(insecure=server_config.place.insecure)
+    if len(server_config.terms.clients) < server_config.place.warn_below:
+        count = len(server_config.terms.clients)
         warn(
             [
                 f"{count} clients: from what one of them receives it can work out much about the "
-                f"others' adapters (with two, all); warn_below = {found.place.warn_below}"
+                f"others' adapters (with two, all); warn_below = {server_config.place.warn_below}"
             ]
         )
-    _until_stopped(lambda: supervise(found, _say))
+    _until_stopped(lambda: supervise(server_config, _say))
 
 
 def client(
@@ -122,25 +122,25 @@ def client(
     ),
     insecure: Insecure = False,
 ) -> None:
-    """Take part in a federation to its end, and go on where it was."""
+    """Take part in a federation; started again, it continues."""
     hush_libraries()
     _require_flower()
     from fedalt.flower.client_process import attend
     from fedalt.flower.config import read_client_config
 
-    found = read_client_config(config, insecure=insecure)
-    _warn_of(insecure=found.place.insecure)
-    _until_stopped(lambda: attend(found, _say))
+    client_config = read_client_config(config, insecure=insecure)
+    _warn_of(insecure=client_config.place.insecure)
+    _until_stopped(lambda: attend(client_config, _say))
 
 
 def simulate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="As for `fedalt run`.")],
-    out: Annotated[Path, typer.Option("--out", help="The run's folder; goes on if it is one.")],
+    out: Annotated[Path, typer.Option("--out", help="The run's folder; if it is one, continue.")],
     engine: Annotated[
-        str, typer.Option("--engine", help="'flower' (Ray, for a cluster) or 'in_process'.")
+        str, typer.Option("--engine", help="'in_process', or 'flower' on Ray.")
     ] = "in_process",
     gpus: Annotated[
-        float, typer.Option("--gpus", help="With 'flower': of a GPU, for each client at a time.")
+        float, typer.Option("--gpus", help="With 'flower': share of a GPU per client.")
     ] = 0.0,
     quiet: Quiet = False,
 ) -> None:
@@ -193,10 +193,6 @@ def _until_stopped(work: Callable[[], None]) -> None:
 
 def _say(text: str) -> None:
     typer.echo(f"{datetime.now():%H:%M:%S}  {one_line(text)}")
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _require_flower() -> None:

@@ -19,10 +19,10 @@ def join(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Give clients that were not in training what others have learnt, and train their own part.
+    """Evaluate clients that join after training: they get the shared part and train their own.
 
-    The table says what joining late is worth: their own model, the shared part alone, and
-    training alone for as long. No one else's model changes.
+    The table compares their own model, the shared part alone, and local-only training for as
+    long. The models of the other clients do not change.
     """
     hush_libraries()
     from fedalt.report.table import describe, run_table, to_json
@@ -32,7 +32,7 @@ def join(
     if not lines:
         note("no newcomer has test data, so there is no table")
         return
-    scores, losses = (run_table(lines, losses=each) for each in (False, True))
+    scores, losses = (run_table(lines, losses=losses) for losses in (False, True))
     if as_json:
         show_json({"run": str(path), "scores": to_json(scores), "losses": to_json(losses)})
         return
@@ -48,10 +48,10 @@ def leave(
     client: Annotated[str, typer.Option("--client", metavar="ID", help="Who leaves.")],
     quiet: Quiet = False,
 ) -> None:
-    """Subtract a departed client from what the others receive.
+    """Remove a client's last upload from what the server sends, and the client from the run.
 
-    Afterwards the run is as if the client's last upload had never come; what others have learnt
-    from it in earlier rounds stays in their own adapters. The client's own state stays too.
+    What other clients learnt from it in earlier rounds stays in their adapters. The client's own
+    state stays in the folder.
     """
     hush_libraries()
     from fedalt.runs.membership import leave as let_go

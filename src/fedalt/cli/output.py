@@ -113,7 +113,7 @@ def show_run(
         if as_json:
             show_json(about)
         return
-    scores, losses = (run_table(lines, split, losses=each) for each in (False, True))
+    scores, losses = (run_table(lines, split, losses=of_losses) for of_losses in (False, True))
     learnt = nothing_learnt(path) if of_itself else ""
     if as_json:
         warn([learnt] if learnt else [], quiet=quiet)

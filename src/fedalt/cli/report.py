@@ -39,7 +39,7 @@ def report(
     write_page(page, file)
     saved = save_figures(page, figures) if figures else []
     if as_json:
-        show_json({"report": str(file), "figures": [str(each) for each in saved]})
+        show_json({"report": str(file), "figures": [str(file) for file in saved]})
         return
     note(f"{file}, {file.stat().st_size / 1e6:.1f} MB", quiet=quiet)
     if saved:

@@ -15,7 +15,7 @@ def resume(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Go on with a run that was stopped, whatever stopped it."""
+    """Continue a run that was stopped."""
     hush_libraries()
     from fedalt.cli.training import introduce, train
     from fedalt.report.trackers import require_trackers
@@ -36,17 +36,15 @@ def resume(
 
 def evaluate(
     path: Model,
-    split: Annotated[
-        Literal["test", "validation"], typer.Option(help="Which data to score on.")
-    ] = "test",
+    split: Annotated[Literal["test", "validation"], typer.Option(help="Split to score.")] = "test",
     round_: Annotated[
         int | None,
-        typer.Option("--round", help="After which round; without it, the one that was tested."),
+        typer.Option("--round", help="Use the model after this round instead of the tested one."),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score a run's models again and print the table; the run stays as it is."""
+    """Score the models of a run again and print the table; nothing is written."""
     hush_libraries()
     from fedalt.flower import client_model as own
     from fedalt.runs.lifecycle import evaluate as score

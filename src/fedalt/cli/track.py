@@ -16,7 +16,7 @@ def track(
     ],
     quiet: Quiet = False,
 ) -> None:
-    """Send what the record of a run holds to trackers; what they had of it is replaced."""
+    """Send the record of a run to trackers; what they had of it is replaced."""
     from fedalt.report.trackers import require_trackers, tracking
     from fedalt.runs.folder import locked, open_run
 

@@ -29,10 +29,10 @@ def watch(
     ],
     once: Annotated[bool, typer.Option("--once", help="Print one frame and end.")] = False,
 ) -> None:
-    """Follow a run while it goes on: rounds, losses, uploads, the time left.
+    """Follow a run: rounds, losses, uploads and the time left.
 
-    Only the folder is read, so it may lie on another machine. Ends with the run, or with q. Where
-    the output is no terminal, one frame is printed, as with --once.
+    Only the folder is read, so it may be on another machine. Ends with the run, or with q. Without
+    a terminal one frame is printed, as with --once.
     """
     from rich.live import Live as Screen
 
@@ -51,8 +51,8 @@ def watch(
                         break
                     before = {reading.path: reading for reading in readings}
                     try:
-                        found = [before.get(run, Reading(run)) for run in runs_of(path)]
-                        readings, runs = _read(found)
+                        now = [before.get(run, Reading(run)) for run in runs_of(path)]
+                        readings, runs = _read(now)
                         hint = "q ends"
                     except OSError as error:  # a network mount that is away for a moment
                         hint = f"{error.filename}: {error.strerror}; trying again; q ends"

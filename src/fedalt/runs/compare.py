@@ -103,7 +103,7 @@ def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
                 f"{file}: {key!r} belongs to a single run; see [[methods]] and seeds"
             )
     entries = tuple(
-        _entry(table, each, f"{file}: [[methods]] {n}") for n, each in enumerate(listed, 1)
+        _entry(table, method, f"{file}: [[methods]] {n}") for n, method in enumerate(listed, 1)
     )
     for at, entry in enumerate(entries):
         if entry.folder in (other.folder for other in entries[:at]):
@@ -233,8 +233,8 @@ def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], No
     if code == 0:
         return None
     said = log.read_bytes()[began:].decode(errors="replace").splitlines()
-    faults = [line for line in said if line.startswith("error:")]
-    return faults[-1] if faults else f"it ended with exit code {code}"
+    errors = [line for line in said if line.startswith("error:")]
+    return errors[-1] if errors else f"it ended with exit code {code}"
 
 
 def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> Entry:

@@ -175,7 +175,7 @@ class RunFolder:
         """
         before = self.facts()
         after = {key: value for key, value in {**before, **facts}.items() if value is not None}
-        seals = tuple(dict.fromkeys(seal_of_facts(each) for each in (before, after)))
+        seals = tuple(dict.fromkeys(seal_of_facts(state) for state in (before, after)))
         if len(seals) == 1 or not read_standing(self.path).facts:
             write_facts(self.path, after)
             return
@@ -236,7 +236,7 @@ def require_unused(path: Path) -> None:
         hint = ""
         if (path / "run.json").exists():
             hint = f"; `fedalt resume {path}` continues it"
-        elif any((path / each).exists() for each in (PROGRESS, RECORD, *LISTS)):
+        elif any((path / name).exists() for name in (PROGRESS, RECORD, *LISTS)):
             hint = f": it holds a run whose {path / 'run.json'} is missing"
         raise StoreError(f"{path} exists already and is not empty{hint}")
 

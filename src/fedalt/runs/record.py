@@ -118,14 +118,14 @@ def require_run(path: Path) -> None:
             "that is with the server; of this client's own model, `fedalt evaluate`, `generate`, "
             "`chat` and `export` take the client.toml"
         )
-    found = read_json(file, _Format)["format"]
-    if found in range(1, FORMAT):
+    version = read_json(file, _Format)["format"]
+    if version in range(1, FORMAT):
         raise StoreError(
-            f"{file}: this run is of format {found}, and this version reads {FORMAT}; the version "
+            f"{file}: this run is of format {version}, and this version reads {FORMAT}; the version "
             "that began the run goes on with it, or begin a new run"
         )
-    if found != FORMAT:
-        raise StoreError(f"{file}: run format {found!r}, but this version reads {FORMAT}")
+    if version != FORMAT:
+        raise StoreError(f"{file}: run format {version!r}, but this version reads {FORMAT}")
 
 
 def require_clients(path: Path) -> None:

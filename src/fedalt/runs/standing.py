@@ -86,8 +86,8 @@ class _Model(TypedDict):
 def read_standing(path: Path) -> Standing:
     """How far the run in a folder is. Raises StoreError where progress.json is damaged or gone."""
     file = path / PROGRESS
-    marks = [path / each for each in LISTS]
-    if not file.exists() and all(each.exists() for each in marks) and not file.exists():
+    lists = [path / name for name in LISTS]
+    if not file.exists() and all(digests.exists() for digests in lists) and not file.exists():
         raise StoreError(
             f"{file} is missing, but rounds of this run were counted; put the file back from a "
             "backup, together with all of the folder"
@@ -107,12 +107,12 @@ def write_standing(path: Path, standing: Standing, kept: Digests) -> Standing:
     other = LISTS[standing.states == LISTS[0]]
     atomic_write(path / other, data)
     now = Standing(**{**vars(standing), "states": other, "states_sha256": digest_of(data)})
-    best = {column: list(each) for column, each in now.best.items()}
+    best = {column: list(pair) for column, pair in now.best.items()}
     atomic_write(path / PROGRESS, sealed({**asdict(now), "best": best, "facts": list(now.facts)}))
     kept.says = path / other
-    for each in LISTS:
-        if not (path / each).exists():
-            atomic_write(path / each, b"")
+    for name in LISTS:
+        if not (path / name).exists():
+            atomic_write(path / name, b"")
     return now
 
 
@@ -149,7 +149,7 @@ def seal_of_facts(facts: Mapping[str, Any]) -> str:
     Who is revoked is noted there without a lock, while the server runs; it follows from the keys.
     """
     revoked = facts.get("revoked", [])
-    left = [each for each in facts.get("left", []) if each not in revoked]
+    left = [client for client in facts.get("left", []) if client not in revoked]
     rest = {key: value for key, value in facts.items() if key not in ("revoked", "left")}
     return seal_of({**rest, "left": left})
 

@@ -1,5 +1,6 @@
 """The trials of a small search over any settings of methods, as many for every method."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -76,9 +77,9 @@ def trials_of(
     for entry in entries:
         grid = {**entry.tune, **flags}
         every[entry.label] = [
-            dict(zip(grid, each, strict=True)) for each in product(*grid.values())
+            dict(zip(grid, values, strict=True)) for values in product(*grid.values())
         ]
-    sizes = {label: len(each) for label, each in every.items()}
+    sizes = {label: len(combinations) for label, combinations in every.items()}
     if max(sizes.values()) == 1:
         raise SettingsError("there is nothing to try: give --lr, or lists of values in [tune]")
     told = ", ".join(f"{label} {size}" for label, size in sizes.items())
@@ -109,6 +110,28 @@ def trials_in(file: Path) -> int | None:
     if trials is not None and (type(trials) is not int or trials < 1):
         raise SettingsError(f"{file}: [tune] trials: expected a whole number above 0")
     return trials
+
+
+def best_of(trials: Sequence[Trial], losses: Sequence[float]) -> dict[str, Trial]:
+    """The trial of each method with the lowest validation loss, the first of several, by label."""
+    chosen: dict[str, Trial] = {}
+    for trial, _ in sorted(zip(trials, losses, strict=True), key=lambda pair: pair[1]):
+        chosen.setdefault(trial.label, trial)
+    return chosen
+
+
+def write_tuned(
+    out: Path, file: Path, trials: Sequence[Trial], losses: Sequence[float]
+) -> list[dict[str, Any]]:
+    """Write OUT/tune.jsonl and OUT/tuned.toml, the comparison's file with the best values."""
+    lines = [
+        {**trial.facts(), "validation_loss": loss}
+        for trial, loss in zip(trials, losses, strict=True)
+    ]
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    atomic_write(out / "tune.jsonl", text.encode())
+    write_toml(out / "tuned.toml", tuned_table(file, best_of(trials, losses)))
+    return lines
 
 
 def tuned_table(file: Path, chosen: Mapping[str, Trial]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class Drill:
         find: dict[str, Callable[[], psutil.Process]] = {
             "the app": there.app,
             "Flower's server": there.superlink,
-            "the door": there.door,
+            "the door": there.gateway,
             "fedalt server": lambda: there.process("server"),
         }
         return find[kind]()

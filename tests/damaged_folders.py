@@ -23,8 +23,8 @@ from fedalt.engine.schedule import Event
 from fedalt.federation import client as member
 from fedalt.federation.messages import Answer
 from fedalt.federation.transport import Lost
-from fedalt.flower.config import member_of, read_client_config, read_server_config
-from fedalt.flower.serve import host_of
+from fedalt.flower.config import read_client_config, read_server_config
+from fedalt.flower.participants import client_from, server_from
 from fedalt.report.live import Reading, follow, live_of
 from fedalt.report.records import read_record
 from fedalt.runs.folder import locked
@@ -185,14 +185,14 @@ class OfAFederation:
         if (config.place.run / "run.json").exists():
             live_of(follow(Reading(config.place.run)))
         with locked(config.place.folder):
-            host_of(config, _Strict(members, stop=stop)).to_the_end()
+            server_from(config, _Strict(members, stop=stop)).to_the_end()
 
     def _member(self, place: Path) -> member.Member:
         """A client as `fedalt client` opens it; its base model is loaded once for all cases."""
         config = read_client_config(place / "client.toml")
         known = self.prepared.get(config.place.name)
         with _prepared_once(known):
-            opened = member_of(config)
+            opened = client_from(config)
         if known is None:
             settings = opened.learner.task
             self.prepared[config.place.name] = Prepared(opened.parts, settings, {}, ())

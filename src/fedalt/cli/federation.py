@@ -44,7 +44,7 @@ def init(
     hush_libraries()
     _require_flower()
     from fedalt.federation.agreement import require_apart
-    from fedalt.flower.init import found_federation, require_possible
+    from fedalt.flower.init import create_federation, require_possible
     from fedalt.runs.settings import advised_settings, method_name
     from fedalt.runs.setup import load_parts, require_known
 
@@ -55,7 +55,7 @@ def init(
     require_apart(chosen)
     require_known(chosen, names)
     parts = load_parts(chosen, classes)
-    terms = found_federation(folder, names, parts, name=title, address=address, labels=classes)
+    terms = create_federation(folder, names, parts, name=title, address=address, labels=classes)
     if advice:
         note(advice, quiet=quiet)
     note(
@@ -82,7 +82,7 @@ def revoke(
     """Shut a client out: its key is no longer let in. What it has uploaded stays."""
     _require_flower()
     from fedalt.flower.config import read_server_config
-    from fedalt.flower.serve import revoke_key
+    from fedalt.flower.revocation import revoke_key
 
     revoke_key(read_server_config(config), client)
     note(f"{client} is shut out; a running server drops it within seconds")
@@ -124,12 +124,12 @@ def client(
     """Take part in a federation to its end, and go on where it was."""
     hush_libraries()
     _require_flower()
-    from fedalt.flower.client_process import attend
+    from fedalt.flower.client_process import run_client
     from fedalt.flower.config import read_client_config
 
     found = read_client_config(config, insecure=insecure)
     _warn_of(insecure=found.place.insecure)
-    _until_stopped(lambda: attend(found, _say))
+    _until_stopped(lambda: run_client(found, _say))
 
 
 def simulate(

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
+from fedalt.data.errors import DataError, as_text, described
 from fedalt.data.examples import Kind
-from fedalt.data.values import DataError, as_text, described
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _OTHER_NAMES: Final = {"function": "tool"}  # as results were called before there were tools

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from fedalt.data.examples import Kind, Split
 from fedalt.data.jsonl import Item, read_at, read_items
-from fedalt.data.layout import (
+from fedalt.data.layouts import (
     SPLITS,
     Layout,
     Source,

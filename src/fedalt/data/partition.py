@@ -17,7 +17,7 @@ import numpy as np
 from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.seeds import generator, seed_of
 from fedalt.data.jsonl import read_items
-from fedalt.data.layout import PARTITION_FILE, require_safe
+from fedalt.data.layouts import PARTITION_FILE, require_safe
 from fedalt.data.records import DataError, Problems, parse_record, record_key
 from fedalt.data.task import hold_out
 

@@ -12,10 +12,10 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from fedalt.data.answers import Answer, ids_of, plain_answer, rendered_answer
+from fedalt.data.answers import encode_answer as encode_answer
 from fedalt.data.chat_template import asked, asked_and_answered
 from fedalt.data.encodings import EncodingError, decoded
-from fedalt.data.endings import Answer, ids_of, plain_answer, rendered_answer
-from fedalt.data.endings import encode_answer as encode_answer
 from fedalt.data.examples import Example
 from fedalt.data.records import Chat, Completion, DataError, Instruction, Labelled, Record
 

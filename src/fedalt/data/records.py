@@ -11,9 +11,9 @@ from fedalt.core.foreign import shown
 from fedalt.data.conversations import Chat as Chat
 from fedalt.data.conversations import Turn as Turn
 from fedalt.data.conversations import parse_conversation
+from fedalt.data.errors import DataError as DataError
+from fedalt.data.errors import as_text, described
 from fedalt.data.examples import Kind
-from fedalt.data.values import DataError as DataError
-from fedalt.data.values import as_text, described
 
 SHOWN_PROBLEMS = 20
 

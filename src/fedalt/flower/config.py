@@ -9,8 +9,6 @@ from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.names import fault_of_names
 from fedalt.engine.firewall import Firewall
 from fedalt.federation.agreement import Terms, read_terms
-from fedalt.federation.client import Hear, Member, ignore, open_member
-from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.round_collector import Rules
 from fedalt.runs.settings import SettingsError, section_of
 
@@ -60,7 +58,7 @@ class ServerPlace:
 
     @property
     def let_in(self) -> Path:
-        """The keys that are let in, for the door."""
+        """The keys that are let in, for the gateway."""
         return self.flower / "keys.json"
 
     @property
@@ -148,24 +146,6 @@ def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
     )
 
 
-def member_of(config: ClientConfig, hear: Hear = ignore, say: Say = silent) -> Member:
-    """The client of a configuration, its model loaded and its data read; see `open_member`."""
-    place = config.place
-    try:
-        return open_member(
-            config.terms,
-            place.name,
-            place.data,
-            place.folder,
-            model=place.model,
-            device=place.device,
-            hear=hear,
-            say=say,
-        )
-    except SettingsError as error:  # whose name and places are this file's
-        raise SettingsError(f"{config.file}: {error}") from None
-
-
 def _table(file: Path, known: set[str]) -> dict[str, Any]:
     try:
         table = tomllib.loads(decoded(file.read_bytes()))
@@ -185,7 +165,7 @@ def _table(file: Path, known: set[str]) -> dict[str, Any]:
 
 def _place(cls: Any, table: dict[str, Any], file: Path, section: str) -> Any:
     """A section whose paths are relative to the file's folder."""
-    needed = [each.name for each in fields(cls) if each.default is MISSING]
+    needed = [setting.name for setting in fields(cls) if setting.default is MISSING]
     if missing := set(needed) - table.keys():
         raise SettingsError(f"{file}: [{section}] {min(missing)} is missing")
     hints = get_type_hints(cls)

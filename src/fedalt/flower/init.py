@@ -21,7 +21,7 @@ from fedalt.runs.settings import SettingsError, method_name
 from fedalt.runs.setup import Parts
 
 
-def found_federation(
+def create_federation(
     folder: Path,
     clients: Sequence[str],
     parts: Parts,
@@ -37,41 +37,32 @@ def found_federation(
     """
     host = require_possible(folder, clients, address, name=name, labels=labels)
     with whole_or_nothing(folder) as unfinished:
-        return _write_all(unfinished, clients, parts, name, address, host, labels)
+        authority, server = unfinished / "authority", unfinished / "server"
+        make_private_folder(authority)
+        make_private_folder(server / "clients")
+        make_authority(authority, name)
+        (authority / "README.md").write_text(_AUTHORITY, encoding="utf-8")
+        make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
+        shutil.copy(authority / "ca.crt", server)
+        terms = write_terms(server, name, clients, labels, parts)
+        rules = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
+        _write(server / "federation.toml", rules)
+        (server / "README.md").write_text(_server_readme(terms, address), encoding="utf-8")
+        for client_id in clients:
+            _write_client(unfinished / "clients" / client_id, server, terms, address)
+        return terms
 
 
-def _write_all(
-    folder: Path,
-    clients: Sequence[str],
-    parts: Parts,
-    name: str,
-    address: str,
-    host: str,
-    labels: Sequence[str],
-) -> Terms:
-    authority, server = folder / "authority", folder / "server"
-    keys = server / "clients"
-    for private in (authority, keys):
-        make_private_folder(private)
-    make_authority(authority, name)
-    make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
-    terms = write_terms(server, name, clients, labels, parts)
-    shutil.copy(authority / "ca.crt", server)
-    begin = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
-    _write(server / "federation.toml", begin)
-    (server / "README.md").write_text(_server_readme(terms, address), encoding="utf-8")
-    for client_id in clients:
-        place = folder / "clients" / client_id
-        make_private_folder(place / "data")
-        make_client_key(place / "client.key", keys / f"{client_id}.pub")
-        for file in ("terms.toml", "template.txt", "ca.crt"):
-            if (server / file).exists():
-                shutil.copy(server / file, place)
-        _write(place / "client.toml", {"client": {"name": client_id, "server": address}})
-        text = _client_readme(terms, client_id, address)
-        (place / "README.md").write_text(text, encoding="utf-8")
-    (authority / "README.md").write_text(_AUTHORITY, encoding="utf-8")
-    return terms
+def _write_client(place: Path, server: Path, terms: Terms, address: str) -> None:
+    client_id = place.name
+    make_private_folder(place / "data")
+    make_client_key(place / "client.key", server / "clients" / f"{client_id}.pub")
+    for file in ("terms.toml", "template.txt", "ca.crt"):
+        if (server / file).exists():
+            shutil.copy(server / file, place)
+    _write(place / "client.toml", {"client": {"name": client_id, "server": address}})
+    text = _client_readme(terms, client_id, address)
+    (place / "README.md").write_text(text, encoding="utf-8")
 
 
 def require_possible(
@@ -94,9 +85,9 @@ def require_possible(
         raise SettingsError(
             f"address {shown(repr(address))}: expected host:port, such as 10.0.0.5:8443"
         )
-    for what, given in (("clients", clients), ("labels", labels)):
-        if len(set(given)) < len(given):
-            twice = next(each for each in given if given.count(each) > 1)
+    for what, names in (("clients", clients), ("labels", labels)):
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
             raise SettingsError(
                 f"{what}: {shown(repr(twice), 120)} is named twice; expected different names"
             )
@@ -127,8 +118,8 @@ def whole_or_nothing(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         if folder.exists():  # it is empty, and somebody may be in it
-            for each in unfinished.iterdir():
-                each.rename(folder / each.name)
+            for entry in unfinished.iterdir():
+                entry.rename(folder / entry.name)
             unfinished.rmdir()
         else:
             unfinished.replace(folder)

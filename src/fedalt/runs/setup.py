@@ -14,7 +14,7 @@ from fedalt.adapters.start import Start
 from fedalt.core.tree import numbers
 from fedalt.data.examples import Split
 from fedalt.data.folder import open_data
-from fedalt.data.layout import SPLITS, not_read
+from fedalt.data.layouts import SPLITS, not_read
 from fedalt.data.prompts import Template, read_template
 from fedalt.data.records import (
     Chat,

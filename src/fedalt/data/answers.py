@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedalt.data.chat_template import ends_of, special_ids, turn_end
-from fedalt.data.values import DataError
+from fedalt.data.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fedalt.data.examples import Split
-from fedalt.data.findings import (
+from fedalt.data.data_report import (
     FEWEST_TO_JUDGE,
     BalanceOf,
     ClientReport,
@@ -20,8 +19,9 @@ from fedalt.data.findings import (
     client_warnings,
     folder_warnings,
 )
+from fedalt.data.examples import Split
 from fedalt.data.folder import DataFolder
-from fedalt.data.layout import SPLITS
+from fedalt.data.layouts import SPLITS
 from fedalt.data.prompts import Encoded, Template, encode, masked_example
 from fedalt.data.records import DataError, Record, question_key, record_key
 from fedalt.data.task import require_none

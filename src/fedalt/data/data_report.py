@@ -8,7 +8,7 @@ from typing import Literal
 
 from fedalt.core.foreign import listed, shown
 from fedalt.data.examples import Kind
-from fedalt.data.layout import not_read
+from fedalt.data.layouts import not_read
 
 FEWEST_TO_JUDGE = 20  # records, below which an order or a balance says nothing
 

@@ -1,10 +1,10 @@
 """States and messages survive their bytes; whatever else is decoded ends in CodecError."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from fedalt.core import container
 from fedalt.core.codec import CodecError, check_tree, decode, encode, fields_of, read, write
 from fedalt.core.tree import Name, Tree
+from fedalt.federation.messages import Answer, Call
+from fedalt.methods import METHODS
 from fedalt.methods.contract import Ledger, MemoryLedger, Message
 from fedalt.methods.fedit import Client as FedITClient
 from fedalt.methods.local import Client as LocalClient
@@ -152,6 +154,8 @@ def test_an_int_declared_float_becomes_that_float() -> None:
 
 @dataclass(frozen=True)
 class Server:
+    TAG: ClassVar = "server"
+
     total: Tree
     weight: float
     latest: Ledger
@@ -252,7 +256,7 @@ EMPTY = {"mapping": {}}
         (forged({"tree": {"tree": 0}, "facts": {"mapping": {"n": None}}}), "facts/n is None"),
         (forged({"tree": {"tree": 0}, "facts": {"mapping": {"n": {"float": "1"}}}}), "facts/n is"),
         (forged({"tree": {"tree": 0}, "facts": {"mapping": {"n": {"float": []}}}}), "facts/n is"),
-        (forged([]), r"Message is \[\] instead of fields"),
+        (forged([]), r"message is \[\] instead of fields"),
         (forged("{"), "the facts cannot be read"),
         (forged(""), "the facts cannot be read"),
         (forged('{"facts":NaN}'), "the facts cannot be read"),
@@ -271,7 +275,7 @@ def test_decode_refuses_a_forged_message(data: bytes, error: str) -> None:
 
 
 def test_what_the_class_itself_refuses_is_a_codec_error() -> None:
-    with pytest.raises(CodecError, match="Fixed: at least one weight"):
+    with pytest.raises(CodecError, match="fixed: at least one weight"):
         decode(Fixed, forged({"weights": []}, cls=Fixed))
 
 
@@ -330,3 +334,24 @@ def test_errors_about_a_file_name_it(tmp_path: Path) -> None:
     path.write_bytes(encode(Learned({}))[:-1])
     with pytest.raises(CodecError, match=f"^{path}: truncated"):
         read(Learned, path)
+
+
+def stored(cls: type) -> Iterator[type]:
+    """A stored class and the dataclasses that its fields hold."""
+    yield cls
+    hints = [hint for name, hint in get_type_hints(cls).items() if name != "TAG"]
+    while hints:
+        hint = hints.pop()
+        hints += get_args(hint)
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from stored(hint)
+
+
+def test_every_stored_class_has_a_tag_of_its_own() -> None:
+    roots = [Call, Answer]
+    for method in METHODS.values():
+        roots += [method.server_state, method.client_state]
+    tags = {each: vars(each).get("TAG") for root in roots for each in stored(root)}
+    assert {"moments", "message", "fedalt/server"} <= set(tags.values())
+    assert None not in tags.values()
+    assert len(set(tags.values())) == len(tags)

@@ -203,7 +203,7 @@ def drawn(loaded: Loaded, *, kept: bool) -> frozenset[str]:
 def location(name: str) -> str:
     """The folder of a model's name, or the name itself where it is a hub id. Raises ModelError."""
     if name == BUILT_IN:
-        return str(Path(__file__).parent / "assets" / "tiny-base")
+        return str(Path(__file__).parents[1] / "assets" / "tiny-base")
     folder = _packaged(name) if name in PACKAGED else Path(name).expanduser()
     if folder.suffix == SUFFIX and (name in PACKAGED or folder.is_file()):
         try:

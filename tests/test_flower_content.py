@@ -1,6 +1,7 @@
 """Bytes become a Flower message and come back; what calls have in common is one record."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from fedalt.flower.message_content import bytes_of, content_of
 
 @dataclass(frozen=True)
 class Note:
+    TAG: ClassVar = "note"
+
     to: str
     tree: Tree
 

@@ -74,6 +74,8 @@ def main() -> None:
         send(pipe, "ended")
     except _ShutOutError:
         send(pipe, "trouble", b"the server does not know this connection any more")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing more to say
 
 
 @dataclass(frozen=True)

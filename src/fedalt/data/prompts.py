@@ -17,7 +17,7 @@ from fedalt.data.answers import encode_answer as encode_answer
 from fedalt.data.chat_template import asked, asked_and_answered
 from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.examples import Example
-from fedalt.data.records import Chat, Completion, DataError, Instruction, Labelled, Record
+from fedalt.data.records import Chat, Completion, DataError, Instruction, LabeledText, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -100,7 +100,7 @@ def encode(
     """
     if max_length < 2:
         raise DataError(f"max_length={max_length}, but prompt and answer need at least 2 tokens")
-    if isinstance(record, Labelled):
+    if isinstance(record, LabeledText):
         return _encode_labelled(record, tokenizer, max_length, labels)
     opening, prompt, answers = _parts(record, tokenizer, template)
     room = max_length - max(1, len(opening))
@@ -122,7 +122,7 @@ def encode_prompt(
     record: Record, tokenizer: "Tokenizer", template: Template, *, max_length: int
 ) -> tuple[int, ...]:
     """The ids to generate from: those of `encode` before the answer, if an answer takes no room."""
-    if isinstance(record, Labelled):
+    if isinstance(record, LabeledText):
         raise DataError("a record with a label is classified, no text is generated for it")
     if isinstance(record, Chat):
         opening, prompt = opened(ids_of(asked(record, tokenizer), tokenizer), tokenizer)
@@ -167,7 +167,7 @@ def opening_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
 
 
 def _encode_labelled(
-    record: Labelled, tokenizer: "Tokenizer", max_length: int, labels: Sequence[str]
+    record: LabeledText, tokenizer: "Tokenizer", max_length: int, labels: Sequence[str]
 ) -> Encoded:
     if record.answer not in labels:
         raise DataError(f"label {record.answer!r} is none of {', '.join(labels) or 'no labels'}")

@@ -21,7 +21,7 @@ from fedalt.data.records import (
     Completion,
     DataError,
     Instruction,
-    Labelled,
+    LabeledText,
     Record,
     Turn,
 )
@@ -44,7 +44,7 @@ from fedalt.runs.settings import (
 )
 from fedalt.training.orders import Fit
 
-_FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", Labelled: "label"}
+_FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", LabeledText: "label"}
 
 
 @dataclass(frozen=True)

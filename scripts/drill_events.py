@@ -222,7 +222,8 @@ class Drill:
 
     def _code_of(self, name: str) -> int:
         self.machines.start(name)
-        return self.machines.wait_for_end([name])[name]
+        code: int = self.machines.wait_for_end([name])[name]
+        return code
 
     def _called_in_vain(self, name: str, file: Path) -> None:
         """Start a client with a damaged state: it has to name the file once it is called."""

@@ -105,14 +105,14 @@ def encode(
     opening, prompt, answers = _parts(record, tokenizer, template)
     room = max_length - max(1, len(opening))
     # Each option stands behind the same prompt, so the longest of them has to fit as well.
-    kept = [each.ids[:room] for each in answers]
+    kept = [answer.ids[:room] for answer in answers]
     rest = _cut_middle(prompt, max_length - len(opening) - max(map(len, kept)))
     right, *others = answers
     example = Example(
         ids=(*opening, *rest, *kept[0]),
         answer_start=len(opening) + len(rest),
         answer=right.text,
-        options=tuple(each.text for each in others),
+        options=tuple(answer.text for answer in others),
         option_ids=tuple(kept[1:]),
     )
     return Encoded(example, len(prompt) - len(rest), max(0, len(right.ids) - 1 - room))
@@ -171,19 +171,19 @@ def _encode_labelled(
 ) -> Encoded:
     if record.answer not in labels:
         raise DataError(f"label {record.answer!r} is none of {', '.join(labels) or 'no labels'}")
-    full = found = tokenizer(record.text, record.pair, verbose=False)
-    if len(full.input_ids) > max_length:
-        found = tokenizer(record.text, record.pair, truncation=True, max_length=max_length)
-    ids = tuple(int(i) for i in found.input_ids)
+    whole = kept = tokenizer(record.text, record.pair, verbose=False)
+    if len(whole.input_ids) > max_length:
+        kept = tokenizer(record.text, record.pair, truncation=True, max_length=max_length)
+    ids = tuple(int(i) for i in kept.input_ids)
     example = Example(
         ids=ids,
         answer_start=len(ids),
         answer=record.answer,
         options=tuple(labels),
         label=labels.index(record.answer),
-        segments=tuple(int(i) for i in found.get("token_type_ids", ())),
+        segments=tuple(int(i) for i in kept.get("token_type_ids", ())),
     )
-    return Encoded(example, len(full.input_ids) - len(ids), 0)
+    return Encoded(example, len(whole.input_ids) - len(ids), 0)
 
 
 def _parts(

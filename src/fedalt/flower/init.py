@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 from typing import Final
 
 import tomli_w
@@ -19,6 +20,13 @@ from fedalt.flower.credentials import make_authority, make_client_key, make_serv
 from fedalt.models.base import BUILT_IN, PACKAGED
 from fedalt.runs.settings import SettingsError, method_name
 from fedalt.runs.setup import Parts
+
+_README: Final = Path(__file__).parents[1] / "assets" / "federation"
+_HOST: Final = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*\.?"
+)
+# Where the operator starts from: every client has drawn the same A, which norms are mostly of.
+_FIREWALL: Final = {"norm_limit": 10.0}
 
 
 def create_federation(
@@ -41,13 +49,14 @@ def create_federation(
         make_private_folder(authority)
         make_private_folder(server / "clients")
         make_authority(authority, name)
-        (authority / "README.md").write_text(_AUTHORITY, encoding="utf-8")
+        _write_readme(authority, "authority")
         make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
         shutil.copy(authority / "ca.crt", server)
         terms = write_terms(server, name, clients, labels, parts)
         rules = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
         _write(server / "federation.toml", rules)
-        (server / "README.md").write_text(_server_readme(terms, address), encoding="utf-8")
+        known = ", ".join(clients)
+        _write_readme(server, "server", federation=repr(name), address=address, clients=known)
         for client_id in clients:
             _write_client(unfinished / "clients" / client_id, server, terms, address)
         return terms
@@ -61,8 +70,15 @@ def _write_client(place: Path, server: Path, terms: Terms, address: str) -> None
         if (server / file).exists():
             shutil.copy(server / file, place)
     _write(place / "client.toml", {"client": {"name": client_id, "server": address}})
-    text = _client_readme(terms, client_id, address)
-    (place / "README.md").write_text(text, encoding="utf-8")
+    _write_readme(
+        place,
+        "client",
+        client=client_id,
+        federation=repr(terms.name),
+        address=address,
+        method=method_name(terms.settings.method),
+        model_step=_model_step(terms.settings.model.name),
+    )
 
 
 def require_possible(
@@ -134,42 +150,9 @@ def _write(file: Path, table: dict[str, object]) -> None:
     file.write_text(tomli_w.dumps(table), encoding="utf-8")
 
 
-_HOST: Final = re.compile(
-    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*\.?"
-)
-
-# Where the operator starts from: every client has drawn the same A, which norms are mostly of.
-_FIREWALL: Final = {"norm_limit": 10.0}
-
-_AUTHORITY = """\
-# The certificate authority
-
-`ca.key` signs the server's certificate. Whoever has it can pass for the server. Keep this folder
-offline, on neither the server nor a client; it is needed again when the server's certificate ends
-(after two years) or its address changes.
-"""
-
-
-def _server_readme(terms: Terms, address: str) -> str:
-    return f"""\
-# The server of {terms.name!r}
-
-This folder goes to the machine that clients reach at {address}. Nothing in it is a client's data.
-
-    pip install 'fedalt[flower]'
-    fedalt server --config federation.toml
-
-It needs no base model and no GPU. Clients come in by TLS with a key each; only those of
-{", ".join(terms.clients)} are known. Stop it with Ctrl-C; the same command goes on where it was.
-Back up `state/` (what the federation has learnt) and keep `server.key` secret.
-
-    fedalt federation status --config federation.toml
-    fedalt federation revoke --config federation.toml CLIENT
-
-`federation.toml` is yours to change: the deadline of a round, how many uploads it needs, what
-becomes of late ones, how large one may be. `terms.toml` is not: it is what all have agreed on,
-and every message names it.
-"""
+def _write_readme(folder: Path, kind: str, **words: str) -> None:
+    text = Template((_README / f"{kind}.md").read_text(encoding="utf-8")).substitute(words)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _model_step(name: str) -> str:
@@ -191,37 +174,3 @@ def _model_step(name: str) -> str:
         f"The base model {quoted} comes from the hub, or from its cache, when the client starts "
         'for the first time; or name its folder here as `model = "..."` in `client.toml`.'
     )
-
-
-def _client_readme(terms: Terms, client_id: str, address: str) -> str:
-    method = method_name(terms.settings.method)
-    model = _model_step(terms.settings.model.name)
-    return f"""\
-# Client {client_id!r} of {terms.name!r}
-
-This folder goes to the machine that holds the data, and to nobody else: `client.key` is how the
-server knows this client.
-
-1. Put the data into `data/`: `{client_id}.train.jsonl`, and, to know what it is worth,
-   `{client_id}.validation.jsonl` and `{client_id}.test.jsonl`.
-2. {model}
-3. Run
-
-        pip install 'fedalt[flower]'
-        fedalt data check data
-        fedalt client --config client.toml
-
-It calls {address}; no port is opened here. Stop it with Ctrl-C; the same command goes on where it
-was. It prints each round in a line, and why one could not be. Back up `state/`: what it holds of
-this client is nowhere else.
-
-The model that this client has by now, while `fedalt client` is stopped or when all has ended:
-
-    fedalt evaluate client.toml
-    fedalt generate client.toml "..."
-    fedalt export client.toml --out model
-
-What leaves this machine: the upload of {method} (adapter weights), losses and scores, and
-how many examples there are. What never leaves: texts, tokens, and what the method keeps private.
-An adapter can reveal something about the data that it was trained on.
-"""

@@ -84,7 +84,7 @@ def _held(process: psutil.Process) -> tuple[float, float]:
 def parts_of(machines: Machines) -> dict[str, psutil.Process]:
     """The server's processes."""
     return {
-        "door": machines.door(),
+        "door": machines.gateway(),
         "Flower's server": machines.superlink(),
         "Flower's starter of apps": machines.find("flower-superexec"),
         "app": machines.app(),

@@ -18,7 +18,7 @@ from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from machines import Machines, wait_for
 
 from fedalt.flower.credentials import make_authority, make_client_key, make_server
-from fedalt.flower.gateway import _MOST
+from fedalt.flower.gateway import LARGEST_REQUEST
 from fedalt.flower.processes import free_port, wait_for_port
 
 
@@ -93,7 +93,9 @@ def requests(machines: Machines) -> list[Attempt]:
             Attempt("Flower's Runtime interface", post("/v1/runtime/pull-task-input")),
             Attempt("Flower's list of interfaces", _get(web, "/docs")),
             Attempt("a way round", post("/v1/fleet/..%2Fcontrol%2Fstart-run")),
-            Attempt("a gigantic request", post("/v1/fleet/push-object", bytes(_MOST + 1))),
+            Attempt(
+                "a gigantic request", post("/v1/fleet/push-object", bytes(LARGEST_REQUEST + 1))
+            ),
         ]
     with httpx.Client(base_url=f"http://{machines.address}") as web:
         try:

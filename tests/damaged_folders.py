@@ -4,17 +4,16 @@ What has to come of it: the same bits as without the damage, or one error that n
 """
 
 import contextlib
-import json
-import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import tomli_w
+from damages import KINDS, Target, files_of
 from machines import Machines, Wire, found
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 
@@ -23,8 +22,8 @@ from fedalt.engine.schedule import Event
 from fedalt.federation import client as member
 from fedalt.federation.messages import Answer
 from fedalt.federation.transport import Lost
-from fedalt.flower.config import member_of, read_client_config, read_server_config
-from fedalt.flower.serve import host_of
+from fedalt.flower.config import read_client_config, read_server_config
+from fedalt.flower.participants import client_from, server_from
 from fedalt.report.live import Reading, follow, live_of
 from fedalt.report.records import read_record
 from fedalt.runs.folder import locked
@@ -185,14 +184,14 @@ class OfAFederation:
         if (config.place.run / "run.json").exists():
             live_of(follow(Reading(config.place.run)))
         with locked(config.place.folder):
-            host_of(config, _Strict(members, stop=stop)).to_the_end()
+            server_from(config, _Strict(members, stop=stop)).to_the_end()
 
     def _member(self, place: Path) -> member.Member:
         """A client as `fedalt client` opens it; its base model is loaded once for all cases."""
         config = read_client_config(place / "client.toml")
         known = self.prepared.get(config.place.name)
         with _prepared_once(known):
-            opened = member_of(config)
+            opened = client_from(config)
         if known is None:
             settings = opened.learner.task
             self.prepared[config.place.name] = Prepared(opened.parts, settings, {}, ())
@@ -261,172 +260,8 @@ def _is_ours(error: Exception) -> bool:
 def _spoil(place: Path, before: Path, draw: random.Random) -> tuple[str, list[Path]]:
     """Do one thing to a file or two; what, and to which. What cannot be done is drawn anew."""
     while True:
-        kind, spoil = draw.choice(_KINDS)
+        kind, spoil = draw.choice(KINDS)
         file = draw.choice(files_of(place))
-        done = spoil(_Target(file, place, before / file.relative_to(place)), draw)
+        done = spoil(Target(file, place, before / file.relative_to(place)), draw)
         if done is not None:
             return kind, done
-
-
-@dataclass(frozen=True)
-class _Target:
-    """A file of a folder, and where it would lie in the older one."""
-
-    file: Path
-    place: Path
-    before: Path
-
-
-def files_of(place: Path) -> list[Path]:
-    """The files that are damaged: states and what speaks of them, no client data and no keys."""
-    return sorted(
-        path
-        for path in place.rglob("*")
-        if path.is_file()
-        and path.suffix not in (".pub", ".key", ".crt", ".md")
-        and not {"data", "authority", "logs"} & set(path.relative_to(place).parts)
-        and path.name != ".lock"
-    )
-
-
-def _delete(at: _Target, draw: random.Random) -> list[Path]:
-    file = at.file
-    file.unlink()
-    return [file]
-
-
-def _truncate(at: _Target, draw: random.Random) -> list[Path] | None:
-    file = at.file
-    if file.stat().st_size < 2:
-        return None
-    os.truncate(file, draw.randrange(1, file.stat().st_size))
-    return [file]
-
-
-def _empty(at: _Target, draw: random.Random) -> list[Path] | None:
-    file = at.file
-    if not file.stat().st_size:
-        return None
-    os.truncate(file, 0)
-    return [file]
-
-
-def _flip(at: _Target, draw: random.Random) -> list[Path] | None:
-    file = at.file
-    data = bytearray(file.read_bytes())
-    if not data:
-        return None
-    data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
-    file.write_bytes(data)
-    return [file]
-
-
-def _swap(at: _Target, draw: random.Random) -> list[Path] | None:
-    file = at.file
-    others = [
-        other
-        for other in files_of(at.place)
-        if other.suffix == file.suffix and other != file and other.read_bytes() != file.read_bytes()
-    ]
-    if not others:
-        return None
-    other = draw.choice(sorted(others))
-    one, two = file.read_bytes(), other.read_bytes()
-    file.write_bytes(two)
-    other.write_bytes(one)
-    return [file, other]
-
-
-def _folder_instead(at: _Target, draw: random.Random) -> list[Path]:
-    file = at.file
-    file.unlink()
-    file.mkdir()
-    return [file]
-
-
-def _wrong_type(at: _Target, draw: random.Random) -> list[Path] | None:
-    file = at.file
-    return _changed(file, draw, lambda table, key: {**table, key: draw.choice(_VALUES)})
-
-
-def _without_a_key(at: _Target, draw: random.Random) -> list[Path] | None:
-    file = at.file
-    return _changed(
-        file, draw, lambda table, key: {each: table[each] for each in table if each != key}
-    )
-
-
-_VALUES: Final = (None, [], {}, "x", -1, 1.5, True, [{"a": None}])
-
-
-def _changed(
-    file: Path, draw: random.Random, change: Callable[[dict[str, Any], str], object]
-) -> list[Path] | None:
-    """Change what a file of JSON, or a line of one, holds."""
-    if file.suffix not in (".json", ".jsonl"):
-        return None
-    lines = file.read_text().splitlines() if file.suffix == ".jsonl" else [file.read_text()]
-    if not lines:
-        return None
-    at = draw.randrange(len(lines))
-    table = json.loads(lines[at])
-    if not isinstance(table, dict) or not table:
-        return None
-    lines[at] = json.dumps(change(table, draw.choice(sorted(table))))
-    file.write_text("".join(f"{line}\n" for line in lines))
-    return [file]
-
-
-def _old_copy(at: _Target, draw: random.Random) -> list[Path] | None:
-    """The file as it was two rounds ago, or the state of an older round in its place."""
-    file = at.file
-    older = [at.before] if at.before.is_file() else []
-    older += [each for each in sorted(file.parent.glob("*.safetensors")) if each.name < file.name]
-    older = [each for each in older if each.read_bytes() != file.read_bytes()]
-    if not older:
-        return None
-    shutil.copyfile(draw.choice(older), file)
-    return [file]
-
-
-def _unknown(at: _Target, draw: random.Random) -> list[Path] | None:
-    """A file that nobody has written: of another name, or of a round that is to come."""
-    file = at.file
-    names = [f"x{file.name}", f"{file.name}.old"]
-    if file.suffix == ".safetensors":
-        names += ["0000.safetensors", "0003.safetensors", "0004.safetensors", "0099.safetensors"]
-    new = file.with_name(draw.choice(names))
-    if new.exists():
-        return None
-    shutil.copyfile(file, new)
-    return [new]
-
-
-def _rubbish(at: _Target, draw: random.Random) -> list[Path]:
-    file = at.file
-    file.write_bytes(draw.choice([b"{", b"null", b"\xff\xfe\x00", b"[1, 2]", b"x = 1\n", b'"a"\n']))
-    return [file]
-
-
-def _without_rights(at: _Target, draw: random.Random) -> list[Path] | None:
-    file = at.file
-    if os.geteuid() == 0:
-        return None  # who may do everything reads it all the same
-    file.chmod(0)
-    return [file]
-
-
-_KINDS: Final = (
-    ("deleted", _delete),
-    ("truncated", _truncate),
-    ("emptied", _empty),
-    ("a bit flipped", _flip),
-    ("swapped", _swap),
-    ("a folder instead", _folder_instead),
-    ("a wrong type", _wrong_type),
-    ("a key missing", _without_a_key),
-    ("an old copy", _old_copy),
-    ("an unknown file", _unknown),
-    ("rubbish", _rubbish),
-    ("without rights", _without_rights),
-)

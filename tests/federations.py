@@ -10,9 +10,9 @@ from runs_for_tests import settings_for, write_clients
 
 from fedalt.federation.client import Member
 from fedalt.federation.transport import Lost
-from fedalt.flower.config import member_of, read_client_config, read_server_config
-from fedalt.flower.init import found_federation
-from fedalt.flower.serve import host_of
+from fedalt.flower.config import read_client_config, read_server_config
+from fedalt.flower.init import create_federation
+from fedalt.flower.participants import client_from, server_from
 from fedalt.runs.folder import locked
 from fedalt.runs.setup import prepare
 
@@ -60,13 +60,13 @@ class Federation:
     def member(self, name: str) -> Member:
         """A client as `fedalt client` opens it."""
         told = self.said.setdefault(name, [])
-        return member_of(read_client_config(self.client(name) / "client.toml"), say=told.append)
+        return client_from(read_client_config(self.client(name) / "client.toml"), say=told.append)
 
     def go_on(self, spoil: Callable[[str, bytes], bytes | Lost] = lambda _, data: data) -> None:
         """Server and clients, until the end or until `spoil` raises `Stopped`."""
         config = read_server_config(self.root / "server" / "federation.toml")
         wire = Wire({each: self.member(each) for each in config.terms.clients}, spoil)
-        host = host_of(config, wire)
+        host = server_from(config, wire)
         with locked(self.run), contextlib.suppress(Stopped):
             host.to_the_end()
 
@@ -76,7 +76,7 @@ def founded(root: Path, model: Path, **sections: dict[str, Any]) -> Federation:
     settings = settings_for(model, write_clients(root / "all", CLIENTS), **sections)
     place = root / "federation"
     parts = prepare(settings).parts
-    found_federation(place, CLIENTS, parts, name="letters", address="127.0.0.1:8443")
+    create_federation(place, CLIENTS, parts, name="letters", address="127.0.0.1:8443")
     for each in CLIENTS:
         write_clients(place / "clients" / each / "data", [each])
     return Federation(place)

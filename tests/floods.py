@@ -16,7 +16,7 @@ import httpx
 from access import signed
 from cryptography.hazmat.primitives.asymmetric.ec import SECP384R1, generate_private_key
 
-from fedalt.flower.gateway import _MOST
+from fedalt.flower.gateway import LARGEST_REQUEST
 
 PATIENCE = 5.0  # seconds for a step of a stranger
 BODY = 4 * 2**20  # bytes of a large body that a stranger tries to send
@@ -121,7 +121,7 @@ def _half_request(flood: Flood, one: socket.socket) -> None:
 
 def _large_body(flood: Flood, one: socket.socket) -> None:
     one = flood.secure(one)
-    one.sendall(_head(_MOST))
+    one.sendall(_head(LARGEST_REQUEST))
     one.sendall(bytes(BODY))
 
 
@@ -134,7 +134,7 @@ def _chunked_body(flood: Flood, one: socket.socket) -> None:
 
 def _wrong_key(flood: Flood, one: socket.socket) -> None:
     one = flood.secure(one)
-    one.sendall(_head(_MOST, signed(generate_private_key(SECP384R1()))))
+    one.sendall(_head(LARGEST_REQUEST, signed(generate_private_key(SECP384R1()))))
     one.sendall(bytes(BODY))
 
 

@@ -23,7 +23,7 @@ from fedalt.core.codec import decode, encode, read
 from fedalt.engine.round import server_of
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.transport import Lost
-from fedalt.flower.init import found_federation
+from fedalt.flower.init import create_federation
 from fedalt.flower.processes import free_port
 from fedalt.runs.checkpoints import FileLedger
 from fedalt.runs.folder import open_run
@@ -138,11 +138,11 @@ class Machines:
         """Flower's server."""
         return self.find("flower-superlink", "--host")
 
-    def door(self) -> psutil.Process:
+    def gateway(self) -> psutil.Process:
         """What listens to the outside."""
         return self.find("fedalt.flower.gateway")
 
-    def link(self, name: str) -> psutil.Process:
+    def fleet_client(self, name: str) -> psutil.Process:
         """What connects a client to the server."""
         return self.find("fedalt.flower.fleet_client", str(self.client(name)))
 
@@ -192,7 +192,7 @@ def found(
     settings = settings_for(model, write_clients(root / "all", clients, count), **sections)
     address = f"127.0.0.1:{free_port()}"
     place = root / "federation"
-    found_federation(place, clients, prepare(settings).parts, name="drill", address=address)
+    create_federation(place, clients, prepare(settings).parts, name="drill", address=address)
     for each in clients:
         write_clients(place / "clients" / each / "data", [each], count)
     return Machines(place, address, settings, tuple(clients))

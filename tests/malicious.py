@@ -99,12 +99,14 @@ SPOIL: Mapping[str, Callable[[bytes, bytes], bytes]] = {
 
 def main() -> None:
     """Take part like `fedalt client`."""
-    from fedalt.flower import client_process as attend
+    from fedalt.flower import client_process
     from fedalt.flower.config import read_client_config
 
-    opened = attend.member_of
-    attend.member_of = lambda *words, **flags: Malicious(opened(*words, **flags))  # type: ignore
-    attend.attend(read_client_config(Path(sys.argv[1])), lambda text: print(text, flush=True))
+    opened = client_process.client_from
+    client_process.client_from = lambda *words, **flags: Malicious(opened(*words, **flags))  # type: ignore
+    client_process.run_client(
+        read_client_config(Path(sys.argv[1])), lambda text: print(text, flush=True)
+    )
 
 
 if __name__ == "__main__":

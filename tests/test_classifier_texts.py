@@ -14,7 +14,7 @@ from transformers import GPT2Config, GPT2ForSequenceClassification, PreTrainedTo
 from fedalt.adapters.plan import Slot, single
 from fedalt.data.examples import Example
 from fedalt.data.prompts import Template, encode
-from fedalt.data.records import Labelled
+from fedalt.data.records import LabeledText
 from fedalt.evaluation import Scoring, score
 from fedalt.methods.contract import Serving
 from fedalt.training.batches import collate
@@ -142,9 +142,9 @@ def bert():
 
 
 PAIRS = [
-    Labelled("w5 w6 w7", "w8", "1"),
-    Labelled("w9", "w10 w11 w12 w13 w14", "2"),
-    Labelled("w9 w9", None, "0"),
+    LabeledText("w5 w6 w7", "w8", "1"),
+    LabeledText("w9", "w10 w11 w12 w13 w14", "2"),
+    LabeledText("w9 w9", None, "0"),
 ]
 
 
@@ -191,7 +191,7 @@ def test_a_model_without_segments_is_told_none():
 
 
 def test_a_pair_too_long_loses_of_its_longer_text():
-    record = Labelled("w5 " * 30, "w6 w7", "1")
+    record = LabeledText("w5 " * 30, "w6 w7", "1")
     example = encoded(record, max_length=12)
     assert (len(example.ids), len(example.segments)) == (12, 12)
     assert example.ids[-3:] == (6, 7, 2)

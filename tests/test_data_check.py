@@ -4,7 +4,7 @@ from dataclasses import asdict
 import pytest
 from data_files import asked, bytewise, write_clients
 
-from fedalt.data.check import check
+from fedalt.data.doctor import check
 from fedalt.data.folder import open_data
 from fedalt.data.prompts import Template
 from fedalt.data.records import DataError

@@ -15,7 +15,7 @@ from data_files import asked
 from runs_for_tests import write_clients
 
 from fedalt.data.folder import open_data
-from fedalt.data.layout import not_read
+from fedalt.data.layouts import not_read
 from fedalt.data.partition import Partition, divide
 from fedalt.data.records import DataError
 

@@ -10,7 +10,7 @@ from fedalt.data.prompts import (
     opening_ids,
     read_template,
 )
-from fedalt.data.records import Chat, Completion, DataError, Instruction, Labelled, Turn
+from fedalt.data.records import Chat, Completion, DataError, Instruction, LabeledText, Turn
 
 PLAIN = bytewise()
 DEFAULT = Template()
@@ -144,15 +144,15 @@ def test_options_are_kept_as_texts():
 
 def test_a_classifiers_text_is_tokenised_as_a_pair_and_cut_to_length():
     tokenizer = bytewise(bos=True)
-    found = encoded(Labelled("ab", "cd", "no"), tokenizer, labels=("no", "yes")).example
+    found = encoded(LabeledText("ab", "cd", "no"), tokenizer, labels=("no", "yes")).example
     assert tokenizer.decode(found.ids) == "<s>ab<s>cd"
     assert (found.label, found.answer_start, found.options) == (0, 6, ("no", "yes"))
     assert masked_example(found, tokenizer)[1] == "no"
-    cut = encoded(Labelled("abcdef", None, "yes"), tokenizer, max_length=4, labels=("no", "yes"))
+    cut = encoded(LabeledText("abcdef", None, "yes"), tokenizer, max_length=4, labels=("no", "yes"))
     assert tokenizer.decode(cut.example.ids) == "<s>abc"
     assert cut.prompt_cut == 3
     with pytest.raises(DataError, match="label 'maybe' is none of no, yes"):
-        encoded(Labelled("a", None, "maybe"), tokenizer, labels=("no", "yes"))
+        encoded(LabeledText("a", None, "maybe"), tokenizer, labels=("no", "yes"))
 
 
 @pytest.mark.shared

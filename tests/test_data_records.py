@@ -9,7 +9,7 @@ from fedalt.data.records import (
     Completion,
     DataError,
     Instruction,
-    Labelled,
+    LabeledText,
     Turn,
     listed_options,
     parse_record,
@@ -23,10 +23,10 @@ def test_the_four_forms_are_told_apart_by_their_fields():
     assert parse_record({"instruction": "i", "output": "o"}) == Instruction("i", "", "o")
     assert parse_record({"prompt": "p", "completion": "c"}) == Completion("p", "c")
     assert parse_record({"messages": turns}) == Chat((Turn("user", "hi"),), "yo")
-    assert parse_record({"text": "t", "label": "x"}) == Labelled("t", None, "x")
+    assert parse_record({"text": "t", "label": "x"}) == LabeledText("t", None, "x")
     pair = {"sentence1": "s", "sentence2": "u", "label": 3}
-    assert parse_record(pair) == Labelled("s", "u", "3")
-    assert parse_record({**pair, "sentence2": None}) == Labelled("s", None, "3")
+    assert parse_record(pair) == LabeledText("s", "u", "3")
+    assert parse_record({**pair, "sentence2": None}) == LabeledText("s", None, "3")
 
 
 def test_dollys_context_and_response_are_input_and_output():

@@ -15,7 +15,7 @@ import fedalt
 from fedalt.core.codec import decode, encode
 from fedalt.federation.messages import Answer
 from fedalt.flower.config import read_server_config
-from fedalt.flower.serve import revoke_key
+from fedalt.flower.revocation import revoke_key
 
 ROUNDS = 3
 

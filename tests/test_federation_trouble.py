@@ -20,7 +20,8 @@ from fedalt.federation.messages import Answer, Call
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
 from fedalt.flower.credentials import make_client_key
-from fedalt.flower.serve import host_of, revoke_key
+from fedalt.flower.participants import server_from
+from fedalt.flower.revocation import revoke_key
 
 CLIENTS = ("a", "b", "c")
 
@@ -56,7 +57,7 @@ EVERY = {(round_, client) for round_ in (0, 1) for client in CLIENTS}
 
 def test_a_round_goes_on_without_a_client_that_cannot(machines: Machines) -> None:
     config = config_of(machines)
-    host_of(config, Wire(members(machines), {(1, "c")})).to_the_end()
+    server_from(config, Wire(members(machines), {(1, "c")})).to_the_end()
     assert trained(machines) == EVERY - {(1, "c")}
     assert "round 1: c: left out" in (config.place.logs / "server.log").read_text()
 
@@ -89,7 +90,7 @@ def test_with_too_few_uploads_a_client_that_cannot_is_asked_again(
 ) -> None:
     monkeypatch.setattr(desk, "_REST", 0.0)
     wire = Hesitant(members(machines), status=machines.run / "status.json")
-    host_of(config_of(machines, minimum=3), wire).to_the_end()
+    server_from(config_of(machines, minimum=3), wire).to_the_end()
     assert trained(machines) == EVERY
     assert {"c": "no memory"} in [each["unable"] for each in wire.statuses]
 
@@ -110,7 +111,7 @@ def test_a_full_disk_is_an_answer_and_the_next_round_goes_on(
 
     monkeypatch.setattr(member, "atomic_write", full)
     config = config_of(machines)
-    host_of(config, Wire(members(machines))).to_the_end()
+    server_from(config, Wire(members(machines))).to_the_end()
     assert trained(machines) == EVERY - {(0, "c")}
     said = (config.place.logs / "server.log").read_text()
     assert "round 0: c: client 'c': No space left on device\n" in said
@@ -136,7 +137,7 @@ class Without(Wire):
 
 def test_a_revoked_client_is_not_waited_for(machines: Machines) -> None:
     config = config_of(machines)
-    host_of(config, Without(members(machines), config=config)).to_the_end()
+    server_from(config, Without(members(machines), config=config)).to_the_end()
     assert trained(machines) == {pair for pair in EVERY if pair[1] != "c"}
 
 
@@ -144,9 +145,9 @@ def test_a_client_with_a_new_key_takes_part_again_and_one_that_has_left_does_not
     machines: Machines,
 ) -> None:
     config = config_of(machines)
-    host = host_of(config, Wire({}))
+    host = server_from(config, Wire({}))
     host.folder.add_facts({"left": ["a"]})
     revoke_key(config, "c")
     assert host.folder.left() == {"a", "c"}
     make_client_key(machines.root / "new.key", config.place.clients / "c.pub")
-    assert host_of(config, Wire({})).folder.left() == {"a"}
+    assert server_from(config, Wire({})).folder.left() == {"a"}

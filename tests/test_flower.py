@@ -47,11 +47,11 @@ def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
         machines.start(each)
 
     machines.wait_for(lambda: "round 0:" in machines.said("server"), "round 0")
-    kill(machines.link("a"))  # Flower keeps its client out for a minute
+    kill(machines.fleet_client("a"))  # Flower keeps its client out for a minute
     machines.wait_for(lambda: machines.answered(0) == ["b", "c"], "the answers of b and c")
     kill(machines.app())
     machines.wait_for(lambda: "starting it again" in machines.said("server"), "the app's death")
-    kill(machines.door())
+    kill(machines.gateway())
     kill(machines.superlink())
     machines.wait_for_round(1)
 

@@ -14,12 +14,12 @@ from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from machines import Machines, found
 
-from fedalt.flower import supervisor as supervise
+from fedalt.flower import admission
+from fedalt.flower.admission import Admission
 from fedalt.flower.client_keys import ClientKeys, clients_by_key
-from fedalt.flower.config import read_server_config
-from fedalt.flower.control import Control
+from fedalt.flower.config import ServerPlace, read_server_config
 from fedalt.flower.credentials import make_client_key, pem_of
-from fedalt.flower.serve import revoke_key
+from fedalt.flower.revocation import revoke_key
 from fedalt.runs.settings import SettingsError
 
 
@@ -30,7 +30,9 @@ class Flower:
     registered: set[str] = field(default_factory=set)
     shut_out: set[str] = field(default_factory=set)
 
-    def let_in(self, _: Control, clients: dict[str, str], others: set[str], say: Any) -> None:
+    def register(
+        self, port: int, place: ServerPlace, clients: dict[str, str], others: set[str], say: Any
+    ) -> None:
         self.shut_out |= self.registered - clients.keys() - others
         self.registered = self.registered & (clients.keys() | others) | clients.keys()
 
@@ -46,14 +48,14 @@ class Running:
     def __post_init__(self) -> None:
         self.config = read_server_config(self.machines.server / "federation.toml")
         self.config.place.flower.mkdir(parents=True, exist_ok=True)
-        self.keys = supervise._Keys(ClientKeys(self.config))
+        self.admission = Admission(ClientKeys(self.config))
         self.app = ClientKeys(self.config)  # the app is another process
 
     def look(self) -> list[str]:
         """What is said when it looks twice: the second time nothing is new."""
-        control, before = Control(1, self.config.place), len(self.said)
+        before = len(self.said)
         for _ in range(2):
-            self.keys.settle(control, self.said.append)
+            self.admission.update(1, self.said.append)
         assert len(set(self.said[before:])) == len(self.said[before:])
         return self.said[before:]
 
@@ -73,7 +75,7 @@ def running(
     tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Running]:
     flower = Flower()
-    monkeypatch.setattr(Control, "let_in", lambda *words: flower.let_in(*words))
+    monkeypatch.setattr(admission, "register_keys", flower.register)
     made = Running(found(tmp_path, tiny_model_dir, ("a", "b", "c")), flower)
     assert made.look() == []
     assert made.let_in() == ["a", "b", "c"]

@@ -18,13 +18,13 @@ from runs_for_tests import save_model, write_clients
 from tiny import llama
 
 from fedalt.federation.transport import Lost
-from fedalt.flower.client_process import _REMIND, _Troubles
+from fedalt.flower.client_process import _REMIND, _Reports
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_server
-from fedalt.flower.fleet_client import _trouble
-from fedalt.flower.grid import GridChannel
-from fedalt.flower.processes import end_leftovers, group, shorten
-from fedalt.flower.supervisor import _MOST_DEATHS, _Patience, _standing
+from fedalt.flower.fleet_client import server_trouble
+from fedalt.flower.grid_transport import GridTransport
+from fedalt.flower.processes import end_leftovers, process_group, shorten
+from fedalt.flower.supervisor import _MOST_DEATHS, Patience, progress_of
 from fedalt.runs.folder import StoreError, locked
 
 
@@ -209,7 +209,7 @@ def assert_one_line(capsys: pytest.CaptureFixture[str], says: str) -> None:
 
 def test_what_dies_again_and_again_without_getting_further_has_an_end(machines: Machines) -> None:
     config = read_server_config(machines.server / "federation.toml")
-    patience = _Patience(config, _standing(config), 0.0)
+    patience = Patience(config, progress_of(config), 0.0)
     for number in range(2 * _MOST_DEATHS):
         answers = machines.run / "incoming" / "0000"
         answers.mkdir(parents=True, exist_ok=True)
@@ -240,7 +240,7 @@ def test_a_clock_that_is_wrong_is_told_before_a_key_is_refused() -> None:
 
         with HTTPServer(("127.0.0.1", 0), Other) as server:
             Thread(target=server.handle_request, daemon=True).start()
-            trouble = _trouble(f"127.0.0.1:{server.server_port}", None)
+            trouble = server_trouble(f"127.0.0.1:{server.server_port}", None)
         if says is None:
             assert trouble is None
         else:
@@ -250,11 +250,12 @@ def test_a_clock_that_is_wrong_is_told_before_a_key_is_refused() -> None:
 
 def test_trouble_that_lasts_comes_with_what_to_do_if_the_federation_has_ended() -> None:
     said: list[str] = []
-    troubles = _Troubles(said.append)
+    reports = _Reports(said.append)
     for _ in range(3):
-        troubles.tell("it cannot be reached")
-    troubles.told -= 2 * _REMIND
-    troubles.tell("it cannot be reached")
+        reports.trouble("it cannot be reached")
+    text, when = reports.last["trouble"]
+    reports.last["trouble"] = text, when - 2 * _REMIND
+    reports.trouble("it cannot be reached")
     assert said == [
         "it cannot be reached",
         "it cannot be reached; if the federation has ended, Ctrl-C stops this, and nothing is lost",
@@ -265,12 +266,12 @@ def test_a_process_ends_with_its_group_and_a_killed_ones_are_ended_by_the_next(
     tmp_path: Path,
 ) -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
-    with group({}, tmp_path / "register.json") as processes:
+    with process_group({}, tmp_path / "register.json") as processes:
         process = processes.start("sleep", sleep, tmp_path / "log")
         register = (tmp_path / "register.json").read_text()
     assert process.returncode is not None
     left = subprocess.Popen(sleep)
-    with group({}, tmp_path / "register.json") as processes:
+    with process_group({}, tmp_path / "register.json") as processes:
         processes.start("sleep", sleep, tmp_path / "log")
         killed = (tmp_path / "register.json").read_text()
         (tmp_path / "copy.json").write_text(killed)
@@ -314,7 +315,7 @@ def test_a_call_from_before_a_clients_connection_is_lost(monkeypatch: pytest.Mon
     monkeypatch.setattr(TaskIdentity, "_node_id", 2)
     monkeypatch.setattr(TaskIdentity, "_task_id", 3)
     grid = Grid()
-    channel = GridChannel(grid, lambda: {"key": "a"}, 10)
+    channel = GridTransport(grid, lambda: {"key": "a"}, 10)
     assert channel.online() == {"a"}
     channel.send([("a", b"call")])
     assert channel.receive() == []

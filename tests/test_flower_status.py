@@ -14,7 +14,7 @@ from machines import Machines, Wire, found
 from fedalt.federation.client import open_member
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
-from fedalt.flower.serve import host_of
+from fedalt.flower.participants import server_from
 from fedalt.flower.status import shown
 from fedalt.runs.folder import StoreError
 
@@ -65,20 +65,20 @@ def test_who_was_heard_is_known_in_every_round_and_after_a_restart(machines: Mac
     first = wire(machines, stop_after=7)
     assert first.config is not None
     with pytest.raises(KeyboardInterrupt):
-        host_of(first.config, first).to_the_end()
+        server_from(first.config, first).to_the_end()
     assert any("last answer never" in each for each in first.looks)
     for look in first.looks[4:]:
         assert "never" not in look
         assert all(line.startswith("online") for line in lines_of(look).values())
     second = wire(machines)
-    host_of(first.config, second).to_the_end()
+    server_from(first.config, second).to_the_end()
     assert [look for look in second.looks if "never" in look] == []
 
 
 def test_after_the_end_nobody_is_online_and_everybody_was_heard(machines: Machines) -> None:
     carrier = wire(machines)
     assert carrier.config is not None
-    host_of(carrier.config, carrier).to_the_end()
+    server_from(carrier.config, carrier).to_the_end()
     carrier.config.place.ended.touch()
     text = shown(carrier.config)
     assert "3 of 3 rounds done; the server has ended" in text
@@ -93,7 +93,7 @@ def test_of_a_server_that_does_not_run_nobody_is_online(machines: Machines) -> N
     config = carrier.config
     assert config is not None
     with pytest.raises(KeyboardInterrupt):
-        host_of(config, carrier).to_the_end()
+        server_from(config, carrier).to_the_end()
     assert "the server seen 0 seconds ago" in shown(config)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
@@ -111,14 +111,14 @@ def test_a_status_that_cannot_be_read_is_one_line_and_stops_no_server(machines: 
     first = wire(machines, stop_after=5)
     assert first.config is not None
     with pytest.raises(KeyboardInterrupt):
-        host_of(first.config, first).to_the_end()
+        server_from(first.config, first).to_the_end()
     (machines.run / "status.json").write_text('{"heard": ')
     with pytest.raises(StoreError, match=r"status\.json is damaged: it is not JSON"):
         shown(first.config)
     again = wire(machines, stop_after=0)
     again.stop_after = 10**6
     again.receive = super(OneByOne, again).receive  # type: ignore[method-assign]
-    host_of(first.config, again).to_the_end()
+    server_from(first.config, again).to_the_end()
     assert json.loads((machines.run / "status.json").read_text())["heard"].keys() == set(CLIENTS)
 
 

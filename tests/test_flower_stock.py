@@ -12,8 +12,8 @@ from machines import Machines, assert_as_in_one_process, found, wait_for
 from runs_for_tests import save_model
 
 from fedalt.flower.apps import client
-from fedalt.flower.processes import Group, free_port, group, wait_for_port
-from fedalt.flower.records import content_of
+from fedalt.flower.message_content import content_of
+from fedalt.flower.processes import ProcessGroup, free_port, process_group, wait_for_port
 from fedalt.flower.supervisor import APP
 
 CLIENTS = ("a", "b", "c")
@@ -46,7 +46,7 @@ def test_with_stock_supernodes_the_numbers_are_those_of_one_process(tmp_path: Pa
     home.mkdir()
     about = {"address": machines.address, "root-certificates": str(machines.server / "ca.crt")}
     (home / "config.toml").write_text(tomli_w.dumps({"superlink": {"clinics": about}}))
-    with group({"FLWR_HOME": str(home)}, tmp_path / "processes.json") as processes:
+    with process_group({"FLWR_HOME": str(home)}, tmp_path / "processes.json") as processes:
         superlink(machines, processes)
         for each in CLIENTS:
             key = machines.server / "clients" / f"{each}.pub"
@@ -60,7 +60,7 @@ def test_with_stock_supernodes_the_numbers_are_those_of_one_process(tmp_path: Pa
     assert_as_in_one_process(machines, tmp_path / "run")
 
 
-def superlink(machines: Machines, processes: Group) -> None:
+def superlink(machines: Machines, processes: ProcessGroup) -> None:
     host, _, port = machines.address.rpartition(":")
     files = {"--ssl-ca-certfile": "ca.crt", "--ssl-certfile": "server.crt"}
     files["--ssl-keyfile"] = "server.key"
@@ -71,7 +71,7 @@ def superlink(machines: Machines, processes: Group) -> None:
     assert wait_for_port(int(port), process, 60)
 
 
-def supernode(machines: Machines, processes: Group, client_id: str) -> None:
+def supernode(machines: Machines, processes: ProcessGroup, client_id: str) -> None:
     place = machines.client(client_id)
     command = ["flower-supernode", "--superlink", machines.address]
     command += ["--root-certificates", str(place / "ca.crt")]
@@ -81,12 +81,12 @@ def supernode(machines: Machines, processes: Group, client_id: str) -> None:
 
 
 def start(
-    machines: Machines, processes: Group, name: str, command: Sequence[str]
+    machines: Machines, processes: ProcessGroup, name: str, command: Sequence[str]
 ) -> "subprocess.Popen[bytes]":
     return processes.start(name, command, machines.root / f"{name}.out")
 
 
-def flwr(processes: Group, folder: Path, *words: str) -> None:
+def flwr(processes: ProcessGroup, folder: Path, *words: str) -> None:
     environment = processes.environment
     done = subprocess.run(
         ["flwr", *words], env={**environment}, capture_output=True, text=True, cwd=folder

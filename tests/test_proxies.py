@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("flwr")
 
-from fedalt.flower.fleet_client import _trouble
+from fedalt.flower.fleet_client import server_trouble
 from fedalt.flower.proxies import reach_loopback_directly, through_proxy
 
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY")
@@ -24,7 +24,7 @@ def _clean(monkeypatch):
 @pytest.mark.parametrize("name", ["HTTP_PROXY", "ALL_PROXY", "http_proxy"])
 def test_the_proxy_is_named_with_the_way_round_it(monkeypatch, name):
     monkeypatch.setenv(name, DEAD)
-    said = _trouble("192.0.2.1:8443", None)
+    said = server_trouble("192.0.2.1:8443", None)
     assert "192.0.2.1:8443 cannot be reached" in said
     assert f"through the proxy 127.0.0.1:9 that {name.upper()} names" in said
     assert "NO_PROXY=192.0.2.1" in said

@@ -108,7 +108,7 @@ def _answered(
     from rich.table import Table
     from rich.text import Text
 
-    from fedalt.data.endings import ids_of
+    from fedalt.data.answers import ids_of
     from fedalt.engine.example_log import pieces
     from fedalt.evaluation import generate
     from fedalt.evaluation.gate_statistics import weights_of

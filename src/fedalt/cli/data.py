@@ -11,7 +11,7 @@ from fedalt.core.foreign import shown, shown_lines
 from fedalt.report.docstrings import docstring
 
 if TYPE_CHECKING:
-    from fedalt.data.findings import ClientReport, DataReport
+    from fedalt.data.data_report import ClientReport, DataReport
 
 app = typer.Typer(help="Check client data, or make client folders.", suggest_commands=False)
 
@@ -46,7 +46,7 @@ def check(
 
         require_report()
     hush_libraries()
-    from fedalt.data.check import check as examine
+    from fedalt.data.doctor import check as examine
     from fedalt.data.folder import open_data
     from fedalt.data.prompts import Template, read_template
     from fedalt.models.base import load_tokenizer, require_tokenizer_fits

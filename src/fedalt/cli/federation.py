@@ -44,7 +44,7 @@ def init(
     hush_libraries()
     _require_flower()
     from fedalt.federation.agreement import require_apart
-    from fedalt.flower.init import found_federation, require_possible
+    from fedalt.flower.init import create_federation, require_possible
     from fedalt.runs.preflight import require_known
     from fedalt.runs.settings import advised_settings, method_name
     from fedalt.runs.setup import load_parts
@@ -56,7 +56,7 @@ def init(
     require_apart(chosen)
     require_known(chosen, names)
     parts = load_parts(chosen, classes)
-    terms = found_federation(folder, names, parts, name=title, address=address, labels=classes)
+    terms = create_federation(folder, names, parts, name=title, address=address, labels=classes)
     if advice:
         note(advice, quiet=quiet)
     note(
@@ -83,7 +83,7 @@ def revoke(
     """Revoke the key of a client: it can no longer connect. Its uploads stay."""
     _require_flower()
     from fedalt.flower.config import read_server_config
-    from fedalt.flower.serve import revoke_key
+    from fedalt.flower.revocation import revoke_key
 
     revoke_key(read_server_config(config), client)
     note(f"{client} is shut out; a running server drops it within seconds")
@@ -125,12 +125,12 @@ def client(
     """Take part in a federation; started again, it continues."""
     hush_libraries()
     _require_flower()
-    from fedalt.flower.client_process import attend
+    from fedalt.flower.client_process import run_client
     from fedalt.flower.config import read_client_config
 
     client_config = read_client_config(config, insecure=insecure)
     _warn_of(insecure=client_config.place.insecure)
-    _until_stopped(lambda: attend(client_config, _say))
+    _until_stopped(lambda: run_client(client_config, _say))
 
 
 def simulate(

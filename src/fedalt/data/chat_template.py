@@ -13,7 +13,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from fedalt.data.conversations import Chat, Message
-from fedalt.data.values import DataError
+from fedalt.data.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -63,7 +63,7 @@ def turn_end(tokenizer: "Tokenizer") -> int | None:
 def ends_of(tokenizer: "Tokenizer") -> tuple[int, ...]:
     """The tokens that end an answer, as the tokenizer tells: end of text, and of a chat's turn."""
     known = (tokenizer.eos_token_id, turn_end(tokenizer))
-    return tuple(dict.fromkeys(int(each) for each in known if each is not None))
+    return tuple(dict.fromkeys(int(token) for token in known if token is not None))
 
 
 def special_ids(tokenizer: "Tokenizer") -> frozenset[int]:
@@ -80,10 +80,10 @@ def _turn_end(tokenizer: "Tokenizer", _: str) -> int | None:
         return None
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _PROBE}]
     try:
-        _, found, behind = _render(turns, [], tokenizer, ask=False).rpartition(_PROBE)
+        _, probe, behind = _render(turns, [], tokenizer, ask=False).rpartition(_PROBE)
     except DataError:
         return None
-    ids = tokenizer(behind, add_special_tokens=False, verbose=False).input_ids if found else []
+    ids = tokenizer(behind, add_special_tokens=False, verbose=False).input_ids if probe else []
     added = set(tokenizer.get_added_vocab().values())
     special = special_ids(tokenizer)
     ends = [at for at in ids if at in special] or [at for at in ids if at in added]
@@ -174,24 +174,24 @@ def _require_all_told(chat: Chat, tokenizer: "Tokenizer") -> None:
 
 def _marked(message: Message, place: str, mark: Any, *, last: bool) -> Message:
     """A message of the same shape, with a mark in the place of each text that has to be told."""
-    found = dict(message)
+    marked = dict(message)
     # Plumbing: it tells nothing that the rest does not, and most templates leave it out. So does
     # what was thought before an earlier answer, which templates drop on purpose.
-    told = {"name", "refusal"} - ({"name"} if message["role"] == "tool" else set())
+    required = {"name", "refusal"} - ({"name"} if message["role"] == "tool" else set())
     if last:
-        told |= {"reasoning_content", "reasoning", "thinking"}
+        required |= {"reasoning_content", "reasoning", "thinking"}
     for key, value in message.items():
         if key == "content":
-            found[key] = mark(f"{place}.{key}") if str(value).strip() else ""
+            marked[key] = mark(f"{place}.{key}") if str(value).strip() else ""
         elif key == "tool_calls":
-            found[key] = [
+            marked[key] = [
                 _marked_call(call, f"{place}.{key}[{at}]", mark) for at, call in enumerate(value)
             ]
-        elif key in told and isinstance(value, str):
-            found[key] = mark(f"{place}.{key}")
+        elif key in required and isinstance(value, str):
+            marked[key] = mark(f"{place}.{key}")
         elif key not in ("role", "tool_call_id"):
-            found[key] = _PROBE if isinstance(value, str) else value
-    return found
+            marked[key] = _PROBE if isinstance(value, str) else value
+    return marked
 
 
 def _marked_call(call: Message, place: str, mark: Any) -> Message:

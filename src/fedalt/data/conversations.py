@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, NamedTuple
 
+from fedalt.data.errors import DataError, as_text, described
 from fedalt.data.examples import Kind
-from fedalt.data.values import DataError, as_text, described
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _OTHER_NAMES: Final = {"function": "tool"}  # as results were called before there were tools
@@ -80,7 +80,7 @@ def _messages(value: object) -> list[Message]:
             "field 'messages': expected a list of at least two messages, a question and its "
             f"answer, got {described(value)}"
         )
-    messages = [_message(each, f"field 'messages[{at}]'") for at, each in enumerate(value)]
+    messages = [_message(item, f"field 'messages[{at}]'") for at, item in enumerate(value)]
     if (role := messages[-1]["role"]) != "assistant":
         raise DataError(f"field 'messages': the last role is {role!r}; expected 'assistant'")
     return messages
@@ -89,7 +89,7 @@ def _messages(value: object) -> list[Message]:
 def _message(value: object, place: str) -> Message:
     if not isinstance(value, dict) or "role" not in value:
         raise DataError(f"{place}: expected an object with role and content")
-    given = {key: each for key, each in value.items() if each not in (None, [], {})}
+    given = {key: field for key, field in value.items() if field not in (None, [], {})}
     role = value["role"]
     role = _OTHER_NAMES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -120,8 +120,8 @@ def _content(value: object, place: str) -> str:
     for at, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else None
         if not isinstance(part, dict) or kind != "text":
-            found = f"a part of type {kind!r}" if kind else described(part)
-            raise DataError(f"{place}[{at}]: expected a part of type 'text', got {found}")
+            got = f"a part of type {kind!r}" if kind else described(part)
+            raise DataError(f"{place}[{at}]: expected a part of type 'text', got {got}")
         texts.append(as_text(part.get("text"), f"{place}[{at}].text"))
     return "".join(texts)
 

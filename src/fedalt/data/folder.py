@@ -10,15 +10,8 @@ from pathlib import Path
 
 from fedalt.data.examples import Kind, Split
 from fedalt.data.jsonl import Item, read_at, read_items
-from fedalt.data.layout import (
-    SPLITS,
-    Layout,
-    Source,
-    find_layout,
-    require_distinct,
-    require_safe,
-    require_train,
-)
+from fedalt.data.layouts import SPLITS, Layout, Source, find_layout
+from fedalt.data.names import fault_of_names
 from fedalt.data.records import DataError, Problems, Record, parse_record
 
 CLIENT_FIELDS = ("client", "client_id")
@@ -110,8 +103,6 @@ def open_data(
     """
     layout = find_layout(path)
     problems = Problems(path)
-    require_distinct(layout, problems)
-    require_train(layout, problems)
     survey = _Survey(layout, problems, labels)
     for source in layout.sources:
         survey.read(source, client_field)
@@ -122,7 +113,7 @@ def open_data(
         path=path,
         clients=tuple(sorted({client_id for client_id, _ in survey.parts})),
         kind=survey.kind[0],
-        labels=_labels(survey, labels),
+        labels=survey.sorted_labels(),
         fingerprint=survey.fingerprint(),
         ignored=layout.ignored,
         parts=survey.parts,
@@ -173,20 +164,22 @@ class _Survey:
         self._hashes: dict[tuple[str, Split], hashlib._Hash] = {}
         self._starts: dict[tuple[str, Split], array[int]] = {}
         self._files: dict[tuple[str, Split], Path] = {}
-        self._named = {source.client_id for source in layout.sources}
+        self._names: dict[str, Source] = {}  # by client, where its name first stands
         self._spelling: dict[str, str] = {}
         self._unproven: dict[str, str] = {}
-        self._told: set[tuple[str, str, Split]] = set()
+        self._reported: set[tuple[str, str, Split]] = set()
 
     def read(self, source: Source, client_field: str | None) -> None:
         """Check every record of a file and count it."""
-        place, before, empty = self._layout.place(source.file), self._problems.found, True
+        place, before, empty = self._layout.place(source.file), self._problems.count, True
+        if source.client_id is not None:
+            self._name(source.client_id, source, place, f" of {place}")
+            before = self._problems.count
         for item, client_id, split in _assigned(source, self._layout, client_field, self._problems):
             empty = False
-            if client_id not in self._named:
-                self._name(client_id, f"{place}:{item.line}")
+            self._name(client_id, source, f"{place}:{item.line}")
             self._add(source.file, item, (client_id, split))
-        if empty and self._problems.found == before:
+        if empty and self._problems.count == before:
             self._problems.add(place, "holds no records")
         if source.client_id is not None:
             self._seal((source.client_id, source.split), shared=False)
@@ -195,9 +188,7 @@ class _Survey:
         """What can only be said when all files are read."""
         for key in sorted(self._hashes):
             self._seal(key, shared=True)
-        for client_id in sorted(set(self._spelling.values())):
-            if (client_id, "train") not in self.parts:
-                self._problems.add(f"client {client_id!r}", "has no train records")
+        self._require_train()
         if self._agreed:
             return
         for label in sorted(self._unproven.keys() - self.labels):
@@ -210,6 +201,26 @@ class _Survey:
                 f"all train records have the label {min(self.labels)!r}; a classifier has two or "
                 "more (a client of a federation may have one: the agreed labels count there)",
             )
+
+    def _require_train(self) -> None:
+        """Note clients with records or files for validation or test but none to train on."""
+        with_file = {source.client_id for source in self._layout.sources if source.split == "train"}
+        for client_id, source in sorted(self._names.items()):
+            if source.client_id is None and (client_id, "train") not in self.parts:
+                self._problems.add(f"client {client_id!r}", "has no train records")
+            elif source.client_id is not None and client_id not in with_file:
+                self._problems.add(
+                    self._layout.place(source.file),
+                    f"client {client_id!r} has {source.split} data but no train file",
+                )
+
+    def sorted_labels(self) -> tuple[str, ...]:
+        """What a classifier's outputs stand for, in their order: 10 comes after 2."""
+        if self._agreed and self.kind is not None and self.kind[0] == "classify":
+            return tuple(self._agreed)
+        if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in self.labels):
+            return tuple(sorted(self.labels, key=int))
+        return tuple(sorted(self.labels))
 
     def fingerprint(self) -> str:
         """64 hex digits; the order of the records counts, the files' format does not."""
@@ -250,13 +261,16 @@ class _Survey:
         starts = self._starts.pop(key)
         self.parts[key] = Part(self._files[key], len(starts), starts if shared else None)
 
-    def _name(self, client_id: str, place: str) -> None:
-        """Check a client's name where a column first brings it."""
-        self._named.add(client_id)
-        require_safe(client_id, place, self._problems)
-        same = self._spelling.setdefault(client_id.casefold(), client_id)
-        if same != client_id:
-            self._problems.add(place, f"client {client_id!r} differs from {same!r} in case only")
+    def _name(self, client_id: str, source: Source, place: str, of: str = "") -> None:
+        """Check a client's name where it first stands: in a file's name or in a column."""
+        if client_id in self._names:
+            return
+        self._names[client_id] = source
+        if fault := fault_of_names([client_id]):
+            self._problems.add(place, fault)
+        other = self._spelling.setdefault(client_id.casefold(), f"{client_id!r}{of}")
+        if other != f"{client_id!r}{of}":
+            self._problems.add(place, f"client {client_id!r} differs from {other} in case only")
 
     def _agree(self, kind: Kind, key: tuple[str, Split], place: str) -> None:
         if self.kind is None:
@@ -267,20 +281,6 @@ class _Survey:
 
     def _once(self, place: str, text: str, key: tuple[str, Split]) -> None:
         """Note a problem that every record of a split has at its first one only."""
-        if (text, *key) not in self._told:
-            self._told.add((text, *key))
+        if (text, *key) not in self._reported:
+            self._reported.add((text, *key))
             self._problems.add(place, text)
-
-
-def _labels(survey: _Survey, agreed: Sequence[str]) -> tuple[str, ...]:
-    """What a classifier's outputs stand for, in their order."""
-    assert survey.kind is not None
-    classifies = survey.kind[0] == "classify"
-    return tuple(agreed) if agreed and classifies else _sorted_labels(survey.labels)
-
-
-def _sorted_labels(labels: set[str]) -> tuple[str, ...]:
-    """By value if all are whole numbers, so that 10 comes after 2."""
-    if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in labels):
-        return tuple(sorted(labels, key=int))
-    return tuple(sorted(labels))

@@ -47,33 +47,16 @@ _BEGINS: Final[tuple[tuple[bytes, str, str], ...]] = (
     (b"\x89PNG", "a picture", ""),
     (b"\xff\xd8\xff", "a picture", ""),
 )
+# What a text that nothing else tells apart is called by the end of its file's name.
 _SUFFIXES: Final = {
     ".csv": "CSV",
     ".tsv": "TSV",
-    ".parquet": "Parquet",
-    ".xlsx": "an Excel workbook",
-    ".xls": "an Excel workbook",
-    ".ods": "a spreadsheet",
-    ".zip": "a ZIP archive",
-    ".gz": "a gzip archive",
-    ".bz2": "a bzip2 archive",
-    ".xz": "an xz archive",
-    ".zst": "a Zstandard archive",
-    ".arrow": "an Arrow file",
-    ".feather": "an Arrow file",
-    ".gguf": "a GGUF model",
-    ".safetensors": "a model's weights",
-    ".bin": "a binary file",
-    ".pt": "a model's weights",
-    ".pkl": "a Python pickle",
     ".yaml": "YAML",
     ".yml": "YAML",
     ".xml": "XML",
     ".html": "a web page",
     ".txt": "plain text",
     ".md": "plain text",
-    ".docx": "a Word document",
-    ".pdf": "a PDF",
 }
 
 
@@ -91,10 +74,10 @@ def other_format(file: Path, begin: bytes | None = None) -> str | None:
             return None
     if (wide := wide_encoding(begin)) is not None:
         return f"the text is {wide}, not UTF-8; save it as UTF-8"
-    found = _binary(file, begin) or _text(file, begin)
-    if found is None:
+    format_ = _binary(file, begin) or _text(file, begin)
+    if format_ is None:
         return None
-    name, how = found
+    name, how = format_
     lines = file.with_suffix(".jsonl") if file.suffix != ".jsonl" else Path("converted.jsonl")
     command = how.replace("{lines}", shlex.quote(str(lines)))
     command = command.replace("{file}", shlex.quote(str(file)))

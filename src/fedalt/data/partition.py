@@ -17,7 +17,8 @@ import numpy as np
 from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.seeds import generator, seed_of
 from fedalt.data.jsonl import read_items
-from fedalt.data.layout import PARTITION_FILE, require_safe
+from fedalt.data.layouts import PARTITION_FILE
+from fedalt.data.names import fault_of_names
 from fedalt.data.records import DataError, Problems, parse_record, record_key
 from fedalt.data.task import hold_out
 
@@ -128,8 +129,8 @@ def by_dirichlet(values: Sequence[str], partition: Partition) -> tuple[Groups, i
     by_value: Groups = {}
     for index, value in enumerate(values):
         by_value.setdefault(value, []).append(index)
-    for _, found in sorted(by_value.items()):
-        members = random.permutation(found)
+    for _, records in sorted(by_value.items()):
+        members = random.permutation(records)
         shares = random.dirichlet(np.full(len(ids), partition.alpha))
         if not np.isfinite(shares).all():
             raise DataError(f"alpha={partition.alpha} is too small to draw shares with; raise it")
@@ -173,8 +174,8 @@ def _by_column(values: Sequence[str], source: Path) -> tuple[Groups, dict[str, s
     spelling: dict[str, str] = {}
     for index, value in enumerate(values):
         client_id = re.sub(r"[^A-Za-z0-9._-]+", "_", value).strip(".")
-        if client_id not in groups:
-            require_safe(client_id, f"value {value!r}", problems)
+        if client_id not in groups and (fault := fault_of_names([client_id])):
+            problems.add(f"value {value!r}", fault)
         same = spelling.setdefault(client_id.casefold(), value)
         if same != value:
             problems.add(f"value {value!r}", f"gives the same file name as {same!r}")

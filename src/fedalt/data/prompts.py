@@ -12,12 +12,12 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
+from fedalt.data.answers import Answer, ids_of, plain_answer, rendered_answer
+from fedalt.data.answers import encode_answer as encode_answer
 from fedalt.data.chat_template import asked, asked_and_answered
 from fedalt.data.encodings import EncodingError, decoded
-from fedalt.data.endings import Answer, ids_of, plain_answer, rendered_answer
-from fedalt.data.endings import encode_answer as encode_answer
 from fedalt.data.examples import Example
-from fedalt.data.records import Chat, Completion, DataError, Instruction, Labelled, Record
+from fedalt.data.records import Chat, Completion, DataError, Instruction, LabeledText, Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -100,19 +100,19 @@ def encode(
     """
     if max_length < 2:
         raise DataError(f"max_length={max_length}, but prompt and answer need at least 2 tokens")
-    if isinstance(record, Labelled):
+    if isinstance(record, LabeledText):
         return _encode_labelled(record, tokenizer, max_length, labels)
     opening, prompt, answers = _parts(record, tokenizer, template)
     room = max_length - max(1, len(opening))
     # Each option stands behind the same prompt, so the longest of them has to fit as well.
-    kept = [each.ids[:room] for each in answers]
+    kept = [answer.ids[:room] for answer in answers]
     rest = _cut_middle(prompt, max_length - len(opening) - max(map(len, kept)))
     right, *others = answers
     example = Example(
         ids=(*opening, *rest, *kept[0]),
         answer_start=len(opening) + len(rest),
         answer=right.text,
-        options=tuple(each.text for each in others),
+        options=tuple(answer.text for answer in others),
         option_ids=tuple(kept[1:]),
     )
     return Encoded(example, len(prompt) - len(rest), max(0, len(right.ids) - 1 - room))
@@ -122,7 +122,7 @@ def encode_prompt(
     record: Record, tokenizer: "Tokenizer", template: Template, *, max_length: int
 ) -> tuple[int, ...]:
     """The ids to generate from: those of `encode` before the answer, if an answer takes no room."""
-    if isinstance(record, Labelled):
+    if isinstance(record, LabeledText):
         raise DataError("a record with a label is classified, no text is generated for it")
     if isinstance(record, Chat):
         opening, prompt = opened(ids_of(asked(record, tokenizer), tokenizer), tokenizer)
@@ -167,23 +167,23 @@ def opening_ids(tokenizer: "Tokenizer") -> tuple[int, ...]:
 
 
 def _encode_labelled(
-    record: Labelled, tokenizer: "Tokenizer", max_length: int, labels: Sequence[str]
+    record: LabeledText, tokenizer: "Tokenizer", max_length: int, labels: Sequence[str]
 ) -> Encoded:
     if record.answer not in labels:
         raise DataError(f"label {record.answer!r} is none of {', '.join(labels) or 'no labels'}")
-    full = found = tokenizer(record.text, record.pair, verbose=False)
-    if len(full.input_ids) > max_length:
-        found = tokenizer(record.text, record.pair, truncation=True, max_length=max_length)
-    ids = tuple(int(i) for i in found.input_ids)
+    whole = kept = tokenizer(record.text, record.pair, verbose=False)
+    if len(whole.input_ids) > max_length:
+        kept = tokenizer(record.text, record.pair, truncation=True, max_length=max_length)
+    ids = tuple(int(i) for i in kept.input_ids)
     example = Example(
         ids=ids,
         answer_start=len(ids),
         answer=record.answer,
         options=tuple(labels),
         label=labels.index(record.answer),
-        segments=tuple(int(i) for i in found.get("token_type_ids", ())),
+        segments=tuple(int(i) for i in kept.get("token_type_ids", ())),
     )
-    return Encoded(example, len(full.input_ids) - len(ids), 0)
+    return Encoded(example, len(whole.input_ids) - len(ids), 0)
 
 
 def _parts(

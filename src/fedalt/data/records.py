@@ -11,9 +11,9 @@ from fedalt.core.foreign import shown
 from fedalt.data.conversations import Chat as Chat
 from fedalt.data.conversations import Turn as Turn
 from fedalt.data.conversations import parse_conversation
+from fedalt.data.errors import DataError as DataError
+from fedalt.data.errors import as_text, described
 from fedalt.data.examples import Kind
-from fedalt.data.values import DataError as DataError
-from fedalt.data.values import as_text, described
 
 SHOWN_PROBLEMS = 20
 
@@ -35,24 +35,24 @@ class Problems:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.found = 0
+        self.count = 0
         self._texts: list[str] = []
 
     def add(self, place: str, text: str) -> None:
         """Note a problem at a place, such as "a.train.jsonl:3"."""
-        self.found += 1
+        self.count += 1
         if len(self._texts) < SHOWN_PROBLEMS:
             self._texts.append(shown(f"{place}: {text}"))
 
     def raise_if_any(self) -> None:
-        """End with one error that lists the problems found so far."""
-        if not self.found:
+        """End with one error that lists the problems so far."""
+        if not self.count:
             return
-        more = self.found - len(self._texts)
+        more = self.count - len(self._texts)
         lines = [*self._texts, f"and {more} more"] if more else self._texts
         if len(lines) == 1:
             raise DataError(f"{self.path}: {lines[0]}")
-        raise DataError(f"{self.found} problems in {self.path}:\n  " + "\n  ".join(lines))
+        raise DataError(f"{self.count} problems in {self.path}:\n  " + "\n  ".join(lines))
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabeledText:
     """A text, or a pair of texts, and the name of its label."""
 
     text: str
@@ -109,7 +109,7 @@ class Labelled:
         return ()
 
 
-Record = Instruction | Completion | Chat | Labelled
+Record = Instruction | Completion | Chat | LabeledText
 
 
 def normalised(text: str) -> str:
@@ -157,7 +157,7 @@ def parse_record(value: object) -> Record:
             pair = None
             if first == "sentence1" and fields.get("sentence2") is not None:
                 pair = _text(fields, "sentence2")
-            return Labelled(_filled(fields, first), pair, _label(fields))
+            return LabeledText(_filled(fields, first), pair, _label(fields))
 
 
 def _form(fields: Mapping[str, object]) -> str:
@@ -235,8 +235,8 @@ def _options(fields: Mapping[str, object], question: str) -> tuple[str, ...]:
 
 def listed_options(question: str) -> tuple[str, ...]:
     """The texts of a list "OPTIONS:", "- a", "- b" that ends the question; () if there is none."""
-    head, found, tail = question.rpartition("OPTIONS:")
-    if not found or (head and not head.endswith("\n")) or tail.lstrip(" \t\r")[:1] != "\n":
+    head, word, tail = question.rpartition("OPTIONS:")
+    if not word or (head and not head.endswith("\n")) or tail.lstrip(" \t\r")[:1] != "\n":
         return ()
     lines = [line.strip() for line in tail.strip().split("\n")]
     if not all(line.startswith("- ") for line in lines):

@@ -71,18 +71,22 @@ class Task:
 
     def examples(self, client_id: str, split: Split) -> list[Example]:
         """A client's examples in the order of its file; test files are read for "test" alone."""
-        return [encoded.example for encoded in self._encoded(client_id, split)]
+        return [encoded.example for encoded in self.encoded(client_id, split)]
+
+    def encoded(self, client_id: str, split: Split) -> tuple[Encoded, ...]:
+        """The same examples, each with what the maximal length took from it."""
+        return self._encoded(client_id, split)
 
     def training_size(self, client_id: str) -> tuple[int, float]:
         """How many training examples a client has, and their mean number of tokens."""
         if client_id not in self._lengths:
-            lengths = [len(each.ids) for each in self.examples(client_id, "train")]
+            lengths = [len(example.ids) for example in self.examples(client_id, "train")]
             self._lengths[client_id] = len(lengths), sum(lengths) / max(len(lengths), 1)
         return self._lengths[client_id]
 
     def cut(self, client_id: str, split: Split) -> tuple[int, int]:
         """How many of these examples have a cut prompt, and how many a cut answer."""
-        all_encoded = self._encoded(client_id, split)
+        all_encoded = self.encoded(client_id, split)
         return (
             sum(encoded.prompt_cut > 0 for encoded in all_encoded),
             sum(encoded.answer_cut > 0 for encoded in all_encoded),
@@ -112,16 +116,21 @@ class Task:
         ]
 
     def _encode(self, client_id: str, split: Split) -> tuple[Encoded, ...]:
-        """DataError with the place of every record that cannot be encoded."""
-        found, refused = [], []
+        """DataError with the file and line of every record that cannot be encoded."""
+        examples, refused = [], {}
         of, records = self._records(client_id, split)
         for number, record in records:
             try:
-                found.append(self._encode_one(record))
+                examples.append(self._encode_one(record))
             except DataError as error:
-                refused.append((number, str(error)))
-        require_none(self.folder, client_id, of, refused)
-        return tuple(found)
+                refused[number] = str(error)
+        if refused:
+            problems, places = Problems(self.folder.path), self.folder.places(client_id, of)
+            for number, text in refused.items():
+                place = f"{places[number]}: client {client_id!r}, {of} record {number + 1}"
+                problems.add(place, text)
+            problems.raise_if_any()
+        return tuple(examples)
 
     def _encode_one(self, record: Record) -> Encoded:
         encoded = encode(
@@ -137,19 +146,6 @@ class Task:
                 f"max_length={self.max_length}; raise it, shorten the answer, or allow to cut it"
             )
         return encoded
-
-
-def require_none(
-    folder: DataFolder, client_id: str, split: Split, refused: Sequence[tuple[int, str]]
-) -> None:
-    """DataError with file and line of every record that was refused, by its number from 0."""
-    if not refused:
-        return
-    problems, places = Problems(folder.path), folder.places(client_id, split)
-    for number, text in refused:
-        place = f"{places[number]}: client {client_id!r}, {split} record {number + 1}"
-        problems.add(place, text)
-    problems.raise_if_any()
 
 
 def hold_out(keys: Sequence[int], wanted: int, random: torch.Generator) -> set[int]:

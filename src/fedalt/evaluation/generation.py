@@ -10,7 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from fedalt.data.endings import without_end
+from fedalt.data.answers import without_end
 from fedalt.evaluation.asking import ends, fitted, greedily, longest_answer, without_card
 from fedalt.evaluation.cache import cache_for, can_select
 from fedalt.evaluation.group import Group, Ids, Share, Shares, shares_of, sizes_of

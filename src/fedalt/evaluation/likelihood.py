@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedalt.adapters.binding import Watch
-from fedalt.data.endings import encode_answer
+from fedalt.data.answers import encode_answer
 from fedalt.data.examples import Example
 from fedalt.evaluation.gate_statistics import Watched
 from fedalt.evaluation.group import Group, Shares

@@ -11,16 +11,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedalt.core.files import atomic_write
 from fedalt.flower.client_keys import ClientKeys
-from fedalt.flower.config import (
-    ServerConfig,
-    member_of,
-    read_client_config,
-    read_server_config,
-)
-from fedalt.flower.grid import GridChannel
-from fedalt.flower.last_words import last_words
-from fedalt.flower.records import bytes_of, content_of
-from fedalt.flower.serve import host_of
+from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
+from fedalt.flower.crash_log import recording_crashes
+from fedalt.flower.grid_transport import GridTransport
+from fedalt.flower.message_content import bytes_of, content_of
+from fedalt.flower.participants import client_from, server_from
 from fedalt.runs.folder import locked
 
 MISPLACED = (IsADirectoryError, NotADirectoryError, PermissionError)
@@ -34,10 +29,10 @@ def serve(grid: Grid, context: Context) -> None:
 
     What ends it too early goes into the file that `log=...` names: Flower shows it to nobody.
     """
-    about = context.run_config
-    log = Path(str(about["log"])) if about.get("log") else None
-    with nullcontext() if log is None else last_words(log):
-        _serve(grid, read_server_config(Path(str(about["config"]))))
+    words = context.run_config
+    log = Path(str(words["log"])) if words.get("log") else None
+    with nullcontext() if log is None else recording_crashes(log):
+        _serve(grid, read_server_config(Path(str(words["config"]))))
 
 
 def _serve(grid: Grid, config: ServerConfig) -> None:
@@ -45,13 +40,13 @@ def _serve(grid: Grid, config: ServerConfig) -> None:
     with locked(place.folder):
         atomic_write(place.pid, str(os.getpid()).encode())
         try:
-            most = config.firewall.max_upload_bytes
-            channel = GridChannel(grid, ClientKeys(config).now, most)
-            host_of(config, channel).to_the_end()
+            largest = config.firewall.max_upload_bytes
+            transport = GridTransport(grid, ClientKeys(config).now, largest)
+            server_from(config, transport).to_the_end()
         # Mistakes that do not go away by trying again; a full disk may.
         except (ValueError, *MISPLACED) as error:
-            told = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-            atomic_write(place.failed, str(told).encode())
+            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+            atomic_write(place.failed, str(why).encode())
             raise
         place.ended.touch()
 
@@ -66,7 +61,7 @@ def answer(message: Message, context: Context) -> Message:
     try:
         config = read_client_config(Path(str(context.node_config["config"])))
         with locked(config.place.folder):
-            reply = member_of(config).answer(bytes_of(message.content))
+            reply = client_from(config).answer(bytes_of(message.content))
     except Exception:  # Flower sends its text to the server, and it may quote the data
         traceback.print_exc()
         raise RuntimeError(

@@ -3,13 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.credentials import pem_of
+from fedalt.flower.revocation import REVOKED
 from fedalt.runs.settings import SettingsError
-
-REVOKED: Final = ".revoked"  # what a file's name ends in whose key was taken away
 
 
 def clients_by_key(config: ServerConfig) -> Mapping[str, str]:
@@ -18,10 +16,15 @@ def clients_by_key(config: ServerConfig) -> Mapping[str, str]:
     Raises SettingsError where a client has no usable key of its own and none was revoked.
     """
     keys = ClientKeys(config)
-    found = keys.now()
+    clients = keys.now()
     if keys.troubles:
         raise SettingsError(min(keys.troubles))
-    return found
+    return clients
+
+
+def key_text(key: str | bytes) -> str:
+    """A public key of Flower's list of nodes, as text."""
+    return key.decode() if isinstance(key, bytes) else key
 
 
 @dataclass
@@ -35,20 +38,20 @@ class ClientKeys:
     config: ServerConfig
     known: dict[str, str] = field(default_factory=dict)  # public key by client
     troubles: frozenset[str] = frozenset()  # what is wrong with the folder, a sentence each
-    strays: frozenset[str] = frozenset()  # what lies there and is no client's
-    _found: Mapping[str, str] = field(default_factory=dict)
-    _seen: object = None
+    strays: frozenset[str] = frozenset()  # keys of nobody
+    _clients: Mapping[str, str] = field(default_factory=dict)
+    _read_as: object = None  # what the folder was when it was read
 
     def now(self) -> Mapping[str, str]:
         """Who is behind a public key."""
         folder = self.config.place.clients
-        if (seen := _standing(folder)) != self._seen:
-            self._seen = seen
-            if isinstance(seen, str):  # nobody's key is taken away by that
-                self.troubles = frozenset({seen})
+        if (state := _state_of(folder)) != self._read_as:
+            self._read_as = state
+            if isinstance(state, str):  # nobody's key is taken away by that
+                self.troubles = frozenset({state})
             else:
                 self._read(folder)
-        return self._found
+        return self._clients
 
     def _read(self, folder: Path) -> None:
         before, troubles, gone = dict(self.known), set(), set()
@@ -65,16 +68,16 @@ class ClientKeys:
                 self.known[client_id] = pem_of(file)
             except SettingsError as error:
                 troubles.add(str(error))
-        troubles |= self._apart(folder, before)
-        self._found = {key: name for name, key in self.known.items() if name not in gone}
+        troubles |= self._separate(folder, before)
+        self._clients = {key: name for name, key in self.known.items() if name not in gone}
         self.troubles, self.strays = frozenset(troubles), _strays(self.config)
 
-    def _apart(self, folder: Path, before: Mapping[str, str]) -> set[str]:
-        """Give a key that two clients' files hold to the one that had it, or to the first."""
+    def _separate(self, folder: Path, before: Mapping[str, str]) -> set[str]:
+        """Give a key that two clients' files hold to the client that had it, or to the first."""
         owners: dict[str, str] = {}
         troubles = set()
-        had = sorted(self.known, key=lambda each: before.get(each) != self.known[each])
-        for client_id in had:
+        unchanged_first = sorted(self.known, key=lambda name: before.get(name) != self.known[name])
+        for client_id in unchanged_first:
             owner = owners.setdefault(self.known[client_id], client_id)
             if owner == client_id:
                 continue
@@ -92,20 +95,20 @@ class ClientKeys:
 def _strays(config: ServerConfig) -> frozenset[str]:
     """Public keys that are called after nobody; an editor's backups are called otherwise."""
     folder = config.place.clients
-    names = {each.stem for each in folder.glob("[!.]*.pub")} if folder.is_dir() else set()
+    names = {file.stem for file in folder.glob("[!.]*.pub")}
     return frozenset(
         f"{folder / name}.pub: no client is called {name!r}, so this key is not used"
         for name in names - set(config.terms.clients)
     )
 
 
-def _standing(folder: Path) -> object:
-    """What changes whenever a file of the folder does; one may go while one looks."""
-    found = []
+def _state_of(folder: Path) -> object:
+    """What changes whenever a file of the folder does; a file may go while one looks."""
+    files = []
     try:
-        for each in folder.iterdir():
-            about = each.stat() if each.exists() else None
-            found.append((each.name, about and (about.st_size, about.st_ctime_ns, about.st_ino)))
+        for file in folder.iterdir():
+            stat = file.stat() if file.exists() else None
+            files.append((file.name, stat and (stat.st_size, stat.st_ctime_ns, stat.st_ino)))
     except OSError as error:
         return f"{folder}: cannot be read: {error.strerror}"
-    return sorted(found)
+    return sorted(files)

@@ -16,7 +16,8 @@ from fedalt.federation.accepted import member_states
 from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.client_states import broadcast_after, round_to_serve
 from fedalt.federation.messages import Call
-from fedalt.flower.config import ClientConfig, member_of, read_client_config
+from fedalt.flower.config import ClientConfig, read_client_config
+from fedalt.flower.participants import client_from
 from fedalt.methods.contract import Message
 from fedalt.models.base import Base
 from fedalt.runs.answers import Served
@@ -99,7 +100,7 @@ def evaluate(config: ClientConfig, split: HeldOut, round_: int | None = None) ->
     place = config.place
     round_to_serve(place.folder, "own", round_)  # before the model is loaded
     with locked(place.folder):
-        member = member_of(config)
+        member = client_from(config)
         lines: list[Line] = []
         for arm in member.parts.arms:
             at = round_to_serve(place.folder, arm.column, round_)

@@ -1,118 +1,123 @@
 """`fedalt client`: holds the model and answers calls until the federation has ended."""
 
 import contextlib
+import multiprocessing
 import os
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.foreign import shown
 from fedalt.federation.client import Hear, Member, ignore, is_last
-from fedalt.flower.config import ClientConfig, member_of
-from fedalt.flower.pipe import receive, send
+from fedalt.flower.config import ClientConfig
+from fedalt.flower.credentials import require_client_credentials
+from fedalt.flower.parent_pipe import Pipe, receive, send
+from fedalt.flower.participants import client_from
 from fedalt.flower.processes import QUIET
 from fedalt.runs.folder import locked
 
-_AGAIN: Final = (1.0, 2.0, 5.0, 10.0)  # seconds to the next try
-_REMIND: Final = 600.0  # seconds until the same trouble is told again
+_RETRY: Final = (1.0, 2.0, 5.0, 10.0)  # seconds to the next try
+_REMIND: Final = 600.0  # seconds until the same trouble is reported again
 _PERHAPS: Final = "; if the federation has ended, Ctrl-C stops this, and nothing is lost"
-_LONGEST: Final = 600  # characters of a line
+_LINE: Final = 600  # characters of a line at most
 _NOT_LET_IN: Final = "[code: 2004]"  # Flower's words
 
 Say = Callable[[str], None]
 
 
-def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
-    """Answer the server's calls to the end of the federation."""
+def run_client(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
+    """Answer the server's calls to the end of the federation.
+
+    Raises SettingsError or OSError for files that do not get better by trying again.
+    """
     place = config.place
-    needed = [place.key] if place.insecure else [place.key, place.authority]
-    for each in needed:
-        each.read_bytes()  # OSError names the file
+    authority = None if place.insecure else place.authority
+    require_client_credentials(place.key, authority)  # before the model is loaded
     make_private_folder(place.folder)
     with locked(place.folder):
-        troubles = _Troubles(lambda text: say(f"{place.name}: {shown(text, _LONGEST)}"))
-        member = member_of(config, hear, troubles.line)
+        reports = _Reports(lambda text: say(f"{place.name}: {shown(text, _LINE)}"))
+        client = client_from(config, hear, reports.progress)
         say(f"{place.name}: the model is loaded, calling {place.server}")
         tries, node = 0, ""
         while True:
-            with _link(config, node) as (pair, log):
-                connected, ended = _answer(member, pair, troubles)
+            require_client_credentials(place.key, authority)
+            with _connection(config, node) as (pipe, log):
+                connected, ended = _answer_calls(client, pipe, reports)
             if ended:
                 say(f"{place.name}: the federation has ended")
                 return
             tries, node = (0, connected) if connected else (tries, node)
-            troubles.tell("lost the server; trying again" if connected else _why(log))
-            time.sleep(_AGAIN[min(tries, len(_AGAIN) - 1)])
+            reports.trouble("lost the server; trying again" if connected else _why(log))
+            time.sleep(_RETRY[min(tries, len(_RETRY) - 1)])
             tries += 1
 
 
 @dataclass
-class _Troubles:
-    """Says what is wrong once, and again after a while, however often it is tried."""
+class _Reports:
+    """Tells the owner what happens; the same thing again only after a while."""
 
     say: Say
-    last: str = ""
-    told: float = 0.0
-    line_before: str = ""
-    line_told: float = 0.0
+    last: dict[str, tuple[str, float]] = field(default_factory=dict)  # by kind: text, when
 
-    def tell(self, text: str) -> None:
-        """Say what hinders, unless that was just said."""
-        if text != self.last or time.monotonic() - self.told > _REMIND:
-            self.say(text + (_PERHAPS if text == self.last else ""))
-            self.last, self.told = text, time.monotonic()
+    def trouble(self, text: str) -> None:
+        """Say what hinders; where it lasts, also what to do about it."""
+        before, _ = self.last.get("trouble", ("", 0.0))
+        self._say_once("trouble", text, _PERHAPS if text == before else "")
 
-    def line(self, text: str) -> None:
-        """Say what happens; the same thing again only after a while."""
-        if text != self.line_before or time.monotonic() - self.line_told > _REMIND:
-            self.say(text)
-            self.line_before, self.line_told = text, time.monotonic()
+    def progress(self, text: str) -> None:
+        """Say what happens."""
+        self._say_once("progress", text)
 
-    def over(self, text: str) -> None:
-        """Say that it goes on."""
-        self.say(text)
-        self.last = ""
+    def connected(self) -> None:
+        """Say that the trouble is over."""
+        self.say("connected")
+        self.last.pop("trouble", None)
+
+    def _say_once(self, kind: str, text: str, more: str = "") -> None:
+        before, when = self.last.get(kind, ("", 0.0))
+        if text != before or time.monotonic() - when > _REMIND:
+            self.say(text + more)
+            self.last[kind] = text, time.monotonic()
 
 
-def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[str, bool]:
+def _answer_calls(client: Member, pipe: Pipe, reports: _Reports) -> tuple[str, bool]:
     """Answer until the connection is over: as which node, if at all, and whether all has ended."""
-    connected, last = "", False
+    node, last = "", False
     while True:
         try:
-            kind, data = receive(pair)
+            kind, data = receive(pipe)
             match kind:
                 case "connected":
-                    connected = data.decode()
-                    troubles.over("connected")
+                    node = data.decode()
+                    reports.connected()
                 case "trouble":
-                    troubles.tell(f"{data.decode(errors='replace')}; trying again")
+                    reports.trouble(f"{data.decode(errors='replace')}; trying again")
                 case "call":
-                    answer = member.answer(data)
+                    answer = client.answer(data)
                     last = is_last(data, answer)
-                    send(pair, "answer", answer)
+                    send(pipe, "answer", answer)
                 case "delivered" if last:
-                    return connected, True
+                    return node, True
                 case "ended":
-                    return connected, True
+                    return node, True
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            return connected, False
+            return node, False
 
 
 @contextmanager
-def _link(config: ClientConfig, node: str) -> Iterator[tuple[socket.socket, Path]]:
-    """The process that holds the connection, and our end of the pipe to it.
+def _connection(config: ClientConfig, node: str) -> Iterator[tuple[Pipe, Path]]:
+    """Run the process that holds the connection; our end of the pipe to it, and its log.
 
-    `node` is what the last one was to the server, "" if there was none.
+    `node` is what the last connection was to the server, "" if there was none.
     """
     place = config.place
-    ours, theirs = socket.socketpair()
+    ours, theirs = multiprocessing.Pipe()
     log = place.folder / "link.log"
     authority = "-" if place.insecure else str(place.authority)
     words = [str(theirs.fileno()), place.server, str(place.key), authority, *filter(None, [node])]
@@ -139,7 +144,7 @@ def _link(config: ClientConfig, node: str) -> Iterator[tuple[socket.socket, Path
 
 
 def _why(log: Path) -> str:
-    """What a link said before it gave up, in our words where it was told that it is not let in."""
+    """Why there was no connection; in our own words where the server does not let us in."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines()]
     if any(_NOT_LET_IN in line for line in lines):
         return (
@@ -147,6 +152,6 @@ def _why(log: Path) -> str:
             "last connection broke off less than a minute ago; or another machine is connected "
             "with the same key: a key is for one machine; trying again"
         )
-    told = [line for line in lines if "rror" in line]
-    said = (told or lines or ["the connection failed"])[-1][:300]
-    return f"{said} (see {log}); trying again"
+    errors = [line for line in lines if "rror" in line]
+    text = (errors or lines or ["the connection failed"])[-1][:300]
+    return f"{text} (see {log}); trying again"

@@ -10,8 +10,6 @@ from fedalt.core.settings import Firewall
 from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.names import fault_of_names
 from fedalt.federation.agreement import Terms, read_terms
-from fedalt.federation.client import Hear, Member, ignore, open_member
-from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.round_collector import Rules
 
 
@@ -63,7 +61,7 @@ class ServerPlace:
 
     @property
     def let_in(self) -> Path:
-        """The keys that are let in, for the door."""
+        """The keys that are let in, for the gateway."""
         return self.flower / "keys.json"
 
     @property
@@ -148,24 +146,6 @@ def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
         terms=read_terms(file.parent / "terms.toml"),
         place=replace(place, insecure=insecure or place.insecure),
     )
-
-
-def member_of(config: ClientConfig, hear: Hear = ignore, say: Say = silent) -> Member:
-    """The client of a configuration, its model loaded and its data read; see `open_member`."""
-    place = config.place
-    try:
-        return open_member(
-            config.terms,
-            place.name,
-            place.data,
-            place.folder,
-            model=place.model,
-            device=place.device,
-            hear=hear,
-            say=say,
-        )
-    except SettingsError as error:  # whose name and places are this file's
-        raise SettingsError(f"{config.file}: {error}") from None
 
 
 def _table(file: Path, known: set[str]) -> dict[str, Any]:

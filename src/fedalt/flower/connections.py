@@ -13,6 +13,7 @@ import ssl
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, TypeVar
 
 from fedalt.flower.refusals import Refusals
@@ -23,7 +24,6 @@ _GOODBYE: Final = 3.0  # seconds for the end of TLS
 _STALLED: Final = 60.0  # seconds without a byte of what a client sends or is sent
 _PER_KEY: Final = 32  # connections of one client, which needs about four
 _LOOK: Final = 1.0
-Name = TypeVar("Name")
 _NETWORK: Final = 64  # bits of an IPv6 address that whoever has one shares with all of theirs
 
 
@@ -56,11 +56,15 @@ class Connection:
         elif self.task is not None:
             self.task.cancel()
 
-    def look(self, now: float) -> None:
+    def note_movement(self, now: float) -> None:
         """Note whether the other side takes what it is sent."""
         buffered = 0 if self.transport is None else self.transport.get_write_buffer_size()
         if buffered != self.buffered:
             self.buffered, self.moved = buffered, now
+
+
+Name = TypeVar("Name", str, bytes)
+Groups = dict[Name, dict[Connection, None]]
 
 
 @dataclass
@@ -69,23 +73,23 @@ class Connections:
 
     room: Room
     refusals: Refusals
-    strangers: dict[str, dict[Connection, None]] = field(default_factory=dict)  # by network, by age
-    clients: dict[bytes, dict[Connection, None]] = field(default_factory=dict)  # by key, by age
+    strangers: "Groups[str]" = field(default_factory=dict)  # by network, by age
+    clients: "Groups[bytes]" = field(default_factory=dict)  # by key, by age
 
     def begin(self, connection: Connection) -> None:
         """Take one in, and drop others where that is one too many."""
-        mine = self.strangers.setdefault(connection.network, {})
-        mine[connection] = None
-        if len(mine) > self.room.per_address:
-            self._drop(next(iter(mine)), "too many from one address without a key")
+        neighbours = self.strangers.setdefault(connection.network, {})
+        neighbours[connection] = None
+        if len(neighbours) > self.room.per_address:
+            self._drop(next(iter(neighbours)), "too many from one address without a key")
         elif sum(map(len, self.strangers.values())) > self.room.in_all:
             self.drop_stranger("too many without a key")
 
     def drop_stranger(self, why: str) -> None:
         """Drop the oldest connection of the address that has most of them without a key."""
         if self.strangers:
-            fullest = max(self.strangers, key=lambda each: len(self.strangers[each]))
-            self._drop(next(iter(self.strangers[fullest])), why)
+            fullest = max(self.strangers.values(), key=len)
+            self._drop(next(iter(fullest)), why)
 
     def introduce(self, connection: Connection, key: bytes) -> None:
         """It is this client's, as a signature says."""
@@ -95,10 +99,10 @@ class Connections:
             return
         self.end(connection)
         connection.key = key
-        mine = self.clients.setdefault(key, {})
-        mine[connection] = None
-        if len(mine) > _PER_KEY:
-            self._drop(next(iter(mine)), "too many with one key")
+        same_key = self.clients.setdefault(key, {})
+        same_key[connection] = None
+        if len(same_key) > _PER_KEY:
+            self._drop(next(iter(same_key)), "too many with one key")
 
     def end(self, connection: Connection) -> None:
         """It is no more."""
@@ -107,20 +111,20 @@ class Connections:
         else:
             _take_out(connection, self.clients, connection.key)
 
-    async def look(self, keys: Callable[[], Container[bytes]]) -> None:
+    async def watch(self, keys: Callable[[], Container[bytes]]) -> None:
         """Drop what takes too long, and whose key is none of `keys()` any more, for ever."""
         while True:
             await asyncio.sleep(_LOOK)
             known, now = keys(), time.monotonic()
-            for stranger in [each for mine in self.strangers.values() for each in mine]:
+            for stranger in [*chain.from_iterable(self.strangers.values())]:
                 if stranger.transport is not None and stranger.transport.is_closing():
                     stranger.drop()  # it was answered
                 elif stranger.transport is None and now - stranger.begun > _HANDSHAKE:
                     self._drop(stranger, f"no TLS handshake within {_HANDSHAKE:.0f} seconds")
                 elif now - stranger.begun > _INTRODUCE:
                     self._drop(stranger, f"no client's key within {_INTRODUCE:.0f} seconds")
-            for client in [each for mine in self.clients.values() for each in mine]:
-                client.look(now)
+            for client in [*chain.from_iterable(self.clients.values())]:
+                client.note_movement(now)
                 if client.key is None or client.key not in known:
                     self._drop(client, "its key is no client's any more")
                 elif not client.is_ours and now - client.moved > _STALLED:
@@ -215,10 +219,10 @@ class _Watched(asyncio.Protocol):
         self.inner.resume_writing()
 
 
-def _take_out(connection: Connection, held: dict[Name, dict[Connection, None]], name: Name) -> None:
-    held.get(name, {}).pop(connection, None)
-    if not held.get(name, True):
-        del held[name]
+def _take_out(connection: Connection, groups: Groups[Name], name: Name) -> None:
+    groups.get(name, {}).pop(connection, None)
+    if not groups.get(name, True):
+        del groups[name]
 
 
 async def _has_begun(loop: asyncio.AbstractEventLoop, plain: socket.socket) -> bool:
@@ -238,22 +242,20 @@ async def _has_begun(loop: asyncio.AbstractEventLoop, plain: socket.socket) -> b
 def _network(address: str) -> str:
     """What of an address is one sender's: an IPv4 address, or a network of IPv6."""
     try:
-        found = ipaddress.ip_address(address.partition("%")[0])
+        ip = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    if isinstance(found, ipaddress.IPv4Address):
-        return str(found)
-    if found.ipv4_mapped is not None:
-        return str(found.ipv4_mapped)
-    return str(ipaddress.ip_network((found, _NETWORK), strict=False))
+    if isinstance(ip, ipaddress.IPv4Address):
+        return str(ip)
+    return str(ip.ipv4_mapped or ipaddress.ip_network((ip, _NETWORK), strict=False))
 
 
 def listeners(host: str, port: int) -> list[socket.socket]:
     """Sockets that listen at all addresses of a host. Raises OSError."""
-    found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    made = []
-    for family, place in dict.fromkeys((each[0], each[4][:2]) for each in found):
-        one = socket.create_server(place, family=family, backlog=2048)
-        one.setblocking(False)
-        made.append(one)
-    return made
+    infos = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets = []
+    for family, place in dict.fromkeys((info[0], info[4][:2]) for info in infos):
+        listener = socket.create_server(place, family=family, backlog=2048)
+        listener.setblocking(False)
+        sockets.append(listener)
+    return sockets

@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_ssh_private_key,
     load_ssh_public_key,
 )
 from cryptography.x509.oid import NameOID
@@ -29,7 +30,8 @@ from fedalt.runs.settings import SettingsError
 
 _AUTHORITY_YEARS: Final = 10
 _SERVER_YEARS: Final = 2
-_LONGEST_KEY: Final = 2**16  # bytes that are read of a public key
+_LONGEST_KEY: Final = 2**16  # bytes that are read of a key or certificate
+_EXPECTED: Final = "expected ecdsa-sha2-nistp384, as `fedalt federation init` makes them"
 
 
 def make_authority(folder: Path, federation: str) -> None:
@@ -37,13 +39,12 @@ def make_authority(folder: Path, federation: str) -> None:
     key = generate_private_key(SECP384R1())
     name = _name(f"{federation}, certificate authority")
     builder = (
-        _builder(name, name, key, _AUTHORITY_YEARS)
+        _builder(name, name, key, 365 * _AUTHORITY_YEARS)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(signs_certificates=True), critical=True)
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )
-    _put_certificate(folder / "ca.crt", builder.sign(key, SHA384()))
-    _put_secret(folder / "ca.key", _pem(key))
+    _write_pair(folder, "ca", builder.sign(key, SHA384()), key)
 
 
 def make_server(folder: Path, authority: Path, hosts: list[str], days: int | None = None) -> None:
@@ -52,72 +53,96 @@ def make_server(folder: Path, authority: Path, hosts: list[str], days: int | Non
     ca_key = load_pem_private_key((authority / "ca.key").read_bytes(), None)
     assert isinstance(ca_key, EllipticCurvePrivateKey)
     key = generate_private_key(SECP384R1())
-    names = x509.SubjectAlternativeName([_host(each) for each in dict.fromkeys(hosts)])
+    names = x509.SubjectAlternativeName([_host(host) for host in dict.fromkeys(hosts)])
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
+    lifetime = 365 * _SERVER_YEARS if days is None else days
     builder = (
-        _builder(_name(hosts[0]), ca.subject, key, _SERVER_YEARS, days)
+        _builder(_name(hosts[0]), ca.subject, key, lifetime)
         .add_extension(names, critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(signs_certificates=False), critical=True)
         .add_extension(issuer, critical=False)
     )
-    _put_certificate(folder / "server.crt", builder.sign(ca_key, SHA384()))
-    _put_secret(folder / "server.key", _pem(key))
+    _write_pair(folder, "server", builder.sign(ca_key, SHA384()), key)
 
 
 def make_client_key(secret: Path, public: Path) -> None:
     """A client's key pair, in OpenSSH's format as Flower wants it."""
     key = generate_private_key(SECP384R1())
-    _put_secret(secret, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
+    _write_secret(secret, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
 
 
-def require_usable(certificate: Path, key: Path, authority: Path) -> None:
+def require_server_credentials(certificate: Path, key: Path, authority: Path) -> None:
     """Refuse a server's certificate that no client would take. Raises SettingsError, OSError."""
-    for each in (certificate, key, authority):
-        each.read_bytes()  # its error names the file
+    key.read_bytes()  # its error names the file
+    own, issuer = _certificate(certificate), _certificate(authority)
     try:
-        found = x509.load_pem_x509_certificate(certificate.read_bytes())
-        issuer = x509.load_pem_x509_certificate(authority.read_bytes())
-        found.verify_directly_issued_by(issuer)
+        own.verify_directly_issued_by(issuer)
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
     except (ValueError, TypeError, InvalidSignature, ssl.SSLError) as error:
         why = str(error) or "it was not signed by this authority"
         raise SettingsError(f"{certificate}, {key} and {authority}: {why}") from None
-    for file, end in (
-        (certificate, found.not_valid_after_utc),
-        (authority, issuer.not_valid_after_utc),
-    ):
-        if end < datetime.now(UTC):
-            raise SettingsError(f"{file}: the certificate has ended on {end:%Y-%m-%d}")
+
+
+def require_client_credentials(key: Path, authority: Path | None) -> None:
+    """Refuse a client's key or authority (None without TLS) that Flower's client cannot use.
+
+    Raises SettingsError, and OSError for a file that cannot be read.
+    """
+    data = _content(key)
+    try:
+        secret = load_ssh_private_key(data, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise SettingsError(f"{key}: it is no private key ({error}); {_EXPECTED}") from None
+    if not isinstance(secret, EllipticCurvePrivateKey):
+        raise SettingsError(f"{key}: it is no private key of this kind; {_EXPECTED}")
+    if authority is not None:
+        _certificate(authority)
 
 
 def pem_of(public: Path) -> str:
     """A public key as Flower's server shows it. Raises SettingsError, also where it is cut off."""
     try:
-        if not public.is_file():  # to read a pipe would be to wait for ever
-            raise SettingsError(f"{public}: cannot be read: it is no file")
-        with public.open("rb") as file:
-            key = load_ssh_public_key(file.read(_LONGEST_KEY))
+        data = _content(public)
     except OSError as error:
         raise SettingsError(f"{public}: cannot be read: {error.strerror}") from None
+    try:
+        key = load_ssh_public_key(data)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise SettingsError(f"{public}: it is no public key: {error}") from None
     if not isinstance(key, EllipticCurvePublicKey):
-        raise SettingsError(
-            f"{public}: it is no public key of this kind: expected ecdsa-sha2-nistp384, as "
-            "`fedalt federation init` makes them"
-        )
+        raise SettingsError(f"{public}: it is no public key of this kind: {_EXPECTED}")
     pem = key.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     return pem.decode()
 
 
+def _content(file: Path) -> bytes:
+    """What a file holds, at most; SettingsError for a pipe, on which a reader waits for ever."""
+    if file.exists() and not file.is_file():
+        raise SettingsError(f"{file}: cannot be read: it is no file")
+    with file.open("rb") as stream:
+        return stream.read(_LONGEST_KEY)
+
+
+def _certificate(file: Path) -> x509.Certificate:
+    """A certificate that is valid today. Raises SettingsError, OSError."""
+    data = _content(file)
+    try:
+        certificate = x509.load_pem_x509_certificate(data)
+    except ValueError as error:
+        raise SettingsError(
+            f"{file}: it is no certificate ({error}); expected one in PEM, as `fedalt federation "
+            "init` makes them"
+        ) from None
+    if certificate.not_valid_after_utc < datetime.now(UTC):
+        end = certificate.not_valid_after_utc
+        raise SettingsError(f"{file}: the certificate has ended on {end:%Y-%m-%d}")
+    return certificate
+
+
 def _builder(
-    subject: x509.Name,
-    issuer: x509.Name,
-    key: EllipticCurvePrivateKey,
-    years: int,
-    days: int | None = None,
+    subject: x509.Name, issuer: x509.Name, key: EllipticCurvePrivateKey, days: int
 ) -> x509.CertificateBuilder:
     now = datetime.now(UTC)
     return (
@@ -127,7 +152,7 @@ def _builder(
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=2))  # clocks differ
-        .not_valid_after(now + timedelta(days=365 * years if days is None else days))
+        .not_valid_after(now + timedelta(days=days))
     )
 
 
@@ -156,14 +181,14 @@ def _host(text: str) -> x509.GeneralName:
         return x509.DNSName(text)
 
 
-def _pem(key: EllipticCurvePrivateKey) -> bytes:
-    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+def _write_pair(
+    folder: Path, name: str, certificate: x509.Certificate, key: EllipticCurvePrivateKey
+) -> None:
+    (folder / f"{name}.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
+    secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    _write_secret(folder / f"{name}.key", secret)
 
 
-def _put_certificate(path: Path, certificate: x509.Certificate) -> None:
-    path.write_bytes(certificate.public_bytes(Encoding.PEM))
-
-
-def _put_secret(path: Path, data: bytes) -> None:
+def _write_secret(path: Path, data: bytes) -> None:
     path.touch(mode=0o600)
     path.write_bytes(data)

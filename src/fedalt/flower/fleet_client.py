@@ -11,7 +11,6 @@ or that the last one, NODE, has left, as Flower would keep the next one out for 
 import contextlib
 import os
 import signal
-import socket
 import ssl
 import sys
 import threading
@@ -43,13 +42,13 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-from fedalt.flower.pipe import receive, send
+from fedalt.flower.message_content import bytes_of, content_of
+from fedalt.flower.parent_pipe import Pipe, receive, send
 from fedalt.flower.proxies import reach_loopback_directly, through_proxy
-from fedalt.flower.records import bytes_of, content_of
 
 _PAUSE: Final = 0.2  # seconds between two looks where a call has just been
-_LONGEST: Final = 2.0  # where there was none for a while: many clients look at one server
-_AGAIN: Final = (1.0, 2.0, 5.0)  # seconds to the next try to reach the server
+_LONGEST_PAUSE: Final = 2.0  # where there was none for a while: many look at one server
+_RETRY: Final = (1.0, 2.0, 5.0)  # seconds to the next try to reach the server
 _AHEAD: Final = 5.0  # seconds that a clock may be before the server's, by Flower's rules
 _BEHIND: Final = 305.0
 _LAST_WORDS: Final = 8.0  # seconds that leaving may take
@@ -58,7 +57,7 @@ _LAST_WORDS: Final = 8.0  # seconds that leaving may take
 def main() -> None:
     """Connect and pass on, until the parent is gone or the server does not know us any more."""
     descriptor, address, key_file, ca_file, *last = sys.argv[1:]
-    pair = socket.socket(fileno=int(descriptor))
+    pipe = Pipe(int(descriptor))
     signal.signal(signal.SIGTERM, _leave)
     # Flower sends its own process this signal where the server does not know the key.
     signal.signal(signal.SIGINT, _shut_out)
@@ -67,14 +66,16 @@ def main() -> None:
     key: Any = load_ssh_private_key(Path(key_file).read_bytes(), None)
     server = _Server(address, None if ca_file == "-" else ca_file, key)
     try:
-        _reach(pair, server)
+        _reach(pipe, server)
         for node in last:
             _sign_off(server, int(node))
-        _pass_on(pair, server)
+        _pass_on(pipe, server)
     except _EndedError:
-        send(pair, "ended")
+        send(pipe, "ended")
     except _ShutOutError:
-        send(pair, "trouble", b"the server does not know this connection any more")
+        send(pipe, "trouble", b"the server does not know this connection any more")
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing more to say
 
 
 @dataclass(frozen=True)
@@ -119,24 +120,24 @@ def _sign_off(server: _Server, node: int) -> None:
         client.DeactivateNode(DeactivateNodeRequest(node_id=node))
 
 
-def _pass_on(pair: socket.socket, server: _Server) -> None:
+def _pass_on(pipe: Pipe, server: _Server) -> None:
     """Hand on calls and answers for as long as there is a connection."""
     keys = server.key, server.key.public_key()
     with http_request_response(server.address, server.insecure, server.certificate, keys) as parts:
         connection = _Connection(*parts)
-        send(pair, "connected", str(connection.node).encode())
+        send(pipe, "connected", str(connection.node).encode())
         pause = _PAUSE
         while True:
             if (call := _next_call(connection)) is None:
                 time.sleep(pause)
-                pause = min(1.2 * pause, _LONGEST)
+                pause = min(1.2 * pause, _LONGEST_PAUSE)
                 continue
             pause = _PAUSE
             message, data = call
-            send(pair, "call", data)
+            send(pipe, "call", data)
             del call, data  # training takes longer than anything here, beside a large model
-            _answer(connection, message, receive(pair)[1])
-            send(pair, "delivered")
+            _answer(connection, message, receive(pipe)[1])
+            send(pipe, "delivered")
 
 
 def _next_call(connection: _Connection) -> tuple[Message, bytes] | None:
@@ -146,7 +147,7 @@ def _next_call(connection: _Connection) -> tuple[Message, bytes] | None:
             return None
         head, tree = waiting
         run, wanted = head.metadata.run_id, head.metadata.message_id
-        names = [each.object_id for each in iterate_object_tree(tree)]
+        names = [node.object_id for node in iterate_object_tree(tree)]
         contents = pull_objects(  # which may still be on their way to the server
             names, lambda name: connection.pull_object(run, name), initial_backoff=_PAUSE
         )
@@ -174,7 +175,7 @@ def _answer(connection: _Connection, call: Message, data: bytes) -> None:
         try:
             wanted, session = connection.send(reply, get_object_tree(reply), 0.0)
             push_object_contents_from_iterable(
-                ((name, each.deflate()) for name, each in objects.items() if name in wanted),
+                ((name, part.deflate()) for name, part in objects.items() if name in wanted),
                 push_object_fn=lambda name, content: connection.push_object(
                     run, session, name, content
                 ),
@@ -183,16 +184,16 @@ def _answer(connection: _Connection, call: Message, data: bytes) -> None:
             print("the server has begun anew; it will ask again", file=sys.stderr)
 
 
-def _reach(pair: socket.socket, server: _Server) -> None:
+def _reach(pipe: Pipe, server: _Server) -> None:
     """Wait until the server answers, proves who it is, and has the same time as we have."""
     tries = 0
-    while (trouble := _trouble(server.address, server.authority)) is not None:
-        send(pair, "trouble", trouble.encode())
-        time.sleep(_AGAIN[min(tries, len(_AGAIN) - 1)])
+    while (trouble := server_trouble(server.address, server.authority)) is not None:
+        send(pipe, "trouble", trouble.encode())
+        time.sleep(_RETRY[min(tries, len(_RETRY) - 1)])
         tries += 1
 
 
-def _trouble(address: str, authority: str | None) -> str | None:
+def server_trouble(address: str, authority: str | None) -> str | None:
     """Why nobody can work with the server at this address, or None. Raises `_EndedError`."""
     secure = authority is not None
     asked = time.time()
@@ -230,7 +231,7 @@ def _shut_out(*_: object) -> NoReturn:
 
 
 def _leave(*_: object) -> NoReturn:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # we are about it
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is being done
     threading.Thread(target=_end_soon, daemon=True).start()
     sys.exit(0)
 

@@ -36,11 +36,11 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.loops.auto import auto_loop_factory
 
+from fedalt.flower.bodies import Body, BodyStore, IncomingBody, NoRoomError, parts
 from fedalt.flower.connections import Connection, Connections, Room, listeners
-from fedalt.flower.records import CHUNK
+from fedalt.flower.message_content import CHUNK
 from fedalt.flower.refusals import Refusals
 from fedalt.flower.signatures import Signatures, UnsignedError
-from fedalt.flower.spool import Body, Incoming, NoRoomError, Spool, new_body, parts, receive
 
 CALLS: Final = (
     "activate-node",
@@ -54,21 +54,22 @@ CALLS: Final = (
     "push-object",
     "confirm-message-received",
 )
-_MOST: Final = 2 * CHUNK  # bytes of one request; Flower sends large arrays in pieces, two at a time
-_OF_ONE: Final = 8 * _MOST  # bytes on disk of one client's requests at a time, and of everyone's
-_IN_ALL: Final = 128 * _MOST
+# Bytes of one request; Flower sends large arrays in pieces, two at a time.
+LARGEST_REQUEST: Final = 2 * CHUNK
+_PER_KEY: Final = 8 * LARGEST_REQUEST  # bytes on disk of one client's requests at a time
+_IN_ALL: Final = 128 * LARGEST_REQUEST  # and of everyone's
 _OBJECTS: Final = 8  # a message's own beside its arrays
 _PASSED: Final = "flwr-"  # how the names of headers begin that Flower's server wants
 _HEADERS: Final = 16 * 2**10  # bytes of all headers of a request
 _PATIENCE: Final = 120.0  # seconds that Flower may take
 _IDLE: Final = 15  # seconds that a client's connection stays without a request; its own end waits 5
-_OURS: Final = "this is not for clients"
+_NOT_FOR_CLIENTS: Final = "this is not for clients"
 _CLOSE: Final = {"connection": "close"}
 ENDED: Final = "ended"
 
 
 @dataclass(frozen=True)
-class Door:
+class Gateway:
     """Passes clients' calls on to Flower at `flower`.
 
     `objects` is how many an answer of a client may consist of, `most` its size in bytes.
@@ -77,7 +78,7 @@ class Door:
     flower: httpx.AsyncClient
     signatures: Signatures
     connections: Connections
-    spool: Spool
+    bodies: BodyStore
     objects: int
     most: int
     refusals: Refusals
@@ -86,22 +87,22 @@ class Door:
         """Answer a request as Flower does, if it is a client's."""
         call = request.path_params["call"]
         if call not in CALLS:
-            return self.refuse(request, 403, _OURS)
+            return self.refuse(request, 403, _NOT_FOR_CLIENTS)
         try:
             key = self.signatures.key_of(request.headers, call)
         except UnsignedError as error:
             return self.refuse(request, error.code, error.text, error.kind)
         connection: Connection = request.state.connection
         self.connections.introduce(connection, key)
-        with self.spool.body(key) as body:
+        with self.bodies.body(key) as body:
             try:
-                await receive(request.stream(), body, _MOST)
+                await body.receive(request.stream(), LARGEST_REQUEST)
             except ClientDisconnect:
                 return self.refuse(request, 400, "the request broke off")
             except NoRoomError:  # a client that hears 503 tries again
                 return self.refuse(request, 503, "no room for more requests now")
-            if body.size > _MOST:
-                return self.refuse(request, 413, f"a request has at most {_MOST} bytes")
+            if body.size > LARGEST_REQUEST:
+                return self.refuse(request, 413, f"a request has at most {LARGEST_REQUEST} bytes")
             if call == "push-messages" and _has_more(body.file, self.objects):
                 return self.refuse(request, 413, f"an answer has at most {self.most} bytes")
             connection.is_ours = True
@@ -114,7 +115,7 @@ class Door:
             finally:
                 connection.is_ours = False
 
-    async def _ask(self, request: Request, call: str, body: Incoming) -> Response:
+    async def _ask(self, request: Request, call: str, body: IncomingBody) -> Response:
         """What Flower's server answers."""
         headers = [
             (name, value)
@@ -122,7 +123,7 @@ class Door:
             if name.startswith(_PASSED.encode()) or name in (b"content-type", b"accept")
         ]
         headers.append((b"content-length", str(body.size).encode()))
-        content, size = new_body(self.spool.folder), 0
+        content, size = self.bodies.new_body(), 0
         sent = self.flower.build_request(
             "POST", f"/v1/fleet/{call}", content=parts(body.file), headers=headers
         )
@@ -136,10 +137,10 @@ class Door:
         if answer.is_client_error:
             kind = f"{answer.status_code} {call}, by Flower's server"
             self.refusals.count(kind, _address(request))
-        told = {name: value for name, value in answer.headers.items() if name.startswith(_PASSED)}
-        told["content-length"] = str(size)
+        passed = {name: value for name, value in answer.headers.items() if name.startswith(_PASSED)}
+        passed["content-length"] = str(size)
         media_type = answer.headers.get("content-type")
-        return StreamingResponse(parts(content), answer.status_code, told, media_type=media_type)
+        return StreamingResponse(parts(content), answer.status_code, passed, media_type=media_type)
 
     def refuse(self, request: Request, code: int, text: str, kind: str | None = None) -> Response:
         """The answer to what is not passed on; the connection ends, as its body is not read."""
@@ -147,19 +148,19 @@ class Door:
         return PlainTextResponse(text, code, _CLOSE)
 
 
-def door(passing: Door) -> Starlette:
+def open_app(gateway: Gateway) -> Starlette:
     """The application of a federation that goes on."""
 
     async def refuse_other(request: Request, _: Exception) -> Response:
-        return passing.refuse(request, 403, _OURS)
+        return gateway.refuse(request, 403, _NOT_FOR_CLIENTS)
 
     return Starlette(
         routes=[
             Route("/", _greet, methods=["GET"]),
-            Route("/v1/fleet/{call}", passing.pass_on, methods=["POST"]),
+            Route("/v1/fleet/{call}", gateway.pass_on, methods=["POST"]),
         ],
         exception_handlers={404: refuse_other, 405: refuse_other},
-        lifespan=passing.refusals.told,
+        lifespan=gateway.refusals.reporting,
     )
 
 
@@ -168,13 +169,13 @@ async def _greet(_: Request) -> Response:
     return PlainTextResponse("a federation's server", headers=_CLOSE)
 
 
-def closed(refusals: Refusals) -> Starlette:
+def ended_app(refusals: Refusals) -> Starlette:
     """The application after the federation's end: whoever calls hears of it, key or no key."""
 
-    async def tell(_: Request, __: Exception) -> Response:
+    async def answer(_: Request, __: Exception) -> Response:
         return PlainTextResponse("the federation has ended", HTTPStatus.GONE, _CLOSE)
 
-    return Starlette(exception_handlers={404: tell}, lifespan=refusals.told)
+    return Starlette(exception_handlers={404: answer}, lifespan=refusals.reporting)
 
 
 def _address(request: Request) -> str | None:
@@ -195,22 +196,23 @@ def _has_more(file: Body, objects: int) -> bool:
     return count > objects
 
 
-async def _serve(words: argparse.Namespace) -> None:
+async def serve(words: argparse.Namespace) -> None:
+    """Listen as the command line says, until this process is asked to end."""
     refusals, signatures = Refusals(), Signatures(words.keys)
     connections = Connections(Room(words.keyless, words.keyless_per_address), refusals)
     logging.getLogger("uvicorn.error").addFilter(refusals.is_other)
     asyncio.get_running_loop().set_exception_handler(refusals.count_fault)
     host, _, port = words.address.rpartition(":")
-    places = listeners(host.strip("[]"), int(port))
+    sockets = listeners(host.strip("[]"), int(port))
 
     def keys() -> Mapping[bytes, object]:
         signatures.read()
         return signatures.keys
 
-    app, context = closed(refusals), None
+    app, context = ended_app(refusals), None
     if words.inner != ENDED:
         keys()
-        app = door(_door(words, signatures, connections, refusals))
+        app = open_app(_gateway(words, signatures, connections, refusals))
     if words.certificate is not None:
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.load_cert_chain(words.certificate, words.key)
@@ -229,43 +231,38 @@ async def _serve(words: argparse.Namespace) -> None:
         await asyncio.sleep(0.01)
 
     def speak(connection: Connection) -> asyncio.Protocol:
-        protocol: Any = config.http_protocol_class
-        state = {"connection": connection}
-        made: asyncio.Protocol = protocol(config, server.server_state, state)
-        return made
+        make: Any = config.http_protocol_class
+        protocol: asyncio.Protocol = make(config, server.server_state, {"connection": connection})
+        return protocol
 
-    tasks = [connections.accept(each, context, speak) for each in places]
-    tasks += [connections.look(keys)]
-    await _first(serving, *map(asyncio.create_task, tasks))
-
-
-async def _first(*tasks: "asyncio.Task[None]") -> None:
-    """Until the first of these has ended, which should only be the server that was asked to."""
+    loops = [connections.accept(listener, context, speak) for listener in sockets]
+    loops += [connections.watch(keys)]
+    tasks = [serving, *map(asyncio.create_task, loops)]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    ended = [each for each in tasks if each.done()]
-    for each in tasks:
-        each.cancel()
+    ended = [task for task in tasks if task.done()]  # only `serving`, unless there is a fault
+    for task in tasks:
+        task.cancel()
     await asyncio.wait(tasks)
-    for each in ended:
-        each.result()
+    for task in ended:
+        task.result()
 
 
-def _door(
+def _gateway(
     words: argparse.Namespace,
     signatures: Signatures,
     connections: Connections,
     refusals: Refusals,
-) -> Door:
+) -> Gateway:
     authority = words.authority
     scheme = "http" if authority is None else "https"
     verify = True if authority is None else ssl.create_default_context(cafile=authority)
-    return Door(
+    return Gateway(
         flower=httpx.AsyncClient(
             base_url=f"{scheme}://127.0.0.1:{words.inner}", verify=verify, timeout=_PATIENCE
         ),
         signatures=signatures,
         connections=connections,
-        spool=Spool(words.spool, _OF_ONE, _IN_ALL),
+        bodies=BodyStore(words.spool, _PER_KEY, _IN_ALL),
         objects=_OBJECTS + -(-words.most // CHUNK),
         most=words.most,
         refusals=refusals,
@@ -274,21 +271,21 @@ def _door(
 
 def main() -> None:
     """Listen until killed."""
-    words = argparse.ArgumentParser(prog="python -m fedalt.flower.gateway")
-    words.add_argument("address")
-    words.add_argument("inner")
-    words.add_argument("most", type=int)
-    for each in ("certificate", "key", "authority"):
-        words.add_argument(each, nargs="?")
-    words.add_argument("--keys", type=Path)
-    words.add_argument("--spool", type=Path)
-    words.add_argument("--keyless", type=int, default=256)  # as in config.py, without PyTorch
-    words.add_argument("--keyless-per-address", type=int, default=128)
-    given = words.parse_args()
+    parser = argparse.ArgumentParser(prog="python -m fedalt.flower.gateway")
+    parser.add_argument("address")
+    parser.add_argument("inner")
+    parser.add_argument("most", type=int)
+    for file in ("certificate", "key", "authority"):
+        parser.add_argument(file, nargs="?")
+    parser.add_argument("--keys", type=Path)
+    parser.add_argument("--spool", type=Path)
+    parser.add_argument("--keyless", type=int, default=256)  # as in config.py, without PyTorch
+    parser.add_argument("--keyless-per-address", type=int, default=128)
+    words = parser.parse_args()
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # a connection is one
     with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
-        runner.run(_serve(given))
+        runner.run(serve(words))
 
 
 if __name__ == "__main__":

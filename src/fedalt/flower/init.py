@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from string import Template
 from typing import Final
 
 import tomli_w
@@ -20,8 +21,15 @@ from fedalt.models.base import BUILT_IN, PACKAGED
 from fedalt.runs.settings import SettingsError, method_name
 from fedalt.runs.setup import Parts
 
+_README: Final = Path(__file__).parents[1] / "assets" / "federation"
+_HOST: Final = re.compile(
+    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*\.?"
+)
+# Where the operator starts from: every client has drawn the same A, which norms are mostly of.
+_FIREWALL: Final = {"norm_limit": 10.0}
 
-def found_federation(
+
+def create_federation(
     folder: Path,
     clients: Sequence[str],
     parts: Parts,
@@ -37,41 +45,40 @@ def found_federation(
     """
     host = require_possible(folder, clients, address, name=name, labels=labels)
     with whole_or_nothing(folder) as unfinished:
-        return _write_all(unfinished, clients, parts, name, address, host, labels)
+        authority, server = unfinished / "authority", unfinished / "server"
+        make_private_folder(authority)
+        make_private_folder(server / "clients")
+        make_authority(authority, name)
+        _write_readme(authority, "authority")
+        make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
+        shutil.copy(authority / "ca.crt", server)
+        terms = write_terms(server, name, clients, labels, parts)
+        rules = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
+        _write(server / "federation.toml", rules)
+        known = ", ".join(clients)
+        _write_readme(server, "server", federation=repr(name), address=address, clients=known)
+        for client_id in clients:
+            _write_client(unfinished / "clients" / client_id, server, terms, address)
+        return terms
 
 
-def _write_all(
-    folder: Path,
-    clients: Sequence[str],
-    parts: Parts,
-    name: str,
-    address: str,
-    host: str,
-    labels: Sequence[str],
-) -> Terms:
-    authority, server = folder / "authority", folder / "server"
-    keys = server / "clients"
-    for private in (authority, keys):
-        make_private_folder(private)
-    make_authority(authority, name)
-    make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
-    terms = write_terms(server, name, clients, labels, parts)
-    shutil.copy(authority / "ca.crt", server)
-    begin = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
-    _write(server / "federation.toml", begin)
-    (server / "README.md").write_text(_server_readme(terms, address), encoding="utf-8")
-    for client_id in clients:
-        place = folder / "clients" / client_id
-        make_private_folder(place / "data")
-        make_client_key(place / "client.key", keys / f"{client_id}.pub")
-        for file in ("terms.toml", "template.txt", "ca.crt"):
-            if (server / file).exists():
-                shutil.copy(server / file, place)
-        _write(place / "client.toml", {"client": {"name": client_id, "server": address}})
-        text = _client_readme(terms, client_id, address)
-        (place / "README.md").write_text(text, encoding="utf-8")
-    (authority / "README.md").write_text(_AUTHORITY, encoding="utf-8")
-    return terms
+def _write_client(place: Path, server: Path, terms: Terms, address: str) -> None:
+    client_id = place.name
+    make_private_folder(place / "data")
+    make_client_key(place / "client.key", server / "clients" / f"{client_id}.pub")
+    for file in ("terms.toml", "template.txt", "ca.crt"):
+        if (server / file).exists():
+            shutil.copy(server / file, place)
+    _write(place / "client.toml", {"client": {"name": client_id, "server": address}})
+    _write_readme(
+        place,
+        "client",
+        client=client_id,
+        federation=repr(terms.name),
+        address=address,
+        method=method_name(terms.settings.method),
+        model_step=_model_step(terms.settings.model.name),
+    )
 
 
 def require_possible(
@@ -94,9 +101,9 @@ def require_possible(
         raise SettingsError(
             f"address {shown(repr(address))}: expected host:port, such as 10.0.0.5:8443"
         )
-    for what, given in (("clients", clients), ("labels", labels)):
-        if len(set(given)) < len(given):
-            twice = next(each for each in given if given.count(each) > 1)
+    for what, names in (("clients", clients), ("labels", labels)):
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
             raise SettingsError(
                 f"{what}: {shown(repr(twice), 120)} is named twice; expected different names"
             )
@@ -127,8 +134,8 @@ def whole_or_nothing(folder: Path) -> Iterator[Path]:
     try:
         yield unfinished
         if folder.exists():  # it is empty, and somebody may be in it
-            for each in unfinished.iterdir():
-                each.rename(folder / each.name)
+            for entry in unfinished.iterdir():
+                entry.rename(folder / entry.name)
             unfinished.rmdir()
         else:
             unfinished.replace(folder)
@@ -143,42 +150,9 @@ def _write(file: Path, table: dict[str, object]) -> None:
     file.write_text(tomli_w.dumps(table), encoding="utf-8")
 
 
-_HOST: Final = re.compile(
-    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*\.?"
-)
-
-# Where the operator starts from: every client has drawn the same A, which norms are mostly of.
-_FIREWALL: Final = {"norm_limit": 10.0}
-
-_AUTHORITY = """\
-# The certificate authority
-
-`ca.key` signs the server's certificate. Whoever has it can pass for the server. Keep this folder
-offline, on neither the server nor a client; it is needed again when the server's certificate ends
-(after two years) or its address changes.
-"""
-
-
-def _server_readme(terms: Terms, address: str) -> str:
-    return f"""\
-# The server of {terms.name!r}
-
-This folder goes to the machine that clients reach at {address}. Nothing in it is a client's data.
-
-    pip install 'fedalt[flower]'
-    fedalt server --config federation.toml
-
-It needs no base model and no GPU. Clients come in by TLS with a key each; only those of
-{", ".join(terms.clients)} are known. Stop it with Ctrl-C; the same command goes on where it was.
-Back up `state/` (what the federation has learnt) and keep `server.key` secret.
-
-    fedalt federation status --config federation.toml
-    fedalt federation revoke --config federation.toml CLIENT
-
-`federation.toml` is yours to change: the deadline of a round, how many uploads it needs, what
-becomes of late ones, how large one may be. `terms.toml` is not: it is what all have agreed on,
-and every message names it.
-"""
+def _write_readme(folder: Path, kind: str, **words: str) -> None:
+    text = Template((_README / f"{kind}.md").read_text(encoding="utf-8")).substitute(words)
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _model_step(name: str) -> str:
@@ -200,37 +174,3 @@ def _model_step(name: str) -> str:
         f"The base model {quoted} comes from the hub, or from its cache, when the client starts "
         'for the first time; or name its folder here as `model = "..."` in `client.toml`.'
     )
-
-
-def _client_readme(terms: Terms, client_id: str, address: str) -> str:
-    method = method_name(terms.settings.method)
-    model = _model_step(terms.settings.model.name)
-    return f"""\
-# Client {client_id!r} of {terms.name!r}
-
-This folder goes to the machine that holds the data, and to nobody else: `client.key` is how the
-server knows this client.
-
-1. Put the data into `data/`: `{client_id}.train.jsonl`, and, to know what it is worth,
-   `{client_id}.validation.jsonl` and `{client_id}.test.jsonl`.
-2. {model}
-3. Run
-
-        pip install 'fedalt[flower]'
-        fedalt data check data
-        fedalt client --config client.toml
-
-It calls {address}; no port is opened here. Stop it with Ctrl-C; the same command goes on where it
-was. It prints each round in a line, and why one could not be. Back up `state/`: what it holds of
-this client is nowhere else.
-
-The model that this client has by now, while `fedalt client` is stopped or when all has ended:
-
-    fedalt evaluate client.toml
-    fedalt generate client.toml "..."
-    fedalt export client.toml --out model
-
-What leaves this machine: the upload of {method} (adapter weights), losses and scores, and
-how many examples there are. What never leaves: texts, tokens, and what the method keeps private.
-An adapter can reveal something about the data that it was trained on.
-"""

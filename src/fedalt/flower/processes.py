@@ -17,8 +17,8 @@ from typing import Final
 import psutil
 
 from fedalt.core.files import atomic_write, make_private_folder, open_private
-from fedalt.core.reading import StoreError, read_json
-from fedalt.flower.last_words import length, told_in
+from fedalt.core.reading import StoreError, read_json, read_text
+from fedalt.flower.crash_log import last_line, length
 from fedalt.runs.settings import SettingsError
 
 _POLITE: Final = 5.0  # seconds from asking a process to end to killing it
@@ -28,12 +28,16 @@ _LONGEST_LOG: Final = 10 * 2**20  # bytes; a longer one is begun anew, and one o
 QUIET: Final = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 
 
+class ProcessDiedError(Exception):
+    """A process has ended that should not have."""
+
+
 @dataclass
-class Group:
+class ProcessGroup:
     """Processes by name, and everything that they have started themselves."""
 
     environment: Mapping[str, str]
-    register: Path  # who they are, for the next one to end if we are killed
+    register: Path  # who they are, for the next group to end if we are killed
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _logs: dict[str, tuple[Path, int]] = field(default_factory=dict)  # and how long one was
     _seen: dict[int, psutil.Process] = field(default_factory=dict)
@@ -63,19 +67,28 @@ class Group:
         return process
 
     def dead(self) -> str | None:
-        """The name of a process that has ended; also looks whom the others have started."""
+        """The name of a process that has ended; also notes whom the others have started."""
         for process in self.running.values():
             with contextlib.suppress(psutil.Error):
                 parent = psutil.Process(process.pid)
-                self._seen |= {
-                    each.pid: each for each in [parent, *parent.children(recursive=True)]
-                }
+                family = [parent, *parent.children(recursive=True)]
+                self._seen |= {member.pid: member for member in family}
         self._write()
-        return next((n for n, each in self.running.items() if each.poll() is not None), None)
+        ended = (name for name, process in self.running.items() if process.poll() is not None)
+        return next(ended, None)
 
-    def told(self, name: str) -> str:
-        """Where a process has put its last words, and the last line of them."""
-        return told_in(*self._logs[name])
+    def death(self, name: str) -> str:
+        """That a process has ended, where its log lies, and the last line of that."""
+        return f"{name} has ended, {self.last_line(name)}"
+
+    def require_alive(self) -> None:
+        """Raise ProcessDiedError where one has ended."""
+        if (name := self.dead()) is not None:
+            raise ProcessDiedError(self.death(name))
+
+    def last_line(self, name: str) -> str:
+        """Where a process writes, and the last line since it was started."""
+        return last_line(*self._logs[name])
 
     def stop(self) -> None:
         """End all of them, and what they have started."""
@@ -88,12 +101,12 @@ class Group:
         self._write()
 
     def _write(self) -> None:
-        found = {}
-        for each in self._seen.values():
+        born = {}
+        for process in self._seen.values():
             with contextlib.suppress(psutil.Error):
-                found[str(each.pid)] = each.create_time()
-        if not self.register.exists() or read_json(self.register, dict[str, float]) != found:
-            atomic_write(self.register, json.dumps(found).encode())
+                born[str(process.pid)] = process.create_time()
+        if not self.register.exists() or read_json(self.register, dict[str, float]) != born:
+            atomic_write(self.register, json.dumps(born).encode())
 
 
 def shorten(log: Path) -> None:
@@ -119,28 +132,38 @@ def end_leftovers(register: Path) -> None:
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
-    alive = [each for each in processes if each.is_running()]
-    for each in alive:
-        with contextlib.suppress(psutil.Error):
-            each.terminate()
-    _, alive = psutil.wait_procs(alive, timeout=_POLITE)
-    for each in alive:
-        with contextlib.suppress(psutil.Error):
-            each.kill()
-    psutil.wait_procs(alive, timeout=_POLITE)
+    alive = [process for process in processes if process.is_running()]
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for process in alive:
+            with contextlib.suppress(psutil.Error):
+                end(process)
+        _, alive = psutil.wait_procs(alive, timeout=_POLITE)
 
 
 @contextmanager
-def group(environment: Mapping[str, str], register: Path) -> Iterator[Group]:
+def process_group(environment: Mapping[str, str], register: Path) -> Iterator[ProcessGroup]:
     """Processes that end with this context, however it is left."""
     # Flower's commands lie beside this Python's.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     end_leftovers(register)
-    found = Group({**QUIET, "PATH": path, **environment}, register)
+    group = ProcessGroup({**QUIET, "PATH": path, **environment}, register)
     try:
-        yield found
+        yield group
     finally:
-        found.stop()
+        group.stop()
+
+
+def is_running(pid_file: Path) -> bool:
+    """Whether the process runs that has written its number into a file. Raises StoreError."""
+    text = read_text(pid_file)
+    if not text.isdecimal():
+        raise StoreError(f"{pid_file} is damaged: expected the number of a process, got {text!r}")
+    try:
+        process = psutil.Process(int(text))
+        is_it = process.create_time() <= pid_file.stat().st_mtime + 1  # or another has its number
+        return bool(is_it and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.Error:
+        return False
 
 
 def require_free(address: str) -> None:
@@ -150,19 +173,18 @@ def require_free(address: str) -> None:
         family, kind, protocol, _, place = socket.getaddrinfo(
             host.strip("[]"), int(port), type=socket.SOCK_STREAM
         )[0]
-        with socket.socket(family, kind, protocol) as one:
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(place)
-            one.listen(1)
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            listener.listen(1)
     except (OSError, ValueError) as error:
         raise SettingsError(f"address {address!r}: {error}") from None
 
 
 def free_port() -> int:
     """A port of the loopback interface that nobody uses now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
         return port
 
 

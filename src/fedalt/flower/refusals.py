@@ -1,4 +1,4 @@
-"""What strangers were refused, counted by kind and told now and then, never a line for each."""
+"""What was refused to strangers: counted by kind and reported once a minute."""
 
 import asyncio
 import json
@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
-_TELL: Final = 60.0  # seconds between two lines of one kind
+_REPORT: Final = 60.0  # seconds between two lines of one kind
 
 
 @dataclass
 class Refusals:
-    """What was refused since that was last told: how often of each kind, and from where.
+    """What was refused since the last report: how often of each kind, and from where.
 
     A kind never holds anything that a stranger has written, so there are few.
     """
@@ -28,7 +28,7 @@ class Refusals:
         if address is not None:
             self.last_from[kind] = address
 
-    def tell(self) -> None:
+    def report(self) -> None:
         """Print a line for each kind, and begin anew."""
         now = datetime.now().isoformat(" ", "seconds")
         for kind, count in self.counts.items():
@@ -38,23 +38,23 @@ class Refusals:
         self.last_from.clear()
 
     @asynccontextmanager
-    async def told(self, _: object) -> AsyncIterator[None]:
-        """Tell once a minute while an application runs, and at its end."""
+    async def reporting(self, _: object) -> AsyncIterator[None]:
+        """Report once a minute while an application runs, and at its end."""
 
-        async def often() -> None:
+        async def report_often() -> None:
             while True:
-                await asyncio.sleep(_TELL)
-                self.tell()
+                await asyncio.sleep(_REPORT)
+                self.report()
 
-        task = asyncio.create_task(often())
+        task = asyncio.create_task(report_often())
         yield
         task.cancel()
-        self.tell()
+        self.report()
 
     def is_other(self, record: logging.LogRecord) -> bool:
         """Count what uvicorn warns of, which is what strangers send; all else goes to the log.
 
-        Of its errors of one kind the first between two tellings goes there, with its traceback.
+        Of its errors of one kind the first between two reports goes there, with its traceback.
         """
         if record.levelno < logging.WARNING:
             return True

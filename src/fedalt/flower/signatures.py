@@ -48,20 +48,20 @@ class Signatures:
 
     file: Path | None
     keys: dict[bytes, EllipticCurvePublicKey] = field(default_factory=dict)
-    _written: object = None
-    _made: dict[bytes, OrderedDict[str, float]] = field(default_factory=dict)  # key: times, when
+    _read_as: object = None  # what the file was when it was read
+    _requests: dict[bytes, OrderedDict[str, float]] = field(default_factory=dict)  # by key, age
 
     def read(self) -> None:
         """Look whether the file has changed."""
         if self.file is None:
             return
-        now = self.file.stat()
-        if (written := (now.st_mtime_ns, now.st_ino)) == self._written:
+        stat = self.file.stat()
+        if (state := (stat.st_mtime_ns, stat.st_ino)) == self._read_as:
             return
-        pems = [each.encode() for each in json.loads(self.file.read_text())]
-        self.keys = {each: bytes_to_public_key(each) for each in pems}
-        self._made = {key: made for key, made in self._made.items() if key in self.keys}
-        self._written = written
+        pems = [pem.encode() for pem in json.loads(self.file.read_text())]
+        self.keys = {pem: bytes_to_public_key(pem) for pem in pems}
+        self._requests = {key: times for key, times in self._requests.items() if key in self.keys}
+        self._read_as = state
 
     def key_of(self, headers: Mapping[str, str], call: str) -> bytes:
         """The key that a request is signed with, made now and for the first time.
@@ -91,14 +91,14 @@ class Signatures:
 
         What it stands for is remembered: whoever has one can write it in another way.
         """
-        now, made = time.monotonic(), self._made.setdefault(key, OrderedDict())
-        while made and now - next(iter(made.values())) > _REMEMBERED:
-            made.popitem(last=False)
-        if when in made:
+        now, requests = time.monotonic(), self._requests.setdefault(key, OrderedDict())
+        while requests and now - next(iter(requests.values())) > _REMEMBERED:
+            requests.popitem(last=False)
+        if when in requests:
             raise UnsignedError(409, "this request has been made before")
-        if len(made) >= _MOST_REMEMBERED:
+        if len(requests) >= _MOST_REMEMBERED:
             raise UnsignedError(429, "too many requests with one key")
-        made[when] = now
+        requests[when] = now
 
 
 def _not_let_in() -> str:

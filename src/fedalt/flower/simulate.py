@@ -1,4 +1,4 @@
-"""The same federation in Flower's simulation: clients as Ray's tasks, for a cluster of GPUs.
+"""A federation in Flower's simulation: clients as Ray's tasks, for a cluster of GPUs.
 
 Each of Ray's processes loads the base model once and serves whichever client it is given. States
 lie in the run's folder, which all processes must see.
@@ -24,8 +24,8 @@ from fedalt.federation.client import Member, claim
 from fedalt.federation.round_collector import Rules, Say
 from fedalt.federation.server import open_host
 from fedalt.federation.transport import Lost
+from fedalt.flower.message_content import bytes_of, content_of
 from fedalt.flower.processes import QUIET
-from fedalt.flower.records import bytes_of, content_of
 from fedalt.runs.folder import StoreError, locked
 from fedalt.runs.settings import Settings, read_settings, to_toml
 from fedalt.runs.setup import Prepared, learner_of, prepare
@@ -49,9 +49,9 @@ def simulate(settings: Settings, folder: Path, say: Say, *, gpus: float = 0.0) -
     make_private_folder(folder)
     with locked(folder):
         terms = _terms(settings, folder)
-        whole = folder / "settings.toml"
-        if not whole.exists():
-            atomic_write(whole, to_toml(settings).encode())
+        settings_file = folder / "settings.toml"
+        if not settings_file.exists():
+            atomic_write(settings_file, to_toml(settings).encode())
         server, client, failed = ServerApp(), ClientApp(), []
 
         @server.main()
@@ -88,29 +88,29 @@ def _terms(settings: Settings, folder: Path) -> Terms:
 
 
 def _serve(terms: Terms, folder: Path, grid: Any, say: Say) -> None:
-    channel = _Nodes(grid, _who_is_where(grid, terms))
+    transport = _SimulatedNodes(grid, _nodes_by_client(grid, terms))
     rounds = terms.settings.rounds
     gate = Gate(terms.settings.firewall, rounds.robust, rounds.trim)
-    open_host(terms, folder / "run", channel, Rules(), gate, say).to_the_end()
+    open_host(terms, folder / "run", transport, Rules(), gate, say).to_the_end()
 
 
-def _who_is_where(grid: Any, terms: Terms) -> dict[str, int]:
-    """Which of the nodes, whose numbers are random, has which client's place in the terms."""
+def _nodes_by_client(grid: Any, terms: Terms) -> dict[str, int]:
+    """Each client's node: the numbers of nodes are random, their partitions are not."""
     while len(nodes := list(grid.get_node_ids())) < len(terms.clients):
         time.sleep(_PAUSE)  # Flower makes them beside us
     calls = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-    found = {}
+    nodes_by_client = {}
     for reply in grid.send_and_receive(calls):
         if reply.has_error():
             raise _ActorDiedError(f"a process of Ray's has failed: {reply.error.reason}")
         place = int(bytes_of(reply.content))
-        found[terms.clients[place]] = reply.metadata.src_node_id
-    return found
+        nodes_by_client[terms.clients[place]] = reply.metadata.src_node_id
+    return nodes_by_client
 
 
 @dataclass
-class _Nodes:
-    """Flower's simulated nodes as a channel: always there, and dead for good if one is lost."""
+class _SimulatedNodes:
+    """Flower's simulated nodes as a transport: always online, and dead for good if one is lost."""
 
     grid: Any  # flwr.serverapp.Grid
     nodes: Mapping[str, int]
@@ -129,7 +129,7 @@ class _Nodes:
 
     def receive(self) -> list[tuple[str, bytes | Lost]]:
         """The answers since the last look. Raises StoreError where a process of Ray's has died."""
-        came: list[tuple[str, bytes | Lost]] = []
+        answers: list[tuple[str, bytes | Lost]] = []
         for reply in self.grid.pull_messages(list(self._open)):
             client_id = self._open.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():
@@ -138,10 +138,10 @@ class _Nodes:
                     "would go on without those that it served; nothing is lost, the same command "
                     "goes on from here"
                 )
-            came.append((client_id, bytes_of(reply.content)))
-        if not came:
+            answers.append((client_id, bytes_of(reply.content)))
+        if not answers:
             time.sleep(_PAUSE)
-        return came
+        return answers
 
 
 def _answer_in(folder: Path) -> Any:

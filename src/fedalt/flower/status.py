@@ -2,16 +2,15 @@
 
 import time
 from collections import Counter
+from contextlib import suppress
 from datetime import datetime
 from typing import Final, TypedDict
 
-import psutil
-from psutil import STATUS_ZOMBIE as ZOMBIE
-
 from fedalt.core.foreign import shown as one_line
-from fedalt.core.reading import FormError, parse, read_bytes, read_json
+from fedalt.core.reading import FormError, StoreError, parse, read_bytes, read_json
 from fedalt.flower.config import ServerConfig
-from fedalt.flower.serve import revoked
+from fedalt.flower.processes import is_running
+from fedalt.flower.revocation import revoked
 from fedalt.runs.quarantine import refusals
 
 _SHOWN: Final = 5  # lines of one sort
@@ -27,7 +26,7 @@ class _Status(TypedDict):
     time: float
 
 
-class _Told(TypedDict):
+class _Refused(TypedDict):
     time: str
     what: str
     refused: int
@@ -42,7 +41,7 @@ def shown(config: ServerConfig) -> str:
         begun = f"{terms.name}: has not begun; no status in {folder}"
         return "\n".join(one_line(line) for line in [begun, *_refused_requests(config)])
     status: _Status = read_json(file, _Status)
-    ago, ended, runs = time.time() - status["time"], config.place.ended.exists(), is_running(config)
+    ago, ended, runs = time.time() - status["time"], config.place.ended.exists(), _runs(config)
     state = f"seen {ago:.0f} seconds ago"
     if ended or not runs:
         state = "has ended" if ended else f"does not run; it was {state}"
@@ -50,52 +49,43 @@ def shown(config: ServerConfig) -> str:
     lines = [f"{terms.name}: {done} of {status['rounds']} rounds done; the server {state}"]
     out = set(revoked(config))
     for client_id in terms.clients:
-        there = runs and not ended and client_id in status["online"]
-        here = "revoked" if client_id in out else "online" if there else "absent"
+        online = runs and not ended and client_id in status["online"]
+        state = "revoked" if client_id in out else "online" if online else "absent"
         waits = ", awaited" if client_id in status["awaited"] and not ended else ""
         heard = status["heard"].get(client_id)
         when = "never" if heard is None else f"{datetime.fromtimestamp(heard):%Y-%m-%d %H:%M:%S}"
-        lines.append(f"  {client_id}: {here}{waits}; last answer {when}")
+        lines.append(f"  {client_id}: {state}{waits}; last answer {when}")
         if client_id in status["unable"] and not ended:
             lines.append(f"    it could not: {status['unable'][client_id]}")
-    found = refusals(folder)
-    lines.append(f"  refused uploads: {len(found)}")
-    lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in found[-_SHOWN:]]
+    uploads = refusals(folder)
+    lines.append(f"  refused uploads: {len(uploads)}")
+    lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in uploads[-_SHOWN:]]
     return "\n".join(one_line(line) for line in [*lines, *_refused_requests(config)])
 
 
-def is_running(config: ServerConfig) -> bool:
-    """Whether the process is alive that calls clients; its number may be another's by now."""
-    try:
-        process = psutil.Process(int(config.place.pid.read_text()))
-        written = config.place.pid.stat().st_mtime
-        return bool(process.create_time() <= written + 1 and process.status() != ZOMBIE)
-    except (OSError, ValueError, psutil.Error):
-        return False
+def _runs(config: ServerConfig) -> bool:
+    """Whether the process is alive that calls clients."""
+    with suppress(StoreError):
+        return is_running(config.place.pid)
+    return False
 
 
 def _refused_requests(config: ServerConfig) -> list[str]:
-    """What the door has turned away since its log began; nothing where that is nothing."""
+    """What the gateway has turned away since its log began; [] where that is nothing."""
     log = config.place.logs / "door.log"
-    written = read_bytes(log).decode(errors="replace").splitlines() if log.exists() else []
-    told = [line for text in written if (line := _told(text)) is not None]
-    if not told:
+    lines = read_bytes(log).decode(errors="replace").splitlines() if log.exists() else []
+    reports: list[_Refused] = []
+    for line in lines:
+        with suppress(FormError):  # a line of a library, or damaged
+            reports.append(parse(line, _Refused))
+    if not reports:
         return []
     counts: Counter[str] = Counter()
-    for each in told:
-        counts[each["what"]] += each["refused"]
-    last = next((each["last_from"] for each in reversed(told) if each["last_from"]), "")
-    come = f", the last from {last}" if last else ""
+    for report in reports:
+        counts[report["what"]] += report["refused"]
+    last = next((line["last_from"] for line in reversed(reports) if line["last_from"]), "")
+    sender = f", the last from {last}" if last else ""
     return [
-        f"  refused requests: {counts.total()} since {told[0]['time']}{come}",
+        f"  refused requests: {counts.total()} since {reports[0]['time']}{sender}",
         *(f"    {count}: {what}" for what, count in counts.most_common(_SHOWN)),
     ]
-
-
-def _told(text: str) -> _Told | None:
-    """A line of the door's log that counts requests; others are of the libraries, or damaged."""
-    try:
-        found: _Told = parse(text, _Told)
-    except FormError:
-        return None
-    return found

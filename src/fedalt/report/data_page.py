@@ -3,7 +3,7 @@
 import altair as alt
 
 from fedalt.core.foreign import shown
-from fedalt.data.findings import ClientReport, DataReport
+from fedalt.data.data_report import ClientReport, DataReport
 from fedalt.report.parts import Cell, Facts, Figure, Masked, Notes, Page, Section, Table
 from fedalt.report.records import Rows, short
 from fedalt.report.style import (

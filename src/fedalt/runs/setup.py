@@ -14,14 +14,14 @@ from fedalt.adapters.start import Start
 from fedalt.core.tree import numbers
 from fedalt.data.examples import Split
 from fedalt.data.folder import open_data
-from fedalt.data.layout import SPLITS, not_read
+from fedalt.data.layouts import SPLITS, not_read
 from fedalt.data.prompts import Template, read_template
 from fedalt.data.records import (
     Chat,
     Completion,
     DataError,
     Instruction,
-    Labelled,
+    LabeledText,
     Record,
     Turn,
 )
@@ -43,7 +43,7 @@ from fedalt.runs.settings import (
 )
 from fedalt.training.orders import Fit
 
-_FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", Labelled: "label"}
+_FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", LabeledText: "label"}
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from machines import Machines, found, wait_for
 from fedalt.flower import connections
 from fedalt.flower.client_keys import clients_by_key
 from fedalt.flower.config import ServerPlace, read_server_config
-from fedalt.flower.gateway import _MOST, _serve
+from fedalt.flower.gateway import LARGEST_REQUEST, serve
 from fedalt.flower.processes import free_port, wait_for_port
 from fedalt.flower.signatures import write_keys
 from fedalt.flower.status import shown
@@ -167,7 +167,9 @@ def test_what_the_door_refuses_is_counted_by_kind_and_shown(machines: Machines) 
             codes += [web.request("PATCH", "/v1/fleet/get-run").status_code]
             codes += [web.get("/docs/secret").status_code, web.get("/").status_code]
             big = web.post(
-                "/v1/fleet/push-object", content=bytes(_MOST + 1), headers=signed(there.key)
+                "/v1/fleet/push-object",
+                content=bytes(LARGEST_REQUEST + 1),
+                headers=signed(there.key),
             ).status_code
             odd = [(b"flwr-public-key", b"\xe9secret"), (b"flwr-x", b"\xe9")]
             lost = web.post("/v1/fleet/get-run", headers=odd).status_code
@@ -179,7 +181,7 @@ def test_what_the_door_refuses_is_counted_by_kind_and_shown(machines: Machines) 
     told = there.told()
     assert {what: each["refused"] for what, each in told.items()} == {
         "403 this is not for clients": 102,
-        f"413 a request has at most {_MOST} bytes": 1,
+        f"413 a request has at most {LARGEST_REQUEST} bytes": 1,
         "401 no signature of a client": 1,
         "400 the request broke off": 3,
         "Invalid HTTP request received.": 3,
@@ -212,7 +214,11 @@ def test_a_request_without_a_clients_signature_is_refused_before_its_body_comes(
     }
     for call in ("push-object", "push-messages"):
         for what, headers in kinds.items():
-            lines = [f"POST /v1/fleet/{call} HTTP/1.1", "Host: server", f"Content-Length: {_MOST}"]
+            lines = [
+                f"POST /v1/fleet/{call} HTTP/1.1",
+                "Host: server",
+                f"Content-Length: {LARGEST_REQUEST}",
+            ]
             lines += [f"{name}: {value}" for name, value in headers.items()]
             heard = say(opened, ("\r\n".join(lines) + "\r\n\r\n").encode())
             assert heard.startswith(b"HTTP/1.1 401"), what
@@ -333,7 +339,7 @@ def here(machines: Machines, inner: int, monkeypatch: pytest.MonkeyPatch) -> Ite
         return servers[0]
 
     monkeypatch.setattr(uvicorn, "Server", made)
-    thread = threading.Thread(target=lambda: asyncio.run(_serve(words)))
+    thread = threading.Thread(target=lambda: asyncio.run(serve(words)))
     thread.start()
     key = load_ssh_private_key((machines.client("a") / "client.key").read_bytes(), None)
     context = ssl.create_default_context(cafile=place.authority)

@@ -19,22 +19,22 @@ class NoRoomError(Exception):
 
 
 @dataclass
-class Spool:
+class BodyStore:
     """Where bodies lie, and how many bytes of them there may be: of one key, and in all.
 
     None as a folder is the system's for temporary files.
     """
 
     folder: Path | None
-    of_one: int
+    per_key: int
     in_all: int
     held: Counter[bytes] = field(default_factory=Counter)
 
     @contextmanager
-    def body(self, key: bytes) -> Iterator["Incoming"]:
+    def body(self, key: bytes) -> Iterator["IncomingBody"]:
         """A body that counts as this key's until the end of the context."""
-        with new_body(self.folder) as file:
-            incoming = Incoming(self, key, file)
+        with self.new_body() as file:
+            incoming = IncomingBody(self, key, file)
             try:
                 yield incoming
             finally:
@@ -42,23 +42,38 @@ class Spool:
                 if self.held[key] <= 0:
                     del self.held[key]
 
+    def new_body(self) -> Body:
+        """An empty one; nothing of it is left when it is closed, or its process killed."""
+        folder = None if self.folder is None else str(self.folder)
+        return SpooledTemporaryFile(max_size=_IN_MEMORY, dir=folder)
+
 
 @dataclass
-class Incoming:
+class IncomingBody:
     """A body that comes in."""
 
-    spool: Spool
+    store: BodyStore
     key: bytes
     file: Body
     size: int = 0
 
-    def add(self, part: bytes) -> None:
-        """Write a part. Raises NoRoomError."""
-        held = self.spool.held
-        if (
-            held[self.key] + len(part) > self.spool.of_one
-            or held.total() + len(part) > self.spool.in_all
-        ):
+    async def receive(self, stream: AsyncIterator[bytes], most: int) -> None:
+        """Put a request's body on disk. Of one with more than `most` bytes as many are dropped.
+
+        Who sends it hears of that only when it is done sending. Raises NoRoomError.
+        """
+        over = 0
+        async for part in stream:
+            if self.size <= most:
+                self._add(part)
+            else:
+                over += len(part)
+            if over > most:
+                return
+
+    def _add(self, part: bytes) -> None:
+        store, held = self.store, self.store.held
+        if held[self.key] + len(part) > store.per_key or held.total() + len(part) > store.in_all:
             raise NoRoomError
         held[self.key] += len(part)
         self.size += len(part)
@@ -68,29 +83,8 @@ class Incoming:
             raise NoRoomError from error
 
 
-async def receive(stream: AsyncIterator[bytes], body: Incoming, most: int) -> None:
-    """Put a request's body on disk. Of one with more than `most` bytes as many are dropped.
-
-    Who sends it hears of that only when it is done sending. Raises NoRoomError.
-    """
-    over = 0
-    async for part in stream:
-        if body.size <= most:
-            body.add(part)
-        else:
-            over += len(part)
-        if over > most:
-            return
-
-
-def new_body(folder: Path | None) -> Body:
-    """An empty one; nothing of it is left when it is closed, or its process killed."""
-    place = None if folder is None else str(folder)
-    return SpooledTemporaryFile(max_size=_IN_MEMORY, dir=place)
-
-
 async def parts(file: Body) -> AsyncIterator[bytes]:
-    """All of it, in parts."""
+    """All of a body, in parts."""
     file.seek(0)
     while part := file.read(_PART):
         yield part

@@ -9,8 +9,8 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 
 from fedalt.core.codec import encode
 from fedalt.core.tree import Name, Tree
-from fedalt.flower import records
-from fedalt.flower.records import bytes_of, content_of
+from fedalt.flower import message_content
+from fedalt.flower.message_content import bytes_of, content_of
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def note(to: str) -> bytes:
 
 @pytest.mark.parametrize("data", [b"", b"short", bytes(range(256)) * 1000, note("a")])
 def test_bytes_come_back(monkeypatch: pytest.MonkeyPatch, data: bytes) -> None:
-    monkeypatch.setattr(records, "CHUNK", 100_000)
+    monkeypatch.setattr(message_content, "CHUNK", 100_000)
     assert bytes_of(content_of(data)) == data
 
 
@@ -43,7 +43,7 @@ def test_of_two_calls_with_the_same_tensors_only_the_heads_are_different_records
 def test_of_more_than_the_most_one_byte_too_many_comes(
     monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
-    monkeypatch.setattr(records, "CHUNK", 50_000)
+    monkeypatch.setattr(message_content, "CHUNK", 50_000)
     data = bytes(200_000)
     assert bytes_of(content_of(data), most) == data[: most + 1]
     assert bytes_of(content_of(data), len(data)) == data

@@ -2,29 +2,26 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedalt.data.examples import Split
-from fedalt.data.findings import (
+from fedalt.data.data_report import (
     FEWEST_TO_JUDGE,
     BalanceOf,
     ClientReport,
     DataReport,
     Lengths,
     SplitReport,
-    client_warnings,
-    folder_warnings,
+    warnings_of,
 )
 from fedalt.data.folder import DataFolder
-from fedalt.data.layout import SPLITS
-from fedalt.data.prompts import Encoded, Template, encode, masked_example
-from fedalt.data.records import DataError, Record, question_key, record_key
-from fedalt.data.task import require_none
+from fedalt.data.layouts import SPLITS
+from fedalt.data.prompts import Encoded, Template, masked_example
+from fedalt.data.records import Record, question_key, record_key
+from fedalt.data.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -37,49 +34,25 @@ SHORT_OF_RUNS = 0.5  # of the runs that a shuffled file would have
 Keys = NDArray[np.uint64]
 
 
-@dataclass(frozen=True)
-class _View:
-    """How records become tokens here."""
-
-    folder: DataFolder
-    tokenizer: "Tokenizer"
-    template: Template
-    max_length: int
-
-    def encoded(self, client_id: str, split: Split, records: Sequence[Record]) -> list[Encoded]:
-        found, refused = [], []
-        for number, record in enumerate(records):
-            try:
-                found.append(
-                    encode(
-                        record,
-                        self.tokenizer,
-                        self.template,
-                        max_length=self.max_length,
-                        labels=self.folder.labels,
-                    )
-                )
-            except DataError as error:
-                refused.append((number, str(error)))
-        require_none(self.folder, client_id, split, refused)
-        return found
-
-
 def check(
     folder: DataFolder, tokenizer: "Tokenizer", template: Template, max_length: int
 ) -> DataReport:
     """Look at every record; some 30 bytes per train record are held, the text of one client."""
-    view = _View(folder, tokenizer, template, max_length)
+
+    def task() -> Task:  # one for each client, as it keeps what it has encoded
+        return Task(
+            folder=folder,
+            tokenizer=tokenizer,
+            template=template,
+            max_length=max_length,
+            cut_answers=True,
+        )
+
     elsewhere = _trained_elsewhere(folder)
     clients = tuple(
-        _client_report(view, client_id, *elsewhere[client_id]) for client_id in folder.clients
+        _client_report(task(), client_id, *elsewhere[client_id]) for client_id in folder.clients
     )
     first = folder.clients[0]
-    (encoded,) = view.encoded(first, "train", folder.records(first, "train")[:1])
-    longest = int(tokenizer.model_max_length)
-    warnings = folder_warnings(clients, folder.ignored, max_length, longest, folder.labels)
-    for client in clients:
-        warnings += client_warnings(client, max_length)
     return DataReport(
         path=str(folder.path),
         kind=folder.kind,
@@ -89,8 +62,12 @@ def check(
         ignored=folder.ignored,
         clients=clients,
         example_client=first,
-        example=masked_example(encoded.example, tokenizer),
-        warnings=tuple(warnings),
+        example=masked_example(task().examples(first, "train")[0], tokenizer),
+        warnings=tuple(
+            warnings_of(
+                clients, folder.ignored, max_length, int(tokenizer.model_max_length), folder.labels
+            )
+        ),
     )
 
 
@@ -101,7 +78,7 @@ def _trained_elsewhere(folder: DataFolder) -> dict[str, tuple[int, str | None]]:
     owners = np.repeat(np.arange(len(keys), dtype=np.uint32), [len(part) for part in keys])
     order = np.argsort(all_keys, kind="stable")
     all_keys, owners = all_keys[order], owners[order]
-    found: dict[str, tuple[int, str | None]] = {}
+    elsewhere: dict[str, tuple[int, str | None]] = {}
     for index, client_id in enumerate(folder.clients):
         test = _keys(folder.records(client_id, "test"))
         begins = np.searchsorted(all_keys, test, side="left")
@@ -113,8 +90,8 @@ def _trained_elsewhere(folder: DataFolder) -> dict[str, tuple[int, str | None]]:
             seen.update(sorted(others))
             records += bool(others)
         most = folder.clients[seen.most_common(1)[0][0]] if seen else None
-        found[client_id] = (records, most)
-    return found
+        elsewhere[client_id] = (records, most)
+    return elsewhere
 
 
 def _keys(records: Sequence[Record]) -> Keys:
@@ -122,13 +99,13 @@ def _keys(records: Sequence[Record]) -> Keys:
 
 
 def _client_report(
-    view: _View, client_id: str, elsewhere: int, elsewhere_client: str | None
+    task: Task, client_id: str, elsewhere: int, elsewhere_client: str | None
 ) -> ClientReport:
-    records = {split: view.folder.records(client_id, split) for split in SPLITS}
+    records = {split: task.folder.records(client_id, split) for split in SPLITS}
     records = {split: part for split, part in records.items() if part}
     balance_of = _balance_of([record for part in records.values() for record in part])
     splits: dict[str, SplitReport] = {
-        split: _split_report(part, view.encoded(client_id, split, part), view.tokenizer, balance_of)
+        split: _split_report(part, task.encoded(client_id, split), task.tokenizer, balance_of)
         for split, part in records.items()
     }
     train, test = records["train"], records.get("test", [])

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedalt.data.chat_template import ends_of, special_ids, turn_end
-from fedalt.data.values import DataError
+from fedalt.data.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -84,7 +84,7 @@ def _said(ids: Sequence[int], tokenizer: "Tokenizer") -> str:
 def without_end(ids: Sequence[int], tokenizer: "Tokenizer", ends: Sequence[int] = ()) -> list[int]:
     """An answer's ids up to the first that ends it; that one, too, if it is part of its text."""
     all_ends = {*ends_of(tokenizer), *ends}
-    at = next((at for at, each in enumerate(ids) if each in all_ends), len(ids))
+    at = next((at for at, token in enumerate(ids) if token in all_ends), len(ids))
     if at < len(ids) and ids[at] not in _no_text(tokenizer, len(tokenizer)):
         at += 1
     return list(ids[:at])

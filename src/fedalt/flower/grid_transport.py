@@ -1,4 +1,4 @@
-"""Flower's grid as a federation's channel: node ids become clients by their registered keys."""
+"""Flower's grid as a federation's transport: node ids become clients by their registered keys."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,7 +9,8 @@ from typing import Any, Final
 from flwr.app import Error, Message, MessageType
 
 from fedalt.federation.transport import Lost
-from fedalt.flower.records import bytes_of, content_of, text_of
+from fedalt.flower.client_keys import key_text
+from fedalt.flower.message_content import bytes_of, content_of
 
 _PAUSE: Final = 0.2  # seconds between two looks
 _LOOK_AT_NODES: Final = 1.0
@@ -17,7 +18,7 @@ _AT_ONCE: Final = 8  # answers in memory; who receives them puts them on disk
 
 
 @dataclass
-class GridChannel:
+class GridTransport:
     """Calls clients over a grid. `clients` tells who is behind which public key, now.
 
     Of an answer of more than `most` bytes only the beginning is received, one byte more than that.
@@ -34,9 +35,9 @@ class GridChannel:
     def online(self) -> frozenset[str]:
         """The clients whose nodes are connected."""
         if time.monotonic() - self._looked > _LOOK_AT_NODES:
-            nodes = [each for each in self.grid.get_nodes() if each.status == "online"]
+            nodes = [node for node in self.grid.get_nodes() if node.status == "online"]
             clients = self.clients()
-            known = [(clients.get(text_of(each.public_key)), each) for each in nodes]
+            known = [(clients.get(key_text(node.public_key)), node) for node in nodes]
             self._nodes = {client_id: node.node_id for client_id, node in known if client_id}
             for client_id, node in known:
                 self._give_up(client_id, datetime.fromisoformat(node.last_activated_at))
@@ -64,25 +65,25 @@ class GridChannel:
 
     def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
         """Answers, and calls that Flower has given up."""
-        came: list[tuple[str, bytes | Lost]] = []
-        names = list(self._open)
-        for first in range(0, len(names), _AT_ONCE):
-            some = names[first : first + _AT_ONCE]
-            replies = {
-                each.metadata.reply_to_message_id: each for each in self.grid.pull_messages(some)
-            }
-            for name in filter(replies.__contains__, some):  # a client's own in their order
+        answers: list[tuple[str, bytes | Lost]] = []
+        waiting = list(self._open)
+        for first in range(0, len(waiting), _AT_ONCE):
+            names = waiting[first : first + _AT_ONCE]
+            pulled = self.grid.pull_messages(names)
+            replies = {reply.metadata.reply_to_message_id: reply for reply in pulled}
+            for name in filter(replies.__contains__, names):  # a client's own in their order
                 client_id, _ = self._open.pop(name)
-                came.append((client_id, _content(replies[name], self.most)))
-            if came:
+                answers.append((client_id, _content(replies[name], self.most)))
+            if answers:
                 break
-        came += [(client_id, Lost("it was away, and its call with it")) for client_id in self._lost]
+        lost = Lost("it was away, and its call with it")
+        answers += [(client_id, lost) for client_id in self._lost]
         self._lost.clear()
-        if any(isinstance(each, Lost) for _, each in came):
+        if any(isinstance(answer, Lost) for _, answer in answers):
             self._looked = 0.0  # whoever has lost it is not there any more
-        if not came:
+        if not answers:
             time.sleep(_PAUSE)
-        return came
+        return answers
 
 
 def _content(reply: Message, most: int) -> bytes | Lost:

@@ -51,8 +51,3 @@ def bytes_of(content: RecordDict, most: int | None = None) -> bytes:
             pieces[-1] = piece[: len(piece) - (size - most - 1)]
             break
     return b"".join(pieces)
-
-
-def text_of(key: str | bytes) -> str:
-    """A public key of Flower's list of nodes, as text."""
-    return key.decode() if isinstance(key, bytes) else key

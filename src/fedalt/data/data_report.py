@@ -1,14 +1,14 @@
-"""What the data doctor found, and what of it deserves a warning."""
+"""What the data doctor measures of a folder, and what of it deserves a warning."""
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import sqrt
 from typing import Literal
 
 from fedalt.core.foreign import listed, shown
 from fedalt.data.examples import Kind
-from fedalt.data.layout import not_read
+from fedalt.data.layouts import not_read
 
 FEWEST_TO_JUDGE = 20  # records, below which an order or a balance says nothing
 
@@ -95,57 +95,52 @@ class DataReport:
     warnings: tuple[str, ...]
 
 
-def client_warnings(client: ClientReport, max_length: int) -> list[str]:
-    """What of one client deserves a warning, in sentences."""
-    found = [
-        sentence
-        for split, report in client.splits.items()
-        for sentence in _split_warnings(split, report, max_length)
-    ]
-    train, test = client.splits["train"], client.splits.get("test")
-    if test is not None:
-        found += _pair_warnings(client, train, test)
-    if client.balance_of == "answer":
-        answers = dict.fromkeys(name for split in client.splits.values() for name in split.balance)
-        found += _alike(answers, "answer")
-    return [f"client {client.client_id}: {sentence}" for sentence in found]
-
-
-def folder_warnings(
+def warnings_of(
     clients: Sequence[ClientReport],
     ignored: tuple[str, ...],
     max_length: int,
     model_length: int,
-    labels: Sequence[str] = (),
-) -> list[str]:
-    """What of the whole folder deserves a warning, in sentences."""
-    found = _alike(labels, "label")
+    labels: Sequence[str],
+) -> Iterator[str]:
+    """What deserves a warning, in sentences: of the whole folder, then of each client."""
+    yield from _alike(labels, "label")
     if ignored:
-        found.append(not_read(ignored))
+        yield not_read(ignored)
     if untested := [client.client_id for client in clients if "test" not in client.splits]:
         who = "no client has" if len(untested) == len(clients) else f"{listed(untested)}: without"
-        found.append(f"{who} test data; such a client is trained but not scored")
+        yield f"{who} test data; such a client is trained but not scored"
     if max_length > model_length:
-        found.append(
+        yield (
             f"max_length={max_length} is more than the {model_length} tokens this tokenizer's "
             "model was made for"
         )
-    return found
+    for client in clients:
+        for sentence in _client_warnings(client, max_length):
+            yield f"client {client.client_id}: {sentence}"
 
 
-def _alike(names: Iterable[str], what: str) -> list[str]:
+def _client_warnings(client: ClientReport, max_length: int) -> Iterator[str]:
+    for split, report in client.splits.items():
+        yield from _split_warnings(split, report, max_length)
+    train, test = client.splits["train"], client.splits.get("test")
+    if test is not None:
+        yield from _pair_warnings(client, train, test)
+    if client.balance_of == "answer":
+        answers = dict.fromkeys(name for split in client.splits.values() for name in split.balance)
+        yield from _alike(answers, "answer")
+
+
+def _alike(names: Iterable[str], what: str) -> Iterator[str]:
     """A sentence for every two names that a reader may take for one."""
     seen: dict[str, str] = {}
-    found = []
     for name in names:
         letters = unicodedata.normalize("NFKC", name).casefold()
         other = seen.setdefault(" ".join(unicodedata.normalize("NFKC", letters).split()), name)
         if other != name:
-            found.append(
+            yield (
                 f"the {what}s {_spelt(other)} and {_spelt(name)} are two, but differ only in case, "
                 "white space or how Unicode spells them"
             )
-    return found
 
 
 def _spelt(name: str) -> str:
@@ -153,58 +148,51 @@ def _spelt(name: str) -> str:
     return repr(shown(name, 80)) if name.isascii() else f"{shown(name, 80)!r} ({ascii(name)[:80]})"
 
 
-def _split_warnings(split: str, report: SplitReport, max_length: int) -> list[str]:
+def _split_warnings(split: str, report: SplitReport, max_length: int) -> Iterator[str]:
     of = f"of {report.records} {split} records"
-    counts = [
+    for count, what in (
         (report.empty_answers, "have an empty answer"),
         (report.truncated_prompts, f"lose a part of their text at max_length={max_length}"),
         (report.answers_too_long, f"lose the end of their answer at max_length={max_length}"),
         (report.off_options, "have an answer that is not among their options"),
-    ]
-    found = [f"{count} {of} {what}" for count, what in counts if count]
-    if split == "train" and report.duplicates:
-        found.append(f"{report.duplicates} {of} repeat another one exactly")
+        (report.duplicates * (split == "train"), "repeat another one exactly"),
+    ):
+        if count:
+            yield f"{count} {of} {what}"
     if report.looks_sorted:
-        found.append(
+        yield (
             f"the {split} file is sorted by its answers ({report.runs} stretches of equal ones, "
             f"where a shuffled file has about {report.shuffled_runs:.0f}; the longest is "
             f"{report.longest_run} of {report.records}): its first lines are no fair sample"
         )
     if report.unknown_share > 0.01:
-        found.append(
-            f"the tokenizer does not know {report.unknown_share:.0%} of the tokens in {split}"
-        )
-    return found
+        yield f"the tokenizer does not know {report.unknown_share:.0%} of the tokens in {split}"
 
 
-def _pair_warnings(client: ClientReport, train: SplitReport, test: SplitReport) -> list[str]:
+def _pair_warnings(client: ClientReport, train: SplitReport, test: SplitReport) -> Iterator[str]:
     of = f"of {test.records} test records"
-    found = []
     if client.overlap:
-        found.append(f"{client.overlap} {of} are in its train data too")
+        yield f"{client.overlap} {of} are in its train data too"
     if client.question_overlap > client.overlap:
         other = client.question_overlap - client.overlap
-        found.append(f"{other} {of} have a question of its train data, with another answer")
+        yield f"{other} {of} have a question of its train data, with another answer"
     if client.elsewhere:
-        found.append(
+        yield (
             f"{client.elsewhere} {of} are in the train data of other clients, "
             f"first of all {client.elsewhere_client}"
         )
-    what = {"label": "label", "answer": "answer", "position": "right position"}.get(
-        client.balance_of
-    )
-    if what is None or client.distance is None:
-        return found
+    if client.balance_of == "nothing" or client.distance is None:
+        return
+    what = "right position" if client.balance_of == "position" else client.balance_of
     if client.distance > 0.1 and _differ(train, test):
-        found.append(
+        yield (
             f"train and test differ in how often each {what} occurs "
             f"(distance {client.distance:.2f} of at most 1)"
         )
     if missing := sorted(test.balance.keys() - train.balance.keys()):
-        found.append(f"the {what} {missing[0]!r} is in test but never in train")
+        yield f"the {what} {missing[0]!r} is in test but never in train"
     if len(train.balance) == 1 and train.records >= FEWEST_TO_JUDGE:
-        found.append(f"every train record has the same {what}, {min(train.balance)!r}")
-    return found
+        yield f"every train record has the same {what}, {min(train.balance)!r}"
 
 
 def _differ(train: SplitReport, test: SplitReport) -> bool:

@@ -10,10 +10,10 @@ import pytest
 from machines import Machines, found, wait_for
 from runs_for_tests import save_model
 
-from fedalt.flower import supervisor as supervise
+from fedalt.flower import supervisor
 from fedalt.flower.config import read_server_config
-from fedalt.flower.last_words import last_words, told_in
-from fedalt.flower.processes import group
+from fedalt.flower.crash_log import last_line, recording_crashes
+from fedalt.flower.processes import process_group
 from fedalt.runs.folder import StoreError
 
 
@@ -22,47 +22,47 @@ def test_whatever_ends_the_app_is_written_down_for_its_user_alone(
     tmp_path: Path, ends: type[BaseException]
 ) -> None:
     log = tmp_path / "logs" / "app.log"
-    with pytest.raises(ends), last_words(log):
+    with pytest.raises(ends), recording_crashes(log):
         raise ends("the disk \x1b[31mis full")
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     assert "Traceback (most recent call last)" in log.read_text()
-    assert told_in(log).startswith(f"see {log}: {ends.__name__}: the disk  [31mis full")
-    assert told_in(log, log.stat().st_size) == f"see {log}, where it has said nothing"
+    assert last_line(log).startswith(f"see {log}: {ends.__name__}: the disk  [31mis full")
+    assert last_line(log, log.stat().st_size) == f"see {log}, where it has said nothing"
 
 
 def test_a_crash_without_an_exception_is_written_down_too(tmp_path: Path) -> None:
     log = tmp_path / "app.log"
     code = f"""
 import os, pathlib, signal
-from fedalt.flower.last_words import last_words
-with last_words(pathlib.Path({str(log)!r})):
+from fedalt.flower.crash_log import recording_crashes
+with recording_crashes(pathlib.Path({str(log)!r})):
     os.kill(os.getpid(), signal.SIGSEGV)
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode < 0
-    assert f"see {log}: Fatal Python error: Segmentation fault" in told_in(log)
+    assert f"see {log}: Fatal Python error: Segmentation fault" in last_line(log)
 
 
 def test_where_nothing_can_be_written_the_app_ends_as_it_would_have(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("no folder")
-    with pytest.raises(ZeroDivisionError), last_words(tmp_path / "logs" / "app.log"):
+    with pytest.raises(ZeroDivisionError), recording_crashes(tmp_path / "logs" / "app.log"):
         _ = 1 / 0
-    assert told_in(tmp_path / "logs" / "app.log").endswith("where it has said nothing")
+    assert last_line(tmp_path / "logs" / "app.log").endswith("where it has said nothing")
 
 
 def test_of_a_long_log_only_the_end_is_read_and_quoted(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_bytes(b"RuntimeError: old\n" + b"x" * 10**6 + b"\nlast \xff line" + b"y" * 10**4)
-    assert told_in(log) == f"see {log}: {'last � line' + 'y' * 289}"
+    assert last_line(log) == f"see {log}: {'last � line' + 'y' * 289}"
 
 
 def test_a_group_tells_what_a_process_said_since_it_was_started(tmp_path: Path) -> None:
     log = tmp_path / "some.log"
     log.write_text("RuntimeError: yesterday\n")
-    with group({}, tmp_path / "register.json") as processes:
+    with process_group({}, tmp_path / "register.json") as processes:
         processes.start("it", [sys.executable, "-c", "raise SystemError('now')"], log).wait()
-        assert processes.told("it") == f"see {log}: SystemError: now"
+        assert processes.last_line("it") == f"see {log}: SystemError: now"
         processes.start("it", [sys.executable, "-c", ""], log).wait()
-        assert processes.told("it") == f"see {log}, where it has said nothing"
+        assert processes.last_line("it") == f"see {log}, where it has said nothing"
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def machines(tmp_path: Path) -> Iterator[Machines]:
 def test_an_app_that_cannot_go_on_is_started_again_and_says_why(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervise, "_MOST_DEATHS", 2)
+    monkeypatch.setattr(supervisor, "_MOST_DEATHS", 2)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = read_server_config(machines.server / "federation.toml")
     config.place.logs.mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_an_app_that_cannot_go_on_is_started_again_and_says_why(
     broken.symlink_to(broken)  # nothing can be written there
     said: list[str] = []
     with pytest.raises(StoreError) as error:
-        supervise.supervise(config, said.append)
+        supervisor.supervise(config, said.append)
     log = config.place.app_log
     quoted = f"see {log}: OSError: [Errno 40] Too many levels of symbolic links: '"
     again = [line for line in said if line.endswith("; starting it again")]

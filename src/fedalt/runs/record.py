@@ -121,8 +121,8 @@ def require_run(path: Path) -> None:
     version = read_json(file, _Format)["format"]
     if version in range(1, FORMAT):
         raise StoreError(
-            f"{file}: this run is of format {version}, and this version reads {FORMAT}; the version "
-            "that began the run goes on with it, or begin a new run"
+            f"{file}: this run is of format {version}, and this version reads {FORMAT}; the "
+            "version that began the run goes on with it, or begin a new run"
         )
     if version != FORMAT:
         raise StoreError(f"{file}: run format {version!r}, but this version reads {FORMAT}")

@@ -85,7 +85,7 @@ def pages(tmp_path_factory):
     write_results(place / "compared", collect(entries, (0,), jobs))
 
     crashed = place / "crashed"
-    prepared = prepare(replace(entries[0].settings, yardstick=True))
+    prepared = prepare(replace(entries[0].settings, local_baseline=True))
     with pytest.raises(KeyboardInterrupt):
         start_run(prepared, crashed, Stops(1))
     resume_run(prepared, crashed)

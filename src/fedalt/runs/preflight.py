@@ -63,10 +63,9 @@ def warnings_of(
     total = sum(sum(of.values()) for of in counts.values())
     if limit < (wanted := settings.data.max_length):
         sentences.append(f"the base model takes {limit} tokens at most, not max_length={wanted}")
-    truncated = ("prompts lose their middle", "answers lose their end")
-    sentences += [
-        f"{number} of {total} {what} at max_length={limit}"
-        for number, what in zip(cut, truncated, strict=True)
-        if number
-    ]
+    prompts, answers = cut
+    if prompts:
+        sentences.append(f"{prompts} of {total} prompts lose their middle at max_length={limit}")
+    if answers:
+        sentences.append(f"{answers} of {total} answers lose their end at max_length={limit}")
     return sentences

@@ -200,7 +200,7 @@ class Odd:
         ),
         (Message({A: torch.ones(1, device="meta")}), "individual/A/layers.0.q is .* on meta"),
         (Message({A: torch.eye(2).to_sparse()}), "individual/A/layers.0.q is a torch.sparse"),
-        (Message({A: torch.ones([1] * 65)}), "has 33 dimensions"),
+        (Message({A: torch.ones([1] * 33)}), "has 33 dimensions"),
         (Message({A: 1.0}), r"individual/A/layers.0.q is 1.0 instead of a tensor"),
         (Message({("q", "a", "A"): torch.ones(1)}), "^tree is"),
         (Message({}, {"n": None}), "facts/n is None"),

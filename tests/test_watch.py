@@ -258,3 +258,13 @@ def test_a_curve_is_as_wide_as_allowed_and_flat_where_nothing_changes():
     assert sparkline([2.0, 2.0, 2.0], 8) == "▁▁▁"
     assert sparkline([0.0, 7.0, 3.0], 8) == "▁█▄"
     assert sparkline([0, 0, 7, 7, 1, 1], 3) == "▁█▂"
+
+
+def test_what_watching_and_tracking_need_loads_no_tensor_library():
+    modules = "live live_drawing table sheet page parts trackers trackio tensorboard numbers"
+    code = (
+        "import sys, importlib\n"
+        f"for name in {modules.split()}: importlib.import_module(f'fedalt.report.{{name}}')\n"
+        "print({'torch', 'numpy', 'transformers', 'altair'} & set(sys.modules))"
+    )
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

@@ -46,9 +46,9 @@ class CodecError(ValueError):
 
 def pack(facts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> bytes:
     """The bytes of a file that holds these; device, gradient and shared memory are not kept."""
-    text = dump({**facts, "version": VERSION})
+    text, apart = dump({**facts, "version": VERSION}), _apart(tensors)
     try:
-        data = safetensors.torch.save(_apart(tensors), {KEY: _ZEROS.decode() + text})
+        data = safetensors.torch.save(apart, {KEY: _ZEROS.decode() + text})
     except (SafetensorError, ValueError) as error:
         raise CodecError(f"the tensors cannot become bytes: {error}") from error
     if (size := head_length(data)) > MAX_HEADER:

@@ -22,6 +22,7 @@ FLOORS = {
     "runs": 7,
     "report": 8,
     "export": 8,
+    "peft": 9,
     "federation": 9,
     "flower": 10,
     "api": 11,

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 PYTHON = sys.executable
+SPINS = "10000"
 OF_THE_USER = {"GOMP_SPINCOUNT": "77", "OMP_WAIT_POLICY": "ACTIVE", "KMP_BLOCKTIME": "5"}
 # What the installed script does.
 COMMAND = "import sys; sys.argv = ['fedalt', 'methods']; from fedalt.cli import main; main()"
@@ -18,7 +19,7 @@ ENTRIES = {
         "import sys; sys.argv = ['fedalt', 'methods']; import fedalt.cli as c; c.main()",
     ],
     "a worker": ["-P", "-m", "fedalt.cli.process"],  # without its arguments it ends at once
-    "import fedalt": ["-c", "import fedalt"],
+    "import fedalt": ["-c", "import fedalt, torch"],
     "a module alone": ["-c", "import fedalt.training.loop"],
 }
 
@@ -42,14 +43,14 @@ def spins(words: list[str], **environment: str) -> str:
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_every_entry_sets_a_small_spin_count_before_torch_is_loaded(entry):
-    assert spins(ENTRIES[entry]) == "1000"
+    assert spins(ENTRIES[entry]) == SPINS
 
 
 def test_the_processes_that_hold_a_connection_set_it_too():
     pytest.importorskip("flwr")
     code = "import os, fedalt.flower.fleet_client; print(os.environ['GOMP_SPINCOUNT'])"
     clean = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
-    assert subprocess.check_output([PYTHON, "-c", code], env=clean).strip() == b"1000"
+    assert subprocess.check_output([PYTHON, "-c", code], env=clean).strip() == SPINS.encode()
 
 
 @pytest.mark.parametrize("name", OF_THE_USER)
@@ -63,4 +64,4 @@ def test_what_the_user_has_set_stays(name):
 
 
 def test_a_torch_that_is_loaded_already_is_left_alone():
-    assert spins(["-c", "import torch, fedalt"]) != "1000"
+    assert spins(["-c", "import torch, fedalt"]) != SPINS

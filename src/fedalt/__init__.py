@@ -1,19 +1,19 @@
 """Personalised federated fine-tuning of language models with low-rank adapters."""
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from fedalt.api import Run, open_run, run
 from fedalt.core.threads import spin_briefly
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from fedalt.api import Run, open_run, run
+
 __all__ = ["Run", "load", "open_run", "run"]
 __version__ = "0.1.0"
 
-# Every module of fedalt comes after this one, in whichever process, and torch with them.
+# Whichever module of fedalt a process imports first, this runs before it and before torch.
 spin_briefly()
 
 
@@ -27,11 +27,15 @@ def load(path: str | Path, *, device: str | None = None) -> "PeftModel":
     return load_folder(path, device=device)
 
 
-# After `import fedalt`, PEFT alone can load an exported folder. Only importing PEFT takes seconds:
-# the `fedalt` command and our own processes, into which nobody imports PEFT, do without. While
-# Python looks for the module of `python -m`, its name is "-m".
-if Path(*sys.argv[:1]).stem not in ("fedalt", "-m"):
-    from fedalt.export.peft_type import register
+def __getattr__(name: str) -> Any:
+    """Import the rest when it is asked for, so that `import fedalt` itself is quick (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fedalt import api
 
-    register()
-    del register
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    """Names for completion, those that are not imported yet too."""
+    return sorted({*globals(), *__all__})

@@ -25,7 +25,7 @@ def mixer_facts(weighing: Weighing) -> dict[str, object]:
     }
 
 
-def telling(
+def example_log(
     base: Base, serving: Serving, examples: Sequence[Example], scores: Scores
 ) -> Iterator[Mapping[str, object]]:
     """The worst examples of a client, worst first, and then the best, best first.

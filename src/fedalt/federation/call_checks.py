@@ -9,7 +9,7 @@ from fedalt.core.codec import CodecError, decode
 from fedalt.core.foreign import shown
 from fedalt.engine.firewall import Refused, quoted
 from fedalt.engine.schedule import Schedule
-from fedalt.federation.agreement import Terms
+from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call
 from fedalt.training.group import TrainingError
 
@@ -23,16 +23,16 @@ class CallRefused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
     """A call that is not carried out, and why: in words that may be sent to the server."""
 
 
-def read_call(data: bytes, terms: Terms, client_id: str) -> Call:
+def read_call(data: bytes, agreement: Agreement, client_id: str) -> Call:
     """The call in these bytes, if it is for this client, of this federation, under its terms."""
     try:
         call = decode(Call, data, finite=True)
     except CodecError as error:
         raise CallRefused(f"client {client_id!r}: the call cannot be read: {error}") from error
     for what, theirs, ours in (
-        ("federation", call.federation, terms.name),
+        ("federation", call.federation, agreement.name),
         ("client", call.client, client_id),
-        ("terms", call.terms, terms.digest),
+        ("terms", call.terms, agreement.digest),
     ):
         if theirs != ours:
             raise CallRefused(
@@ -43,14 +43,14 @@ def read_call(data: bytes, terms: Terms, client_id: str) -> Call:
 
 
 def check_call(
-    call: Call, terms: Terms, client_id: str, columns: Collection[str], since: int
+    call: Call, agreement: Agreement, client_id: str, columns: Collection[str], since: int
 ) -> None:
-    """Refuse a call that no server sends which keeps to the terms, before anything comes of it.
+    """Refuse a call that no server sends which keeps to the agreement, before anything comes of it.
 
     `columns` are those of the client's arms; `since` is the round of the last call that it has
     answered, before which it is not set back.
     """
-    for problem in _problems(call, terms.settings.rounds, columns, since):
+    for problem in _problems(call, agreement.settings.rounds, columns, since):
         raise CallRefused(f"client {client_id!r}: the call is refused: {problem}")
 
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.foreign import shown
-from fedalt.federation.client import Hear, Member, ignore, is_last
+from fedalt.federation.client import Client, OnEvent, ignore, is_last
 from fedalt.flower.config import ClientConfig, member_of
 from fedalt.flower.pipe import receive, send
 from fedalt.flower.processes import QUIET
@@ -29,7 +29,7 @@ _NOT_LET_IN: Final = "[code: 2004]"  # Flower's words
 Say = Callable[[str], None]
 
 
-def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
+def attend(config: ClientConfig, say: Say, on_event: OnEvent = ignore) -> None:
     """Answer the server's calls to the end of the federation."""
     place = config.place
     needed = [place.key] if place.insecure else [place.key, place.authority]
@@ -38,7 +38,7 @@ def attend(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
     make_private_folder(place.folder)
     with locked(place.folder):
         troubles = _Troubles(lambda text: say(f"{place.name}: {shown(text, _LONGEST)}"))
-        member = member_of(config, hear, troubles.line)
+        member = member_of(config, on_event, troubles.line)
         say(f"{place.name}: the model is loaded, calling {place.server}")
         tries, node = 0, ""
         while True:
@@ -81,7 +81,7 @@ class _Troubles:
         self.last = ""
 
 
-def _answer(member: Member, pair: socket.socket, troubles: _Troubles) -> tuple[str, bool]:
+def _answer(member: Client, pair: socket.socket, troubles: _Troubles) -> tuple[str, bool]:
     """Answer until the connection is over: as which node, if at all, and whether all has ended."""
     connected, last = "", False
     while True:

@@ -8,8 +8,8 @@ from typing import Any, get_type_hints
 from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.names import fault_of_names
 from fedalt.engine.firewall import Firewall
-from fedalt.federation.agreement import Terms, read_terms
-from fedalt.federation.client import Hear, Member, ignore, open_member
+from fedalt.federation.agreement import Agreement, read_agreement
+from fedalt.federation.client import Client, OnEvent, ignore, open_client
 from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.round_collector import Rules
 from fedalt.runs.settings import SettingsError, section_of
@@ -89,7 +89,7 @@ class ServerConfig:
     """All that `fedalt server` needs."""
 
     file: Path
-    terms: Terms
+    terms: Agreement
     place: ServerPlace
     rules: Rules
     firewall: Firewall
@@ -118,7 +118,7 @@ class ClientConfig:
     """All that `fedalt client` needs."""
 
     file: Path
-    terms: Terms
+    terms: Agreement
     place: ClientPlace
 
 
@@ -128,7 +128,7 @@ def read_server_config(file: Path, *, insecure: bool = False) -> ServerConfig:
     place = _place(ServerPlace, table.get("server", {}), file, "server")
     return ServerConfig(
         file=file.absolute(),
-        terms=read_terms(file.parent / "terms.toml"),
+        terms=read_agreement(file.parent / "terms.toml"),
         place=replace(place, insecure=insecure or place.insecure),
         rules=section_of(Rules, table.get("rules", {}), str(file), "rules"),
         firewall=section_of(Firewall, table.get("firewall", {}), str(file), "firewall"),
@@ -143,23 +143,23 @@ def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
         raise SettingsError(f"{file}: [client] {fault}")
     return ClientConfig(
         file=file.absolute(),
-        terms=read_terms(file.parent / "terms.toml"),
+        terms=read_agreement(file.parent / "terms.toml"),
         place=replace(place, insecure=insecure or place.insecure),
     )
 
 
-def member_of(config: ClientConfig, hear: Hear = ignore, say: Say = silent) -> Member:
-    """The client of a configuration, its model loaded and its data read; see `open_member`."""
+def member_of(config: ClientConfig, on_event: OnEvent = ignore, say: Say = silent) -> Client:
+    """The client of a configuration, its model loaded and its data read; see `open_client`."""
     place = config.place
     try:
-        return open_member(
+        return open_client(
             config.terms,
             place.name,
             place.data,
             place.folder,
             model=place.model,
             device=place.device,
-            hear=hear,
+            on_event=on_event,
             say=say,
         )
     except SettingsError as error:  # whose name and places are this file's

@@ -14,7 +14,7 @@ import tomli_w
 from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.data.names import fault_of_names, fault_of_title
-from fedalt.federation.agreement import Terms, write_terms
+from fedalt.federation.agreement import Agreement, write_agreement
 from fedalt.flower.credentials import make_authority, make_client_key, make_server
 from fedalt.models.base import BUILT_IN, PACKAGED
 from fedalt.runs.settings import SettingsError, method_name
@@ -29,7 +29,7 @@ def found_federation(
     name: str,
     address: str,
     labels: Sequence[str] = (),
-) -> Terms:
+) -> Agreement:
     """Write `authority`, `server` and `clients/ID` into a new folder.
 
     `address` is where the server listens and what the clients call, host:port. Raises what
@@ -48,14 +48,14 @@ def _write_all(
     address: str,
     host: str,
     labels: Sequence[str],
-) -> Terms:
+) -> Agreement:
     authority, server = folder / "authority", folder / "server"
     keys = server / "clients"
     for private in (authority, keys):
         make_private_folder(private)
     make_authority(authority, name)
     make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
-    terms = write_terms(server, name, clients, labels, parts)
+    terms = write_agreement(server, name, clients, labels, parts)
     shutil.copy(authority / "ca.crt", server)
     begin = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
     _write(server / "federation.toml", begin)
@@ -159,7 +159,7 @@ offline, on neither the server nor a client; it is needed again when the server'
 """
 
 
-def _server_readme(terms: Terms, address: str) -> str:
+def _server_readme(terms: Agreement, address: str) -> str:
     return f"""\
 # The server of {terms.name!r}
 
@@ -202,7 +202,7 @@ def _model_step(name: str) -> str:
     )
 
 
-def _client_readme(terms: Terms, client_id: str, address: str) -> str:
+def _client_readme(terms: Agreement, client_id: str, address: str) -> str:
     method = method_name(terms.settings.method)
     model = _model_step(terms.settings.model.name)
     return f"""\

@@ -7,9 +7,9 @@ from typing import Final
 from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.foreign import shown
 from fedalt.data.names import is_safe
-from fedalt.engine.screening import Gate
-from fedalt.federation.server import Host, open_host
-from fedalt.federation.transport import Channel
+from fedalt.engine.screening import Screening
+from fedalt.federation.server import Server, open_server
+from fedalt.federation.transport import Transport
 from fedalt.flower.client_keys import REVOKED
 from fedalt.flower.config import ServerConfig
 from fedalt.runs.folder import RunFolder
@@ -18,14 +18,14 @@ from fedalt.runs.settings import SettingsError
 _LONGEST: Final = 1000  # characters of a line, which may quote a client
 
 
-def host_of(config: ServerConfig, channel: Channel) -> Host:
+def host_of(config: ServerConfig, channel: Transport) -> Server:
     """The server of a configuration; its folder is made if it is not there."""
     rounds = config.terms.settings.rounds
-    gate = Gate(config.firewall, rounds.robust, rounds.trim)
+    gate = Screening(config.firewall, rounds.robust, rounds.trim)
     log = config.place.logs / "server.log"
     make_private_folder(log.parent)
     say = partial(_write, log)
-    host = open_host(config.terms, config.place.run, channel, config.rules, gate, say)
+    host = open_server(config.terms, config.place.run, channel, config.rules, gate, say)
     _take_out(config)
     return host
 

@@ -30,10 +30,10 @@ class TensorBoard:
 
     writer: "SummaryWriter"
 
-    def hear(self, event: object) -> None:
+    def on_event(self, event: object) -> None:
         """Only whole lines are drawn."""
 
-    def wrote(self, line: Mapping[str, Any]) -> None:
+    def on_record(self, line: Mapping[str, Any]) -> None:
         """Add the numbers of a line."""
         for name, value in numbers_of(line):
             self.writer.add_scalar(name, value, line["round"])

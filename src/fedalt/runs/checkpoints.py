@@ -119,8 +119,8 @@ class FileStates:
                     self.kept.digests.forget(path)
 
     @contextmanager
-    def waiting(self) -> Iterator[Path]:
-        """An empty folder for uploads of this round; without its content nothing is lost."""
+    def spooling(self) -> Iterator[Path]:
+        """An empty folder for the uploads of this round, which is gone afterwards."""
         folder = self.folder / "waiting"
         shutil.rmtree(folder, ignore_errors=True)
         make_private_folder(folder)
@@ -130,7 +130,7 @@ class FileStates:
             shutil.rmtree(folder, ignore_errors=True)
 
     def quarantine(self, client_id: str, reason: str, data: bytes, limit: int) -> None:
-        """Note a refused upload of this round beside the run's record, and keep it if it fits."""
+        """Note a rejected upload of this round beside the record, and keep it if it fits."""
         make_private_folder(self.folder)
         quarantine(self.folder, self.round, client_id, reason=reason, data=data, limit=limit)
 

@@ -25,7 +25,7 @@ from fedalt.federation.server import Server, open_server
 from fedalt.federation.transport import Lost
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message
-from fedalt.runs.lifecycle import folder as store
+from fedalt.runs import folder as store
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.quarantine import refusals
 from fedalt.runs.settings import Settings

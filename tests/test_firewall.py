@@ -524,7 +524,7 @@ def test_a_real_run_goes_on_without_the_refused_and_says_so(run_of):
     refused = [line for line in scores_of(run) if "refused" in line]
     assert [line["client"] for line in refused] == ["b"] * 3
     assert [event.client_id for event in heard.told] == ["b"] * 3
-    assert "warning: round 1/3: client 'b' does not count: the upload's norm" in heard.said[0]
+    assert "warning: round 1/3: upload of client 'b' rejected: the upload's norm" in heard.said[0]
     assert not (run / "waiting").exists()
     assert not list((run / "clients" / "b").glob("*"))
     assert not list((run / "moments" / "b").rglob("*.safetensors"))

@@ -57,7 +57,7 @@ class RoundLines:
         if event.what == "test" and event.done == 1:
             self.say(f"testing {event.column} after round {event.round + 1}/{self.rounds}")
         if event.what == "refuse":
-            who = f"client {event.client_id!r} does not count: " if event.client_id else ""
+            who = f"upload of client {event.client_id!r} rejected: " if event.client_id else ""
             reason = shown(event.reason)
             self.say(f"warning: round {event.round + 1}/{self.rounds}: {who}{reason}")
 

@@ -8,8 +8,8 @@
                                  digests of all states, of that one and of what was trained since
     server/, served.json         what the server sent, for the owner to use the model; see kept.py
 
-A round of a client counts once the server says that its upload does. What the client trained in a
-round that does not count is dropped, so that client and server never disagree on what was uploaded.
+A client's round counts once the server says that its upload was accepted. If it was rejected, the
+client rolls back to its previous state, so that both always agree on what was uploaded.
 """
 
 import logging
@@ -33,7 +33,7 @@ from fedalt.federation.call_checks import CallRefused, check_call, read_call, to
 from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.client_states import keep
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
-from fedalt.federation.owner_messages import Say, silent, what_did_not_count, what_was_done, where
+from fedalt.federation.owner_messages import Say, silent, what_was_rejected, what_was_done, where
 from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.settings import SettingsError
@@ -121,8 +121,8 @@ class Client:
 
     def _execute(self, call: Call, answer: Answer) -> Answer:
         self._require_fitting(call)
-        if lost := what_did_not_count(self.folder, self.client_id, call):
-            self.say(f"{where(call, self.agreement.settings.rounds.rounds)}: {lost}")
+        if rejected := what_was_rejected(self.folder, self.client_id, call):
+            self.say(f"{where(call, self.agreement.settings.rounds.rounds)}: {rejected}")
         self._settle(call)
         keep(self.accepted, call, self.agreement.settings)
         scores: list[Score] = []
@@ -167,7 +167,7 @@ class Client:
             check_broadcast(call.message, own.method, self.parts.start, client)
 
     def _settle(self, call: Call) -> None:
-        """Drop what does not count, and remember what does."""
+        """Drop what the server did not accept, and remember what it did."""
         stale = []
         for arm in self.parts.arms:
             kept = min(call.keep.get(arm.column, call.accepted), call.accepted)

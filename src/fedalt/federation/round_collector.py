@@ -82,47 +82,36 @@ class RoundCollector:
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
     _shown: tuple[float, object] = (0.0, None)
 
-    def gather(
-        self,
-        calls: Mapping[str, Call],
-        cohort: Collection[str] = (),
-        *,
-        patience: float | None = None,
-    ) -> None:
+    def gather(self, calls: Mapping[str, Call], cohort: Collection[str] = ()) -> None:
         """Call clients as they come online until all have answered, or it has taken too long.
 
-        `cohort` are those that are to train; `patience` takes the place of the rules' deadline.
+        `cohort` are those that are to train.
         """
         self._calls = calls
         self._resume()
-        began = time.monotonic()
-        limit = self.rules.deadline if patience is None else patience
+        began, overdue, told = time.monotonic(), False, False
+        limit = self.rules.deadline
         least = min(self.rules.minimum, len(cohort))
-        told = False
         while missing := self._missing():
-            if missing <= self._unable.keys() and len(self.uploaded) >= least:
+            enough = len(self.uploaded) >= least
+            if enough and (overdue or missing <= self._unable.keys()):
                 self._tell(f"goes on without {', '.join(sorted(missing))}")
                 return
-            online = self.transport.online()
-            free = [each for each in sorted(missing & online) if self._is_free(each)]
-            self.transport.send((each, self._encoded(each)) for each in free)
-            for each in free:
-                self.called.setdefault(each, []).append(self.asked(each))
-            for client_id, came in self.transport.receive():
-                self._take(client_id, came)
-            missing = self._missing()
-            self._show(online, missing)
-            if not missing or limit is None or time.monotonic() - began <= limit:
-                continue
-            if len(self.uploaded) >= least:
-                self._tell(f"goes on without {', '.join(sorted(missing))}")
-                return
-            if not told:
+            if overdue and not told:
                 self._tell(
                     f"the deadline is over, but only {len(self.uploaded)} of at least {least} "
                     "uploads are there; waiting on"
                 )
                 told = True
+            online = self.transport.online()
+            free = [client_id for client_id in sorted(missing & online) if self._is_free(client_id)]
+            self.transport.send((client_id, self._encoded(client_id)) for client_id in free)
+            for client_id in free:
+                self.called.setdefault(client_id, []).append(self.asked(client_id))
+            for client_id, came in self.transport.receive():
+                self._take(client_id, came)
+            self._show(online, self._missing())
+            overdue = limit is not None and time.monotonic() - began > limit
 
     def answer_file(self, client_id: str) -> Path:
         """Where a client's answer of this round lies as it came; empty if it was refused."""

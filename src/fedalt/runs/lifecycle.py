@@ -132,7 +132,7 @@ def resume_run(prepared: Prepared, path: Path, observer: Observer = NullObserver
         folder.progress()
         folder.require_whole()
         with _executor(prepared, path, observer) as executor, writing_behind() as writer:
-            journal = _Observed(replace(folder, writer=writer), observer)
+            journal = _Journal(replace(folder, writer=writer), observer)
             replace(_run(prepared, journal, observer), executor=executor).to_the_end()
     return folder
 
@@ -143,8 +143,8 @@ def load_in_worker(path: Path, on_event: Callable[[Event], None]) -> Work:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    notes = _Notes(open_run(path), [])
-    return replace(_run(reopen(path), notes, NullObserver()), on_event=on_event).work
+    journal = _Journal(open_run(path), notes=[])
+    return replace(_run(reopen(path), journal, NullObserver()), on_event=on_event).work
 
 
 def evaluate(
@@ -159,24 +159,26 @@ def evaluate(
     Nothing is written.
     """
     folder = open_run(path)
-    notes = _Notes(folder, [])
+    lines: list[Line] = []
     with locked(path), _executor(prepared, path, observer) as executor:
         progress = folder.progress()
-        run = replace(_run(prepared, notes, observer), executor=executor)
+        journal = _Journal(folder, notes=lines)
+        run = replace(_run(prepared, journal, observer), executor=executor)
         for arm in prepared.parts.arms:
             at = _round(prepared.parts.settings, progress, arm.column, round_)
             run.score(arm, at, split, whole=True)
-    return notes.lines
+    return lines
 
 
 def score_clients(
     prepared: Prepared, folder: RunFolder, arm: Arm, round_: int, clients: Sequence[str]
 ) -> list[Line]:
     """Score some clients on their test data after a round; use it within `locked`."""
-    notes = _Notes(folder, [])
-    run = replace(_run(prepared, notes, NullObserver()), clients=clients)
+    lines: list[Line] = []
+    journal = _Journal(folder, notes=lines)
+    run = replace(_run(prepared, journal, NullObserver()), clients=clients)
     run.score(arm, round_, "test", whole=True)
-    return notes.lines
+    return lines
 
 
 def require_client(folder: RunFolder, client_id: str) -> None:
@@ -212,11 +214,15 @@ def serving(
 
 
 @dataclass(frozen=True)
-class _Observed:
-    """A run's folder as its journal, with somebody reading along."""
+class _Journal:
+    """A run's folder with somebody observing; with `notes`, lines go there and nothing is written.
+
+    See `engine.schedule.Journal`.
+    """
 
     folder: RunFolder
-    observer: Observer
+    observer: Observer = NullObserver()
+    notes: list[Line] | None = None
 
     def progress(self) -> Progress:
         return self.folder.progress()
@@ -225,37 +231,19 @@ class _Observed:
         return self.folder.states(column, round_)
 
     def record(self, line: Line) -> None:
+        if self.notes is not None:
+            self.notes.append(line)
+            return
         self.folder.record(line)
         self.observer.on_record(line)
 
     def keep_examples(self, lines: Sequence[Line]) -> None:
-        self.folder.keep_examples(lines)
+        if self.notes is None:
+            self.folder.keep_examples(lines)
 
     def commit(self, progress: Progress) -> None:
-        self.folder.commit(progress)
-
-
-@dataclass(frozen=True)
-class _Notes:
-    """A journal that reads a run's states and keeps its lines to itself."""
-
-    folder: RunFolder
-    lines: list[Line]
-
-    def progress(self) -> Progress:
-        return self.folder.progress()
-
-    def states(self, column: str, round_: int) -> FileStates:
-        return self.folder.states(column, round_)
-
-    def record(self, line: Line) -> None:
-        self.lines.append(line)
-
-    def keep_examples(self, lines: Sequence[Line]) -> None:
-        """Nothing is written."""
-
-    def commit(self, progress: Progress) -> None:
-        """Nothing has changed."""
+        if self.notes is None:
+            self.folder.commit(progress)
 
 
 def _executor(
@@ -267,7 +255,7 @@ def _executor(
     return workers(path, load_in_worker, count, device, observer.on_event)
 
 
-def _run(prepared: Prepared, journal: _Observed | _Notes, observer: Observer) -> Run:
+def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
     parts, settings = prepared.parts, prepared.parts.settings
     left = journal.folder.left()
     return Run(

@@ -36,10 +36,16 @@ def aggregate(
     trial = _Trial(method, server, uploads, forms_of)
     blamed: dict[str, str] = {}
     while True:
-        rest = {who: each for who, each in uploads.accepted.items() if who not in blamed}
+        rest = {
+            client_id: spooled
+            for client_id, spooled in uploads.accepted.items()
+            if client_id not in blamed
+        }
         sizes = {client_id: spooled.size for client_id, spooled in rest.items()}
         rejected = uploads.screening.outliers(sizes)
-        accepted = {who: each for who, each in rest.items() if who not in rejected}
+        accepted = {
+            client_id: spooled for client_id, spooled in rest.items() if client_id not in rejected
+        }
         try:
             after = trial.outcome(accepted) if accepted else None
             break

@@ -30,7 +30,7 @@ class Form:
     def same(self, other: "Form") -> bool:
         """Whether an upload that has one form has the other too."""
         kinds = [
-            {name: (each.shape, each.dtype) for name, each in form.tree.items()}
+            {name: (tensor.shape, tensor.dtype) for name, tensor in form.tree.items()}
             for form in (self, other)
         ]
         types = [{key: type(fact) for key, fact in form.facts.items()} for form in (self, other)]
@@ -87,7 +87,7 @@ def _outline(value: Any) -> object:
         case torch.Tensor():
             return tuple(value.shape), value.dtype
         case Mapping():
-            return sorted((str(key), _outline(each)) for key, each in value.items())
+            return sorted((str(key), _outline(part)) for key, part in value.items())
         case _ if is_dataclass(value):
             return type(value).__name__, _outline(vars(value))
         case _:

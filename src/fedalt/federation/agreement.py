@@ -84,8 +84,8 @@ def write_agreement(
         "model": parts.base.fingerprint,
         "sites": {site: list(shape) for site, shape in start.sites.items()},
         "heads": [
-            {"site": each.site, "slot": each.slot, "factor": each.factor, "shape": list(shape)}
-            for each, shape in start.heads.items()
+            {"site": name.site, "slot": name.slot, "factor": name.factor, "shape": list(shape)}
+            for name, shape in start.heads.items()
         ],
     }
     (folder / FILE).write_text(tomli_w.dumps(table), encoding="utf-8")

@@ -66,17 +66,17 @@ class Metrics:
     optional: Mapping[str, Range] = field(default_factory=dict)
     counts: re.Pattern[str] | None = None
 
-    def require(self, found: Mapping[str, float], what: str) -> None:
+    def require(self, given: Mapping[str, float], what: str) -> None:
         """Refuse a metric too few or too many, and a number outside its range."""
-        if missing := self.needed.keys() - found.keys():
+        if missing := self.needed.keys() - given.keys():
             raise Refused(f"{what} has no {min(missing)!r}")
-        counted = [key for key in found if self.counts and self.counts.fullmatch(key)]
+        counted = [key for key in given if self.counts and self.counts.fullmatch(key)]
         if len(counted) > MOST_COUNTS:
             raise Refused(f"{what} has {len(counted)} counts, expected at most {MOST_COUNTS}")
         known = {**self.needed, **self.optional, **dict.fromkeys(counted, COUNT)}
-        if unknown := found.keys() - known.keys():
+        if unknown := given.keys() - known.keys():
             raise Refused(f"{what} has the unknown metric {quoted(min(unknown))}")
-        for key, number in found.items():
+        for key, number in given.items():
             known[key].require(number, f"{what}: {key}")
 
 
@@ -149,11 +149,11 @@ def check_answer(answer: Answer, asked: Asked, agreement: Agreement) -> None:
         raise Refused(f"it goes on from round {answer.accepted}, which is not the last counted")
     if (answer.upload is None) == bool(asked.trains):
         raise Refused("it has no upload" if asked.trains else "an upload was not asked for")
-    _check_columns([each.column for each in answer.costs], asked.trains, "the cost")
+    _check_columns([cost.column for cost in answer.costs], asked.trains, "the cost")
     for cost in answer.costs:
         _check_cost(cost)
     if answer.scores:
-        _check_columns([each.column for each in answer.scores], asked.scores, "the score")
+        _check_columns([score.column for score in answer.scores], asked.scores, "the score")
         metrics = metrics_of(agreement, asked.split)
         for score in answer.scores:
             _check_score(score, asked, metrics)
@@ -188,12 +188,12 @@ def _check_error(answer: Answer, asked: Asked) -> None:
         raise Refused(f"it has an error about another call than the one of round {asked.round}")
 
 
-def _check_columns(found: Collection[str], expected: Collection[str], what: str) -> None:
-    if unknown := set(found) - set(expected):
+def _check_columns(given: Collection[str], expected: Collection[str], what: str) -> None:
+    if unknown := set(given) - set(expected):
         raise Refused(f"{what} of column {quoted(min(unknown))} was not asked for")
-    if missing := set(expected) - set(found):
+    if missing := set(expected) - set(given):
         raise Refused(f"{what} of column {min(missing)!r} is missing")
-    if len(found) != len(expected):
+    if len(given) != len(expected):
         raise Refused(f"{what} of a column is there twice")
 
 

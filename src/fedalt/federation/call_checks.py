@@ -84,8 +84,8 @@ def _problems(
         yield from _validation_problems(call, schedule)
 
 
-def _columns(what: str, found: Mapping[str, int], known: Collection[str]) -> Iterable[str]:
-    if unknown := found.keys() - set(known):
+def _columns(what: str, given: Mapping[str, int], known: Collection[str]) -> Iterable[str]:
+    if unknown := given.keys() - set(known):
         yield f"to {what} column {quoted(min(unknown))}, but there are {', '.join(known)}"
 
 
@@ -134,6 +134,6 @@ def told_outside(error: Exception, client_id: str, private: Iterable[Path]) -> s
         case _:
             kind = type(error).__name__
             text = f"client {client_id!r}: {kind}; what it prints itself says more"
-    for folder in sorted({str(each) for each in private if each.parts[1:]}, key=len, reverse=True):
+    for folder in sorted({str(path) for path in private if path.parts[1:]}, key=len, reverse=True):
         text = re.sub(re.escape(folder) + r"[^\s'\"`,:;]*", _HIDDEN, text)
     return shown(_PATH.sub(_HIDDEN, text))

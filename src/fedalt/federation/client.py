@@ -33,7 +33,7 @@ from fedalt.federation.call_checks import CallRefused, check_call, read_call, to
 from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.client_states import keep
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
-from fedalt.federation.owner_messages import Say, silent, what_was_rejected, what_was_done, where
+from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
 from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.settings import SettingsError
@@ -108,7 +108,7 @@ class Client:
         """What the server is told of an error, without paths of this machine."""
         settings = self.parts.settings
         mine = [self.folder, settings.data.path, Path(settings.model.name), Path.home(), Path.cwd()]
-        return told_outside(error, self.client_id, [*mine, *(each.absolute() for each in mine)])
+        return told_outside(error, self.client_id, [*mine, *(path.absolute() for path in mine)])
 
     def _last_answer(self) -> tuple[bytes, Answer | None]:
         """The last answer, as it was sent; a damaged file is none."""

@@ -56,7 +56,7 @@ def where(call: Call, rounds: int) -> str:
 
 def _scored(scores: Iterable[Score]) -> list[str]:
     return [
-        f"scored {each.column} of round {each.round + 1} on {each.split} data: "
-        + " ".join(f"{name} {value:.3f}" for name, value in sorted(each.metrics.items()))
-        for each in scores
+        f"scored {score.column} of round {score.round + 1} on {score.split} data: "
+        + " ".join(f"{name} {value:.3f}" for name, value in sorted(score.metrics.items()))
+        for score in scores
     ]

@@ -142,7 +142,7 @@ class RoundCollector:
         calls = self.called.get(client_id, [])
         if self.rules.late == "count":
             return not calls
-        return all(each.round != self.round for each in calls)
+        return all(asked.round != self.round for asked in calls)
 
     def _encoded(self, client_id: str) -> bytes:
         """A call's bytes. They are made when they are needed: calls share what they have in common.
@@ -290,6 +290,9 @@ class RoundCollector:
 def _heard_in(status: Path) -> dict[str, float]:
     """When each client was heard last, as an earlier round or server has shown it."""
     try:
-        return {each: float(when) for each, when in json.loads(status.read_text())["heard"].items()}
+        return {
+            client_id: float(when)
+            for client_id, when in json.loads(status.read_text())["heard"].items()
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # nobody needs it but who looks; it is written anew

@@ -40,10 +40,10 @@ class Kept:
 
     def newest(self, folder: Path, round_: int) -> Path | None:
         """The newest file of a state up to a round; it may be gone, which shows when it is read."""
-        found = _rounds(self.digests.names(folder))
+        rounds = _rounds(self.digests.names(folder))
         if round_ >= self.rounds and (folder / _file(round_)).exists():
-            found.append(round_)
-        upto = [number for number in found if number <= round_]
+            rounds.append(round_)
+        upto = [number for number in rounds if number <= round_]
         return folder / _file(max(upto)) if upto else None
 
     def settle(self, folder: Path, keep: list[int]) -> list[Path]:
@@ -203,9 +203,9 @@ def newest(folder: Path, round_: int, kept: Kept | None = None) -> Path | None:
         return kept.newest(folder, round_)
     if not folder.is_dir():
         return None
-    there = _rounds(each.name for each in folder.iterdir())
-    found = [number for number in there if number <= round_]
-    return folder / _file(max(found)) if found else None
+    rounds = _rounds(file.name for file in folder.iterdir())
+    upto = [number for number in rounds if number <= round_]
+    return folder / _file(max(upto)) if upto else None
 
 
 def _file(round_: int) -> str:
@@ -225,4 +225,4 @@ def _reader(kept: Kept | None) -> Callable[[Path], bytes]:
 
 def _rounds(files: Iterable[str]) -> list[int]:
     """The rounds of which these files are states; other files are none."""
-    return [int(found[1]) for name in files if (found := _STATE.fullmatch(name))]
+    return [int(match[1]) for name in files if (match := _STATE.fullmatch(name))]

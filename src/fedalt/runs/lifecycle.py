@@ -102,13 +102,13 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
 
 def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
     """Raise StoreError, which names what differs, for another base model than a run's own."""
-    found = base.fingerprint
+    fingerprint = base.fingerprint
     told = (
-        what_differs(facts["model"], base.identity, found)
+        what_differs(facts["model"], base.identity, fingerprint)
         if base.identity is not None
         else ""
-        if facts["model"]["fingerprint"] == found
-        else f"fingerprint {found!r}"
+        if facts["model"]["fingerprint"] == fingerprint
+        else f"fingerprint {fingerprint!r}"
     )
     if told:
         raise StoreError(f"{path} began with another base model than {base.name!r} is now: {told}")
@@ -260,7 +260,7 @@ def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
     left = journal.folder.left()
     return Run(
         arms=parts.arms,
-        clients=[each for each in prepared.task.clients if each not in left],
+        clients=[client_id for client_id in prepared.task.clients if client_id not in left],
         schedule=settings.rounds,
         trainer=trainer_of(prepared),
         start=parts.start,

@@ -134,13 +134,14 @@ def run_groups(
 ) -> Outcome:
     """A round in which groups of clients train together."""
 
-    def train(server: Any) -> Iterator[Any]:
+    def train(server: Any, _: Sequence[str]) -> Iterator[Any]:
         trainer: Any = Answers(execute)
         sent = partial(method.broadcast, server)
         work = ClientWork(Arm("own", method), start, trainer, states, 0, sent, lambda _: None)
         return chain.from_iterable(map(work.train, groups))
 
-    return run_round(method, start, states, train, screening)
+    cohort = list(chain.from_iterable(groups))
+    return run_round(method, start, states, cohort, train, screening)
 
 
 def simulate(

@@ -1,6 +1,6 @@
 """One round of any method: the cohort trains, uploads are screened and spooled, then aggregated."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +13,9 @@ from fedalt.engine.states import States, server_of
 from fedalt.engine.uploads import Metrics, Upload, UploadStore
 from fedalt.methods.contract import AnyMethod, Message
 
-# Trains the cohort on what a server in this state sends: the uploads, sorted by client. They come
+# Trains a cohort on what a server in this state sends: the uploads, sorted by client. They come
 # one at a time, from an executor or from a federation's clients.
-Train = Callable[[Any], Iterable[Upload]]
+Train = Callable[[Any, Sequence[str]], Iterable[Upload]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,12 @@ class Outcome:
 
 
 def run_round(
-    method: AnyMethod, start: Start, states: States, train: Train, screening: Screening
+    method: AnyMethod,
+    start: Start,
+    states: States,
+    cohort: Sequence[str],
+    train: Train,
+    screening: Screening,
 ) -> Outcome:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
 
@@ -56,7 +61,7 @@ def run_round(
     costs = []
     with states.spooling() as folder:
         uploads = UploadStore(folder, states, screening)
-        for upload in train(server):
+        for upload in train(server, cohort):
             broadcast = method.broadcast(server, upload.client_id)
             data = encoded(upload.message)
             forms = forms_of(upload.client_id, broadcast)
@@ -68,7 +73,10 @@ def run_round(
             sent = upload.download_bytes
             sent = broadcast_size(broadcast) if sent is None else sent
             costs.append((upload.client_id, len(data), sent, upload.seconds, upload.metrics))
-        after = aggregate(method, server, uploads, forms_of)
+        if cohort:
+            after = aggregate(method, server, uploads, forms_of)
+        else:  # a round in which nobody takes part is a round too
+            after = method.aggregate(server, ())
         rejected = uploads.rejected
     if after is not None:
         states.put("server", after)

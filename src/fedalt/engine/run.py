@@ -70,7 +70,7 @@ class Run:
     def _train(self, arm: Arm, round_: int, cohort: Sequence[str]) -> None:
         states = self.journal.states(arm.column, round_)
 
-        def train(server: Any) -> chain[Upload]:
+        def train(server: Any, cohort: Sequence[str]) -> chain[Upload]:
             job, work = Train(arm.column, round_), self._work(arm, round_, round_, server)
             groups = self.trainer.groups(cohort)
             return chain.from_iterable(self.executor.share(job, groups, work.train))
@@ -79,7 +79,7 @@ class Run:
             self.on_event(Event("refuse", round_, arm.column, client_id, 1, 1, reason=reason))
 
         screening = Screening(self.firewall, self.schedule.robust, self.schedule.trim)
-        outcome = run_round(arm.method, self.start, states, train, screening)
+        outcome = run_round(arm.method, self.start, states, cohort, train, screening)
         for client in outcome.clients:
             self.journal.record(train_line(round_, arm.column, client))
             if client.refused is not None:

@@ -87,14 +87,14 @@ class Server:
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
 
-        def train(server: Any) -> Iterator[Upload]:
+        def train(server: Any, cohort: Sequence[str]) -> Iterator[Upload]:
             call = self._calling(progress, round_, score, server)
             clients = self._clients() if scored else cohort
             collector.gather({who: call(who, train=who in cohort) for who in clients}, cohort)
             return collector.uploads()
 
         states = self._states(round_)
-        outcome = run_round(method, self.agreement.start, states, train, self.screening)
+        outcome = run_round(method, self.agreement.start, states, cohort, train, self.screening)
         if not outcome.aggregated:
             self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
         rejected = self._record(collector, outcome.clients)

@@ -133,7 +133,7 @@ class ClientWork:
         )
         scored = []
         for client_id, score in zip(data, scores, strict=True):
-            metrics = {self.arm.column: score.metrics}
+            metrics: dict[str, Metrics] = {self.arm.column: score.metrics}
             if client_id in shared:
                 metrics["shared"] = of_shared.get(client_id, score).metrics
             mixer = "" if score.weighing is None else json.dumps(mixer_facts(score.weighing))

@@ -181,10 +181,9 @@ class Server:
                 self.say(f"round {collector.round}: {client.client_id}: refused: {client.refused}")
             answer = collector.answers[client.client_id]
             for cost in answer.costs:
-                trained = client
-                if cost.column != "own":
-                    spent = {"seconds": cost.seconds, "metrics": cost.metrics}
-                    trained = replace(client, upload_bytes=0, download_bytes=0, **spent)
+                trained = replace(client, seconds=cost.seconds, metrics=cost.metrics)
+                if cost.column != "own":  # the baseline sends and receives nothing
+                    trained = replace(trained, upload_bytes=0, download_bytes=0)
                 line = train_line(collector.round, cost.column, trained, trained=answer.round)
                 self.folder.record(line)
         return rejected

@@ -2,7 +2,7 @@
 
     run.json                     federation, client and terms that the folder belongs to
     clients/ID/0007.safetensors  the client's state after round 7, never sent
-    local/...                    the same for training alone, the yardstick
+    local/...                    the same for the local-only baseline
     answer.bin                   the last answer, sent again if it is asked for again
     accepted.json                the last round of which the server said that it counts, and the
                                  digests of all states, of that one and of what was trained since
@@ -203,7 +203,7 @@ class Client:
         return ClientWork(arm, start, self.trainer, states, round_, lambda _: message, on_event)
 
     def _message(self, arm: Arm, call: Call) -> Message:
-        """What the server sent, or, for the yardstick, what a server without clients would send."""
+        """What the server sent, or, for the baseline, what a server without clients would send."""
         if arm.column == "own":
             return call.message
         return arm.method.broadcast(arm.method.init_server(self.parts.start), self.client_id)
@@ -213,7 +213,7 @@ class Client:
         return tuple(arm.column for arm in self.parts.arms)
 
     def _folder(self, column: str) -> Path:
-        """The yardstick has a folder of its own, as in a run's folder."""
+        """The baseline has a folder of its own, as in a run's folder."""
         return self.folder / "local" if column == "local" else self.folder
 
     def _states(self, column: str, round_: int) -> FileStates:

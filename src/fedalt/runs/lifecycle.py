@@ -193,7 +193,7 @@ def require_client(folder: RunFolder, client_id: str) -> None:
 def serving(
     parts: Parts, path: Path, client_id: str, column: Column, round_: int | None = None
 ) -> Serving:
-    """What a client of a run serves: its own model, the shared part, or the yardstick."""
+    """What a client of a run serves: its own model, the shared part, or the local-only baseline."""
     folder = open_run(path)
     require_client(folder, client_id)
     arms = {arm.column: arm for arm in parts.arms}

@@ -24,9 +24,9 @@ from machines import Relay, Wire, assert_close, found, newest_state, wait_for
 from malicious import PLAN, Malicious
 from runs_for_tests import save_model, scores_of
 
-from fedalt.engine.screening import Gate
-from fedalt.federation.client import Member, open_member
-from fedalt.federation.server import open_host
+from fedalt.engine.screening import Screening
+from fedalt.federation.client import Client, open_client
+from fedalt.federation.server import open_server
 from fedalt.flower.config import read_client_config, read_server_config
 from fedalt.runs.quarantine import refusals
 
@@ -82,14 +82,16 @@ def compared(drill: Drill, root: Path, left_out: set[tuple[int, str]]) -> list[s
     machines = drill.machines
     config = read_server_config(machines.server / "federation.toml")
 
-    def member(name: str) -> Member:
+    def member(name: str) -> Client:
         place = read_client_config(machines.client(name) / "client.toml").place
-        return open_member(config.terms, name, place.data, root / name, device="cpu")
+        return open_client(config.terms, name, place.data, root / name, device="cpu")
 
     members = {name: member(name) for name in CLIENTS}
     wire = Wire({**members, "d": Malicious(members["d"], flood=False)}, left_out)
-    gate = Gate(config.firewall)
-    open_host(config.terms, root / "server", wire, config.rules, gate, lambda _: None).to_the_end()
+    gate = Screening(config.firewall)
+    open_server(
+        config.terms, root / "server", wire, config.rules, gate, lambda _: None
+    ).to_the_end()
 
     wrong = []
     state = config.terms.settings.method.client_state

@@ -65,11 +65,11 @@ class _StopsAt:
 
     round: int
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         if (event.what, event.round) == ("train", self.round):
             raise _StopError
 
-    def wrote(self, line: object) -> None:
+    def on_record(self, line: object) -> None:
         """Look away."""
 
 
@@ -186,14 +186,14 @@ class OfAFederation:
         with locked(config.place.folder):
             server_from(config, _Strict(members, stop=stop)).to_the_end()
 
-    def _member(self, place: Path) -> member.Member:
+    def _member(self, place: Path) -> member.Client:
         """A client as `fedalt client` opens it; its base model is loaded once for all cases."""
         config = read_client_config(place / "client.toml")
         known = self.prepared.get(config.place.name)
         with _prepared_once(known):
             opened = client_from(config)
         if known is None:
-            settings = opened.learner.task
+            settings = opened.trainer.task
             self.prepared[config.place.name] = Prepared(opened.parts, settings, {}, ())
         return opened
 

@@ -1,7 +1,10 @@
 """A federation without a model: a pull towards each client's own target stands for training."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
@@ -14,8 +17,13 @@ from fedalt.core import tree as trees
 from fedalt.core.codec import decode, encode, fields_of
 from fedalt.core.seeds import generator
 from fedalt.core.tree import Name, Tree
-from fedalt.engine.round import ClientRound, one_by_one, run_round, servings
-from fedalt.engine.screening import USUAL, Gate
+from fedalt.engine import client_work
+from fedalt.engine.client_work import ClientWork
+from fedalt.engine.generators import Execute, Given, run_generators
+from fedalt.engine.round import ClientRound, Outcome, run_round
+from fedalt.engine.schedule import Arm
+from fedalt.engine.screening import Screening
+from fedalt.engine.states import client_of, server_of
 from fedalt.methods.contract import AnyMethod, Ledger, Serving
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
 
@@ -23,6 +31,7 @@ T = TypeVar("T")
 SITES = {"block.0.q": Shape(5, 4), "block.1.q": Shape(5, 3)}
 HEADS = {Name("classifier", HEAD, "weight"): (2, 3), Name("classifier", HEAD, "bias"): (2,)}
 START = Start(SITES, HEADS, seed=7)
+USUAL = Screening()
 EXAMPLES = {"a": 10, "b": 30, "c": 60}
 
 
@@ -43,7 +52,7 @@ class MemoryStates(dict[str, Any]):
                 self[each] = self.before[each]
 
     @contextmanager
-    def waiting(self) -> Iterator[Path]:
+    def spooling(self) -> Iterator[Path]:
         with TemporaryDirectory() as folder:
             yield Path(folder)
 
@@ -95,26 +104,79 @@ def pull(client_id: str, number: int, order: Order) -> Any:
             return Found(order.start, order.penalty(order.start))
 
 
+@dataclass(frozen=True)
+class Answers:
+    """In the place of a local trainer: executes orders as a function does."""
+
+    answers: Execute
+
+    def execute(self, orders: Sequence[Given], **_: Any) -> Sequence[Any]:
+        return self.answers(orders)
+
+
+def one_by_one(answer: Any) -> Execute:
+    """Executes orders one after the other."""
+    return lambda orders: [answer(*order) for order in orders]
+
+
+def run_one(steps: Generator[Order, Any, T], answer: Any, client_id: str) -> T:
+    """What one client's generator returns."""
+    return run_generators({client_id: steps}, one_by_one(answer))[client_id]
+
+
+def run_groups(
+    method: AnyMethod,
+    start: Start,
+    states: Any,
+    groups: Sequence[Sequence[str]],
+    execute: Execute,
+    screening: Screening = USUAL,
+) -> Outcome:
+    """A round in which groups of clients train together."""
+
+    def train(server: Any, _: Sequence[str]) -> Iterator[Any]:
+        trainer: Any = Answers(execute)
+        sent = partial(method.broadcast, server)
+        work = ClientWork(Arm("own", method), start, trainer, states, 0, sent, lambda _: None)
+        return chain.from_iterable(map(work.train, groups))
+
+    cohort = list(chain.from_iterable(groups))
+    return run_round(method, start, states, cohort, train, screening)
+
+
 def simulate(
     method: AnyMethod,
     cohorts: Sequence[Sequence[str]],
     states: MemoryStates | None = None,
     train: Any = pull,
-    gate: Gate = USUAL,
+    screening: Screening = USUAL,
 ) -> tuple[MemoryStates, list[ClientRound]]:
     """Run a round for every cohort; the states afterwards and what each client's round cost."""
     states = MemoryStates() if states is None else states
     costs: list[ClientRound] = []
     for cohort in cohorts:
-        run_round(method, START, states, [sorted(cohort)], one_by_one(train), costs.append, gate)
+        groups = [sorted(cohort)]
+        outcome = run_groups(method, START, states, groups, one_by_one(train), screening)
+        costs += outcome.clients
     return states, costs
+
+
+def servings(
+    method: AnyMethod, start: Start, states: MemoryStates, client_id: str, train: Any = pull
+) -> tuple[Serving, Serving | None]:
+    """What a client would serve now, and the shared part alone if there is one."""
+    client = client_of(method, start, states, client_id)
+    message = method.broadcast(server_of(method, start, states), client_id)
+    return client_work.servings(method, client, message, client_id, one_by_one(train))
 
 
 def served(
     method: AnyMethod, states: MemoryStates, clients: Sequence[str], train: Any = pull
 ) -> dict[str, Serving]:
     """What every client would serve."""
-    return {each: servings(method, START, states, each, train)[0] for each in clients}
+    return {
+        client_id: servings(method, START, states, client_id, train)[0] for client_id in clients
+    }
 
 
 def trees_of(value: object) -> Tree:

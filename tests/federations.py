@@ -8,7 +8,7 @@ from typing import Any
 
 from runs_for_tests import settings_for, write_clients
 
-from fedalt.federation.client import Member
+from fedalt.federation.client import Client
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_client_config, read_server_config
 from fedalt.flower.init import create_federation
@@ -27,7 +27,7 @@ class Stopped(Exception):  # noqa: N818 - no mistake
 class Wire:
     """Carries bytes between a host and members in this process; `spoil` may change an answer."""
 
-    members: dict[str, Member]
+    members: dict[str, Client]
     spoil: Callable[[str, bytes], bytes | Lost] = lambda _, data: data
     waiting: list[tuple[str, bytes]] = field(default_factory=list)
 
@@ -57,7 +57,7 @@ class Federation:
     def client(self, name: str) -> Path:
         return self.root / "clients" / name
 
-    def member(self, name: str) -> Member:
+    def member(self, name: str) -> Client:
         """A client as `fedalt client` opens it."""
         told = self.said.setdefault(name, [])
         return client_from(read_client_config(self.client(name) / "client.toml"), say=told.append)

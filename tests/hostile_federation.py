@@ -20,12 +20,12 @@ from runs_for_tests import save_model, settings_for, write_clients
 from fedalt.core.codec import decode, encode
 from fedalt.core.container import unpack
 from fedalt.engine.firewall import Firewall
-from fedalt.engine.screening import Gate
-from fedalt.federation.agreement import Terms, write_terms
-from fedalt.federation.client import Member, open_member
+from fedalt.engine.screening import Screening
+from fedalt.federation.agreement import Agreement, write_agreement
+from fedalt.federation.client import Client, open_client
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.round_collector import Rules
-from fedalt.federation.server import open_host
+from fedalt.federation.server import open_server
 from fedalt.federation.transport import Lost
 from fedalt.runs.quarantine import refusals
 from fedalt.runs.setup import Parts, prepare
@@ -42,7 +42,7 @@ class Recorded:
     `calls` are those of each client in their order.
     """
 
-    terms: Terms
+    terms: Agreement
     root: Path
     answers: dict[str, bytes] = field(default_factory=dict)
     calls: dict[str, list[bytes]] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class Wire:
     """Carries calls to recorded answers, and what hostile clients make of theirs."""
 
     recorded: Recorded
-    members: dict[str, Member]
+    members: dict[str, Client]
     rng: random.Random | None = None  # None: the hostile clients say that they are away
     waiting: list[tuple[str, bytes]] = field(default_factory=list)
 
@@ -106,10 +106,10 @@ def record(root: Path, method: str, **sections: dict[str, Any]) -> tuple[Recorde
     prepared = prepare(
         settings_for(model, data, method={"name": method, "rank": 2}, rounds=rounds, **sections)
     )
-    terms = write_terms(root, "letters", clients, (), prepared.parts)
+    terms = write_agreement(root, "letters", clients, (), prepared.parts)
     recorded = Recorded(terms, root)
     members = {
-        each: open_member(terms, each, root / f"data-{each}", root / f"state-{each}", device="cpu")
+        each: open_client(terms, each, root / f"data-{each}", root / f"state-{each}", device="cpu")
         for each in clients
     }
     play(recorded, root / "calm", None, members)
@@ -117,13 +117,13 @@ def record(root: Path, method: str, **sections: dict[str, Any]) -> tuple[Recorde
 
 
 def play(
-    recorded: Recorded, folder: Path, seed: int | None, members: dict[str, Member] | None = None
+    recorded: Recorded, folder: Path, seed: int | None, members: dict[str, Client] | None = None
 ) -> None:
     """One whole federation in a folder of its own; without a seed the hostile clients are away."""
     rng = None if seed is None else random.Random(seed)
     wire = Wire(recorded, members or {}, rng)
-    gate = Gate(FIREWALL)
-    open_host(recorded.terms, folder, wire, Rules(), gate, lambda _: None).to_the_end()
+    gate = Screening(FIREWALL)
+    open_server(recorded.terms, folder, wire, Rules(), gate, lambda _: None).to_the_end()
 
 
 def result(folder: Path) -> dict[str, object]:
@@ -174,7 +174,7 @@ def hostile_calls(
     client_id, rng = HONEST[0], random.Random(seed)
     place, wrong, counts = folder / "state", [], Counter[str]()
     data = recorded.root / f"data-{client_id}"
-    member = open_member(recorded.terms, client_id, data, place, device="cpu")
+    member = open_client(recorded.terms, client_id, data, place, device="cpu")
     honest = recorded.calls[client_id]
     assert member.parts.base.fingerprint == parts.base.fingerprint
     for at, call in enumerate(honest):

@@ -20,7 +20,7 @@ import torch
 from runs_for_tests import scores_of, settings_for, write_clients
 
 from fedalt.core.codec import decode, encode, read
-from fedalt.engine.round import server_of
+from fedalt.engine.states import server_of
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.transport import Lost
 from fedalt.flower.init import create_federation

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fedalt.core.codec import decode, encode
-from fedalt.federation.client import Member
+from fedalt.federation.client import Client
 from fedalt.federation.messages import Answer, Call
 
 # What it does in which round, and how the server's reason begins.
@@ -37,7 +37,7 @@ FLOOD = 200 * 2**20  # more than its door passes on
 class Malicious:
     """A member whose answers are not left as they are; `flood` says whether it tries that too."""
 
-    member: Member
+    member: Client
     flood: bool = True
 
     @property

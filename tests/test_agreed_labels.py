@@ -12,8 +12,8 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from fedalt.data.folder import open_data
 from fedalt.data.records import DataError
-from fedalt.federation.agreement import Terms, write_terms
-from fedalt.federation.client import open_member
+from fedalt.federation.agreement import Agreement, write_agreement
+from fedalt.federation.client import open_client
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.membership import join
 from fedalt.runs.settings import SettingsError
@@ -36,17 +36,17 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def terms_of(folder: Path, model: Path, labels: tuple[str, ...] = AGREED) -> Terms:
+def terms_of(folder: Path, model: Path, labels: tuple[str, ...] = AGREED) -> Agreement:
     settings = settings_for(model, folder / "data", rounds={"rounds": 1})
     folder.mkdir(exist_ok=True)
-    return write_terms(folder, "f", ("a", "b"), labels, load_parts(settings, labels))
+    return write_agreement(folder, "f", ("a", "b"), labels, load_parts(settings, labels))
 
 
 @pytest.mark.parametrize("labels", [("neg", "pos"), ("mixed",), ("neg", "mixed", "pos")])
 def test_a_client_has_some_of_the_agreed_labels_in_any_order(tmp_path, model, labels):
     data = write_clients(tmp_path / "data", a_train=rows(*labels), a_test=rows(labels[-1]))
-    member = open_member(terms_of(tmp_path / "f", model), "a", data, tmp_path / "state")
-    task = member.learner.task
+    member = open_client(terms_of(tmp_path / "f", model), "a", data, tmp_path / "state")
+    task = member.trainer.task
     assert task.labels == AGREED
     for split in ("train", "test"):
         for example in task.examples("a", split):
@@ -58,7 +58,7 @@ def test_a_client_has_some_of_the_agreed_labels_in_any_order(tmp_path, model, la
 def test_a_label_that_nobody_agreed_on_is_named_with_its_file(tmp_path, model):
     data = write_clients(tmp_path / "data", a_train=rows("pos"), a_test=rows("good"))
     with pytest.raises(DataError) as caught:
-        open_member(terms_of(tmp_path / "f", model), "a", data, tmp_path / "state")
+        open_client(terms_of(tmp_path / "f", model), "a", data, tmp_path / "state")
     assert str(caught.value).endswith(
         "a.test.jsonl:1: field 'label': 'good' is none of the agreed labels pos, neg, mixed"
     )
@@ -67,7 +67,7 @@ def test_a_label_that_nobody_agreed_on_is_named_with_its_file(tmp_path, model):
 def test_text_where_labels_were_agreed_is_refused(tmp_path, model):
     data = write_clients(tmp_path / "data", a_train=[{"prompt": "p", "completion": "c"}] * 3)
     with pytest.raises(SettingsError, match=r"has the labels \(none\), but the terms of 'f' say"):
-        open_member(terms_of(tmp_path / "f", model), "a", data, tmp_path / "state")
+        open_client(terms_of(tmp_path / "f", model), "a", data, tmp_path / "state")
 
 
 def test_without_an_agreement_the_labels_are_those_of_all_clients(tmp_path):

@@ -273,10 +273,15 @@ def test_the_bars_follow_the_clients_of_a_round():
     drawn = Progress(console=Console(file=io.StringIO(), width=100))
     total, now = drawn.add_task("", total=4), drawn.add_task("", total=None)
     bars = Bars(drawn, total, now, rounds=2)
-    bars.hear(Event("train", 1, "own", "a", 3, 8, 1.25))
-    bars.wrote({"kind": "train"})
-    bars.wrote({"kind": "score"})
+    bars.on_event(Event("train", 1, "own", "a", 3, 8, 1.25))
+    assert drawn.tasks[0].completed == 0
+    bars.on_event(Event("train", 1, "own", "b", 8, 8, 1.25))
+    bars.on_event(Event("train", 1, "own", "a", 3, 8, 1.25))
     assert drawn.tasks[0].completed == 1
+    for client in "ab":  # b was counted when it had trained
+        bars.on_record({"kind": "train", "column": "own", "client": client})
+    bars.on_record({"kind": "score"})
+    assert drawn.tasks[0].completed == 2
     assert drawn.tasks[0].description == "round 2/2"
     assert (drawn.tasks[1].completed, drawn.tasks[1].total) == (3, 8)
     assert drawn.tasks[1].description == "training own, a, loss 1.250"
@@ -287,11 +292,11 @@ def test_a_round_is_told_in_one_line_with_its_means_and_the_time_left():
     told = RoundLines(4, said.append)
     for client, loss in (("a", 1.0), ("b", 2.0)):
         line = {"round": 1, "client": client, "column": "own", "metrics": {"loss": loss}}
-        told.wrote({**line, "kind": "train"})
-        told.wrote({**line, "kind": "score", "metrics": {"loss": loss / 2}})
-    told.wrote({"kind": "round", "round": 1, "seconds": 60.0})
-    told.hear(Event("test", 3, "own", "a", 1, 2))
-    told.hear(Event("test", 3, "own", "b", 2, 2))
+        told.on_record({**line, "kind": "train"})
+        told.on_record({**line, "kind": "score", "metrics": {"loss": loss / 2}})
+    told.on_record({"kind": "round", "round": 1, "seconds": 60.0})
+    told.on_event(Event("test", 3, "own", "a", 1, 2))
+    told.on_event(Event("test", 3, "own", "b", 2, 2))
     assert said == [
         "round 2/4: loss own 1.500; validation loss own 0.750; 60 s, 2 min left",
         "testing own after round 4/4",

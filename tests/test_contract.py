@@ -9,14 +9,16 @@ from federation import (
     ByteStates,
     assert_same_servings,
     pull,
+    run_one,
     served,
+    servings,
     simulate,
     trees_of,
 )
 
 from fedalt.adapters.plan import HEAD, MIXER, ROUTER
 from fedalt.core import tree as trees
-from fedalt.engine.round import client_of, drive, server_of, servings
+from fedalt.engine.states import client_of, server_of
 from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fdlora import FDLoRA
@@ -159,7 +161,7 @@ def test_an_upload_holds_nothing_private(method):
     states, _ = simulate(method, COHORTS)
     message = method.broadcast(server_of(method, START, states), "a")
     client = client_of(method, START, states, "a")
-    _, upload = drive(method.local(client, message), pull, "a")
+    _, upload = run_one(method.local(client, message), pull, "a")
     slots = {name.slot for name in upload.tree}
     assert HEAD not in slots
     averages_mixers = getattr(method, "share_mixer", False) or getattr(method, "mixer", False)
@@ -184,7 +186,7 @@ def test_local_training_leaves_its_inputs_alone(method):
     before = copy.deepcopy(dict(states))
     message = method.broadcast(server_of(method, START, states), "a")
     client = client_of(method, START, states, "a")
-    drive(method.local(client, message), pull, "a")
+    run_one(method.local(client, message), pull, "a")
     assert trees.equal(trees_of(client), trees_of(before["clients/a"]))
     assert trees.equal(trees_of(states["server"]), trees_of(before["server"]))
 

@@ -14,7 +14,10 @@ from federation import (
     ByteStates,
     MemoryStates,
     assert_same_servings,
+    one_by_one,
     pull,
+    run_groups,
+    run_one,
     served,
     simulate,
 )
@@ -24,14 +27,13 @@ from fedalt.core import tree as trees
 from fedalt.core.codec import read
 from fedalt.core.tree import Name, move, select
 from fedalt.engine import local_trainer as engine
-from fedalt.engine.round import drive, one_by_one, run_round
 from fedalt.evaluation import Scoring, score
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.fdlora import FUSED, INDIVIDUAL, MIDDLE, SHARED, Client, FDLoRA, Server
 from fedalt.methods.lora import Lora
 from fedalt.runs.lifecycle import is_finished, reopen, resume_run, start_run
-from fedalt.runs.setup import learner_of, prepare
+from fedalt.runs.setup import prepare, trainer_of
 from fedalt.training.orders import Found, Moments
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
@@ -225,7 +227,7 @@ def test_an_adapter_goes_up_in_every_round_and_down_in_all_but_the_first():
         server = states["server"] if states else METHOD.init_server(START)
         client = states["clients/a"] if states else METHOD.init_client(START, "a")
         message = METHOD.broadcast(server, "a")
-        _, upload = drive(METHOD.local(client, message), pull, "a")
+        _, upload = run_one(METHOD.local(client, message), pull, "a")
         assert trees.numbers(upload.tree) == P
         assert trees.numbers(message.tree) == download
         states, _ = simulate(METHOD, [("a",)], states)
@@ -308,24 +310,23 @@ def prepared(tiny_model_dir, clients_dir):
 
 
 @pytest.fixture(scope="module")
-def learner(prepared):
-    return learner_of(prepared)
+def trainer(prepared):
+    return trainer_of(prepared)
 
 
 def rounds_of(method, prepared, count, states=None):
     """Real rounds of clients a and b: states, orders and answers."""
     states = MemoryStates() if states is None else states
-    learner, watch = learner_of(prepared), Watch()
+    trainer, watch = trainer_of(prepared), Watch()
     for round_ in range(count):
-        watch.carry_out = partial(carried_out, learner, round_)
-        run_round(
-            method, prepared.parts.start, states, ["ab"], one_by_one(watch), lambda cost: None
-        )
+        watch.carry_out = partial(carried_out, trainer, round_)
+        run_groups(method, prepared.parts.start, states, ["ab"], one_by_one(watch))
     return states, watch
 
 
-def carried_out(learner, round_, client_id, number, order):
-    return learner.carry_out(round_, MemoryStates())([(client_id, number, order)])[0][0]
+def carried_out(trainer, round_, client_id, number, order):
+    (answer,) = trainer.execute([(client_id, number, order)], when=round_, states=MemoryStates())
+    return answer
 
 
 def search_of(method, prepared, seed=0):
@@ -340,17 +341,17 @@ def search_of(method, prepared, seed=0):
     return next(method.deploy(client, Message(drawn(SHARED))))
 
 
-def objective(learner, order, numbers):
+def objective(trainer, order, numbers):
     """What the search minimises, computed anew."""
-    examples = learner._spared("a", order.spare)
+    examples = trainer._spared("a", order.spare)
     serving = Serving(order.plan, order.tree_of(numbers))
-    scores = score(learner.base, serving, examples, Scoring(batch_size=32, generate=False))
+    scores = score(trainer.base, serving, examples, Scoring(batch_size=32, generate=False))
     return scores.metrics["loss"] + 0.05 * sum(abs(number) for number in numbers)
 
 
 @pytest.mark.parametrize("evaluations", [1, 2, 7, 30])
 def test_a_search_is_never_worse_than_its_start_and_says_how_good_it_is(
-    prepared, learner, evaluations
+    prepared, trainer, evaluations
 ):
     method = replace(METHOD, evaluations=evaluations, spare=0.3)
     order = search_of(method, prepared)
@@ -360,11 +361,11 @@ def test_a_search_is_never_worse_than_its_start_and_says_how_good_it_is(
         looks.append(numbers)
         return order.tree_of(numbers)
 
-    found = carried_out(learner, "test", "a", 0, replace(order, tree_of=counted))
+    found = carried_out(trainer, "test", "a", 0, replace(order, tree_of=counted))
     assert len(looks) <= evaluations
-    at_the_start = objective(learner, order, MIDDLE)
+    at_the_start = objective(trainer, order, MIDDLE)
     assert found.objective <= at_the_start + 1e-6
-    assert found.objective == pytest.approx(objective(learner, order, found.numbers), abs=1e-5)
+    assert found.objective == pytest.approx(objective(trainer, order, found.numbers), abs=1e-5)
     assert all(abs(number) <= method.bound for number in found.numbers)
     if evaluations == 1:
         assert found.numbers == MIDDLE
@@ -372,24 +373,24 @@ def test_a_search_is_never_worse_than_its_start_and_says_how_good_it_is(
         assert found.objective < at_the_start - 0.01
 
 
-def test_where_weights_cost_much_a_search_ends_at_the_base_model(prepared, learner):
+def test_where_weights_cost_much_a_search_ends_at_the_base_model(prepared, trainer):
     method = replace(METHOD, l1=1e4, evaluations=200)
-    found = carried_out(learner, "test", "a", 0, search_of(method, prepared))
+    found = carried_out(trainer, "test", "a", 0, search_of(method, prepared))
     assert max(abs(number) for number in found.numbers) < 1e-3
 
 
-def test_after_training_a_search_finds_what_no_grid_of_weights_betters(prepared, learner):
+def test_after_training_a_search_finds_what_no_grid_of_weights_betters(prepared, trainer):
     method = replace(METHOD, spare=0.3)
     states, _ = rounds_of(method, prepared, 8)
     message = Message(states["server"].adapter)
     order = next(method.deploy(states["clients/a"], message))
-    found = carried_out(learner, "test", "a", 0, order)
+    found = carried_out(trainer, "test", "a", 0, order)
     grid = [-1.5 + 0.5 * step for step in range(7)]
-    best = min(objective(learner, order, pair) for pair in product(grid, grid))
+    best = min(objective(trainer, order, pair) for pair in product(grid, grid))
     assert found.objective < best
 
 
-def test_the_spared_examples_are_searched_on_and_never_trained_on(prepared, learner, monkeypatch):
+def test_the_spared_examples_are_searched_on_and_never_trained_on(prepared, trainer, monkeypatch):
     fitted, searched = [], []
     train, scores = engine.train_together, engine.score
 
@@ -407,15 +408,15 @@ def test_the_spared_examples_are_searched_on_and_never_trained_on(prepared, lear
     states, watch = rounds_of(method, prepared, 3)
     fits = watch.orders["a"]
     assert fitted[0::2] == fitted[0:1] * 3  # a's and b's in turn: stage 1, then 2
-    served(method, states, "a", partial(carried_out, learner, "deploy"))
-    everything = {each.ids for each in learner.task.examples("a", "train")}
+    served(method, states, "a", partial(carried_out, trainer, "deploy"))
+    everything = {each.ids for each in trainer.task.examples("a", "train")}
     assert [fit.spare for fit in fits] == [0.3] * 3
     assert searched == searched[:1] * 2
     assert len(searched[0]) == 3
     assert searched[0].isdisjoint(fitted[0])
     assert searched[0] | fitted[0] == everything
     for held_out in ("validation", "test"):
-        assert searched[0].isdisjoint(each.ids for each in learner.task.examples("a", held_out))
+        assert searched[0].isdisjoint(each.ids for each in trainer.task.examples("a", held_out))
 
 
 def test_adamw_goes_on_with_its_moments_from_round_to_round(prepared):
@@ -443,13 +444,13 @@ def test_without_carrying_two_stage_2_rounds_differ_from_the_second_on(prepared)
     assert same(kept["server"].adapter, anew["server"].adapter)
 
 
-def test_states_with_moments_go_through_the_codec_unharmed(prepared, learner):
+def test_states_with_moments_go_through_the_codec_unharmed(prepared, trainer):
     in_memory, _ = rounds_of(METHOD, prepared, 3)
     in_bytes, _ = rounds_of(METHOD, prepared, 3, ByteStates())
     ours, theirs = in_memory["clients/a"], in_bytes.get("clients/a", Client)
     assert ours.moments.steps == theirs.moments.steps > 0
     assert same(ours.moments.second, theirs.moments.second)
-    search = partial(carried_out, learner, "deploy")
+    search = partial(carried_out, trainer, "deploy")
     left, right = (served(METHOD, states, "ab", search) for states in (in_memory, in_bytes))
     assert_same_servings(left, right)
 
@@ -476,11 +477,11 @@ class StopsIn:
     round: int
     client_id: str
 
-    def hear(self, event):
+    def on_event(self, event):
         if (event.what, event.round, event.client_id) == ("train", self.round, self.client_id):
             raise KeyboardInterrupt
 
-    def wrote(self, line):
+    def on_record(self, line):
         pass
 
 

@@ -8,8 +8,12 @@ from federation import (
     START,
     MemoryStates,
     assert_same_servings,
+    one_by_one,
     pull,
+    run_groups,
+    run_one,
     served,
+    servings,
     simulate,
 )
 from runs_for_tests import save_model, settings_for, write_clients
@@ -18,8 +22,7 @@ from test_fedalt import LORA, rest_of_world, uploads_of
 from fedalt.adapters.plan import MIXER
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name, select
-from fedalt.engine.round import drive, one_by_one, run_round, servings
-from fedalt.federation.agreement import write_terms
+from fedalt.federation.agreement import write_agreement
 from fedalt.methods import METHODS
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
 from fedalt.methods.fedalt_ablations import FedALTAblations
@@ -91,7 +94,7 @@ def weights_of(method, start, cohorts, clients):
 
     states = MemoryStates()
     for cohort in cohorts:
-        run_round(method, start, states, [cohort], one_by_one(watch), lambda _: None)
+        run_groups(method, start, states, [cohort], one_by_one(watch))
     own = [servings(method, start, states, each, watch)[0] for each in clients]
     return seen, [serving.plan.combine.weights for serving in own]
 
@@ -110,7 +113,7 @@ def test_one_over_k_follows_who_joins_and_who_leaves():
     method = FedALTAblations(lora=LORA, gate="one_over_clients")
     server = method.init_server(replace(START, clients=2))
     for each in "abc":
-        _, upload = drive(
+        _, upload = run_one(
             method.local(method.init_client(START, each), method.broadcast(server, each)),
             pull,
             each,
@@ -128,7 +131,7 @@ def test_a_run_tells_its_method_how_many_clients_there_are(tmp_path):
     prepared = prepare(settings_for(model, data, method=method))
     server = prepared.parts.settings.method.init_server(prepared.parts.start)
     assert prepared.parts.settings.method.broadcast(server, "a").facts["clients"] == 4
-    terms = write_terms(tmp_path, "six", tuple("abcdef"), (), prepared.parts)
+    terms = write_agreement(tmp_path, "six", tuple("abcdef"), (), prepared.parts)
     assert terms.start.clients == 6
 
 

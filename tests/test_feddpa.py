@@ -4,7 +4,17 @@ import pytest
 import torch
 from bases import base_of, example, random_serving_tree, start_of
 from commands import call
-from federation import SITES, START, MemoryStates, pull, served, simulate
+from federation import (
+    SITES,
+    START,
+    MemoryStates,
+    one_by_one,
+    pull,
+    run_groups,
+    run_one,
+    served,
+    simulate,
+)
 from runs_for_tests import scores_of
 from safetensors.torch import load_file
 from tiny import bert_classifier, gpt2, llama
@@ -14,7 +24,6 @@ from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.core.tree import move, select
 from fedalt.data.examples import Example
-from fedalt.engine.round import drive, one_by_one, run_round
 from fedalt.evaluation import Scoring, embed, generate, score
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.feddpa import INDIVIDUAL, INDIVIDUAL_HEAD, SHARED, FedDPA
@@ -86,7 +95,7 @@ def test_with_a_blend_of_one_t_trains_its_own_adapter_as_local_training_does():
     def individual_of(method, rounds):
         states = MemoryStates()
         for _ in range(rounds):
-            run_round(method, start, states, [("a", "bb")], one_by_one(carry_out), lambda _: None)
+            run_groups(method, start, states, [("a", "bb")], one_by_one(carry_out))
         return select(states["clients/bb"].individual, INDIVIDUAL)
 
     alone = individual_of(LocalOnly(lora=LORA), 2)
@@ -130,7 +139,7 @@ def test_only_the_shared_adapter_is_sent_and_the_shared_phase_changes_nothing_pr
         seen.append(order)
         return pull(client_id, number, order)
 
-    _, upload = drive(method.local(client, message), watch, "a")
+    _, upload = run_one(method.local(client, message), watch, "a")
     assert trees.numbers(upload.tree) == trees.numbers(message.tree) == P
     assert {name.slot for name in upload.tree} == {SHARED}
     if method is T:
@@ -202,7 +211,7 @@ def test_without_a_tail_f_answers_as_fedit_however_it_is_blended(scale):
             case Embed():
                 return embed(base, order.plan, order.tree, PROMPTS, 2)
 
-    serving = drive(method.deploy(client, message), carry_out, "a")
+    serving = run_one(method.deploy(client, message), carry_out, "a")
     own = move(select(serving.tree, INDIVIDUAL), INDIVIDUAL, SHARED)
     assert trees.equal(own, select(serving.tree, SHARED))
     found = score(base, serving, QUESTIONS, QUICK)

@@ -12,16 +12,16 @@ from fedalt.core import codec, files
 from fedalt.core.codec import decode, encode, read
 from fedalt.core.tree import Tree
 from fedalt.engine.firewall import Firewall
-from fedalt.engine.screening import Gate
+from fedalt.engine.screening import Screening
 from fedalt.federation import accepted
 from fedalt.federation import client as member
 from fedalt.federation import client_states as kept
 from fedalt.federation import round_collector as desk
-from fedalt.federation.agreement import Terms, write_terms
-from fedalt.federation.client import Member, open_member
+from fedalt.federation.agreement import Agreement, write_agreement
+from fedalt.federation.client import Client, open_client
 from fedalt.federation.messages import Answer, Call
 from fedalt.federation.round_collector import Rules
-from fedalt.federation.server import Host, open_host
+from fedalt.federation.server import Server, open_server
 from fedalt.federation.transport import Lost
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Wire:
     """Carries bytes between a host and members in this process; `spoil` may change an answer."""
 
-    members: dict[str, Member]
+    members: dict[str, Client]
     spoil: Callable[[str, bytes], bytes | Lost] = lambda _, data: data
     waiting: list[tuple[str, bytes]] = field(default_factory=list)
     sent: list[tuple[str, bytes]] = field(default_factory=list)
@@ -71,18 +71,18 @@ class Place:
     """Where a federation lies: its terms, a data folder and a state folder for each client."""
 
     root: Path
-    terms: Terms
+    terms: Agreement
 
-    def member(self, client_id: str) -> Member:
+    def member(self, client_id: str) -> Client:
         data, folder = self.root / f"data-{client_id}", self.root / f"state-{client_id}"
-        return open_member(self.terms, client_id, data, folder, device="cpu")
+        return open_client(self.terms, client_id, data, folder, device="cpu")
 
-    def members(self) -> dict[str, Member]:
+    def members(self) -> dict[str, Client]:
         return {each: self.member(each) for each in self.terms.clients}
 
-    def host(self, wire: Wire, firewall: Firewall | None = None, **rules: object) -> Host:
-        gate = Gate(firewall or Firewall())
-        return open_host(self.terms, self.root / "server", wire, Rules(**rules), gate, print)
+    def host(self, wire: Wire, firewall: Firewall | None = None, **rules: object) -> Server:
+        gate = Screening(firewall or Firewall())
+        return open_server(self.terms, self.root / "server", wire, Rules(**rules), gate, print)
 
 
 def place(root: Path, model: Path, **sections: dict[str, object]) -> tuple[Place, Settings]:
@@ -90,7 +90,7 @@ def place(root: Path, model: Path, **sections: dict[str, object]) -> tuple[Place
     for each in CLIENTS:
         write_clients(root / f"data-{each}", [each])
     prepared = prepare(settings)
-    terms = write_terms(root, "letters", CLIENTS, (), prepared.parts)
+    terms = write_agreement(root, "letters", CLIENTS, (), prepared.parts)
     return Place(root, terms), settings
 
 
@@ -298,7 +298,7 @@ def test_nothing_private_crosses_the_wire(tmp_path: Path, model: Path) -> None:
                 assert row.tobytes() not in crossed
         for tensor in state.individual.values():  # that the search can find what is there
             assert tensor.numpy().tobytes()[:16] in crossed
-        task = members[each].learner.task
+        task = members[each].trainer.task
         for split in ("train", "validation", "test"):
             for record, example in zip(
                 task.records(each, split), task.examples(each, split), strict=True

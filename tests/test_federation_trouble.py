@@ -15,7 +15,7 @@ from runs_for_tests import scores_of
 from fedalt.core.codec import decode, encode
 from fedalt.federation import client as member
 from fedalt.federation import round_collector as desk
-from fedalt.federation.client import open_member
+from fedalt.federation.client import open_client
 from fedalt.federation.messages import Answer, Call
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
@@ -37,9 +37,9 @@ def config_of(there: Machines, **rules: Any) -> ServerConfig:
 
 
 def members(there: Machines) -> dict[str, Any]:
-    def opened(name: str) -> member.Member:
+    def opened(name: str) -> member.Client:
         config = read_client_config(there.client(name) / "client.toml")
-        return open_member(config.terms, name, config.place.data, config.place.folder, device="cpu")
+        return open_client(config.terms, name, config.place.data, config.place.folder, device="cpu")
 
     return {each: opened(each) for each in CLIENTS}
 

@@ -5,12 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from bases import base_of, example, start_of
-from federation import START, MemoryStates, pull, served, simulate
+from federation import START, MemoryStates, one_by_one, pull, run_groups, served, simulate
 from tiny import llama
 
 from fedalt.adapters.plan import MIXER
 from fedalt.core.tree import Name, select
-from fedalt.engine.round import one_by_one, run_round
 from fedalt.methods.fedit import SHARED, FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.lora import Lora
@@ -46,7 +45,7 @@ def trained_for_real(base, method, rounds):
     start, states = start_of(base), MemoryStates()
     seen = [method.init_server(start)]
     for _ in range(rounds):
-        run_round(method, start, states, [sorted(DATA)], one_by_one(carry_out), lambda _: None)
+        run_groups(method, start, states, [sorted(DATA)], one_by_one(carry_out))
         seen.append(states["server"])
     return seen
 

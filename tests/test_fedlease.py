@@ -2,14 +2,23 @@
 
 import pytest
 import torch
-from federation import START, MemoryStates, pull, served, simulate
+from federation import (
+    START,
+    MemoryStates,
+    one_by_one,
+    pull,
+    run_groups,
+    served,
+    servings,
+    simulate,
+)
 from runs_for_tests import save_model, scores_of, settings_for, write_clients
 
 from fedalt.adapters.plan import MIXER, ROUTER, Plan, Router, Shape, Slot, single
 from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name, move, select
-from fedalt.engine.round import client_of, one_by_one, run_round, server_of, servings
+from fedalt.engine.states import client_of, server_of
 from fedalt.methods.clustering import cluster, distances
 from fedalt.methods.fedlease import INDIVIDUAL, FedLEASE, Server
 from fedalt.methods.lora import Lora
@@ -358,7 +367,7 @@ def test_message_bytes_equal_the_closed_forms(share_router):
     method = FedLEASE(lora=LORA, warm_up=1, share_router=share_router)
     states, costs = MemoryStates(), []
     for _ in range(2):
-        run_round(method, start, states, [sorted(SIX)], one_by_one(grouped), costs.append)
+        run_groups(method, start, states, [sorted(SIX)], one_by_one(grouped))
     router = (2 * m - 1) * d if share_router else 0
     assert len(groups_of(states)) == m
     for cost in costs[:6]:  # the warm-up: one pair up, nothing but facts down

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from bases import base_of, example, start_of
-from federation import SITES, START, pull, served, simulate
+from federation import SITES, START, pull, run_one, served, simulate
 
 from fedalt.adapters.plan import HEAD
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name
-from fedalt.engine.round import drive
 from fedalt.methods.contract import Message
 from fedalt.methods.fedlora_optimizer import (
     SHARED,
@@ -136,7 +135,7 @@ def test_what_is_sent_has_the_size_of_the_closed_forms():
     states = None
     for numbers in (R * (INPUTS + OUTPUTS) + lengths, R * INPUTS):
         message = METHOD.broadcast(states["server"] if states else METHOD.init_server(START), "a")
-        _, upload = drive(METHOD.local(METHOD.init_client(START, "a"), message), pull, "a")
+        _, upload = run_one(METHOD.local(METHOD.init_client(START, "a"), message), pull, "a")
         assert trees.numbers(upload.tree) == numbers
         assert trees.numbers(message.tree) == R * (INPUTS + OUTPUTS) + lengths
         states, _ = simulate(METHOD, [("a",)], states)
@@ -182,10 +181,10 @@ def personal(base, l2):
         return Fitted(train(base, order, examples, training, seed=0).tree, len(examples))
 
     client, server = method.init_client(start, "a"), method.init_server(start)
-    client, upload = drive(method.local(client, method.broadcast(server, "a")), fit, "a")
+    client, upload = run_one(method.local(client, method.broadcast(server, "a")), fit, "a")
     server = method.aggregate(server, [("a", upload)])
     message = method.broadcast(server, "a")
-    tree = drive(method.deploy(client, message), fit, "a").tree
+    tree = run_one(method.deploy(client, message), fit, "a").tree
     b = part(decompose(trees.select(tree, SHARED), "rank"), "b")
     return sum(float((b[name] - message.tree[name]).norm()) for name in b)
 

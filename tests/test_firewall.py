@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federation import START, ByteStates, MemoryStates, pull, simulate, trees_of
+from federation import START, ByteStates, MemoryStates, pull, run_one, simulate, trees_of
 from runs_for_tests import adapters_of, save_model, scores_of, settings_for, write_clients
 from test_contract import COHORTS, ROWS, SMALL, each_method
 from test_resume import StopsAt
@@ -19,7 +19,7 @@ from fedalt.core import tree as trees
 from fedalt.core.codec import encode, write
 from fedalt.core.tree import Name
 from fedalt.engine import robust
-from fedalt.engine.dry_run import rehearse
+from fedalt.engine.dry_run import dry_run
 from fedalt.engine.firewall import (
     Firewall,
     Refused,
@@ -30,9 +30,9 @@ from fedalt.engine.firewall import (
     too_large,
 )
 from fedalt.engine.robust import centre, cut_of
-from fedalt.engine.round import client_of, drive, server_of
 from fedalt.engine.schedule import Arm, Event
-from fedalt.engine.screening import Gate
+from fedalt.engine.screening import Screening
+from fedalt.engine.states import client_of, server_of
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedit import FedIT
@@ -49,7 +49,7 @@ EXTRA = Name(SITE, "unheard\x1b[2J\nof", "A")
 ALL = ("a", "b", "c", "d")
 ATTACKED = [ALL, ALL, ALL, ("a", "b"), ALL]
 WITHOUT_B = [ALL, ("a", "c", "d"), ALL, ("a", "b"), ALL]
-WATCHFUL = Gate(Firewall(norm_limit=20.0))
+WATCHFUL = Screening(Firewall(norm_limit=20.0))
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def test_who_uploads_something_bad_was_not_in_the_round(row, spoil, told):
 
 
 @pytest.mark.parametrize("row", ROWS)
-@pytest.mark.parametrize("gate", [Gate(), WATCHFUL], ids=["streaming", "waiting"])
+@pytest.mark.parametrize("gate", [Screening(), WATCHFUL], ids=["streaming", "waiting"])
 def test_a_refused_client_of_any_method_was_not_in_the_round(row, gate):
     states, refused = spoiled_run(ROWS[row], SPOILS["a name more"][0], gate)
     assert [each[:2] for each in refused] == [(1, "b")]
@@ -199,10 +199,10 @@ def test_real_uploads_have_exactly_the_rehearsed_form_and_broadcasts_fit(method)
         server = server_of(method, START, states)
         for client_id in cohort:
             message = method.broadcast(server, client_id)
-            forms = rehearse(method, START, client_id, message)
+            forms = dry_run(method, START, client_id, message)
             client = client_of(method, START, states, client_id)
             check_broadcast(message, method, START, client)
-            _, upload = drive(method.local(client, message), pull, client_id)
+            _, upload = run_one(method.local(client, message), pull, client_id)
             check_upload(upload, forms)
             shown = [
                 {name: (each.shape, each.dtype) for name, each in form.tree.items()}
@@ -235,11 +235,11 @@ def test_a_rehearsal_tells_what_a_newcomer_and_the_others_may_send():
     method = ROWS["fdlora"]
     states, _ = simulate(method, [ALL])
     message = method.broadcast(server_of(method, START, states), "e")
-    newcomer, known = rehearse(method, START, "e", message)
+    newcomer, known = dry_run(method, START, "e", message)
     assert not newcomer.tree
     assert {name.slot for name in known.tree} == {"shared"}
     assert not known.counts
-    assert rehearse(ROWS["fdlora, heavy ball"], START, "e", message)[1].counts
+    assert dry_run(ROWS["fdlora, heavy ball"], START, "e", message)[1].counts
 
 
 BROADCAST = ROWS["fedit"].broadcast(ROWS["fedit"].init_server(START), "a")
@@ -293,7 +293,9 @@ def test_many_bytes_are_refused_before_they_are_read():
     check_size(10, 10)
     with pytest.raises(Refused, match="has 11 bytes, but at most 10"):
         check_size(11, 10)
-    _, costs = simulate(FedIT(lora=SMALL), [ALL], gate=Gate(Firewall(max_upload_bytes=100)))
+    _, costs = simulate(
+        FedIT(lora=SMALL), [ALL], screening=Screening(Firewall(max_upload_bytes=100))
+    )
     assert all("at most 100" in each.refused for each in costs)
 
 
@@ -353,7 +355,7 @@ def test_methods_that_only_average_take_any_centre_for_the_mean(row):
     for client_id in ALL:
         client = client_of(method, START, states, client_id)
         steps = method.local(client, method.broadcast(server, client_id))
-        uploads[client_id] = drive(steps, pull, client_id)[1]
+        uploads[client_id] = run_one(steps, pull, client_id)[1]
     weights = {each: float(upload.facts["weight"]) for each, upload in uploads.items()}
     total = trees.Tree()
     for each, upload in uploads.items():
@@ -368,13 +370,13 @@ def test_methods_that_only_average_take_any_centre_for_the_mean(row):
 def test_a_median_is_where_a_liar_cannot_move_it():
     method = FedIT(lora=SMALL)
     liar = Attacked(method, lambda who, up: poked(1e6)(up) if who == "b" else up)
-    states, costs = simulate(liar, [ALL[:3]], train=sign, gate=Gate(robust="median"))
+    states, costs = simulate(liar, [ALL[:3]], train=sign, screening=Screening(robust="median"))
     assert not any(cost.refused for cost in costs)
     uploads = []
     message = method.broadcast(method.init_server(START), "")
     for client_id in ALL[:3]:
         steps = method.local(method.init_client(START, client_id), message)
-        uploads.append(drive(steps, pull, client_id)[1])
+        uploads.append(run_one(steps, pull, client_id)[1])
     uploads[1] = poked(1e6)(uploads[1])
     for name, tensor in states["server"].adapter.items():
         every = torch.stack([upload.tree[name] for upload in uploads])
@@ -472,12 +474,12 @@ class Hears:
     told: list[Event]
     said: list[str]
 
-    def hear(self, event):
+    def on_event(self, event):
         if event.what == "refuse":
             self.told.append(event)
-        RoundLines(3, self.said.append).hear(event)
+        RoundLines(3, self.said.append).on_event(event)
 
-    def wrote(self, line):
+    def on_record(self, line):
         pass
 
 
@@ -522,7 +524,7 @@ def test_a_real_run_goes_on_without_the_refused_and_says_so(run_of):
     refused = [line for line in scores_of(run) if "refused" in line]
     assert [line["client"] for line in refused] == ["b"] * 3
     assert [event.client_id for event in heard.told] == ["b"] * 3
-    assert "warning: round 1/3: client 'b' does not count: the upload's norm" in heard.said[0]
+    assert "warning: round 1/3: upload of client 'b' rejected: the upload's norm" in heard.said[0]
     assert not (run / "waiting").exists()
     assert not list((run / "clients" / "b").glob("*"))
     assert not list((run / "moments" / "b").rglob("*.safetensors"))

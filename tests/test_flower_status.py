@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from machines import Machines, Wire, found
 
-from fedalt.federation.client import open_member
+from fedalt.federation.client import open_client
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
 from fedalt.flower.participants import server_from
@@ -48,7 +48,7 @@ def wire(machines: Machines, **more: int) -> OneByOne:
     for each in CLIENTS:
         config = read_client_config(machines.client(each) / "client.toml")
         folder = config.place.folder
-        members[each] = open_member(config.terms, each, config.place.data, folder, device="cpu")
+        members[each] = open_client(config.terms, each, config.place.data, folder, device="cpu")
     config = read_server_config(machines.server / "federation.toml")
     config.place.folder.mkdir(exist_ok=True)
     config.place.pid.write_text(str(os.getpid()))  # as the app does

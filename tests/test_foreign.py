@@ -220,7 +220,7 @@ def test_init_refuses_such_names_and_writes_nothing(
 
 
 def test_a_name_in_a_file_that_somebody_sent_is_checked_too(tmp_path: Path, model: Path) -> None:
-    from fedalt.federation.agreement import read_terms
+    from fedalt.federation.agreement import read_agreement
     from fedalt.flower.config import read_client_config
 
     made = founded(tmp_path, model)
@@ -229,7 +229,7 @@ def test_a_name_in_a_file_that_somebody_sent_is_checked_too(tmp_path: Path, mode
     for old, new in (('"a"', '"A\\u001b[31m"'), ('"a"', '"B"'), ('"letters"', '"a\\nb"')):
         file.write_text(whole.replace(old, new, 1))
         with pytest.raises(ValueError, match=r"terms.toml: \[federation\] (client|name)") as error:
-            read_terms(file)
+            read_agreement(file)
         assert str(error.value).isprintable()
     file.write_text(whole)
     config = made.client("a") / "client.toml"

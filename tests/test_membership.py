@@ -8,7 +8,7 @@ from runs_for_tests import adapters_of, save_model, settings_for, write_clients
 
 from fedalt.core import tree as trees
 from fedalt.core.tree import select
-from fedalt.engine.round import server_of
+from fedalt.engine.states import server_of
 from fedalt.methods.fedalt import FedALT, Server
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora

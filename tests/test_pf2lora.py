@@ -3,13 +3,12 @@
 import pytest
 import torch
 from bases import base_of, example, start_of
-from federation import SITES, START, pull, served, simulate
+from federation import SITES, START, pull, run_one, served, simulate
 from tiny import gpt2, llama
 
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, names_of
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name
-from fedalt.engine.round import drive
 from fedalt.methods.bilevel import Unrolled
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
@@ -248,7 +247,7 @@ def test_only_the_shared_adapter_is_sent_and_the_individual_one_never_changes_on
         orders.append(order)
         return pull(client_id, number, order)
 
-    _, upload = drive(METHOD.local(states["clients/a"], message), watch, "a")
+    _, upload = run_one(METHOD.local(states["clients/a"], message), watch, "a")
     assert trees.numbers(upload.tree) == numbers
     assert {name.slot for name in upload.tree} == {SHARED}
     assert trees.equal(trees.select(orders[0].tree, INDIVIDUAL, HEAD), kept["a"])

@@ -79,11 +79,11 @@ class At:
     what: str
     act: Callable[[], None]
 
-    def hear(self, event):
+    def on_event(self, event):
         if event.what == self.what:
             self.act()
 
-    def wrote(self, line):
+    def on_record(self, line):
         pass
 
 

@@ -16,8 +16,8 @@ from tiny import CAUSAL, CLASSIFIERS
 
 from fedalt.core.tree import Name
 from fedalt.data.examples import Example
-from fedalt.engine.example_log import pieces, telling
-from fedalt.engine.run import WATCHED
+from fedalt.engine.client_work import WATCHED
+from fedalt.engine.example_log import example_log, pieces
 from fedalt.evaluation import Scores, Scoring, score, score_together
 from fedalt.evaluation.gate_statistics import BINS, weights_by_site, weights_of
 from fedalt.methods.contract import Serving
@@ -190,7 +190,7 @@ def test_a_classifiers_predictions_are_names_of_labels():
     examples = [Example(tuple(range(3, 6 + n)), 3 + n, "good", labels, 2) for n in range(5)]
     served = serving_of(base)
     found = score(base, served, examples, QUICK)
-    lines = list(telling(base, served, examples, found))
+    lines = list(example_log(base, served, examples, found))
     assert len(lines) == 5
     assert {line["prediction"] for line in lines} <= set(labels)
     assert {line["reference"] for line in lines} == {"good"}
@@ -210,7 +210,7 @@ def test_a_long_prompt_loses_its_middle_in_text_and_tokens():
     base.adapted.model.config.max_position_embeddings = 4096
     served = Serving(PLANS["mixer"], random_serving_tree(base, PLANS["mixer"]))
     one = example("a" * 1500 + "b" * 1500, "xyz")
-    (line,) = telling(base, served, [one], Scores({}, ("p",), (0.123456,)))
+    (line,) = example_log(base, served, [one], Scores({}, ("p",), (0.123456,)))
     assert line["loss"] == 0.1235
     assert line["prompt"] == "a" * 997 + " ... " + "b" * 997
     assert "".join(text for text, _ in line["tokens"]) == line["prompt"] + "xyz"

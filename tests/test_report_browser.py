@@ -62,11 +62,11 @@ class Stops:
 
     round: int
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         if (event.round, event.client_id) == (self.round, "c"):
             raise KeyboardInterrupt
 
-    def wrote(self, line) -> None:
+    def on_record(self, line) -> None:
         """Look away."""
 
 

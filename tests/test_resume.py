@@ -46,10 +46,10 @@ class Slow:
 
     seconds: float = 0.0
 
-    def hear(self, event):
+    def on_event(self, event):
         time.sleep(self.seconds)
 
-    def wrote(self, line):
+    def on_record(self, line):
         time.sleep(self.seconds)
 
 
@@ -60,11 +60,11 @@ class StopsAt:
     what: str
     round: int
 
-    def hear(self, event: Event):
+    def on_event(self, event: Event):
         if (event.what, event.round) == (self.what, self.round):
             raise KeyboardInterrupt
 
-    def wrote(self, line):
+    def on_record(self, line):
         pass
 
 
@@ -122,12 +122,12 @@ class FillsTheDisk:
 
     round: int
 
-    def hear(self, event: Event):
+    def on_event(self, event: Event):
         if (event.what, event.round) == ("train", self.round):
             _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
 
-    def wrote(self, line):
+    def on_record(self, line):
         pass
 
 

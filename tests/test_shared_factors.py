@@ -3,12 +3,11 @@
 import pytest
 import torch
 from bases import base_of, example, start_of
-from federation import SITES, START, pull, served, simulate
+from federation import SITES, START, pull, run_one, served, simulate
 
 from fedalt.adapters.plan import HEAD
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name, move
-from fedalt.engine.round import drive
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.local import INDIVIDUAL, LocalOnly
 from fedalt.methods.lora import Lora
@@ -149,7 +148,7 @@ def test_only_what_is_averaged_is_uploaded(method, uploads, download):
     states = None
     for numbers in uploads:
         message = method.broadcast(states["server"] if states else method.init_server(START), "a")
-        _, upload = drive(method.local(method.init_client(START, "a"), message), pull, "a")
+        _, upload = run_one(method.local(method.init_client(START, "a"), message), pull, "a")
         assert trees.numbers(upload.tree) == numbers
         assert trees.numbers(message.tree) == download
         states, _ = simulate(method, [("a",)], states)
@@ -177,7 +176,7 @@ def test_an_a_has_no_gradient_while_its_b_is_zero():
 
         server, client = method.init_server(start), method.init_client(start, "a")
         steps = method.local(client, method.broadcast(server, "a"))
-        state, upload = drive(steps, one_step, "a")
+        state, upload = run_one(steps, one_step, "a")
         after[variant] = {**state.kept, **upload.tree}
     drawn = start.adapter(LORA.slot(SHARED))
     for name, tensor in after["fedsa_lora"].items():

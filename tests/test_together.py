@@ -13,7 +13,6 @@ from fedalt.adapters.binding import DropoutSeeds
 from fedalt.adapters.packing import Packs, packed, packing_of
 from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, names_of
 from fedalt.core import tree as trees
-from fedalt.engine.round import one_by_one, run_round
 from fedalt.evaluation.group import Group
 from fedalt.evaluation.likelihood import _sums
 from fedalt.methods.contract import Serving
@@ -229,7 +228,7 @@ def test_the_flat_optimiser_is_adamw_with_clipping_for_every_client(steps):
 
 @pytest.mark.parametrize("row", ROWS, ids=ROWS.keys())
 def test_every_method_gives_the_same_states_together_as_one_by_one(row):
-    from federation import MemoryStates, trees_of
+    from federation import MemoryStates, one_by_one, run_groups, trees_of
     from test_fedlease import grouped  # noqa: F401 - the warm-up is short there too
 
     method, base = ROWS[row], base_of()
@@ -264,8 +263,8 @@ def test_every_method_gives_the_same_states_together_as_one_by_one(row):
 
     together, alone = MemoryStates(), MemoryStates()
     for _ in range(2):
-        run_round(method, start, together, ["abc"], answers, lambda _: None)
-        run_round(method, start, alone, ["a", "b", "c"], one_by_one(one), lambda _: None)
+        run_groups(method, start, together, ["abc"], answers)
+        run_groups(method, start, alone, ["a", "b", "c"], one_by_one(one))
     for key, state in alone.items():
         left, right = trees_of(state), trees_of(together[key])
         assert left.keys() == right.keys()

@@ -29,11 +29,11 @@ class StopsAt:
     what: str
     round: int
 
-    def hear(self, event):
+    def on_event(self, event):
         if (event.what, event.round) == (self.what, self.round):
             raise KeyboardInterrupt
 
-    def wrote(self, line):
+    def on_record(self, line):
         pass
 
 

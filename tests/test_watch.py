@@ -33,10 +33,10 @@ class Slow:
 
     seconds: float
 
-    def hear(self, event):
+    def on_event(self, event):
         time.sleep(self.seconds)
 
-    def wrote(self, line):
+    def on_record(self, line):
         pass
 
 

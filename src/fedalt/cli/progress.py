@@ -21,7 +21,7 @@ from fedalt.cli.output import console, note
 from fedalt.core.foreign import shown
 from fedalt.engine.schedule import Event, Line
 from fedalt.report.live_drawing import shown_time
-from fedalt.runs.lifecycle import Nobody, Watcher
+from fedalt.runs.lifecycle import NullObserver, Observer
 from fedalt.runs.setup import Prepared
 
 _ROOM = 80  # columns that bars take; where there are fewer, lines say as much
@@ -29,19 +29,19 @@ _ROOM = 80  # columns that bars take; where there are fewer, lines say as much
 
 @dataclass(frozen=True)
 class Together:
-    """Several watchers as one."""
+    """Several observers as one."""
 
-    watchers: Sequence[Watcher]
+    observers: Sequence[Observer]
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Pass it on to each."""
-        for watcher in self.watchers:
-            watcher.hear(event)
+        for observer in self.observers:
+            observer.on_event(event)
 
-    def wrote(self, line: Line) -> None:
+    def on_record(self, line: Line) -> None:
         """Pass it on to each."""
-        for watcher in self.watchers:
-            watcher.wrote(line)
+        for observer in self.observers:
+            observer.on_record(line)
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class RoundLines:
     say: Callable[[str], None]
     lines: list[dict[str, Any]] = field(default_factory=list)
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Say that testing begins, which may take a while, and whose upload was refused."""
         if event.what == "test" and event.done == 1:
             self.say(f"testing {event.column} after round {event.round + 1}/{self.rounds}")
         if event.what == "refuse":
-            who = f"client {event.client_id!r} does not count: " if event.client_id else ""
+            who = f"upload of client {event.client_id!r} rejected: " if event.client_id else ""
             reason = shown(event.reason)
             self.say(f"warning: round {event.round + 1}/{self.rounds}: {who}{reason}")
 
-    def wrote(self, line: Line) -> None:
+    def on_record(self, line: Line) -> None:
         """Collect a round's lines and say them in one."""
         self.lines.append(dict(line))
         if line["kind"] == "round":
@@ -98,8 +98,9 @@ class Bars:
     total: TaskID
     now: TaskID
     rounds: int
+    trained: set[tuple[str, str]] = field(default_factory=set)  # clients and columns of this round
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Move the bars on."""
         if event.what == "refuse":
             return
@@ -109,28 +110,38 @@ class Bars:
             client += f", loss {event.loss:.3f}"
         self.bars.update(self.now, description=client, completed=event.done, total=event.of)
         self.bars.update(self.total, description=f"round {event.round + 1}/{self.rounds}")
+        if event.what == "train" and event.done == event.of:
+            self._count(event.client_id, event.column)
 
-    def wrote(self, line: Line) -> None:
-        """A client's training is done."""
+    def on_record(self, line: Line) -> None:
+        """Training is recorded once all of the cohort have trained."""
         if line["kind"] == "train":
+            self._count(str(line["client"]), str(line["column"]))
+        if line["kind"] == "round":
+            self.trained.clear()
+
+    def _count(self, client_id: str, column: str) -> None:
+        """A client has trained; methods that order several fits are counted after the first."""
+        if (client_id, column) not in self.trained:
+            self.trained.add((client_id, column))
             self.bars.advance(self.total)
 
 
 @contextmanager
-def watching(prepared: Prepared, *, done: int = 0, quiet: bool = False) -> Iterator[Watcher]:
+def watching(prepared: Prepared, *, done: int = 0, quiet: bool = False) -> Iterator[Observer]:
     """Whoever should watch this run of which `done` rounds are done already."""
     with ExitStack() as open_:
-        watchers: list[Watcher] = []
+        observers: list[Observer] = []
         rounds = prepared.parts.settings.rounds.rounds
         if not quiet and sys.stderr.isatty() and console(stderr=True).width >= _ROOM:
             bars = open_.enter_context(_bars())
             total = _clients_to_train(prepared)
             at = bars.add_task("begins", total=total, completed=done * total // rounds)
-            watchers.append(Bars(bars, at, bars.add_task("", total=None), rounds))
-            watchers.append(RoundLines(rounds, bars.console.print))
+            observers.append(Bars(bars, at, bars.add_task("", total=None), rounds))
+            observers.append(RoundLines(rounds, bars.console.print))
         elif not quiet:
-            watchers.append(RoundLines(rounds, note))
-        yield Together(watchers) if watchers else Nobody()
+            observers.append(RoundLines(rounds, note))
+        yield Together(observers) if observers else NullObserver()
 
 
 def _bars() -> Progress:

@@ -1,23 +1,21 @@
-"""Taking a round's uploads in although one breaks the method: it is found and left out."""
+"""Aggregating a round's uploads although one breaks the method: it is found and rejected."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, is_dataclass, replace
-from pathlib import Path
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, is_dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
+from fedalt.core.codec import read
 from fedalt.core.foreign import shown
 from fedalt.core.seeds import generator
 from fedalt.engine.dry_run import Form
 from fedalt.engine.firewall import form_of
-from fedalt.engine.screening import Arrival, Gate, Yard, take_in
+from fedalt.engine.uploads import Spooled, UploadStore, replies
 from fedalt.methods.contract import AnyMethod, Message
 
-# A round's uploads by client: True for the real one, False for a control in its place.
-_Mix = Mapping[str, bool]
+FormsOf = Callable[[str, Message], Sequence[Form]]  # of a client's upload, after a broadcast
 
 _SMALL: Final = 0.01  # the spread of a control's numbers
 
@@ -26,91 +24,49 @@ class MethodFailed(ValueError):  # noqa: N818 - the method has, whatever was upl
     """A method that cannot aggregate, with no upload to blame for it."""
 
 
-@dataclass(frozen=True)
-class _Silent:
-    """A yard in which nothing is noted: what is refused while trying is not refused yet."""
-
-    yard: Yard
-
-    def begin(self) -> None:
-        """See `Yard`."""
-        self.yard.begin()
-
-    def waiting(self) -> AbstractContextManager[Path]:
-        """See `Yard`."""
-        return self.yard.waiting()
-
-    def quarantine(self, client_id: str, reason: str, data: bytes, limit: int) -> None:
-        """Nothing."""
-
-
-def control_of(upload: Message, forms: Sequence[Form]) -> Message:
-    """A harmless upload of the same form: small random numbers, always the same ones."""
-    form = form_of(upload, forms)
-    tree = {
-        name: (torch.randn(each.shape, generator=generator(*name)) * _SMALL).to(each.dtype)
-        for name, each in form.tree.items()
-    }
-    return Message(tree, form.facts)
-
-
-class Uploads(Protocol):
-    """A round's uploads, each as often as it is asked for: they stay on disk meanwhile."""
-
-    @property
-    def clients(self) -> Sequence[str]:
-        """Whose there are, sorted."""
-        ...
-
-    def arrival(self, client_id: str) -> Arrival:
-        """A client's upload; its `decide` is told nothing here."""
-        ...
-
-    def control(self, client_id: str) -> Message:
-        """A harmless upload of the same form, see `control_of`."""
-        ...
-
-    def decide(self, client_id: str, reason: str | None) -> None:
-        """What is told of each upload once, in the end: None if it counts, else why not."""
-        ...
-
-
-def take_in_usable(
-    method: AnyMethod, server: Any, uploads: Uploads, gate: Gate, yard: Yard
+def aggregate(
+    method: AnyMethod, server: Any, uploads: UploadStore, forms_of: FormsOf
 ) -> Any | None:
-    """Like `take_in`, but an upload with which the method fails is refused, and the rest counts.
+    """The server's state after the accepted uploads; None if there are none.
 
-    To fail is to raise, or to come to a state with NaN or infinity. Raises MethodFailed where no
-    upload can be blamed; errors of the disk or of memory are no upload's fault and pass.
+    An upload that is too large beside the others is rejected, and so is one with which the method
+    fails: it raises, or comes to a state with NaN or infinity. Raises MethodFailed where no upload
+    can be blamed; errors of the disk or of memory are no upload's fault and pass.
     """
-    trial = _Trial(method, server, uploads, gate, yard)
+    trial = _Trial(method, server, uploads, forms_of)
     blamed: dict[str, str] = {}
     while True:
-        verdicts: dict[str, str | None] = {}
-        rest = [each for each in uploads.clients if each not in blamed]
+        rest = {
+            client_id: spooled
+            for client_id, spooled in uploads.accepted.items()
+            if client_id not in blamed
+        }
+        sizes = {client_id: spooled.size for client_id, spooled in rest.items()}
+        rejected = uploads.screening.outliers(sizes)
+        accepted = {
+            client_id: spooled for client_id, spooled in rest.items() if client_id not in rejected
+        }
         try:
-            after = trial.outcome(dict.fromkeys(rest, True), gate, verdicts)
+            after = trial.outcome(accepted) if accepted else None
             break
         except (OSError, MemoryError):
             raise
         except Exception as error:  # whatever a method makes of what it does not expect
             why = _told(error)
-            left = [each for each in rest if verdicts.get(each) is None]
-            found = trial.at_fault(left, why)
-            if not found:
-                name, who = type(method).__name__, ", ".join(left)
+            at_fault = trial.at_fault(accepted, why)
+            if not at_fault:
+                name, who = type(method).__name__, ", ".join(accepted)
                 raise MethodFailed(
                     f"the method {name} cannot aggregate the uploads of this round, and no client "
                     f"can be blamed for it: {why} (uploads of {shown(who)})"
                 ) from error
-            blamed |= {who: f"the method cannot aggregate it: {why}" for who, why in found.items()}
-    for client_id in uploads.clients:
-        reason = blamed.get(client_id, verdicts.get(client_id))
-        if reason is not None:
-            data = uploads.arrival(client_id).data
-            yard.quarantine(client_id, reason, data, gate.firewall.quarantine_bytes)
-        if client_id in blamed or client_id in verdicts:
-            uploads.decide(client_id, reason)
+            blamed |= {
+                client_id: f"the method cannot aggregate it: {why}"
+                for client_id, why in at_fault.items()
+            }
+            uploads.states.drop("server")  # what the attempts have put into ledgers
+    for client_id, reason in sorted({**rejected, **blamed}.items()):
+        uploads.reject(client_id, reason)
     return after
 
 
@@ -120,56 +76,53 @@ class _Trial:
 
     method: AnyMethod
     server: Any
-    uploads: Uploads
-    gate: Gate
-    yard: Yard
+    uploads: UploadStore
+    forms_of: FormsOf
 
-    def outcome(self, mix: _Mix, gate: Gate, verdicts: dict[str, str | None]) -> Any | None:
-        """The state after this mix; what the gate says of each upload is put into `verdicts`."""
-
-        def noting(client_id: str) -> Callable[[str | None], None]:
-            return lambda reason: verdicts.update({client_id: reason})
-
-        def arrivals() -> Iterator[Arrival]:
-            for each, real in mix.items():
-                if real:
-                    yield replace(self.uploads.arrival(each), decide=noting(each))
-                else:
-                    yield Arrival(each, self.uploads.control(each), b"", None, noting(each))
-
-        after = take_in(self.method, self.server, arrivals(), gate, _Silent(self.yard))
+    def outcome(self, mix: Mapping[str, Spooled]) -> Any:
+        """The state after these uploads."""
+        after = self.method.aggregate(self.server, replies(mix, self.uploads.screening))
         if not all(bool(tensor.isfinite().all()) for tensor in _tensors(after)):
             raise ArithmeticError("the state that it comes to has NaN or infinity")
         return after
 
-    def at_fault(self, clients: Sequence[str], why: str) -> dict[str, str]:
+    def at_fault(self, uploads: Mapping[str, Spooled], why: str) -> dict[str, str]:
         """Who is to blame and why; nobody where it cannot be told.
 
         An upload is at fault if the method fails with it among harmless ones, else if it fails
         with it alone (but not with everyone's), else if it does not fail without it.
         """
-        harmless = dict.fromkeys(clients, False)
-        failed = self._failed({each: {**harmless, each: True} for each in clients})
+        harmless = {who: self._control(who, upload) for who, upload in uploads.items()}
+        failed = self._failed((who, {**harmless, who: uploads[who]}) for who in uploads)
         if failed and self._failure(harmless) is None:
             return failed
-        failed = self._failed({each: {each: True} for each in clients})
-        if failed and len(failed) < max(2, len(clients)):
+        failed = self._failed((who, {who: uploads[who]}) for who in uploads)
+        if failed and len(failed) < max(2, len(uploads)):
             return failed
-        everyone = dict.fromkeys(clients, True)
         failed = self._failed(
-            {each: {k: v for k, v in everyone.items() if k != each} for each in clients}
+            (who, {other: uploads[other] for other in uploads if other != who}) for who in uploads
         )
-        return {each: why for each in clients if each not in failed}
+        return {who: why for who in uploads if who not in failed}
 
-    def _failed(self, tries: Mapping[str, _Mix]) -> dict[str, str]:
-        whys = {each: self._failure(mix) for each, mix in tries.items()}
-        return {each: why for each, why in whys.items() if why is not None}
+    def _control(self, client_id: str, spooled: Spooled) -> Spooled:
+        """A harmless upload of the same form: small random numbers, always the same ones."""
+        forms = self.forms_of(client_id, self.method.broadcast(self.server, client_id))
+        form = form_of(read(Message, spooled.file), forms)
+        tree = {
+            name: (torch.randn(tensor.shape, generator=generator(*name)) * _SMALL).to(tensor.dtype)
+            for name, tensor in form.tree.items()
+        }
+        return self.uploads.control(Message(tree, form.facts))
 
-    def _failure(self, mix: _Mix) -> str | None:
+    def _failed(self, tries: Iterable[tuple[str, Mapping[str, Spooled]]]) -> dict[str, str]:
+        whys = {client_id: self._failure(mix) for client_id, mix in tries}
+        return {client_id: why for client_id, why in whys.items() if why is not None}
+
+    def _failure(self, mix: Mapping[str, Spooled]) -> str | None:
         """Why the method fails with this mix, if it does."""
-        gate = replace(self.gate, firewall=replace(self.gate.firewall, norm_limit=None))
+        self.uploads.states.drop("server")
         try:
-            self.outcome(mix, gate, {})
+            self.outcome(mix)
         except (OSError, MemoryError):
             raise
         except Exception as error:
@@ -186,7 +139,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
         case Tensor():
             yield value
         case Mapping():
-            for each in value.values():
-                yield from _tensors(each)
+            for part in value.values():
+                yield from _tensors(part)
         case _ if is_dataclass(value):
             yield from _tensors(vars(value))

@@ -30,14 +30,14 @@ class Form:
     def same(self, other: "Form") -> bool:
         """Whether an upload that has one form has the other too."""
         kinds = [
-            {name: (each.shape, each.dtype) for name, each in form.tree.items()}
+            {name: (tensor.shape, tensor.dtype) for name, tensor in form.tree.items()}
             for form in (self, other)
         ]
         types = [{key: type(fact) for key, fact in form.facts.items()} for form in (self, other)]
         return kinds[0] == kinds[1] and types[0] == types[1]
 
 
-def rehearse(method: AnyMethod, start: Start, client_id: str, message: Message) -> tuple[Form, ...]:
+def dry_run(method: AnyMethod, start: Start, client_id: str, message: Message) -> tuple[Form, ...]:
     """The forms that a client's upload may have after this broadcast: one, or two.
 
     The method's own `local` is played on tensors that have shapes and no numbers: by a newcomer
@@ -62,8 +62,8 @@ def rehearse(method: AnyMethod, start: Start, client_id: str, message: Message) 
 
 
 @dataclass
-class Rehearsals:
-    """Rehearses a method once for all clients that begin alike and are sent alike.
+class DryRuns:
+    """Plays a method once for all clients that begin alike and are sent alike.
 
     What `local` does depends on nothing but the client's state and the broadcast.
     """
@@ -73,11 +73,11 @@ class Rehearsals:
     _known: dict[object, tuple[Form, ...]] = field(default_factory=dict)
 
     def __call__(self, client_id: str, message: Message) -> tuple[Form, ...]:
-        """See `rehearse`."""
+        """See `dry_run`."""
         first = self.method.init_client(self.start, client_id)
         key = repr((_outline(first), _outline(message)))
         if key not in self._known:
-            self._known[key] = rehearse(self.method, self.start, client_id, message)
+            self._known[key] = dry_run(self.method, self.start, client_id, message)
         return self._known[key]
 
 
@@ -87,7 +87,7 @@ def _outline(value: Any) -> object:
         case torch.Tensor():
             return tuple(value.shape), value.dtype
         case Mapping():
-            return sorted((str(key), _outline(each)) for key, each in value.items())
+            return sorted((str(key), _outline(part)) for key, part in value.items())
         case _ if is_dataclass(value):
             return type(value).__name__, _outline(vars(value))
         case _:

@@ -20,12 +20,14 @@ def mixer_facts(weighing: Weighing) -> dict[str, object]:
     """What rounds.jsonl holds of a mixer's or router's weights."""
     return {
         "slots": list(weighing.slots),
-        "weights": {site: [rounded(w) for w in each] for site, each in weighing.weights.items()},
+        "weights": {
+            site: [rounded(w) for w in weights] for site, weights in weighing.weights.items()
+        },
         "histogram": list(weighing.histogram),
     }
 
 
-def telling(
+def example_log(
     base: Base, serving: Serving, examples: Sequence[Example], scores: Scores
 ) -> Iterator[Mapping[str, object]]:
     """The worst examples of a client, worst first, and then the best, best first.
@@ -59,18 +61,18 @@ def pieces(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
 
     A character of several tokens goes with its last one.
     """
-    found: list[str] = []
+    texts: list[str] = []
     begin = read = 0  # what is decoded again, because a token's text depends on the one before
     for end in range(1, len(ids) + 1):
         before, now = (
             str(tokenizer.decode(ids[begin:upto], skip_special_tokens=True)) for upto in (read, end)
         )
         if end < len(ids) and (now.endswith("\N{REPLACEMENT CHARACTER}") or now == before):
-            found.append("")
+            texts.append("")
             continue
-        found.append(now[len(before) :])
+        texts.append(now[len(before) :])
         begin, read = read, end
-    return found
+    return texts
 
 
 def rounded(number: float) -> float:

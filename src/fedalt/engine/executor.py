@@ -1,11 +1,10 @@
 """Who does the work of a run: groups of clients to train and to score, shared out in order."""
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
-from fedalt.engine.schedule import Column, HeldOut, Line
+from fedalt.engine.schedule import Column, HeldOut
 
 T = TypeVar("T")
 
@@ -20,7 +19,7 @@ class Train:
 
 @dataclass(frozen=True)
 class Score:
-    """Score what clients serve after a round; `whole` and `show` as in `Run.score`."""
+    """Score what clients serve after a round; `whole` and `show` as in `ClientWork.score`."""
 
     column: Column
     round: int
@@ -32,29 +31,8 @@ class Score:
 Job = Train | Score
 
 
-@dataclass(frozen=True)
-class Scored:
-    """A client's mean loss, and lines as JSON: for the run's record, and of telling examples."""
-
-    TAG: ClassVar = "scored"
-
-    client_id: str
-    loss: float
-    lines: tuple[str, ...]
-    examples: tuple[str, ...]
-
-    @staticmethod
-    def of(
-        client_id: str, loss: float, lines: Iterable[Line], examples: Iterable[Line]
-    ) -> "Scored":
-        """The same from lines that are not JSON yet."""
-        return Scored(
-            client_id, loss, *(tuple(map(json.dumps, each)) for each in (lines, examples))
-        )
-
-
-class Crew(Protocol):
-    """Who shares a job; the groups of clients and what comes of them do not depend on it."""
+class Executor(Protocol):
+    """Which processes do a job; the groups of clients and the results do not depend on it."""
 
     def share(
         self,
@@ -62,15 +40,15 @@ class Crew(Protocol):
         groups: Iterable[Sequence[str]],
         do: Callable[[Sequence[str]], Sequence[T]],
     ) -> Iterator[Sequence[T]]:
-        """What comes of each group, in their order; `do` does the job for one, here.
+        """The results of each group, in their order; `do` does the job for one, here.
 
-        Nothing is done before it is asked for.
+        A group's turn comes when its results are asked for.
         """
         ...
 
 
 @dataclass(frozen=True)
-class Alone:
+class InProcess:
     """One process does all, one group after the other."""
 
     def share(
@@ -79,5 +57,5 @@ class Alone:
         groups: Iterable[Sequence[str]],
         do: Callable[[Sequence[str]], Sequence[T]],
     ) -> Iterator[Sequence[T]]:
-        """See `Crew`."""
+        """See `Executor`."""
         return map(do, groups)

@@ -106,7 +106,8 @@ class Size:
 def size_of(upload: Message) -> Size:
     """The norm is the root of the sum of all squares, in float64."""
     norms = [
-        float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in upload.tree.values()
+        float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
+        for tensor in upload.tree.values()
     ]
     weight = upload.facts.get(WEIGHT)
     return Size(math.hypot(*norms) if norms else None, None if weight is None else float(weight))
@@ -117,8 +118,10 @@ def too_large(sizes: Mapping[str, Size], limit: float) -> dict[str, str]:
 
     Of fewer than three uploads nobody can tell what is usual; a median of 0 refuses nothing.
     """
-    norms = {each: size.norm for each, size in sizes.items() if size.norm is not None}
-    weights = {each: size.weight for each, size in sizes.items() if size.weight is not None}
+    norms = {client_id: size.norm for client_id, size in sizes.items() if size.norm is not None}
+    weights = {
+        client_id: size.weight for client_id, size in sizes.items() if size.weight is not None
+    }
     return {**_outliers("weight", weights, limit), **_outliers("norm", norms, limit)}
 
 

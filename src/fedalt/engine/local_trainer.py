@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -12,22 +13,23 @@ from torch import Tensor
 from fedalt.core.seeds import generator, seed_of
 from fedalt.data.examples import Example, Split
 from fedalt.data.task import Task
-from fedalt.engine.round import CarryOut, States
+from fedalt.engine.generators import Execute, Given
+from fedalt.engine.states import States
 from fedalt.evaluation import Scores, Scoring, embed, in_groups, score, score_together
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.training.group import Share, Trained, Training, TrainingError
 from fedalt.training.loop import fit_together, passes, train_together
-from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
+from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Search
 
-Given = tuple[str, int, Order]
 OnStep = Callable[[str, int, int, float], None]
+OnFit = Callable[[str, Trained], None]
 
 _MOST_SPARED: Final = 32
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _ClientFit:
     """One client's part of a fit, and where its optimiser state is carried."""
 
     client_id: str
@@ -37,18 +39,18 @@ class _Asked:
 
 
 @contextmanager
-def _named(clients: Sequence[str], round_: int | str) -> Iterator[None]:
+def _named(clients: Sequence[str], when: int | str) -> Iterator[None]:
     """Training that fails says whose it was."""
     try:
         yield
     except TrainingError as error:
         known = clients if error.which is None else [clients[error.which]]
         who = f"client{'s' if len(known) > 1 else ''} {', '.join(map(repr, known))}"
-        raise TrainingError(f"{who}, round {round_}: {error}") from error
+        raise TrainingError(f"{who}, round {when}: {error}") from error
 
 
 @dataclass(frozen=True)
-class Learner:
+class LocalTrainer:
     """Base model, data and settings of a run; trains and scores its clients."""
 
     base: Base
@@ -57,16 +59,59 @@ class Learner:
     scoring: Scoring
     seed: int
 
-    def carry_out(
-        self, round_: int, states: States, on_step: OnStep | None = None
-    ) -> Callable[[Sequence[Given]], list[tuple[Any, Trained | None]]]:
-        """Carries out orders of a round: the answer to each and, after a `Fit`, its cost.
+    def execute(
+        self,
+        orders: Sequence[Given],
+        *,
+        when: int | str,
+        states: States | None = None,
+        on_step: OnStep | None = None,
+        on_fit: OnFit | None = None,
+    ) -> list[Any]:
+        """Execute orders of several clients: the answer to each; `on_fit` hears what fits took.
 
         Fits that can share their passes through the base model do. Batches and dropout depend on
-        run, client, round and the order's number, not on the method: all methods train on the same
-        batches. `states` hold the carried optimiser state, if that is wanted.
+        run, client, order number and `when`, a round or what else trains, not on the method: all
+        methods train on the same batches. `states` hold the carried optimiser state, if that is
+        wanted.
         """
-        return lambda orders: self._all(orders, round_, states, on_step)
+        answers: dict[int, Any] = {}
+        fits: list[tuple[int, _ClientFit]] = []
+        for at, (client_id, number, order) in enumerate(orders):
+            match order:
+                case Fit():
+                    fits.append((at, self._client_fit(client_id, when, number, order, states)))
+                case Embed():
+                    answers[at] = self._embed(client_id, order)
+                case Search():
+                    with _named([client_id], when):
+                        answers[at] = self._search(client_id, order)
+        while fits:
+            first = fits[0][1].share
+            together = [
+                fits[0],
+                *(fit for fit in fits[1:] if fit_together(self.base, first, fit[1].share)),
+            ]
+            fits = [fit for fit in fits if fit not in together]
+            clients = [fit.client_id for _, fit in together]
+            with _named(clients, when):
+                shares = [fit.share for _, fit in together]
+                trained = train_together(self.base, shares, self.training, _of(clients, on_step))
+            for (at, fit), result in zip(together, trained, strict=True):
+                if fit.carried is not None:
+                    fit.carried.put(fit.key, result.moments)
+                if on_fit is not None:
+                    on_fit(fit.client_id, result)
+                answers[at] = Fitted(result.tree, len(fit.share.examples), result.moments)
+        return [answers[at] for at in range(len(orders))]
+
+    def before_serving(self, round_: int) -> Execute:
+        """Executes what clients order before they serve, the same way every time."""
+        return partial(self.execute, when=f"deploy {round_}")
+
+    def joining(self, round_: int) -> Execute:
+        """Executes what clients order that join after a round."""
+        return partial(self.execute, when=f"join {round_}")
 
     def groups(self, cohort: Sequence[str]) -> Iterator[list[str]]:
         """The cohort in groups whose steps are together about as large as a pass should be."""
@@ -76,63 +121,9 @@ class Learner:
             steps[client_id] = mean * min(self.training.batch_size, examples)
         return passes(self.base, self.training, steps)
 
-    def _all(
-        self,
-        orders: Sequence[Given],
-        round_: int | str,
-        states: States | None = None,
-        on_step: OnStep | None = None,
-    ) -> list[tuple[Any, Trained | None]]:
-        found: dict[int, tuple[Any, Trained | None]] = {}
-        fits: list[tuple[int, _Asked]] = []
-        for at, (client_id, number, order) in enumerate(orders):
-            match order:
-                case Fit():
-                    fits.append((at, self._asked(client_id, round_, number, order, states)))
-                case Embed():
-                    found[at] = self._embed(client_id, order), None
-                case Search():
-                    with _named([client_id], round_):
-                        found[at] = self._search(client_id, order), None
-        while fits:
-            first = fits[0][1].share
-            together = [
-                fits[0],
-                *(each for each in fits[1:] if fit_together(self.base, first, each[1].share)),
-            ]
-            fits = [each for each in fits if each not in together]
-            asked = [each for _, each in together]
-
-            def hear(
-                which: int, done: int, of: int, loss: float, asked: list[_Asked] = asked
-            ) -> None:
-                if on_step is not None:
-                    on_step(asked[which].client_id, done, of, loss)
-
-            with _named([each.client_id for each in asked], round_):
-                shares = [each.share for each in asked]
-                trained = train_together(self.base, shares, self.training, hear)
-            for (at, each), result in zip(together, trained, strict=True):
-                if each.carried is not None:
-                    each.carried.put(each.key, result.moments)
-                fitted = Fitted(result.tree, len(each.share.examples), result.moments)
-                found[at] = fitted, result
-        return [found[at] for at in range(len(orders))]
-
-    def deploying(self, round_: int) -> CarryOut:
-        """Carries out what clients order before they serve, the same way every time."""
-        return self._for(f"deploy {round_}")
-
-    def joining(self, round_: int) -> CarryOut:
-        """Carries out what clients order that join after a round."""
-        return self._for(f"join {round_}")
-
-    def _for(self, what: str) -> CarryOut:
-        return lambda *order: self._all([order], what)[0][0]
-
-    def _asked(
-        self, client_id: str, round_: int | str, number: int, order: Fit, states: States | None
-    ) -> "_Asked":
+    def _client_fit(
+        self, client_id: str, when: int | str, number: int, order: Fit, states: States | None
+    ) -> _ClientFit:
         """What one client brings to a fit."""
         examples = self.task.examples(client_id, "train")
         if order.spare:
@@ -145,8 +136,8 @@ class Learner:
             # A method that trains something else than before begins anew.
             goes_on = moments.first.keys() == order.descending
             order = replace(order, moments=moments if goes_on else Moments())
-        seed = seed_of(self.seed, client_id, round_, number)
-        return _Asked(client_id, Share(order, examples, seed), key, carried)
+        seed = seed_of(self.seed, client_id, when, number)
+        return _ClientFit(client_id, Share(order, examples, seed), key, carried)
 
     def _embed(self, client_id: str, order: Embed) -> Tensor:
         examples = self._drawn(client_id, "references")[: order.examples]
@@ -162,16 +153,16 @@ class Learner:
         seen: list[Found] = []
 
         def objective(numbers: Sequence[float]) -> float:
-            found = tuple(float(each) for each in numbers)
-            serving = Serving(order.plan, order.tree_of(found))
+            point = tuple(float(number) for number in numbers)
+            serving = Serving(order.plan, order.tree_of(point))
             loss = score(self.base, serving, examples, scoring).metrics["loss"]
-            seen.append(Found(found, loss + order.penalty(found)))
+            seen.append(Found(point, loss + order.penalty(point)))
             return seen[-1].objective
 
         bounds = [(-order.bound, order.bound)] * len(order.start)
         limit = {"maxfev": order.evaluations}
         minimize(objective, order.start, method="Nelder-Mead", bounds=bounds, options=limit)
-        return min(seen, key=lambda each: each.objective)
+        return min(seen, key=lambda look: look.objective)
 
     def _spared(self, client_id: str, share: float) -> Sequence[Example]:
         """The share of a client's training examples that searches look at, one at least."""
@@ -199,9 +190,13 @@ class Learner:
         watch: int = 0,
     ) -> list[Scores]:
         """Scores of each client's serving on some of its examples; see `score_together`."""
-        scoring = (
-            self.scoring
-            if generate
-            else Scoring(batch_size=self.scoring.batch_size, generate=False)
-        )
+        likelihood = Scoring(batch_size=self.scoring.batch_size, generate=False)
+        scoring = self.scoring if generate else likelihood
         return score_together(self.base, clients, scoring, watch=watch)
+
+
+def _of(clients: Sequence[str], on_step: OnStep | None) -> Callable[..., None] | None:
+    """Tells which client of a group has taken a step."""
+    if on_step is None:
+        return None
+    return lambda which, done, of, loss: on_step(clients[which], done, of, loss)

@@ -85,6 +85,6 @@ def central_loss(losses: Sequence[float]) -> float:
     more at least one at either end, so that no single client decides which round is the best. Of
     one or two it is the plain mean. A loss that is NaN counts as the greatest.
     """
-    ordered = sorted(math.inf if math.isnan(each) else each for each in losses)
+    ordered = sorted(math.inf if math.isnan(loss) else loss for loss in losses)
     cut = cut_of("trimmed_mean", _LEFT_OUT, len(ordered))
     return fmean(ordered[cut : len(ordered) - cut])

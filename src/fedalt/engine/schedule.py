@@ -1,4 +1,4 @@
-"""The course of a run: how long it lasts, who takes part, how far it is, what is heard of it."""
+"""The schedule of a run: how long it lasts, who takes part, how far it is, its events."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, Protocol
 
 from fedalt.core.settings import Schedule as Schedule
 from fedalt.engine.robust import central_loss
-from fedalt.engine.round import States
+from fedalt.engine.states import States
 from fedalt.methods.contract import AnyMethod
 
 Column = Literal["own", "shared", "local"]
@@ -17,7 +17,7 @@ Line = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Arm:
-    """One method of a run: the one asked for ("own"), or the yardstick beside it ("local")."""
+    """One method of a run: the one asked for ("own"), or the local-only baseline ("local")."""
 
     column: Column
     method: AnyMethod
@@ -63,8 +63,8 @@ class Progress:
 class Event:
     """A sign of life for whoever watches: `done` of `of` steps, clients or scorings.
 
-    After "refuse" the `reason` says why an upload does not count; without a client, why no round
-    has happened.
+    After "refuse" the `reason` says why an upload was rejected; without a client, why the server
+    keeps its state.
     """
 
     TAG: ClassVar = "event"

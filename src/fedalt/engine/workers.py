@@ -23,15 +23,16 @@ from typing import ClassVar, Final, TypeVar, cast
 import torch
 
 from fedalt.core.codec import decode, encode
-from fedalt.engine.executor import Alone, Crew, Job, Scored
-from fedalt.engine.round import Reply
+from fedalt.engine.client_work import Scored
+from fedalt.engine.executor import Executor, InProcess, Job
 from fedalt.engine.schedule import Event
+from fedalt.engine.uploads import Upload
 from fedalt.training.group import TrainingError
 
 T = TypeVar("T")
-Hear = Callable[[Event], None]
-Work = Callable[[Job], Callable[[Sequence[str]], Sequence[Reply | Scored]]]
-Load = Callable[[Path, Hear], Work]
+OnEvent = Callable[[Event], None]
+Work = Callable[[Job], Callable[[Sequence[str]], Sequence[Upload | Scored]]]
+Load = Callable[[Path, OnEvent], Work]
 
 _AHEAD: Final = 2  # groups that a worker has been given: the one it works on, and the next
 
@@ -46,7 +47,7 @@ class _Result:
 
     TAG: ClassVar = "worker-result"
 
-    done: tuple[Reply | Scored, ...] = ()
+    done: tuple[Upload | Scored, ...] = ()
     heard: tuple[Event, ...] = ()
     kind: str = ""
     error: str = ""
@@ -54,7 +55,9 @@ class _Result:
 
 
 @contextmanager
-def crew(path: Path, load: Load, count: int, device: torch.device, hear: Hear) -> Iterator[Crew]:
+def workers(
+    path: Path, load: Load, count: int, device: torch.device, on_event: OnEvent
+) -> Iterator[Executor]:
     """`count` processes for one run: this one and workers, which end with it or with the block.
 
     `load`, a module's function, opens the run of a folder in a worker. On a CPU the threads are
@@ -62,7 +65,7 @@ def crew(path: Path, load: Load, count: int, device: torch.device, hear: Hear) -
     Raises WorkerError for a worker that fails, TrainingError for training that does.
     """
     if count == 1:
-        yield Alone()
+        yield InProcess()
         return
     context = multiprocessing.get_context("spawn")
     threads = max(1, torch.get_num_threads() // count)
@@ -74,7 +77,7 @@ def crew(path: Path, load: Load, count: int, device: torch.device, hear: Hear) -
     with _sharing(cuda=device.type == "cuda", threads=threads):
         pool = ProcessPoolExecutor(count - 1, context, _begin, arguments)
         try:
-            yield _Pool(pool, count, hear)
+            yield _Pool(pool, count, on_event)
         finally:
             writer.close()  # ends the workers, whatever they are doing
             pool.shutdown(cancel_futures=True)
@@ -83,11 +86,11 @@ def crew(path: Path, load: Load, count: int, device: torch.device, hear: Hear) -
 
 @dataclass(frozen=True)
 class _Pool:
-    """Gives groups out in turn, the first of each turn to this process; see `Crew`."""
+    """Gives groups out in turn, the first of each turn to this process; see `Executor`."""
 
     pool: ProcessPoolExecutor
     count: int
-    hear: Hear
+    on_event: OnEvent
 
     def share(
         self,
@@ -100,8 +103,8 @@ class _Pool:
         given: deque[tuple[Sequence[str], Future[bytes] | None]] = deque()
         try:
             while True:
-                while len(given) < self.count * _AHEAD and (one := next(coming, None)):
-                    at, group = one
+                while len(given) < self.count * _AHEAD and (numbered := next(coming, None)):
+                    at, group = numbered
                     ours = at % self.count == 0
                     work = None if ours else self.pool.submit(_work, job, tuple(group))
                     given.append((group, work))
@@ -115,10 +118,10 @@ class _Pool:
                 "because memory ran out; with processes = 1 in [training] a run does without"
             ) from None
 
-    def _result(self, future: Future[bytes]) -> tuple[Reply | Scored, ...]:
+    def _result(self, future: Future[bytes]) -> tuple[Upload | Scored, ...]:
         result = decode(_Result, future.result())
         for event in result.heard:
-            self.hear(event)
+            self.on_event(event)
         if result.kind:
             kinds = {"training": TrainingError, "mistake": WorkerError, "fault": RuntimeError}
             error: Exception = kinds[result.kind](f"in a worker process: {result.error}")
@@ -154,7 +157,7 @@ class _Worker:
     load: Load
     heard: list[Event] = field(default_factory=list)
     work: Work | None = None
-    current: tuple[Job, Callable[[Sequence[str]], Sequence[Reply | Scored]]] | None = None
+    current: tuple[Job, Callable[[Sequence[str]], Sequence[Upload | Scored]]] | None = None
 
     def answer(self, job: Job, group: Sequence[str]) -> _Result:
         """Do a job for one group; an error is told, as not every one can be sent as it is."""

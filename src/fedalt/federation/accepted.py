@@ -1,16 +1,19 @@
 """accepted.json of a client's folder: the round that counts, and its states by their digests."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, TypedDict
 
 from fedalt.core.digests import Digests
 from fedalt.core.files import atomic_write
-from fedalt.core.reading import StoreError, read_sealed, sealed
+from fedalt.core.reading import StoreError, read_json, read_sealed, sealed
+from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER
 from fedalt.runs.checkpoints import FileStates, Kept
 
 ACCEPTED: Final = "accepted.json"
+FORMAT: Final = 3  # of a client's folder
 
 
 @dataclass
@@ -46,10 +49,10 @@ def read_accepted(folder: Path) -> Accepted:
     # Processes do not share a client: nothing counts but what this one has noted.
     kept = Kept(digests, rounds=_NO_ROUND)
     if not file.exists():
-        for each in ("clients", "local", "moments"):
-            if (folder / each).exists():
+        for area in ("clients", "local", "moments"):
+            if (folder / area).exists():
                 raise StoreError(
-                    f"{file} is missing, but {folder / each} is there; put the file back from a "
+                    f"{file} is missing, but {folder / area} is there; put the file back from a "
                     "backup"
                 )
         return Accepted(folder, NEVER, kept)
@@ -62,7 +65,45 @@ def read_accepted(folder: Path) -> Accepted:
 _NO_ROUND: Final = 2**31  # after every round there is
 
 
-def member_states(folder: Path, column: str, round_: int) -> FileStates:
+def client_states_of(folder: Path, column: str, round_: int) -> FileStates:
     """A client's states as its owner reads them. Raises StoreError where they are damaged."""
     place = folder / "local" if column == "local" else folder
     return FileStates(place, round_, kept=read_accepted(folder).kept)
+
+
+class _About(TypedDict):
+    format: int
+
+
+def claim(folder: Path, agreement: Agreement, client_id: str) -> Accepted:
+    """A folder belongs to one client of one federation for ever; what it says of its states."""
+    about = {
+        "format": FORMAT,
+        "federation": agreement.name,
+        "client": client_id,
+        "terms": agreement.digest,
+    }
+    file = folder / "run.json"
+    if not file.exists():
+        for name in (ACCEPTED, "clients", "answer.bin"):
+            if (folder / name).exists():
+                raise StoreError(f"{file} is missing, but {folder / name} is there")
+        atomic_write(file, (json.dumps(about, indent=2) + "\n").encode())
+    written = read_json(file, _About)
+    if written["format"] != FORMAT:
+        raise StoreError(
+            f"{file}: a client's folder of format {written['format']}, but this version reads "
+            f"{FORMAT}; the version that began the federation goes on with it"
+        )
+    if written != about:
+        key = next((key for key in about if written.get(key) != about[key]), min(written))
+        raise StoreError(
+            f"{file}: the folder belongs to {key} {written.get(key)!r}, but this is "
+            f"{about.get(key)!r}; use another folder for it"
+        )
+    kept = folder / "answer.bin"
+    if kept.exists() and not kept.is_file():
+        raise StoreError(f"{kept} cannot be read: it is no file")
+    accepted = read_accepted(folder)
+    accepted.kept.digests.require_there()
+    return accepted

@@ -40,7 +40,7 @@ class _Federation(TypedDict):
 
 
 @dataclass(frozen=True)
-class Terms:
+class Agreement:
     """Who takes part, on which base model, with which settings.
 
     `labels` are those of a classifier's data, `model` is the base model's fingerprint, `start`
@@ -66,9 +66,9 @@ def require_apart(settings: Settings) -> None:
         )
 
 
-def write_terms(
+def write_agreement(
     folder: Path, name: str, clients: Sequence[str], labels: Sequence[str], parts: Parts
-) -> Terms:
+) -> Agreement:
     """Put a federation's terms, and its prompt template if it has one, into a folder."""
     table = tomllib.loads(to_toml(parts.settings))
     table["data"].pop("path")
@@ -84,15 +84,15 @@ def write_terms(
         "model": parts.base.fingerprint,
         "sites": {site: list(shape) for site, shape in start.sites.items()},
         "heads": [
-            {"site": each.site, "slot": each.slot, "factor": each.factor, "shape": list(shape)}
-            for each, shape in start.heads.items()
+            {"site": name.site, "slot": name.slot, "factor": name.factor, "shape": list(shape)}
+            for name, shape in start.heads.items()
         ],
     }
     (folder / FILE).write_text(tomli_w.dumps(table), encoding="utf-8")
-    return read_terms(folder / FILE)
+    return read_agreement(folder / FILE)
 
 
-def read_terms(file: Path) -> Terms:
+def read_agreement(file: Path) -> Agreement:
     """The terms in a file. Raises SettingsError."""
     table = read_table(file)
     about: Any = table.pop("federation", None)
@@ -116,7 +116,7 @@ def read_terms(file: Path) -> Terms:
         raise SettingsError(f"{file}: [federation] {error}") from None
     if fault := fault_of_names(about["clients"]) or fault_of_title(about["name"]):
         raise SettingsError(f"{file}: [federation] {fault}")
-    return Terms(
+    return Agreement(
         name=about["name"],
         clients=tuple(about["clients"]),
         labels=tuple(about["labels"]),

@@ -13,9 +13,9 @@ from typing import Final
 import torch
 
 from fedalt.core.tree import on
+from fedalt.engine.client_work import TRAINED
 from fedalt.engine.firewall import Refused, quoted
-from fedalt.engine.run import TRAINED
-from fedalt.federation.agreement import Terms
+from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, Split
 from fedalt.methods.contract import Message
 
@@ -66,29 +66,29 @@ class Metrics:
     optional: Mapping[str, Range] = field(default_factory=dict)
     counts: re.Pattern[str] | None = None
 
-    def require(self, found: Mapping[str, float], what: str) -> None:
+    def require(self, given: Mapping[str, float], what: str) -> None:
         """Refuse a metric too few or too many, and a number outside its range."""
-        if missing := self.needed.keys() - found.keys():
+        if missing := self.needed.keys() - given.keys():
             raise Refused(f"{what} has no {min(missing)!r}")
-        counted = [key for key in found if self.counts and self.counts.fullmatch(key)]
+        counted = [key for key in given if self.counts and self.counts.fullmatch(key)]
         if len(counted) > MOST_COUNTS:
             raise Refused(f"{what} has {len(counted)} counts, expected at most {MOST_COUNTS}")
         known = {**self.needed, **self.optional, **dict.fromkeys(counted, COUNT)}
-        if unknown := found.keys() - known.keys():
+        if unknown := given.keys() - known.keys():
             raise Refused(f"{what} has the unknown metric {quoted(min(unknown))}")
-        for key, number in found.items():
+        for key, number in given.items():
             known[key].require(number, f"{what}: {key}")
 
 
-def metrics_of(terms: Terms, split: Split) -> Metrics:
+def metrics_of(agreement: Agreement, split: Split) -> Metrics:
     """The metrics of a score on a split under these terms.
 
     Labels are always compared with their options, answers only where a client's records list some;
     texts are written for test data alone, and not where that is switched off.
     """
-    if terms.labels:
+    if agreement.labels:
         return Metrics(LIKELIHOOD | OPTIONS)
-    written = TEXTS if split == "test" and terms.settings.scoring.generate else {}
+    written = TEXTS if split == "test" and agreement.settings.scoring.generate else {}
     return Metrics(LIKELIHOOD | written, OPTIONS)
 
 
@@ -113,31 +113,31 @@ class Asked:
     split: Split
 
 
-def asked_of(call: Call, digest: str, terms: Terms, columns: Collection[str]) -> Asked:
+def asked_of(call: Call, digest: str, agreement: Agreement, columns: Collection[str]) -> Asked:
     """What a call asks of a client whose arms have these columns."""
     scores = {column: call.score[column] for column in columns if column in call.score}
     own = scores.get("own")
-    if own is not None and call.split == "test" and _has_shared(call, terms):
+    if own is not None and call.split == "test" and _has_shared(call, agreement):
         scores["shared"] = own
     trains = tuple(columns) if call.train else ()
     return Asked(call.client, call.round, call.accepted, digest, trains, scores, call.split)
 
 
-def _has_shared(call: Call, terms: Terms) -> bool:
+def _has_shared(call: Call, agreement: Agreement) -> bool:
     """Whether a client would score the shared part alone after this call's broadcast."""
-    method = terms.settings.method
+    method = agreement.settings.method
     with torch.device("meta"):
-        client = method.init_client(terms.start, call.client)
+        client = method.init_client(agreement.start, call.client)
         sent = Message(on(call.message.tree, "meta"), call.message.facts)
         return method.shared(client, sent) is not None
 
 
-def check_answer(answer: Answer, asked: Asked, terms: Terms) -> None:
+def check_answer(answer: Answer, asked: Asked, agreement: Agreement) -> None:
     """Refuse an answer that is anything but what was asked for, or why it could not be done.
 
     A client without examples of a split scores nothing, others score all that was asked for.
     """
-    _check_sender(answer, asked, terms)
+    _check_sender(answer, asked, agreement)
     if answer.error:
         _check_error(answer, asked)
         return
@@ -149,20 +149,20 @@ def check_answer(answer: Answer, asked: Asked, terms: Terms) -> None:
         raise Refused(f"it goes on from round {answer.accepted}, which is not the last counted")
     if (answer.upload is None) == bool(asked.trains):
         raise Refused("it has no upload" if asked.trains else "an upload was not asked for")
-    _check_columns([each.column for each in answer.costs], asked.trains, "the cost")
+    _check_columns([cost.column for cost in answer.costs], asked.trains, "the cost")
     for cost in answer.costs:
         _check_cost(cost)
     if answer.scores:
-        _check_columns([each.column for each in answer.scores], asked.scores, "the score")
-        metrics = metrics_of(terms, asked.split)
+        _check_columns([score.column for score in answer.scores], asked.scores, "the score")
+        metrics = metrics_of(agreement, asked.split)
         for score in answer.scores:
             _check_score(score, asked, metrics)
 
 
-def _check_sender(answer: Answer, asked: Asked, terms: Terms) -> None:
+def _check_sender(answer: Answer, asked: Asked, agreement: Agreement) -> None:
     for what, theirs, ours in (
-        ("federation", answer.federation, terms.name),
-        ("terms", answer.terms, terms.digest),
+        ("federation", answer.federation, agreement.name),
+        ("terms", answer.terms, agreement.digest),
         ("client", answer.client, asked.client),
     ):
         if theirs != ours:
@@ -188,12 +188,12 @@ def _check_error(answer: Answer, asked: Asked) -> None:
         raise Refused(f"it has an error about another call than the one of round {asked.round}")
 
 
-def _check_columns(found: Collection[str], expected: Collection[str], what: str) -> None:
-    if unknown := set(found) - set(expected):
+def _check_columns(given: Collection[str], expected: Collection[str], what: str) -> None:
+    if unknown := set(given) - set(expected):
         raise Refused(f"{what} of column {quoted(min(unknown))} was not asked for")
-    if missing := set(expected) - set(found):
+    if missing := set(expected) - set(given):
         raise Refused(f"{what} of column {min(missing)!r} is missing")
-    if len(found) != len(expected):
+    if len(given) != len(expected):
         raise Refused(f"{what} of a column is there twice")
 
 

@@ -9,7 +9,7 @@ from fedalt.core.codec import CodecError, decode
 from fedalt.core.foreign import shown
 from fedalt.engine.firewall import Refused, quoted
 from fedalt.engine.schedule import Schedule
-from fedalt.federation.agreement import Terms
+from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call
 from fedalt.training.group import TrainingError
 
@@ -23,16 +23,16 @@ class CallRefused(ValueError):  # noqa: N818 - a verdict, no mistake of ours
     """A call that is not carried out, and why: in words that may be sent to the server."""
 
 
-def read_call(data: bytes, terms: Terms, client_id: str) -> Call:
+def read_call(data: bytes, agreement: Agreement, client_id: str) -> Call:
     """The call in these bytes, if it is for this client, of this federation, under its terms."""
     try:
         call = decode(Call, data, finite=True)
     except CodecError as error:
         raise CallRefused(f"client {client_id!r}: the call cannot be read: {error}") from error
     for what, theirs, ours in (
-        ("federation", call.federation, terms.name),
+        ("federation", call.federation, agreement.name),
         ("client", call.client, client_id),
-        ("terms", call.terms, terms.digest),
+        ("terms", call.terms, agreement.digest),
     ):
         if theirs != ours:
             raise CallRefused(
@@ -43,14 +43,14 @@ def read_call(data: bytes, terms: Terms, client_id: str) -> Call:
 
 
 def check_call(
-    call: Call, terms: Terms, client_id: str, columns: Collection[str], since: int
+    call: Call, agreement: Agreement, client_id: str, columns: Collection[str], since: int
 ) -> None:
-    """Refuse a call that no server sends which keeps to the terms, before anything comes of it.
+    """Refuse a call that no server sends which keeps to the agreement, before anything comes of it.
 
     `columns` are those of the client's arms; `since` is the round of the last call that it has
     answered, before which it is not set back.
     """
-    for problem in _problems(call, terms.settings.rounds, columns, since):
+    for problem in _problems(call, agreement.settings.rounds, columns, since):
         raise CallRefused(f"client {client_id!r}: the call is refused: {problem}")
 
 
@@ -84,8 +84,8 @@ def _problems(
         yield from _validation_problems(call, schedule)
 
 
-def _columns(what: str, found: Mapping[str, int], known: Collection[str]) -> Iterable[str]:
-    if unknown := found.keys() - set(known):
+def _columns(what: str, given: Mapping[str, int], known: Collection[str]) -> Iterable[str]:
+    if unknown := given.keys() - set(known):
         yield f"to {what} column {quoted(min(unknown))}, but there are {', '.join(known)}"
 
 
@@ -134,6 +134,6 @@ def told_outside(error: Exception, client_id: str, private: Iterable[Path]) -> s
         case _:
             kind = type(error).__name__
             text = f"client {client_id!r}: {kind}; what it prints itself says more"
-    for folder in sorted({str(each) for each in private if each.parts[1:]}, key=len, reverse=True):
+    for folder in sorted({str(path) for path in private if path.parts[1:]}, key=len, reverse=True):
         text = re.sub(re.escape(folder) + r"[^\s'\"`,:;]*", _HIDDEN, text)
     return shown(_PATH.sub(_HIDDEN, text))

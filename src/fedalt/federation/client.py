@@ -2,69 +2,63 @@
 
     run.json                     federation, client and terms that the folder belongs to
     clients/ID/0007.safetensors  the client's state after round 7, never sent
-    local/...                    the same for training alone, the yardstick
+    local/...                    the same for the local-only baseline
     answer.bin                   the last answer, sent again if it is asked for again
     accepted.json                the last round of which the server said that it counts, and the
                                  digests of all states, of that one and of what was trained since
     server/, served.json         what the server sent, for the owner to use the model; see kept.py
 
-A round of a client counts once the server says that its upload does. What the client trained in a
-round that does not count is dropped, so that client and server never disagree on what was uploaded.
+A client's round counts once the server says that its upload was accepted. If it was rejected, the
+client rolls back to its previous state, so that both always agree on what was uploaded.
 """
 
-import json
 import logging
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal, TypedDict
+from typing import Final, Literal
 
-from fedalt.core import tree as trees
 from fedalt.core.codec import CodecError, atomic_write, decode, encode
 from fedalt.core.files import make_private_folder
-from fedalt.core.reading import StoreError, read_bytes, read_json
+from fedalt.core.reading import read_bytes
+from fedalt.engine.client_work import ClientWork
 from fedalt.engine.firewall import check_broadcast
-from fedalt.engine.local_trainer import Learner
-from fedalt.engine.round import client_of, drive, drive_all
-from fedalt.engine.run import training_metrics
+from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.schedule import Arm, Event
-from fedalt.federation.accepted import ACCEPTED, Accepted, read_accepted
-from fedalt.federation.agreement import Terms
+from fedalt.engine.states import client_of
+from fedalt.federation.accepted import Accepted, claim, read_accepted
+from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import asked_of, check_answer
 from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
 from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.client_states import keep
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
-from fedalt.federation.owner_messages import Say, silent, what_did_not_count, what_was_done, where
-from fedalt.methods.contract import Message, Serving
+from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
+from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.settings import SettingsError
-from fedalt.runs.setup import Parts, Prepared, learner_of, prepare
-from fedalt.training.group import Trained
-from fedalt.training.orders import Order
+from fedalt.runs.setup import Parts, Prepared, prepare, trainer_of
 
-Hear = Callable[[Event], None]
-FORMAT = 3
+OnEvent = Callable[[Event], None]
 
 _log: Final = logging.getLogger(__name__)  # on standard error, where nobody says otherwise
 
 
 def ignore(_: Event) -> None:
-    """Hear nothing."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)
-class Member:
+class Client:
     """A client whose model is loaded and whose data are read. Use it within `locked(folder)`."""
 
-    terms: Terms
+    agreement: Agreement
     client_id: str
     parts: Parts
-    learner: Learner
+    trainer: LocalTrainer
     folder: Path
     accepted: Accepted
-    hear: Hear = ignore
+    on_event: OnEvent = ignore
     say: Say = silent
 
     def answer(self, data: bytes) -> bytes:
@@ -74,22 +68,24 @@ class Member:
         """
         call_digest = digest(data)
         answer = Answer(
-            self.terms.name, self.terms.digest, self.client_id, NEVER, NEVER, call_digest
+            self.agreement.name, self.agreement.digest, self.client_id, NEVER, NEVER, call_digest
         )
-        rounds, place = self.terms.settings.rounds.rounds, "a call of the server"
+        rounds, place = self.agreement.settings.rounds.rounds, "a call of the server"
         try:
             old, known = self._last_answer()
             if known is not None and known.call == call_digest:
                 self.say("the server asks once more; it gets the same answer")
                 return old
-            call = read_call(data, self.terms, self.client_id)
+            call = read_call(data, self.agreement, self.client_id)
             place = where(call, rounds)
             answer = replace(answer, round=call.round, accepted=call.accepted)
             since = NEVER if known is None else known.round
             self._require_counted(call)
-            check_call(call, self.terms, self.client_id, self._columns, since)
-            done = self._carry_out(call, answer)
-            check_answer(done, asked_of(call, call_digest, self.terms, self._columns), self.terms)
+            check_call(call, self.agreement, self.client_id, self._columns, since)
+            done = self._execute(call, answer)
+            check_answer(
+                done, asked_of(call, call_digest, self.agreement, self._columns), self.agreement
+            )
             sent = encode(done)
             atomic_write(self.folder / "answer.bin", sent)
         except Exception as error:  # a client that ends with an error could be called to death
@@ -112,7 +108,7 @@ class Member:
         """What the server is told of an error, without paths of this machine."""
         settings = self.parts.settings
         mine = [self.folder, settings.data.path, Path(settings.model.name), Path.home(), Path.cwd()]
-        return told_outside(error, self.client_id, [*mine, *(each.absolute() for each in mine)])
+        return told_outside(error, self.client_id, [*mine, *(path.absolute() for path in mine)])
 
     def _last_answer(self) -> tuple[bytes, Answer | None]:
         """The last answer, as it was sent; a damaged file is none."""
@@ -123,12 +119,12 @@ class Member:
         except CodecError:
             return data, None
 
-    def _carry_out(self, call: Call, answer: Answer) -> Answer:
+    def _execute(self, call: Call, answer: Answer) -> Answer:
         self._require_fitting(call)
-        if lost := what_did_not_count(self.folder, self.client_id, call):
-            self.say(f"{where(call, self.terms.settings.rounds.rounds)}: {lost}")
+        if rejected := what_was_rejected(self.folder, self.client_id, call):
+            self.say(f"{where(call, self.agreement.settings.rounds.rounds)}: {rejected}")
         self._settle(call)
-        keep(self.accepted, call, self.terms.settings)
+        keep(self.accepted, call, self.agreement.settings)
         scores: list[Score] = []
         costs: list[Cost] = []
         upload = None
@@ -171,7 +167,7 @@ class Member:
             check_broadcast(call.message, own.method, self.parts.start, client)
 
     def _settle(self, call: Call) -> None:
-        """Drop what does not count, and remember what does."""
+        """Drop what the server did not accept, and remember what it did."""
         stale = []
         for arm in self.parts.arms:
             kept = min(call.keep.get(arm.column, call.accepted), call.accepted)
@@ -184,53 +180,30 @@ class Member:
     def score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
         """Score what the client serves after a round; on test data also the shared part."""
         whole = call.split == "test"
-        examples = self.learner.task.examples(self.client_id, call.split)
-        if not examples:
+        work = self._work(arm, call, round_, min(round_, call.accepted) + 1)
+        scored = work.score([self.client_id], split=call.split, whole=whole)
+        if not scored:
             return []
-        states = self._states(arm.column, min(round_, call.accepted) + 1)
-        client = client_of(arm.method, self.parts.start, states, self.client_id)
-        message = self._message(arm, call)
-        deploying = arm.method.deploy(client, message)
-        own = drive(deploying, self.learner.deploying(round_), self.client_id)
-        shared = arm.method.shared(client, message) if whole else None
-
-        def scored(column: str, serving: Serving) -> Score:
-            (found,) = self.learner.score([(serving, examples)], generate=whole)
-            return Score(column, call.split, round_, found.metrics)
-
-        scores = [scored(arm.column, own)]
-        if shared is not None:
-            same = shared.plan == own.plan and trees.equal(shared.tree, own.tree)
-            scores.append(replace(scores[0], column="shared") if same else scored("shared", shared))
         what: Literal["validate", "test"] = "test" if whole else "validate"
-        self.hear(Event(what, round_, arm.column, self.client_id, 1, 1))
-        return scores
+        self.on_event(Event(what, round_, arm.column, self.client_id, 1, 1))
+        return [
+            Score(column, call.split, round_, metrics)
+            for column, metrics in scored[0].metrics.items()
+        ]
 
     def _train(self, arm: Arm, call: Call) -> tuple[Message, Cost]:
         """The client's half of a round; its new state stays here, its upload is returned."""
-        began = time.monotonic()
-        states = self._states(arm.column, call.round)
-        client = client_of(arm.method, self.parts.start, states, self.client_id)
-        message = self._message(arm, call)
+        (upload,) = self._work(arm, call, call.round, call.round).train([self.client_id])
+        return upload.message, Cost(arm.column, upload.metrics, upload.seconds)
 
-        def on_step(client_id: str, done: int, of: int, loss: float) -> None:
-            self.hear(Event("train", call.round, arm.column, client_id, done, of, loss))
-
-        together = self.learner.carry_out(call.round, states, on_step)
-        fits: list[Trained] = []
-
-        def carry_out(orders: Sequence[tuple[str, int, Order]]) -> list[object]:
-            found = together(orders)
-            fits.extend(cost for _, cost in found if cost is not None)
-            return [answer for answer, _ in found]
-
-        steps = {self.client_id: arm.method.local(client, message)}
-        after, upload = drive_all(steps, carry_out)[self.client_id]
-        states.put(f"clients/{self.client_id}", after)
-        return upload, Cost(arm.column, training_metrics(fits), time.monotonic() - began)
+    def _work(self, arm: Arm, call: Call, round_: int, at: int) -> ClientWork:
+        """The client's work in a round, on its states as round `at` finds them."""
+        states, message = self._states(arm.column, at), self._message(arm, call)
+        start, on_event = self.parts.start, self.on_event
+        return ClientWork(arm, start, self.trainer, states, round_, lambda _: message, on_event)
 
     def _message(self, arm: Arm, call: Call) -> Message:
-        """What the server sent, or, for the yardstick, what a server without clients would send."""
+        """What the server sent, or, for the baseline, what a server without clients would send."""
         if arm.column == "own":
             return call.message
         return arm.method.broadcast(arm.method.init_server(self.parts.start), self.client_id)
@@ -240,7 +213,7 @@ class Member:
         return tuple(arm.column for arm in self.parts.arms)
 
     def _folder(self, column: str) -> Path:
-        """The yardstick has a folder of its own, as in a run's folder."""
+        """The baseline has a folder of its own, as in a run's folder."""
         return self.folder / "local" if column == "local" else self.folder
 
     def _states(self, column: str, round_: int) -> FileStates:
@@ -255,80 +228,47 @@ def is_last(data: bytes, answer: bytes) -> bool:
         return False
 
 
-def open_member(
-    terms: Terms,
+def open_client(
+    agreement: Agreement,
     client_id: str,
     data: Path,
     folder: Path,
     *,
     model: str | None = None,
     device: str | None = None,
-    hear: Hear = ignore,
+    on_event: OnEvent = ignore,
     say: Say = silent,
-) -> Member:
+) -> Client:
     """Load the model and read the data of one client; its folder is made if it is not there.
 
     Raises SettingsError, DataError, ModelError or StoreError where something does not fit.
     """
-    if client_id not in terms.clients:
+    if client_id not in agreement.clients:
         raise SettingsError(
-            f"client {client_id!r} is not in the terms of {terms.name!r}, which name "
-            f"{', '.join(terms.clients)}"
+            f"client {client_id!r} is not in the terms of {agreement.name!r}, which name "
+            f"{', '.join(agreement.clients)}"
         )
     if folder.exists():  # before a model is loaded for nothing
         read_accepted(folder).kept.digests.require_whole()
-    settings = settings_here(terms, data, model, device)
-    prepared = prepare(settings, clients=terms.clients, labels=terms.labels)
-    _require_fitting(prepared, terms, client_id, data)
+    settings = settings_here(agreement, data, model, device)
+    prepared = prepare(settings, clients=agreement.clients, labels=agreement.labels)
+    _require_fitting(prepared, agreement, client_id, data)
     make_private_folder(folder)
-    accepted = claim(folder, terms, client_id)
-    learner = learner_of(prepared)
-    return Member(terms, client_id, prepared.parts, learner, folder, accepted, hear, say)
+    accepted = claim(folder, agreement, client_id)
+    trainer = trainer_of(prepared)
+    return Client(agreement, client_id, prepared.parts, trainer, folder, accepted, on_event, say)
 
 
-def _require_fitting(prepared: Prepared, terms: Terms, client_id: str, data: Path) -> None:
+def _require_fitting(prepared: Prepared, agreement: Agreement, client_id: str, data: Path) -> None:
     """One client's data, of the agreed labels, for the agreed base model."""
     if prepared.task.clients != (client_id,):
         raise SettingsError(
             f"{data} holds the clients {', '.join(prepared.task.clients)}, but this is the place "
             f"of {client_id!r} alone: name its files {client_id}.train.jsonl and so on"
         )
-    if tuple(prepared.task.labels) != terms.labels:
+    if tuple(prepared.task.labels) != agreement.labels:
         raise SettingsError(
             f"{data} has the labels {', '.join(prepared.task.labels) or '(none)'}, but the terms "
-            f"of {terms.name!r} say {', '.join(terms.labels) or '(none)'}"
+            f"of {agreement.name!r} say {', '.join(agreement.labels) or '(none)'}"
         )
-    require_model(prepared.parts, terms)
-
-
-class _About(TypedDict):
-    format: int
-
-
-def claim(folder: Path, terms: Terms, client_id: str) -> Accepted:
-    """A folder belongs to one client of one federation for ever; what it says of its states."""
-    about = {"format": FORMAT, "federation": terms.name, "client": client_id, "terms": terms.digest}
-    file = folder / "run.json"
-    if not file.exists():
-        for each in (ACCEPTED, "clients", "answer.bin"):
-            if (folder / each).exists():
-                raise StoreError(f"{file} is missing, but {folder / each} is there")
-        atomic_write(file, (json.dumps(about, indent=2) + "\n").encode())
-    found = read_json(file, _About)
-    if found["format"] != FORMAT:
-        raise StoreError(
-            f"{file}: a client's folder of format {found['format']}, but this version reads "
-            f"{FORMAT}; the version that began the federation goes on with it"
-        )
-    if found != about:
-        key = next((key for key in about if found.get(key) != about[key]), min(found))
-        raise StoreError(
-            f"{file}: the folder belongs to {key} {found.get(key)!r}, but this is "
-            f"{about.get(key)!r}; use another folder for it"
-        )
-    kept = folder / "answer.bin"
-    if kept.exists() and not kept.is_file():
-        raise StoreError(f"{kept} cannot be read: it is no file")
-    accepted = read_accepted(folder)
-    accepted.kept.digests.require_there()
-    return accepted
+    require_model(prepared.parts, agreement)

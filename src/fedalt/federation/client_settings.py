@@ -3,17 +3,17 @@
 from dataclasses import replace
 from pathlib import Path
 
-from fedalt.federation.agreement import Terms
+from fedalt.federation.agreement import Agreement
 from fedalt.models.identity import parts_that_differ
 from fedalt.runs.settings import Settings, SettingsError
 from fedalt.runs.setup import Parts
 
 
 def settings_here(
-    terms: Terms, data: Path, model: str | None = None, device: str | None = None
+    agreement: Agreement, data: Path, model: str | None = None, device: str | None = None
 ) -> Settings:
     """The agreed settings, with what lies elsewhere on this client's machine."""
-    agreed = terms.settings
+    agreed = agreement.settings
     name, place = model or agreed.model.name, device or agreed.model.device
     return replace(
         agreed,
@@ -22,12 +22,12 @@ def settings_here(
     )
 
 
-def require_model(parts: Parts, terms: Terms) -> None:
+def require_model(parts: Parts, agreement: Agreement) -> None:
     """Raise SettingsError for another base model than the agreed one."""
-    found = parts.base.fingerprint
-    if found != terms.model:
+    here, agreed = parts.base.fingerprint, agreement.model
+    if here != agreed:
         raise SettingsError(
-            f"the base model {parts.base.name!r} here has the fingerprint {found!r}, but "
-            f"the terms of {terms.name!r} are about {terms.model!r}: it is another model, with "
-            f"other {parts_that_differ(terms.model, found)}"
+            f"the base model {parts.base.name!r} here has the fingerprint {here!r}, but "
+            f"the terms of {agreement.name!r} are about {agreed!r}: it is another model, with "
+            f"other {parts_that_differ(agreed, here)}"
         )

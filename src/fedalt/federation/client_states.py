@@ -49,17 +49,17 @@ def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
 
 def round_to_serve(folder: Path, column: str, wanted: int | None) -> int:
     """The wanted round, if it is kept, or the chosen one. Raises StoreError."""
-    there = sorted(int(each.stem) for each in (folder / BROADCAST).glob("[0-9]*.safetensors"))
+    kept = sorted(int(file.stem) for file in (folder / BROADCAST).glob("[0-9]*.safetensors"))
     chosen = _chosen(folder).get(column)
-    if not there or chosen is None:
+    if not kept or chosen is None:
         raise StoreError(
             f"{folder} has no model to use yet: its client has not heard from the server after a "
             "round; `fedalt client` takes part"
         )
     at = chosen if wanted is None else wanted
-    if column != "local" and at not in there:
+    if column != "local" and at not in kept:
         raise StoreError(
-            f"{folder}: round {at} is not kept; the rounds kept are {', '.join(map(str, there))}"
+            f"{folder}: round {at} is not kept; the rounds kept are {', '.join(map(str, kept))}"
         )
     return at
 

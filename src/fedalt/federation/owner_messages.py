@@ -14,8 +14,8 @@ def silent(_: str) -> None:
     """Tell nobody."""
 
 
-def what_did_not_count(folder: Path, client_id: str, call: Call) -> str:
-    """A sentence about an upload that the server refused or did not wait for; "" without one.
+def what_was_rejected(folder: Path, client_id: str, call: Call) -> str:
+    """A sentence about an upload that the server rejected or did not wait for; "" without one.
 
     `folder` is that of the states as they are before the call is followed.
     """
@@ -27,8 +27,8 @@ def what_did_not_count(folder: Path, client_id: str, call: Call) -> str:
         f"goes on from round {call.accepted + 1}" if call.accepted >= 0 else "begins from its start"
     )
     return (
-        f"the server does not count the upload of round {trained + 1}: it was refused, or came too "
-        f"late; this client {before} (why, `fedalt federation status` says at the server)"
+        f"the server rejected the upload of round {trained + 1}, or it came too late; this client "
+        f"{before} (`fedalt federation status` at the server says why)"
     )
 
 
@@ -56,7 +56,7 @@ def where(call: Call, rounds: int) -> str:
 
 def _scored(scores: Iterable[Score]) -> list[str]:
     return [
-        f"scored {each.column} of round {each.round + 1} on {each.split} data: "
-        + " ".join(f"{name} {value:.3f}" for name, value in sorted(each.metrics.items()))
-        for each in scores
+        f"scored {score.column} of round {score.round + 1} on {score.split} data: "
+        + " ".join(f"{name} {value:.3f}" for name, value in sorted(score.metrics.items()))
+        for score in scores
     ]

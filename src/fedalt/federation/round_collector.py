@@ -1,25 +1,26 @@
-"""One round's correspondence of a federation's server: calls out, answers in, checked, on disk."""
+"""What a federation's server collects in a round: calls out, answers in, checked and on disk."""
 
 import json
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
-from fedalt.core.codec import CodecError, atomic_write, decode, encode
+from fedalt.core.codec import CodecError, atomic_write, decode, encode, read
 from fedalt.core.declared import declared, setting
 from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.core.reading import read_bytes
-from fedalt.engine.dry_run import Form, rehearse
+from fedalt.engine.dry_run import DryRuns
 from fedalt.engine.firewall import Refused, check_size, check_upload
-from fedalt.engine.round import encoded
-from fedalt.engine.screening import Gate
-from fedalt.federation.agreement import Terms
+from fedalt.engine.screening import Screening
+from fedalt.engine.uploads import Upload
+from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import Asked, asked_of, check_answer
 from fedalt.federation.messages import NEVER, Answer, Call, digest
-from fedalt.federation.transport import Channel, Lost
+from fedalt.federation.transport import Lost, Transport
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder
 
@@ -59,24 +60,24 @@ class Rules:
 
 
 @dataclass
-class Desk:
-    """The round in progress; what it holds can be had again from the disk and the channel.
+class RoundCollector:
+    """The round in progress; what it holds can be had again from the disk and the transport.
 
     `columns` are those of the run's arms, `folder` is the run's. Uploads stay on disk: `answers`
-    hold all but them, `uploads` their sizes in bytes, `downloads` those of the calls.
+    hold all but them, `uploaded` are their clients, `downloads` the sizes of the calls in bytes.
     """
 
-    terms: Terms
+    agreement: Agreement
     columns: Collection[str]
     folder: Path
-    channel: Channel
+    transport: Transport
     rules: Rules
-    gate: Gate
+    screening: Screening
     say: Say
     round: int
     called: Called
     answers: dict[str, Answer] = field(default_factory=dict)
-    uploads: dict[str, int] = field(default_factory=dict)
+    uploaded: set[str] = field(default_factory=set)
     downloads: dict[str, int] = field(default_factory=dict)
     _calls: Mapping[str, Call] = field(default_factory=dict)
     _digests: dict[str, str] = field(default_factory=dict)
@@ -85,56 +86,54 @@ class Desk:
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
     _shown: tuple[float, object] = (0.0, None)
 
-    def gather(
-        self,
-        calls: Mapping[str, Call],
-        cohort: Collection[str] = (),
-        *,
-        patience: float | None = None,
-    ) -> None:
+    def gather(self, calls: Mapping[str, Call], cohort: Collection[str] = ()) -> None:
         """Call clients as they come online until all have answered, or it has taken too long.
 
-        `cohort` are those that are to train; `patience` takes the place of the rules' deadline.
+        `cohort` are those that are to train.
         """
         self._calls = calls
         self._resume()
-        began = time.monotonic()
-        limit = self.rules.deadline if patience is None else patience
+        began, overdue, told = time.monotonic(), False, False
+        limit = self.rules.deadline
         least = min(self.rules.minimum, len(cohort))
-        told = False
         while missing := self._missing():
-            if missing <= self._unable.keys() and len(self.uploads) >= least:
+            enough = len(self.uploaded) >= least
+            if enough and (overdue or missing <= self._unable.keys()):
                 self._tell(f"goes on without {', '.join(sorted(missing))}")
                 return
-            online = self.channel.online()
-            free = [each for each in sorted(missing & online) if self._is_free(each)]
-            self.channel.send((each, self._encoded(each)) for each in free)
-            for each in free:
-                self.called.setdefault(each, []).append(self.asked(each))
-            for client_id, came in self.channel.receive():
-                self._take(client_id, came)
-            missing = self._missing()
-            self._show(online, missing)
-            if not missing or limit is None or time.monotonic() - began <= limit:
-                continue
-            if len(self.uploads) >= least:
-                self._tell(f"goes on without {', '.join(sorted(missing))}")
-                return
-            if not told:
+            if overdue and not told:
                 self._tell(
-                    f"the deadline is over, but only {len(self.uploads)} of at least {least} "
+                    f"the deadline is over, but only {len(self.uploaded)} of at least {least} "
                     "uploads are there; waiting on"
                 )
                 told = True
+            online = self.transport.online()
+            free = [client_id for client_id in sorted(missing & online) if self._is_free(client_id)]
+            self.transport.send((client_id, self._encoded(client_id)) for client_id in free)
+            for client_id in free:
+                self.called.setdefault(client_id, []).append(self.asked(client_id))
+            for client_id, came in self.transport.receive():
+                self._take(client_id, came)
+            self._show(online, self._missing())
+            overdue = limit is not None and time.monotonic() - began > limit
 
     def answer_file(self, client_id: str) -> Path:
         """Where a client's answer of this round lies as it came; empty if it was refused."""
         return self.folder / "incoming" / f"{self.round:04d}" / f"{client_id}.bin"
 
-    def forms(self, client_id: str) -> Sequence[Form]:
-        """What a client's upload must look like in this round."""
-        message = self._calls[client_id].message
-        return rehearse(self.terms.settings.method, self.terms.start, client_id, message)
+    def uploads(self) -> Iterator[Upload]:
+        """The uploads of this round, sorted by client, out of the answers as they came."""
+        for client_id in sorted(self.uploaded):
+            file = self.answer_file(client_id)
+            message = read(Answer, file, of=read_bytes).upload
+            assert message is not None
+            (own,) = (cost for cost in self.answers[client_id].costs if cost.column == "own")
+            sent = self.downloads.get(client_id, 0)
+            yield Upload(client_id, message, own.seconds, own.metrics, sent, str(file))
+
+    @cached_property
+    def _forms_of(self) -> DryRuns:
+        return DryRuns(self.agreement.settings.method, self.agreement.start)
 
     def _missing(self) -> set[str]:
         """Who has not answered yet, of those who still take part."""
@@ -147,7 +146,7 @@ class Desk:
         calls = self.called.get(client_id, [])
         if self.rules.late == "count":
             return not calls
-        return all(each.round != self.round for each in calls)
+        return all(asked.round != self.round for asked in calls)
 
     def _encoded(self, client_id: str) -> bytes:
         """A call's bytes. They are made when they are needed: calls share what they have in common.
@@ -168,7 +167,7 @@ class Desk:
         """What a client's call of this round asks for."""
         if client_id not in self._asked:
             call, digest_ = self._calls[client_id], self._digest(client_id)
-            self._asked[client_id] = asked_of(call, digest_, self.terms, self.columns)
+            self._asked[client_id] = asked_of(call, digest_, self.agreement, self.columns)
         return self._asked[client_id]
 
     def _take(self, client_id: str, came: bytes | Lost) -> None:
@@ -188,11 +187,11 @@ class Desk:
             return
         except Refused as error:
             states = FileStates(self.folder, self.round)
-            states.quarantine(client_id, str(error), came, self.gate.firewall.quarantine_bytes)
+            states.quarantine(client_id, str(error), came, self.screening.firewall.quarantine_bytes)
             self._tell(f"{client_id}: refused: {error}")
             if asked is not None and asked.round < self.round:
                 return  # its turn in this round is still to come
-            about = self.terms.name, self.terms.digest, client_id, self.round, NEVER, ""
+            about = self.agreement.name, self.agreement.digest, client_id, self.round, NEVER, ""
             self._keep(client_id, Answer(*about), b"")
             return
         if answer.error:
@@ -213,7 +212,7 @@ class Desk:
 
     def _note(self, client_id: str, answer: Answer) -> None:
         if answer.upload is not None:
-            self.uploads[client_id] = len(encoded(answer.upload))
+            self.uploaded.add(client_id)
         self.answers[client_id] = replace(answer, upload=None)
 
     def _checked(self, client_id: str, data: bytes, asked: Asked | None) -> Answer:
@@ -222,7 +221,7 @@ class Desk:
         `asked` is the oldest call that the client has not answered, None if there is none. Raises
         Late or Refused.
         """
-        check_size(len(data), self.gate.firewall.max_upload_bytes)
+        check_size(len(data), self.screening.firewall.max_upload_bytes)
         late = asked is not None and asked.round < self.round
         if asked is not None and late:
             self._require_counting(client_id, asked)
@@ -232,11 +231,12 @@ class Desk:
             answer = decode(Answer, data, finite=True)
         except CodecError as error:
             raise Refused(f"it cannot be read: {error}") from error
-        check_answer(answer, asked or self.asked(client_id), self.terms)
+        check_answer(answer, asked or self.asked(client_id), self.agreement)
         if answer.error and late:
             raise Late(f"in round {answer.round} it could not: {answer.error}")
         if answer.upload is not None:
-            check_upload(answer.upload, self.forms(client_id))
+            forms = self._forms_of(client_id, self._calls[client_id].message)
+            check_upload(answer.upload, forms)
         if late:
             self._tell(f"{client_id}: late: its upload of round {answer.round} counts in this one")
         return answer
@@ -278,7 +278,7 @@ class Desk:
         self._shown = now, news
         status = {
             "round": self.round,
-            "rounds": self.terms.settings.rounds.rounds,
+            "rounds": self.agreement.settings.rounds.rounds,
             "online": sorted(online),
             "awaited": sorted(missing),
             "heard": self._heard,
@@ -294,6 +294,9 @@ class Desk:
 def _heard_in(status: Path) -> dict[str, float]:
     """When each client was heard last, as an earlier round or server has shown it."""
     try:
-        return {each: float(when) for each, when in json.loads(status.read_text())["heard"].items()}
+        return {
+            client_id: float(when)
+            for client_id, when in json.loads(status.read_text())["heard"].items()
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # nobody needs it but who looks; it is written anew

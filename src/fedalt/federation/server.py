@@ -3,7 +3,7 @@
 Its folder is a run's folder without clients' states, and beside that
 
     incoming/0007/ID.bin   answers of the round in progress, as they came
-    refused.jsonl          uploads that were not counted, and why
+    refused.jsonl          uploads that were rejected, and why
     status.json            who is there, who was heard when
 
 An answer is on disk before it counts, a round counts once progress.json is replaced: the process
@@ -13,49 +13,52 @@ may be killed at any time and goes on where it was.
 import platform
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Final, Literal
+from typing import Any, Final
 
 from fedalt.core.codec import encode
-from fedalt.engine.blame import take_in_usable
-from fedalt.engine.round import server_of
-from fedalt.engine.run import round_line
+from fedalt.engine.record_lines import (
+    is_validated,
+    last_accepted,
+    round_line,
+    score_line,
+    train_line,
+)
+from fedalt.engine.round import ClientRound, run_round
 from fedalt.engine.schedule import Arm, Progress
-from fedalt.engine.screening import Gate
-from fedalt.federation.agreement import Terms
-from fedalt.federation.messages import NEVER, Call
-from fedalt.federation.record_lines import is_validated, last_counted, score_lines, train_lines
-from fedalt.federation.round_collector import Called, Desk, Rules, Say
-from fedalt.federation.round_uploads import RoundUploads
-from fedalt.federation.transport import Channel
-from fedalt.methods.contract import AnyMethod
-from fedalt.methods.local import LocalOnly
+from fedalt.engine.screening import Screening
+from fedalt.engine.states import server_of
+from fedalt.engine.uploads import Upload
+from fedalt.federation.agreement import Agreement
+from fedalt.federation.messages import NEVER, Call, Split
+from fedalt.federation.round_collector import Called, RoundCollector, Rules, Say
+from fedalt.federation.transport import Transport
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, create, open_run, require_settings
-from fedalt.runs.settings import lora_of, method_name, to_toml
-from fedalt.runs.setup import trainable
+from fedalt.runs.settings import method_name, to_toml
+from fedalt.runs.setup import arms_of, trainable
 
 _FAREWELL: Final = 30.0  # seconds to hear from everyone that they know it has ended
 
 
 @dataclass(frozen=True)
-class Host:
+class Server:
     """A server with its folder and its connection. Use it within `locked(folder.path)`."""
 
-    terms: Terms
+    agreement: Agreement
     arms: tuple[Arm, ...]
     folder: RunFolder
-    channel: Channel
+    transport: Transport
     rules: Rules
-    gate: Gate
+    screening: Screening
     say: Say
 
     def to_the_end(self) -> None:
         """Go on from where the folder stands until the test data are scored and all know it."""
-        schedule = self.terms.settings.rounds
+        schedule = self.agreement.settings.rounds
         progress = self.folder.progress().sound()
         self.folder.require_whole()
         self._sweep(progress)
@@ -63,70 +66,74 @@ class Host:
         for round_ in range(progress.rounds_done, schedule.rounds):
             progress = self._round(progress, round_, called)
         if not is_validated(self.folder.lines(), schedule.rounds - 1):
-            progress = self._score(progress, called)
+            last = dict.fromkeys(self._columns, schedule.rounds - 1)
+            collector = self._scored(progress, schedule.rounds, last, called)
+            progress = self._with_best(progress, collector, last)
+            self.folder.commit(progress)
         if schedule.test and not progress.tested:
-            progress = self._test(progress, called)
+            chosen = {column: progress.chosen(column, schedule.select) for column in self._columns}
+            self._scored(progress, progress.rounds_done + 1, chosen, called, "test")
+            progress = replace(progress, tested=True)
+            self.folder.commit(progress)
         self._farewell(progress, called)
 
     def _round(self, progress: Progress, round_: int, called: Called) -> Progress:
+        """Train a cohort and, in the same calls, score the round before on validation data."""
         began = time.monotonic()
-        schedule = self.terms.settings.rounds
-        cohort = schedule.cohort(self._clients(), round_, self.terms.settings.seed)
+        schedule, method = self.agreement.settings.rounds, self.arms[0].method
+        cohort = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
         scored = round_ > 0 and round_ % schedule.evaluate_every == 0
-        score = dict.fromkeys(self._columns(), round_ - 1) if scored else {}
-        clients = self._clients() if scored else cohort
-        call = self._calling(progress, round_, score)
-        calls = {each: call(each, train=each in cohort) for each in clients}
+        score = dict.fromkeys(self._columns, round_ - 1) if scored else {}
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
-        desk = self._desk(round_, called)
-        desk.gather(calls, cohort)
-        verdicts = self._take_in(desk)
-        self._record(desk, verdicts)
+        collector = self._collector(round_, called)
+
+        def train(server: Any, cohort: Sequence[str]) -> Iterator[Upload]:
+            call = self._calling(progress, round_, score, server)
+            clients = self._clients() if scored else cohort
+            collector.gather({who: call(who, train=who in cohort) for who in clients}, cohort)
+            return collector.uploads()
+
+        states = self._states(round_)
+        outcome = run_round(method, self.agreement.start, states, cohort, train, self.screening)
+        if not outcome.aggregated:
+            self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
+        rejected = self._record(collector, outcome.clients)
         self.folder.record(round_line(round_, len(cohort), began))
-        refused = [each for each, reason in verdicts.items() if reason is not None]
-        progress = self._with_best(progress, desk, score, refused)
+        progress = self._with_best(progress, collector, score, rejected)
         progress = replace(progress, rounds_done=round_ + 1)
         self.folder.commit(progress)
         self._sweep(progress)
         return progress
 
-    def _score(self, progress: Progress, called: Called) -> Progress:
-        """Score the last round on validation data."""
-        round_ = self.terms.settings.rounds.rounds
-        call = self._calling(progress, round_, dict.fromkeys(self._columns(), round_ - 1))
-        desk = self._desk(round_, called)
-        desk.gather({each: call(each) for each in self._clients()})
-        self._record(desk, {})
-        progress = self._with_best(progress, desk, dict.fromkeys(self._columns(), round_ - 1))
-        self.folder.commit(progress)
-        return progress
-
-    def _test(self, progress: Progress, called: Called) -> Progress:
-        """Score the chosen rounds on test data."""
-        select = self.terms.settings.rounds.select
-        chosen = {column: progress.chosen(column, select) for column in self._columns()}
-        call = self._calling(progress, progress.rounds_done + 1, chosen, split="test")
-        desk = self._desk(progress.rounds_done + 1, called)
-        desk.gather({each: call(each) for each in self._clients()})
-        self._record(desk, {})
-        progress = replace(progress, tested=True)
-        self.folder.commit(progress)
-        return progress
+    def _scored(
+        self,
+        progress: Progress,
+        round_: int,
+        score: Mapping[str, int],
+        called: Called,
+        split: Split = "validation",
+    ) -> RoundCollector:
+        """All clients' scores of a column's round each, recorded but not committed."""
+        at = score.get("own", round_ - 1) if split == "test" else progress.rounds_done - 1
+        call = self._calling(progress, round_, score, self._server_after(at), split)
+        collector = self._collector(round_, called)
+        collector.gather({client_id: call(client_id) for client_id in self._clients()})
+        self._record(collector, ())
+        return collector
 
     def _farewell(self, progress: Progress, called: Called) -> None:
         """Tell everyone who is there that nothing comes any more; nobody is waited for long."""
-        call = self._calling(progress, progress.rounds_done + 2, {})
+        after = self._server_after(progress.rounds_done - 1)
+        call = self._calling(progress, progress.rounds_done + 2, {}, after)
         self.say("the federation has ended")
-        online = self.channel.online()
-        waiting = {
-            each: 1 + len(called.get(each, ())) for each in self._clients() if each in online
-        }
-        self.channel.send((each, encode(call(each, last=True))) for each in waiting)
+        online = self.transport.online()
+        waiting = {who: 1 + len(called.get(who, ())) for who in self._clients() if who in online}
+        self.transport.send((who, encode(call(who, last=True))) for who in waiting)
         end = time.monotonic() + _FAREWELL
         while any(waiting.values()) and time.monotonic() < end:
-            for each, _ in self.channel.receive():  # who goes away without an answer has heard it
-                waiting[each] = waiting.get(each, 1) - 1
-        if deaf := sorted(each for each in self._clients() if waiting.get(each, 1) > 0):
+            for who, _ in self.transport.receive():  # who goes away without an answer has heard it
+                waiting[who] = waiting.get(who, 1) - 1
+        if deaf := sorted(who for who in self._clients() if waiting.get(who, 1) > 0):
             self.say(
                 f"not told that it has ended: {', '.join(deaf)}; the server, started again, tells "
                 "them"
@@ -138,23 +145,22 @@ class Host:
         progress: Progress,
         round_: int,
         score: Mapping[str, int],
-        split: Literal["validation", "test"] = "validation",
+        server: Any,
+        split: Split = "validation",
     ) -> Callable[..., Call]:
-        """Makes calls of one kind."""
-        at = score.get("own", round_ - 1) if split == "test" else progress.rounds_done - 1
-        server = server_of(self._method, self.terms.start, self._states(at + 1))
-        accepted = last_counted(self.folder.lines())
+        """Makes calls of one kind, with what a server in this state sends."""
+        accepted = last_accepted(self.folder.lines())
         keep = {column: best[0] for column, best in progress.best.items()}
 
         def call(client_id: str, *, train: bool = False, last: bool = False) -> Call:
             return Call(
-                federation=self.terms.name,
-                terms=self.terms.digest,
+                federation=self.agreement.name,
+                terms=self.agreement.digest,
                 client=client_id,
                 round=round_,
                 accepted=accepted.get(client_id, NEVER),
                 train=train,
-                message=self._method.broadcast(server, client_id),
+                message=self.arms[0].method.broadcast(server, client_id),
                 score=dict(score),
                 split=split,
                 keep=keep,
@@ -163,48 +169,41 @@ class Host:
 
         return call
 
-    def _take_in(self, desk: Desk) -> dict[str, str | None]:
-        """Aggregate a round's uploads; of each client why its answer is refused, None if it counts.
-
-        Nothing is recorded yet: what has come of an upload may depend on all others.
-        """
-        states = self._states(desk.round)
-        server = server_of(self._method, self.terms.start, states)
-        uploads = RoundUploads(desk, {})
-        after = take_in_usable(self._method, server, uploads, self.gate, states)
-        if after is None:
-            self.say(f"round {desk.round}: no upload counts; the server's state stays as it was")
-        else:
-            states.put("server", after)
-        return uploads.verdicts
-
-    def _record(self, desk: Desk, verdicts: Mapping[str, str | None]) -> None:
-        """Record scores and training of a round; of a refused answer, the training with why."""
-        counted = [each for each in sorted(desk.answers) if verdicts.get(each) is None]
-        lines = [line for each in counted for line in score_lines(desk, each)]
-        for client_id, reason in verdicts.items():
-            if reason is not None:
-                self.say(f"round {desk.round}: {client_id}: refused: {reason}")
-            lines += train_lines(desk, client_id, reason)
-        for line in lines:
-            self.folder.record(line)
+    def _record(self, collector: RoundCollector, clients: Sequence[ClientRound]) -> set[str]:
+        """Record scores and training of a round; who was rejected, of whom no score is recorded."""
+        rejected = {client.client_id for client in clients if client.refused is not None}
+        for client_id in sorted(collector.answers.keys() - rejected):
+            for score in collector.answers[client_id].scores:
+                about = score.split, score.round, client_id, score.column
+                self.folder.record(score_line(*about, score.metrics))
+        for client in clients:
+            if client.refused is not None:
+                self.say(f"round {collector.round}: {client.client_id}: refused: {client.refused}")
+            answer = collector.answers[client.client_id]
+            for cost in answer.costs:
+                trained = replace(client, seconds=cost.seconds, metrics=cost.metrics)
+                if cost.column != "own":  # the baseline sends and receives nothing
+                    trained = replace(trained, upload_bytes=0, download_bytes=0)
+                line = train_line(collector.round, cost.column, trained, trained=answer.round)
+                self.folder.record(line)
+        return rejected
 
     def _with_best(
         self,
         progress: Progress,
-        desk: Desk,
+        collector: RoundCollector,
         asked: Mapping[str, int],
-        refused: Collection[str] = (),
+        rejected: Collection[str] = (),
     ) -> Progress:
         """The best rounds once the scores that a round has asked for are known.
 
-        Late and refused answers are none; and unless more than half of the clients have answered,
+        Late and rejected answers are none; and unless more than half of the clients have answered,
         the few do not choose for all.
         """
         answers = [
             answer
-            for client_id, answer in desk.answers.items()
-            if answer.call and answer.round == desk.round and client_id not in refused
+            for client_id, answer in collector.answers.items()
+            if answer.call and answer.round == collector.round and client_id not in rejected
         ]
         if 2 * len(answers) <= len(self._clients()):
             return progress
@@ -224,69 +223,72 @@ class Host:
             if old.name.isdecimal() and int(old.name) < progress.rounds_done and old.is_dir():
                 shutil.rmtree(old)
 
-    def _desk(self, round_: int, called: Called) -> Desk:
-        return Desk(
-            self.terms,
-            self._columns(),
+    def _collector(self, round_: int, called: Called) -> RoundCollector:
+        return RoundCollector(
+            self.agreement,
+            self._columns,
             self.folder.path,
-            self.channel,
+            self.transport,
             self.rules,
-            self.gate,
+            self.screening,
             self.say,
             round_,
             called,
         )
+
+    def _server_after(self, round_: int) -> Any:
+        """The method's server after a round."""
+        return server_of(self.arms[0].method, self.agreement.start, self._states(round_ + 1))
 
     def _states(self, round_: int) -> FileStates:
         return self.folder.states("own", round_)
 
     def _clients(self) -> list[str]:
         left = self.folder.left()
-        return [each for each in self.terms.clients if each not in left]
+        return [client_id for client_id in self.agreement.clients if client_id not in left]
 
+    @property
     def _columns(self) -> list[str]:
         return [arm.column for arm in self.arms]
 
-    @property
-    def _method(self) -> AnyMethod:
-        return self.arms[0].method
 
-
-def open_host(
-    terms: Terms, folder: Path, channel: Channel, rules: Rules, gate: Gate, say: Say
-) -> Host:
+def open_server(
+    agreement: Agreement,
+    folder: Path,
+    transport: Transport,
+    rules: Rules,
+    screening: Screening,
+    say: Say,
+) -> Server:
     """The server in its folder, which is made if it is not there. Raises StoreError."""
-    method = terms.settings.method
-    arms = [Arm("own", method)]
-    if terms.settings.local_baseline and method_name(method) != "local":
-        arms.append(Arm("local", LocalOnly(lora=lora_of(method))))
+    arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
     if not (folder / "run.json").exists():
-        create(folder, to_toml(terms.settings), _facts(terms, arms))
-    host = Host(terms, tuple(arms), open_run(folder), channel, rules, gate, say)
-    if (found := host.folder.facts().get("terms")) != terms.digest:
+        create(folder, settings, _facts(agreement, arms))
+    server = Server(agreement, arms, open_run(folder), transport, rules, screening, say)
+    if (terms := server.folder.facts().get("terms")) != agreement.digest:
         raise StoreError(
             f"{folder} belongs to other terms than terms.toml (and its template.txt, if it has "
-            f"one): its run.json says {found!r}, but they are {terms.digest!r}"
+            f"one): its run.json says {terms!r}, but they are {agreement.digest!r}"
         )
-    require_settings(folder, to_toml(terms.settings))
-    return host
+    require_settings(folder, settings)
+    return server
 
 
-def _facts(terms: Terms, arms: Sequence[Arm]) -> dict[str, object]:
+def _facts(agreement: Agreement, arms: Sequence[Arm]) -> dict[str, object]:
     """What run.json holds; the data are with the clients."""
     packages = {name: version(name) for name in ("fedalt", "torch")}
     return {
-        "terms": terms.digest,
+        "terms": agreement.digest,
         "versions": {"python": platform.python_version(), **packages},
         "data": {
             "fingerprint": "with the clients",
-            "kind": "classify" if terms.labels else "generate",
-            "labels": list(terms.labels),
+            "kind": "classify" if agreement.labels else "generate",
+            "labels": list(agreement.labels),
             "template": "",
         },
-        "model": {"name": terms.settings.model.name, "fingerprint": terms.model},
-        "method": method_name(terms.settings.method),
-        "trainable_numbers": {arm.column: trainable(arm, terms.start) for arm in arms},
-        "clients": {client_id: {} for client_id in terms.clients},
+        "model": {"name": agreement.settings.model.name, "fingerprint": agreement.model},
+        "method": method_name(agreement.settings.method),
+        "trainable_numbers": {arm.column: trainable(arm, agreement.start) for arm in arms},
+        "clients": {client_id: {} for client_id in agreement.clients},
         "warnings": [],
     }

@@ -12,7 +12,7 @@ class Lost:
     reason: str
 
 
-class Channel(Protocol):
+class Transport(Protocol):
     """A connection to all clients, which says truthfully which client an answer came from."""
 
     def online(self) -> frozenset[str]:

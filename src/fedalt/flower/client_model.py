@@ -4,15 +4,19 @@ All of it is on the client's machine: its own state, and what the server sent la
 that was tested.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fedalt.data.folder import open_data
 from fedalt.data.prompts import Template, read_template
-from fedalt.engine.round import client_of, drive
+from fedalt.engine.client_work import servings
+from fedalt.engine.generators import Given
+from fedalt.engine.record_lines import score_line
 from fedalt.engine.schedule import Arm, Column, HeldOut, Line
-from fedalt.federation.accepted import member_states
+from fedalt.engine.states import client_of
+from fedalt.federation.accepted import client_states_of
 from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.client_states import broadcast_after, round_to_serve
 from fedalt.federation.messages import Call
@@ -24,8 +28,7 @@ from fedalt.runs.answers import Served
 from fedalt.runs.answers import served as served_of_run
 from fedalt.runs.folder import StoreError, locked, open_run
 from fedalt.runs.record import is_client
-from fedalt.runs.setup import Parts, form_of, learner_of, load_parts, prepare
-from fedalt.training.orders import Order
+from fedalt.runs.setup import Parts, form_of, load_parts, prepare, trainer_of
 
 FILE = "client.toml"
 
@@ -115,14 +118,7 @@ def evaluate(config: ClientConfig, split: HeldOut, round_: int | None = None) ->
                 split=split,
             )
             lines += [
-                {
-                    "kind": "score",
-                    "split": split,
-                    "round": at,
-                    "client": place.name,
-                    "column": score.column,
-                    "metrics": dict(score.metrics),
-                }
+                score_line(split, at, place.name, score.column, score.metrics)
                 for score in member.score(arm, call, at)
             ]
     return lines
@@ -151,13 +147,12 @@ def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | 
         raise StoreError(f"{place.folder} has no column 'local': there is no yardstick")
     arm = arms[wanted]
     with locked(place.folder):
-        states = member_states(place.folder, wanted, at + 1)
+        states = client_states_of(place.folder, wanted, at + 1)
         client = client_of(arm.method, parts.start, states, place.name)
         message = _message(config, parts, arm, at)
-        carry_out = _Deploying(config, parts, at)
-        serving = drive(arm.method.deploy(client, message), carry_out, place.name)
+        execute = _Deploying(config, parts, at)
+        serving, shared = servings(arm.method, client, message, place.name, execute)
         if column == "shared":
-            shared = arm.method.shared(client, message)
             if shared is None:
                 raise StoreError(f"{place.folder} has no column 'shared': its method shares none")
             serving = shared
@@ -175,7 +170,7 @@ def _message(config: ClientConfig, parts: Parts, arm: Arm, round_: int) -> Messa
 
 @dataclass(frozen=True)
 class _Deploying:
-    """Carries out what the client orders before it serves, as was done when it was scored.
+    """Executes what the client orders before it serves, as was done when it was scored.
 
     Most methods order nothing: the data are encoded when one does.
     """
@@ -184,8 +179,7 @@ class _Deploying:
     parts: Parts
     round: int
 
-    def __call__(self, client_id: str, number: int, order: Order) -> object:
+    def __call__(self, orders: Sequence[Given]) -> Sequence[Any]:
         clients = self.config.terms.clients
         prepared = prepare(self.parts.settings, base=self.parts.base, clients=clients)
-        carry_out: Callable[[str, int, Order], object] = learner_of(prepared).deploying(self.round)
-        return carry_out(client_id, number, order)
+        return trainer_of(prepared).before_serving(self.round)(orders)

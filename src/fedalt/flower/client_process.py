@@ -14,7 +14,7 @@ from typing import Final
 
 from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.foreign import shown
-from fedalt.federation.client import Hear, Member, ignore, is_last
+from fedalt.federation.client import Client, OnEvent, ignore, is_last
 from fedalt.flower.config import ClientConfig
 from fedalt.flower.credentials import require_client_credentials
 from fedalt.flower.parent_pipe import Pipe, receive, send
@@ -31,7 +31,7 @@ _NOT_LET_IN: Final = "[code: 2004]"  # Flower's words
 Say = Callable[[str], None]
 
 
-def run_client(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
+def run_client(config: ClientConfig, say: Say, on_event: OnEvent = ignore) -> None:
     """Answer the server's calls to the end of the federation.
 
     Raises SettingsError or OSError for files that do not get better by trying again.
@@ -42,7 +42,7 @@ def run_client(config: ClientConfig, say: Say, hear: Hear = ignore) -> None:
     make_private_folder(place.folder)
     with locked(place.folder):
         reports = _Reports(lambda text: say(f"{place.name}: {shown(text, _LINE)}"))
-        client = client_from(config, hear, reports.progress)
+        client = client_from(config, on_event, reports.progress)
         say(f"{place.name}: the model is loaded, calling {place.server}")
         tries, node = 0, ""
         while True:
@@ -86,7 +86,7 @@ class _Reports:
             self.last[kind] = text, time.monotonic()
 
 
-def _answer_calls(client: Member, pipe: Pipe, reports: _Reports) -> tuple[str, bool]:
+def _answer_calls(client: Client, pipe: Pipe, reports: _Reports) -> tuple[str, bool]:
     """Answer until the connection is over: as which node, if at all, and whether all has ended."""
     node, last = "", False
     while True:

@@ -9,7 +9,7 @@ from fedalt.core.declared import SettingsError, declared, section_of, setting
 from fedalt.core.settings import Firewall
 from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.names import fault_of_names
-from fedalt.federation.agreement import Terms, read_terms
+from fedalt.federation.agreement import Agreement, read_agreement
 from fedalt.federation.round_collector import Rules
 
 
@@ -90,7 +90,7 @@ class ServerConfig:
     """All that `fedalt server` needs."""
 
     file: Path
-    terms: Terms
+    terms: Agreement
     place: ServerPlace
     rules: Rules
     firewall: Firewall
@@ -118,7 +118,7 @@ class ClientConfig:
     """All that `fedalt client` needs."""
 
     file: Path
-    terms: Terms
+    terms: Agreement
     place: ClientPlace
 
 
@@ -128,7 +128,7 @@ def read_server_config(file: Path, *, insecure: bool = False) -> ServerConfig:
     place = _place(ServerPlace, table.get("server", {}), file, "server")
     return ServerConfig(
         file=file.absolute(),
-        terms=read_terms(file.parent / "terms.toml"),
+        terms=read_agreement(file.parent / "terms.toml"),
         place=replace(place, insecure=insecure or place.insecure),
         rules=section_of(Rules, table.get("rules", {}), str(file), "rules"),
         firewall=section_of(Firewall, table.get("firewall", {}), str(file), "firewall"),
@@ -143,7 +143,7 @@ def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
         raise SettingsError(f"{file}: [client] {fault}")
     return ClientConfig(
         file=file.absolute(),
-        terms=read_terms(file.parent / "terms.toml"),
+        terms=read_agreement(file.parent / "terms.toml"),
         place=replace(place, insecure=insecure or place.insecure),
     )
 

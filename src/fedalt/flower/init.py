@@ -15,7 +15,7 @@ import tomli_w
 from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.data.names import fault_of_names, fault_of_title
-from fedalt.federation.agreement import Terms, write_terms
+from fedalt.federation.agreement import Agreement, write_agreement
 from fedalt.flower.credentials import make_authority, make_client_key, make_server
 from fedalt.models.base import BUILT_IN, PACKAGED
 from fedalt.runs.settings import SettingsError, method_name
@@ -37,7 +37,7 @@ def create_federation(
     name: str,
     address: str,
     labels: Sequence[str] = (),
-) -> Terms:
+) -> Agreement:
     """Write `authority`, `server` and `clients/ID` into a new folder.
 
     `address` is where the server listens and what the clients call, host:port. Raises what
@@ -52,7 +52,7 @@ def create_federation(
         _write_readme(authority, "authority")
         make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
         shutil.copy(authority / "ca.crt", server)
-        terms = write_terms(server, name, clients, labels, parts)
+        terms = write_agreement(server, name, clients, labels, parts)
         rules = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
         _write(server / "federation.toml", rules)
         known = ", ".join(clients)
@@ -62,7 +62,7 @@ def create_federation(
         return terms
 
 
-def _write_client(place: Path, server: Path, terms: Terms, address: str) -> None:
+def _write_client(place: Path, server: Path, terms: Agreement, address: str) -> None:
     client_id = place.name
     make_private_folder(place / "data")
     make_client_key(place / "client.key", server / "clients" / f"{client_id}.pub")

@@ -18,17 +18,24 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedalt.core.files import atomic_write, make_private_folder
-from fedalt.engine.screening import Gate
-from fedalt.federation.agreement import FILE, Terms, read_terms, require_apart, write_terms
-from fedalt.federation.client import Member, claim
+from fedalt.engine.screening import Screening
+from fedalt.federation.accepted import claim
+from fedalt.federation.agreement import (
+    FILE,
+    Agreement,
+    read_agreement,
+    require_apart,
+    write_agreement,
+)
+from fedalt.federation.client import Client
 from fedalt.federation.round_collector import Rules, Say
-from fedalt.federation.server import open_host
+from fedalt.federation.server import open_server
 from fedalt.federation.transport import Lost
 from fedalt.flower.message_content import bytes_of, content_of
 from fedalt.flower.processes import QUIET
 from fedalt.runs.folder import StoreError, locked
 from fedalt.runs.settings import Settings, read_settings, to_toml
-from fedalt.runs.setup import Prepared, learner_of, prepare
+from fedalt.runs.setup import Prepared, prepare, trainer_of
 
 _PAUSE: Final = 0.05  # seconds between two looks
 _RAY: Final = {**QUIET, "RAY_USAGE_STATS_ENABLED": "0"}
@@ -77,24 +84,24 @@ def simulate(settings: Settings, folder: Path, say: Say, *, gpus: float = 0.0) -
         raise failed[0]
 
 
-def _terms(settings: Settings, folder: Path) -> Terms:
+def _terms(settings: Settings, folder: Path) -> Agreement:
     file = folder / FILE
     if not file.exists():
         prepared = prepare(settings)
-        write_terms(
+        write_agreement(
             folder, folder.name, prepared.task.clients, prepared.task.labels, prepared.parts
         )
-    return read_terms(file)
+    return read_agreement(file)
 
 
-def _serve(terms: Terms, folder: Path, grid: Any, say: Say) -> None:
+def _serve(terms: Agreement, folder: Path, grid: Any, say: Say) -> None:
     transport = _SimulatedNodes(grid, _nodes_by_client(grid, terms))
     rounds = terms.settings.rounds
-    gate = Gate(terms.settings.firewall, rounds.robust, rounds.trim)
-    open_host(terms, folder / "run", transport, Rules(), gate, say).to_the_end()
+    screening = Screening(terms.settings.firewall, rounds.robust, rounds.trim)
+    open_server(terms, folder / "run", transport, Rules(), screening, say).to_the_end()
 
 
-def _nodes_by_client(grid: Any, terms: Terms) -> dict[str, int]:
+def _nodes_by_client(grid: Any, terms: Agreement) -> dict[str, int]:
     """Each client's node: the numbers of nodes are random, their partitions are not."""
     while len(nodes := list(grid.get_node_ids())) < len(terms.clients):
         time.sleep(_PAUSE)  # Flower makes them beside us
@@ -154,8 +161,8 @@ def _answer_in(folder: Path) -> Any:
         make_private_folder(place)
         with locked(place):
             accepted = claim(place, terms, client_id)
-            learner = learner_of(prepared)
-            member = Member(terms, client_id, prepared.parts, learner, place, accepted)
+            trainer = trainer_of(prepared)
+            member = Client(terms, client_id, prepared.parts, trainer, place, accepted)
             return Message(content_of(member.answer(bytes_of(message.content))), reply_to=message)
 
     return answer
@@ -167,6 +174,6 @@ def _say_who(message: Message, context: Context) -> Message:
 
 
 @cache
-def _loaded(folder: Path) -> tuple[Terms, Prepared]:
+def _loaded(folder: Path) -> tuple[Agreement, Prepared]:
     """The base model and the data, once for each of Ray's processes."""
-    return read_terms(folder / FILE), prepare(read_settings(folder / "settings.toml"))
+    return read_agreement(folder / FILE), prepare(read_settings(folder / "settings.toml"))

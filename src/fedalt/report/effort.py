@@ -1,7 +1,7 @@
 """What a finished run's clients trained: steps in the rounds and before serving, every tensor."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any
 import torch
 
 from fedalt.adapters.start import Start
-from fedalt.engine.round import drive, server_of
-from fedalt.engine.run import TRAINED
+from fedalt.engine.client_work import TRAINED
+from fedalt.engine.generators import Given, run_generators
+from fedalt.engine.states import server_of
 from fedalt.runs.compare import Cost
 from fedalt.runs.folder import RunFolder, open_run
 from fedalt.runs.settings import Settings, lora_of, read_settings
-from fedalt.training.orders import Embed, Fit, Fitted, Found, Order
+from fedalt.training.orders import Embed, Fit, Fitted, Found, Search
 
 # What a layer or a head consists of; other factors, such as lengths of B, are another form of it.
 _WHOLE = ("A", "B", "G", "weight", "bias")
@@ -122,8 +123,8 @@ def _serving(
             continue
         fits: list[Fit] = []
         examples = counts[client_id]["train"]
-        answer = partial(_unmoved, fits, examples)
-        drive(method.deploy(client, method.broadcast(server, client_id)), answer, client_id)
+        steps = {client_id: method.deploy(client, method.broadcast(server, client_id))}
+        run_generators(steps, partial(_unmoved, fits, examples))
         epochs = [training.local_epochs if fit.epochs is None else fit.epochs for fit in fits]
         parts: Counter[str] = Counter()
         for fit in fits:
@@ -133,13 +134,16 @@ def _serving(
     return efforts
 
 
-def _unmoved(fits: list[Fit], examples: int, client_id: str, number: int, order: Order) -> Any:  # noqa: ARG001
-    """Answers an order as if training had moved nothing, and keeps the fits."""
-    match order:
-        case Fit():
-            fits.append(order)
-            return Fitted(order.tree, examples)
-        case Embed():
-            return torch.zeros(order.examples, 1)
-        case _:
-            return Found(order.start, 0.0)
+def _unmoved(fits: list[Fit], examples: int, orders: Sequence[Given]) -> list[Any]:
+    """Answers orders as if training had moved nothing, and keeps the fits."""
+    answers: list[Any] = []
+    for _, _, order in orders:
+        match order:
+            case Fit():
+                fits.append(order)
+                answers.append(Fitted(order.tree, examples))
+            case Embed():
+                answers.append(torch.zeros(order.examples, 1))
+            case Search():
+                answers.append(Found(order.start, 0.0))
+    return answers

@@ -33,10 +33,10 @@ class TensorBoard:
 
     writer: Any
 
-    def hear(self, event: object) -> None:
+    def on_event(self, event: object) -> None:
         """Only whole lines are drawn."""
 
-    def wrote(self, line: Mapping[str, Any]) -> None:
+    def on_record(self, line: Mapping[str, Any]) -> None:
         """Add the numbers of a line."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary

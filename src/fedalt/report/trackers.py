@@ -22,13 +22,13 @@ class TrackerName(StrEnum):
 
 
 class Tracker(Protocol):
-    """Somebody who keeps a run's numbers: a watcher who only reads its lines."""
+    """Somebody who keeps a run's numbers: a observer who only reads its lines."""
 
-    def hear(self, event: object) -> None:
+    def on_event(self, event: object) -> None:
         """Something moved on."""
         ...
 
-    def wrote(self, line: Line) -> None:
+    def on_record(self, line: Line) -> None:
         """A line was added to rounds.jsonl."""
         ...
 
@@ -68,5 +68,5 @@ def tracking(
         ]
         for line in lines:
             for tracker in trackers:
-                tracker.wrote(line)
+                tracker.on_record(line)
         yield trackers

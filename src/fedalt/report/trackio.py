@@ -77,10 +77,10 @@ class Trackio:
     pipe: IO[str]
     rows: dict[int, dict[str, float]] = field(default_factory=dict)
 
-    def hear(self, event: object) -> None:
+    def on_event(self, event: object) -> None:
         """Only whole rounds are kept."""
 
-    def wrote(self, line: Mapping[str, Any]) -> None:
+    def on_record(self, line: Mapping[str, Any]) -> None:
         """Add the numbers of a line; the last line of a round sends it."""
         if numbers := dict(numbers_of(line)):
             self.rows.setdefault(line["round"], {}).update(numbers)

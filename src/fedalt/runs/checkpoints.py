@@ -40,10 +40,10 @@ class Kept:
 
     def newest(self, folder: Path, round_: int) -> Path | None:
         """The newest file of a state up to a round; it may be gone, which shows when it is read."""
-        found = _rounds(self.digests.names(folder))
+        rounds = _rounds(self.digests.names(folder))
         if round_ >= self.rounds and (folder / _file(round_)).exists():
-            found.append(round_)
-        upto = [number for number in found if number <= round_]
+            rounds.append(round_)
+        upto = [number for number in rounds if number <= round_]
         return folder / _file(max(upto)) if upto else None
 
     def settle(self, folder: Path, keep: list[int]) -> list[Path]:
@@ -119,8 +119,8 @@ class FileStates:
                     self.kept.digests.forget(path)
 
     @contextmanager
-    def waiting(self) -> Iterator[Path]:
-        """An empty folder for uploads of this round; without its content nothing is lost."""
+    def spooling(self) -> Iterator[Path]:
+        """An empty folder for the uploads of this round, which is gone afterwards."""
         folder = self.folder / "waiting"
         shutil.rmtree(folder, ignore_errors=True)
         make_private_folder(folder)
@@ -130,7 +130,7 @@ class FileStates:
             shutil.rmtree(folder, ignore_errors=True)
 
     def quarantine(self, client_id: str, reason: str, data: bytes, limit: int) -> None:
-        """Note a refused upload of this round beside the run's record, and keep it if it fits."""
+        """Note a rejected upload of this round beside the record, and keep it if it fits."""
         make_private_folder(self.folder)
         quarantine(self.folder, self.round, client_id, reason=reason, data=data, limit=limit)
 
@@ -203,9 +203,9 @@ def newest(folder: Path, round_: int, kept: Kept | None = None) -> Path | None:
         return kept.newest(folder, round_)
     if not folder.is_dir():
         return None
-    there = _rounds(each.name for each in folder.iterdir())
-    found = [number for number in there if number <= round_]
-    return folder / _file(max(found)) if found else None
+    rounds = _rounds(file.name for file in folder.iterdir())
+    upto = [number for number in rounds if number <= round_]
+    return folder / _file(max(upto)) if upto else None
 
 
 def _file(round_: int) -> str:
@@ -225,4 +225,4 @@ def _reader(kept: Kept | None) -> Callable[[Path], bytes]:
 
 def _rounds(files: Iterable[str]) -> list[int]:
     """The rounds of which these files are states; other files are none."""
-    return [int(found[1]) for name in files if (found := _STATE.fullmatch(name))]
+    return [int(match[1]) for name in files if (match := _STATE.fullmatch(name))]

@@ -9,7 +9,7 @@ states-0.sha256             the digests of all files that count; states-1.sha256
 clients/ID/0007.safetensors a client's state after round 7, and server/ likewise
 server/latest/ID/...        each client's last upload, for methods that keep a ledger
 local/...                   the same for the local-only baseline; see checkpoints.py
-refused.jsonl, quarantine/  uploads that do not count: why, and their bytes
+refused.jsonl, quarantine/  rejected uploads: why, and their bytes
 waiting/                    uploads of a round that has to see all before it judges one
 """
 

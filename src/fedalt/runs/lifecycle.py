@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedalt.core.files import writing_behind
-from fedalt.engine.executor import Crew
-from fedalt.engine.round import servings
+from fedalt.engine.client_work import servings
+from fedalt.engine.executor import Executor
+from fedalt.engine.generators import Given
 from fedalt.engine.run import Run
 from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress
-from fedalt.engine.workers import Work, crew
+from fedalt.engine.states import client_of, server_of
+from fedalt.engine.workers import Work, workers
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.models.identity import what_differs
@@ -28,30 +30,29 @@ from fedalt.runs.folder import (
 )
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, to_toml
-from fedalt.runs.setup import Parts, Prepared, facts_of, learner_of, prepare, settings_of_run
-from fedalt.training.orders import Order
+from fedalt.runs.setup import Parts, Prepared, facts_of, prepare, settings_of_run, trainer_of
 
 
-class Watcher(Protocol):
-    """Somebody who watches a run: hears its events and reads its lines as they are written."""
+class Observer(Protocol):
+    """Somebody who observes a run: its events, and its record as it is written."""
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Something moved on."""
         ...
 
-    def wrote(self, line: Line) -> None:
+    def on_record(self, line: Line) -> None:
         """A line was added to rounds.jsonl."""
         ...
 
 
 @dataclass(frozen=True)
-class Nobody:
-    """A watcher who looks away."""
+class NullObserver:
+    """An observer who does nothing."""
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Ignore it."""
 
-    def wrote(self, line: Line) -> None:
+    def on_record(self, line: Line) -> None:
         """Ignore it."""
 
 
@@ -62,10 +63,10 @@ def new_run(prepared: Prepared, path: Path) -> RunFolder:
         return create(path, to_toml(prepared.parts.settings), facts_of(prepared))
 
 
-def start_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
+def start_run(prepared: Prepared, path: Path, observer: Observer = NullObserver()) -> RunFolder:
     """Train and test in a new folder."""
     new_run(prepared, path)
-    return resume_run(prepared, path, watcher)
+    return resume_run(prepared, path, observer)
 
 
 def reopen(path: Path, base: Base | None = None) -> Prepared:
@@ -101,13 +102,13 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
 
 def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
     """Raise StoreError, which names what differs, for another base model than a run's own."""
-    found = base.fingerprint
+    fingerprint = base.fingerprint
     told = (
-        what_differs(facts["model"], base.identity, found)
+        what_differs(facts["model"], base.identity, fingerprint)
         if base.identity is not None
         else ""
-        if facts["model"]["fingerprint"] == found
-        else f"fingerprint {found!r}"
+        if facts["model"]["fingerprint"] == fingerprint
+        else f"fingerprint {fingerprint!r}"
     )
     if told:
         raise StoreError(f"{path} began with another base model than {base.name!r} is now: {told}")
@@ -124,26 +125,26 @@ def is_finished(path: Path) -> bool:
     return tested and progress.rounds_done >= settings.rounds.rounds
 
 
-def resume_run(prepared: Prepared, path: Path, watcher: Watcher = Nobody()) -> RunFolder:
+def resume_run(prepared: Prepared, path: Path, observer: Observer = NullObserver()) -> RunFolder:
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
     with locked(path):
         folder.progress()
         folder.require_whole()
-        with _crew(prepared, path, watcher) as together, writing_behind() as writer:
-            journal = _Watched(replace(folder, writer=writer), watcher)
-            replace(_run(prepared, journal, watcher), crew=together).to_the_end()
+        with _executor(prepared, path, observer) as executor, writing_behind() as writer:
+            journal = _Journal(replace(folder, writer=writer), observer)
+            replace(_run(prepared, journal, observer), executor=executor).to_the_end()
     return folder
 
 
-def load_in_worker(path: Path, hear: Callable[[Event], None]) -> Work:
+def load_in_worker(path: Path, on_event: Callable[[Event], None]) -> Work:
     """The run of a folder in a worker process, which does what the first process gives it."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    notes = _Notes(open_run(path), [])
-    return replace(_run(reopen(path), notes, Nobody()), hear=hear).work
+    journal = _Journal(open_run(path), notes=[])
+    return replace(_run(reopen(path), journal, NullObserver()), on_event=on_event).work
 
 
 def evaluate(
@@ -151,31 +152,33 @@ def evaluate(
     path: Path,
     split: HeldOut,
     round_: int | None = None,
-    watcher: Watcher = Nobody(),
+    observer: Observer = NullObserver(),
 ) -> list[Line]:
     """Score a round again, the chosen one if none is named; lines like those of rounds.jsonl.
 
     Nothing is written.
     """
     folder = open_run(path)
-    notes = _Notes(folder, [])
-    with locked(path), _crew(prepared, path, watcher) as together:
+    lines: list[Line] = []
+    with locked(path), _executor(prepared, path, observer) as executor:
         progress = folder.progress()
-        run = replace(_run(prepared, notes, watcher), crew=together)
+        journal = _Journal(folder, notes=lines)
+        run = replace(_run(prepared, journal, observer), executor=executor)
         for arm in prepared.parts.arms:
             at = _round(prepared.parts.settings, progress, arm.column, round_)
             run.score(arm, at, split, whole=True)
-    return notes.lines
+    return lines
 
 
 def score_clients(
     prepared: Prepared, folder: RunFolder, arm: Arm, round_: int, clients: Sequence[str]
 ) -> list[Line]:
     """Score some clients on their test data after a round; use it within `locked`."""
-    notes = _Notes(folder, [])
-    run = replace(_run(prepared, notes, Nobody()), clients=clients)
+    lines: list[Line] = []
+    journal = _Journal(folder, notes=lines)
+    run = replace(_run(prepared, journal, NullObserver()), clients=clients)
     run.score(arm, round_, "test", whole=True)
-    return notes.lines
+    return lines
 
 
 def require_client(folder: RunFolder, client_id: str) -> None:
@@ -201,9 +204,10 @@ def serving(
         )
     with locked(path):
         at = _round(parts.settings, folder.progress(), wanted, round_)
-        states = folder.states(wanted, at + 1)
-        carry_out = _Again(path, parts, at)
-        own, shared = servings(arms[wanted].method, parts.start, states, client_id, carry_out)
+        method, states = arms[wanted].method, folder.states(wanted, at + 1)
+        client = client_of(method, parts.start, states, client_id)
+        message = method.broadcast(server_of(method, parts.start, states), client_id)
+        own, shared = servings(method, client, message, client_id, _Again(path, parts, at))
     if column != "shared":
         return own
     if shared is None:
@@ -212,11 +216,15 @@ def serving(
 
 
 @dataclass(frozen=True)
-class _Watched:
-    """A run's folder as its journal, with somebody reading along."""
+class _Journal:
+    """A run's folder with somebody observing; with `notes`, lines go there and nothing is written.
+
+    See `engine.schedule.Journal`.
+    """
 
     folder: RunFolder
-    watcher: Watcher
+    observer: Observer = NullObserver()
+    notes: list[Line] | None = None
 
     def progress(self) -> Progress:
         return self.folder.progress()
@@ -225,57 +233,41 @@ class _Watched:
         return self.folder.states(column, round_)
 
     def record(self, line: Line) -> None:
+        if self.notes is not None:
+            self.notes.append(line)
+            return
         self.folder.record(line)
-        self.watcher.wrote(line)
+        self.observer.on_record(line)
 
     def keep_examples(self, lines: Sequence[Line]) -> None:
-        self.folder.keep_examples(lines)
+        if self.notes is None:
+            self.folder.keep_examples(lines)
 
     def commit(self, progress: Progress) -> None:
-        self.folder.commit(progress)
+        if self.notes is None:
+            self.folder.commit(progress)
 
 
-@dataclass(frozen=True)
-class _Notes:
-    """A journal that reads a run's states and keeps its lines to itself."""
-
-    folder: RunFolder
-    lines: list[Line]
-
-    def progress(self) -> Progress:
-        return self.folder.progress()
-
-    def states(self, column: str, round_: int) -> FileStates:
-        return self.folder.states(column, round_)
-
-    def record(self, line: Line) -> None:
-        self.lines.append(line)
-
-    def keep_examples(self, lines: Sequence[Line]) -> None:
-        """Nothing is written."""
-
-    def commit(self, progress: Progress) -> None:
-        """Nothing has changed."""
-
-
-def _crew(prepared: Prepared, path: Path, watcher: Watcher) -> AbstractContextManager[Crew]:
+def _executor(
+    prepared: Prepared, path: Path, observer: Observer
+) -> AbstractContextManager[Executor]:
     """The processes that share a run."""
     count = prepared.parts.settings.training.processes
     device = prepared.parts.base.adapted.device
-    return crew(path, load_in_worker, count, device, watcher.hear)
+    return workers(path, load_in_worker, count, device, observer.on_event)
 
 
-def _run(prepared: Prepared, journal: _Watched | _Notes, watcher: Watcher) -> Run:
+def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
     parts, settings = prepared.parts, prepared.parts.settings
     left = journal.folder.left()
     return Run(
         arms=parts.arms,
-        clients=[each for each in prepared.task.clients if each not in left],
+        clients=[client_id for client_id in prepared.task.clients if client_id not in left],
         schedule=settings.rounds,
-        learner=learner_of(prepared),
+        trainer=trainer_of(prepared),
         start=parts.start,
         journal=journal,
-        hear=watcher.hear,
+        on_event=observer.on_event,
         firewall=settings.firewall,
     )
 
@@ -295,7 +287,7 @@ def _round(settings: Settings, progress: Progress, column: str, wanted: int | No
 
 @dataclass(frozen=True)
 class _Again:
-    """Carries out what a client orders before it serves, as was done when it was scored.
+    """Executes what a client orders before it serves, as was done when it was scored.
 
     Most methods order nothing: the client data are opened when one does.
     """
@@ -304,6 +296,6 @@ class _Again:
     parts: Parts
     round: int
 
-    def __call__(self, client_id: str, number: int, order: Order) -> object:
+    def __call__(self, orders: Sequence[Given]) -> Sequence[Any]:
         prepared = reopen(self.path, base=self.parts.base)
-        return learner_of(prepared).deploying(self.round)(client_id, number, order)
+        return trainer_of(prepared).before_serving(self.round)(orders)

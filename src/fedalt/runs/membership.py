@@ -3,13 +3,14 @@
 from dataclasses import replace
 from pathlib import Path
 
-from fedalt.engine.round import client_of, drive, server_of
+from fedalt.engine.generators import run_generators
 from fedalt.engine.schedule import Line
+from fedalt.engine.states import client_of, server_of
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import method_name
-from fedalt.runs.setup import Prepared, facts_of, learner_of, prepare, settings_of_run
+from fedalt.runs.setup import Prepared, facts_of, prepare, settings_of_run, trainer_of
 
 
 def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
@@ -31,13 +32,14 @@ def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
         lines: list[Line] = []
         for arm in prepared.parts.arms:
             at = progress.chosen(arm.column, prepared.parts.settings.rounds.select)
-            carry_out = learner_of(prepared).joining(at)
+            execute = trainer_of(prepared).joining(at)
             read, write = folder.states(arm.column, at + 1), folder.states(arm.column, at)
             server = server_of(arm.method, prepared.parts.start, read)
             for client_id in clients:
                 client = client_of(arm.method, prepared.parts.start, read, client_id)
                 message = arm.method.broadcast(server, client_id)
-                after, _ = drive(arm.method.local(client, message), carry_out, client_id)
+                steps = {client_id: arm.method.local(client, message)}
+                after, _ = run_generators(steps, execute)[client_id]
                 write.put(f"clients/{client_id}", after)
             lines += score_clients(prepared, folder, arm, at, clients)
         joined = {

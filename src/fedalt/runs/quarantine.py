@@ -39,7 +39,7 @@ def quarantine(
     """
     lines: list[dict[str, Any]] = refusals(folder)
     file = _free(folder / FOLDER, f"{round_:04d}-{_file_name(client_id)}", data)
-    kept = sum(each.stat().st_size for each in file.parent.glob("*") if each != file)
+    kept = sum(other.stat().st_size for other in file.parent.glob("*") if other != file)
     keep = bool(data) and kept + len(data) <= limit
     line = {
         "round": round_,
@@ -52,7 +52,7 @@ def quarantine(
         make_private_folder(file.parent)
         atomic_write(file, data)
     if line not in lines:
-        text = "".join(json.dumps(each) + "\n" for each in [*lines, line])
+        text = "".join(json.dumps(noted) + "\n" for noted in [*lines, line])
         atomic_write(folder / RECORD, text.encode())
 
 

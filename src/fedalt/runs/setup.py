@@ -26,7 +26,7 @@ from fedalt.data.records import (
     Turn,
 )
 from fedalt.data.task import Task
-from fedalt.engine.local_trainer import Learner
+from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.schedule import Arm
 from fedalt.methods.local import LocalOnly
 from fedalt.models.base import Base, load_base
@@ -149,19 +149,23 @@ def load_parts(
             quantise=model.quantise,
             device=model.device,
         )
-    arms = [Arm("own", settings.method)]
-    baseline = LocalOnly(lora=lora_of(settings.method))
-    if settings.local_baseline and method_name(settings.method) != method_name(baseline):
-        arms.append(Arm("local", baseline))
     heads, given = base.adapted.heads, base.given
     start = Start(base.adapted.sites, heads, settings.seed, clients, given)
-    return Parts(settings, base, tuple(arms), start)
+    return Parts(settings, base, arms_of(settings), start)
 
 
-def learner_of(prepared: Prepared) -> Learner:
+def arms_of(settings: Settings) -> tuple[Arm, ...]:
+    """The method's own arm and, unless it is that already, the local-only baseline's."""
+    own, baseline = Arm("own", settings.method), LocalOnly(lora=lora_of(settings.method))
+    if not settings.local_baseline or settings.method == baseline:
+        return (own,)
+    return own, Arm("local", baseline)
+
+
+def trainer_of(prepared: Prepared) -> LocalTrainer:
     """Trains and scores the clients of a prepared run."""
     settings = prepared.parts.settings
-    return Learner(
+    return LocalTrainer(
         prepared.parts.base, prepared.task, settings.training, settings.scoring, settings.seed
     )
 

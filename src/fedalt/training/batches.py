@@ -50,7 +50,10 @@ def collate(
     if pack:
         ids = torch.tensor([token for example in examples for token in example.ids])[None]
         starts = list(accumulate(lengths[:-1], initial=0))
-        mask, packing = None, packing_of([[len(each.ids) for each in g] for g in groups], device)
+        mask, packing = (
+            None,
+            packing_of([[len(example.ids) for example in group] for group in groups], device),
+        )
     else:
         width = max(lengths)
         ids = torch.full((len(examples), width), pad_id)
@@ -104,7 +107,7 @@ def answers_in_one(groups: Sequence[Sequence[Sequence[Example]]], device: torch.
             prompt = question[0].prompt_ids
             last = len(ids) + len(prompt) - 1
             ids += prompt
-            answers = [each.ids[len(prompt) :] for each in question]
+            answers = [example.ids[len(prompt) :] for example in question]
             for owner, answer in enumerate(answers, before):
                 owners += [owner] * len(answer)
                 targets += answer
@@ -113,7 +116,7 @@ def answers_in_one(groups: Sequence[Sequence[Sequence[Example]]], device: torch.
             before += len(answers)
             texts[-1].append((len(prompt), [max(len(answer) - 1, 0) for answer in answers]))
     row, rows, labels, whose = (
-        torch.tensor(each, device=device) for each in (ids, predicting, targets, owners)
+        torch.tensor(numbers, device=device) for numbers in (ids, predicting, targets, owners)
     )
     return Batch(row[None], None, rows, labels, whose, branching(texts, device))
 

@@ -89,9 +89,9 @@ class Flat:
         root = self.second.sqrt().div_(self._column((1 - b2**self.steps).sqrt())).add_(EPS)
         self.value.sub_(self.first.div(root).mul_(self._column(lr / (1 - b1**self.steps))))
 
-    def _column(self, each: Tensor) -> Tensor:
+    def _column(self, column: Tensor) -> Tensor:
         """One number for each client, to multiply rows with."""
-        return each.to(self.value)[:, None]
+        return column.to(self.value)[:, None]
 
     def moments(self, at: int) -> Moments:
         """One client's moments, on the CPU."""

@@ -133,7 +133,7 @@ class Group:
         beside = {name: tensor.detach()[at] for name, tensor in self.beside.items()}
         for name, tensor in self.beside.items():
             beside[name].requires_grad_(tensor.requires_grad)
-        clients = [self.clients[each] for each in at]
+        clients = [self.clients[row] for row in at]
         return Group(self.base, self.training, clients, self.flat.only(at), beside)
 
     def tree(self, at: int) -> Tree:
@@ -144,8 +144,8 @@ class Group:
     def descend(self, gradients: Tree, done: int) -> None:
         """A step of AdamW; rates fall linearly."""
         rates = [
-            self.training.lr * each.order.rate * (1 - done / len(each.batches))
-            for each in self.clients
+            self.training.lr * client.order.rate * (1 - done / len(client.batches))
+            for client in self.clients
         ]
         self.flat.descend(gradients, rates, self.training.weight_decay, self.training.clip)
 
@@ -158,8 +158,8 @@ class Group:
                 if own is None:
                     losses = self._losses(whole, done, bindings)
                     names, leaves = list(self.flat.tree), list(self.flat.tree.values())
-                    found = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
-                    return losses.detach().tolist(), dict(zip(names, found, strict=True))
+                    grads = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
+                    return losses.detach().tolist(), dict(zip(names, grads, strict=True))
                 (client,) = self.clients
                 single = {name: tensor[0] for name, tensor in whole.items()}
 
@@ -175,7 +175,7 @@ class Group:
         with torch.no_grad():
             for name, moved in stepped.moved.items():
                 self.beside[name].copy_(moved[None])
-        gradients = {name: each.detach()[None] for name, each in stepped.gradients.items()}
+        gradients = {name: gradient.detach()[None] for name, gradient in stepped.gradients.items()}
         return [float(stepped.loss.detach())], gradients
 
     def _losses(self, whole: Tree, at: int, bindings: ExitStack) -> Tensor:
@@ -185,20 +185,21 @@ class Group:
         in it.
         """
         adapted = self.base.adapted
-        batches = [each.batch(at) for each in self.clients]
+        batches = [client.batch(at) for client in self.clients]
         pack = all(packs(self.base, batch) for batch in batches)
         batch = collate(batches, self.base.pad_id, adapted.device, pack=pack)
-        dropout = DropoutSeeds(tuple(each.dropout_seed(at) for each in self.clients))
+        dropout = DropoutSeeds(tuple(client.dropout_seed(at) for client in self.clients))
         order = self.clients[0].order
         bound = whole
         if order.compose is not as_it_is or order.penalty is not None:
-            each_tree = [
+            trees_alone = [
                 {name: tensor[row] for name, tensor in whole.items()}
                 for row in range(len(self.clients))
             ]
         if order.compose is not as_it_is:
             composed = [
-                each.order.compose(tree) for each, tree in zip(self.clients, each_tree, strict=True)
+                client.order.compose(tree)
+                for client, tree in zip(self.clients, trees_alone, strict=True)
             ]
             bound = {name: torch.stack([tree[name] for tree in composed]) for name in composed[0]}
         model = bindings.enter_context(
@@ -208,13 +209,13 @@ class Group:
         if order.penalty is None:
             return losses
         penalties = [
-            each.order.penalty(tree)  # type: ignore[misc]
-            for each, tree in zip(self.clients, each_tree, strict=True)
+            client.order.penalty(tree)  # type: ignore[misc]
+            for client, tree in zip(self.clients, trees_alone, strict=True)
         ]
         return losses + torch.stack(penalties)
 
     def _too_much(self, done: int) -> str:
-        chosen = [example for each in self.clients for example in each.batch(done)]
+        chosen = [example for client in self.clients for example in client.batch(done)]
         longest = max(len(example.ids) for example in chosen)
         return (
             f"out of memory on {self.base.adapted.device} with a batch of {len(chosen)} examples "

@@ -58,15 +58,15 @@ def usual_tokens(base: Base) -> int:
 
 def fit_together(base: Base, first: Share, second: Share) -> bool:
     """Whether two clients can share their passes through the base model."""
-    one, other = first.order, second.order
+    left, right = first.order, second.order
     return (
         all(packs(base, share.examples) for share in (first, second))
-        and one.step is other.step is None
-        and (one.penalty is None) == (other.penalty is None)
-        and (one.compose is as_it_is) == (other.compose is as_it_is)
-        and (one.plan, one.train, one.rate) == (other.plan, other.train, other.rate)
-        and {name: tensor.shape for name, tensor in one.tree.items()}
-        == {name: tensor.shape for name, tensor in other.tree.items()}
+        and left.step is right.step is None
+        and (left.penalty is None) == (right.penalty is None)
+        and (left.compose is as_it_is) == (right.compose is as_it_is)
+        and (left.plan, left.train, left.rate) == (right.plan, right.train, right.rate)
+        and {name: tensor.shape for name, tensor in left.tree.items()}
+        == {name: tensor.shape for name, tensor in right.tree.items()}
     )
 
 
@@ -88,18 +88,18 @@ def train_together(
     plain = shares[0].order.step is None
     with _checkpointing(base, training.gradient_checkpointing and plain):
         while group.clients:
-            going = [at for at, each in enumerate(group.clients) if done < len(each.batches)]
-            for at, each in enumerate(group.clients):
+            going = [at for at, client in enumerate(group.clients) if done < len(client.batches)]
+            for at, client in enumerate(group.clients):
                 if at not in going:
-                    ended[each.index] = each.ended(group.tree(at), group.flat.moments(at))
+                    ended[client.index] = client.ended(group.tree(at), group.flat.moments(at))
             if len(going) < len(group.clients):
                 group = group.only(going)
                 continue
             losses, gradients = group.step(done)
-            for each, loss in zip(group.clients, losses, strict=True):
-                each.took(done, loss, training)
+            for client, loss in zip(group.clients, losses, strict=True):
+                client.took(done, loss, training)
                 if on_step is not None:
-                    on_step(each.index, done + 1, len(each.batches), loss)
+                    on_step(client.index, done + 1, len(client.batches), loss)
             group.descend(gradients, done)
             done += 1
     return [ended[at] for at in range(len(shares))]

@@ -70,10 +70,10 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         logits, targets = ctx.saved_tensors
-        each = grads[0][:, None]
+        gradient = grads[0][:, None]
         shares = logits.softmax(-1, dtype=torch.float32)
-        out = shares * each if torch.is_grad_enabled() else shares.mul_(each)
-        return out.scatter_add_(1, targets[:, None], -each).to(logits.dtype), None
+        out = shares * gradient if torch.is_grad_enabled() else shares.mul_(gradient)
+        return out.scatter_add_(1, targets[:, None], -gradient).to(logits.dtype), None
 
 
 def client_means(losses: Tensor, batch: Batch, clients: int) -> Tensor:

@@ -1,0 +1,30 @@
+"""Running a method's generators: the orders that they yield are executed, the answers sent in."""
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from fedalt.training.orders import Order
+
+T = TypeVar("T")
+Given = tuple[str, int, Order]  # a client, the number of the order within its round, the order
+Execute = Callable[[Sequence[Given]], Sequence[Any]]  # the answer to each order
+
+_MOST_ORDERS = 1_000_000
+
+
+def run_generators(steps: Mapping[str, Generator[Order, Any, T]], execute: Execute) -> dict[str, T]:
+    """What each client's generator returns; the first orders of all are executed together, etc."""
+    ends: dict[str, T] = {}
+    answers: dict[str, Any] = dict.fromkeys(steps)
+    for number in range(_MOST_ORDERS):
+        orders = []
+        for client_id, answer in answers.items():
+            try:
+                orders.append((client_id, number, steps[client_id].send(answer)))
+            except StopIteration as end:
+                ends[client_id] = end.value
+        if not orders:
+            return {client_id: ends[client_id] for client_id in steps}
+        executed = execute(orders)
+        answers = {order[0]: answer for order, answer in zip(orders, executed, strict=True)}
+    raise RuntimeError("a method gave a million orders in one round")

@@ -1,0 +1,95 @@
+"""A round's uploads: on disk until they are aggregated, so that memory does not grow with them."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import ClassVar
+
+from fedalt.core.codec import encode, read
+from fedalt.core.files import open_private
+from fedalt.engine.firewall import Size, size_of
+from fedalt.engine.robust import centre
+from fedalt.engine.screening import Screening
+from fedalt.engine.states import States
+from fedalt.methods.contract import Message
+
+Metrics = Mapping[str, int | float]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What comes of a client's training: its message, its part of its group's seconds, metrics.
+
+    `download_bytes` is the size of what it was sent, None where that is the method's broadcast
+    alone; `source` is the file of the answer that it came in, if there is one.
+    """
+
+    TAG: ClassVar = "upload"
+
+    client_id: str
+    message: Message
+    seconds: float
+    metrics: Metrics = field(default_factory=dict)
+    download_bytes: int | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Spooled:
+    """An upload in a file of its own, and in which file it came if not in that one."""
+
+    file: Path
+    size: Size
+    source: Path
+
+
+@dataclass(frozen=True)
+class UploadStore:
+    """The uploads of a round in an empty `folder`, accepted unless they are rejected.
+
+    They are spooled, and come back, sorted by client.
+    """
+
+    folder: Path
+    states: States
+    screening: Screening
+    accepted: dict[str, Spooled] = field(default_factory=dict)
+    rejected: dict[str, str] = field(default_factory=dict)
+    _numbers: Iterator[int] = field(default_factory=count)
+
+    def spool(self, upload: Upload, data: bytes) -> None:
+        """Write an upload, whose encoded message is `data`, into a file."""
+        spooled = self._write(upload.message, data)
+        source = Path(upload.source) if upload.source else spooled.file
+        self.accepted[upload.client_id] = replace(spooled, source=source)
+
+    def reject(self, client_id: str, reason: str, data: bytes | None = None) -> None:
+        """Quarantine an upload; its client's state stays the one before the round."""
+        if data is None:
+            data = self.accepted.pop(client_id).source.read_bytes()
+        limit = self.screening.firewall.quarantine_bytes
+        self.states.quarantine(client_id, reason, data, limit)
+        self.states.drop(f"clients/{client_id}")
+        self.states.drop(f"moments/{client_id}")
+        self.rejected[client_id] = reason
+
+    def control(self, message: Message) -> Spooled:
+        """Spool a message that is no client's, to try the method with."""
+        return self._write(message, b"")
+
+    def _write(self, message: Message, data: bytes) -> Spooled:
+        file = self.folder / f"{next(self._numbers):06d}.safetensors"
+        with open_private(file, "wb") as opened:
+            opened.write(data or encode(message))
+        return Spooled(file, size_of(message), file)
+
+
+def replies(uploads: Mapping[str, Spooled], screening: Screening) -> Iterator[tuple[str, Message]]:
+    """The uploads one at a time, each tree exchanged for the robust centre if that is asked for."""
+    files = [spooled.file for spooled in uploads.values() if spooled.size.norm is not None]
+    middle = centre(files, screening.robust, screening.trim) if screening.robust and files else {}
+    for client_id, spooled in uploads.items():
+        message = read(Message, spooled.file)
+        has_centre = bool(middle and message.tree)
+        yield client_id, replace(message, tree=middle) if has_centre else message

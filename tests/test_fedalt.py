@@ -6,7 +6,7 @@ from federation import EXAMPLES, SITES, START, pull, simulate
 from fedalt.adapters.plan import MIXER
 from fedalt.core import tree as trees
 from fedalt.core.tree import move, select
-from fedalt.engine.round import client_of, server_of
+from fedalt.engine.states import client_of, server_of
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fitted

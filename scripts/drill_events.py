@@ -218,6 +218,7 @@ class Drill:
         errors = [line for line in said.splitlines() if line.startswith("error: ")]
         if code != 2 or len(errors) != 1 or file.name not in errors[0]:
             raise AssertionError(f"{file} damaged, exit code {code} of {name}:\n{said}")
+        del self.machines.started[name]  # whoever waits for something would miss it
         self.refusals.append((name, str(file.relative_to(self.machines.root)), errors[0]))
 
     def _code_of(self, name: str) -> int:

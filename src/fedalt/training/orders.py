@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -13,6 +13,8 @@ from fedalt.core.tree import Name, Tree
 @dataclass(frozen=True)
 class Moments:
     """AdamW's running means and its number of steps, so that later training can go on with them."""
+
+    TAG: ClassVar = "moments"
 
     first: Tree = field(default_factory=dict)
     second: Tree = field(default_factory=dict)

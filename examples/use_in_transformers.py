@@ -1,4 +1,4 @@
-"""Use a client's exported model with transformers: write an answer to a prompt.
+"""Generate an answer with a client's exported model and transformers.
 
 python examples/use_in_transformers.py FOLDER --prompt "Name a colour."
 """
@@ -13,9 +13,9 @@ import fedalt
 def main() -> None:
     """Load, generate, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", help="what `fedalt export` wrote")
-    parser.add_argument("--prompt", default="Once upon a time", help="what to answer")
-    parser.add_argument("--tokens", type=int, default=40, help="length of the answer at most")
+    parser.add_argument("folder", help="folder written by `fedalt export`")
+    parser.add_argument("--prompt", default="Once upon a time", help="prompt to answer")
+    parser.add_argument("--tokens", type=int, default=40, help="maximum length of the answer")
     options = parser.parse_args()
 
     model = fedalt.load(options.folder)

@@ -6,27 +6,26 @@ from typing import Any
 
 _HEAD = """# Architectures
 
-fedalt adapts the linear layers of whatever model transformers loads, and tries the rest with
-numbers when the model is loaded: whether a token's logits depend on the tokens that follow it,
-which layers a text goes through, whether several texts can stand in one row, whether a prompt may
-be padded before its beginning. What does not pass is refused in one sentence, or done the slower
-way.
+fedalt adapts the linear layers of any model that transformers loads. When a model is loaded, fedalt
+tests the rest with numbers: whether a token's logits depend on later tokens, which layers a text
+passes through, whether several texts can share one row, and whether a prompt may be padded on the
+left. A model that fails is refused in one sentence or uses a slower path.
 
-This page is written by `python scripts/architectures.py --write`. It makes a tiny random model of
-every architecture that transformers {transformers} offers for causal language models and sequence
-classifiers, and tries for each ({peft}):
+`python scripts/architectures.py --write` writes this page. It makes a tiny random model of every
+architecture that transformers {transformers} offers for causal language models and sequence
+classifiers, and checks for each ({peft}):
 
-* **loss**: answer losses, or those of labels, are those of transformers alone on each text, to
-  1e-5; a few classifiers change with the padding behind a text, in transformers as here, and say so
-  when they are loaded;
-* **trains**: a step with PEFT's default layers (where it has none, `all-linear`) moves the adapter;
-* **text**: greedy answers to two prompts of different lengths are those of transformers alone,
-  token for token;
+* **loss**: losses of answers or labels equal those of transformers alone on each text, to 1e-5. A
+  few classifiers change with the padding after a text, in transformers as here; fedalt says so when
+  it loads them.
+* **trains**: a step with PEFT's default layers (or `all-linear` if it has none) moves the adapter.
+* **text**: greedy answers to two prompts of different lengths equal those of transformers alone,
+  token for token.
 * **export**: the trained adapter, exported as LoRA, gives the same logits in PEFT, and merged with
-  `merge_and_unload`, to a relative 1e-4;
+  `merge_and_unload`, to a relative 1e-4.
 * **together**: two clients scored at once get the losses that they get alone, to 1e-5.
 
-Tiny random models tell that the arithmetic is right. They do not tell how well a real model learns,
+Tiny random models show that the arithmetic is right. They do not show how well a real model learns,
 nor whether it fits into memory.
 """
 
@@ -40,8 +39,8 @@ def page(causal: Sequence[Any], classifiers: Sequence[Any], unbuilt: Sequence[st
     ]
     if unbuilt:
         parts.append(
-            "## Not tried\n\nNo tiny model was made of these, most often because their "
-            "configuration needs sizes of its own or another package: "
+            "## Not tested\n\nNo tiny model was made of these, usually because their "
+            "configuration needs special sizes or another package: "
             + ", ".join(f"`{kind}`" for kind in unbuilt)
             + ".\n"
         )
@@ -58,8 +57,8 @@ def _section(title: str, rows: Sequence[Any], *, text: bool) -> str:
     lines = [
         f"## {title}",
         "",
-        f"{len(rows)} were tried: {right} agree in everything, {len(tried) - right} differ "
-        f"somewhere, {len(refused)} are refused.",
+        f"{len(rows)} were tested: {right} agree in everything, {len(tried) - right} differ "
+        f"somewhere, {len(refused)} refused.",
         "",
         f"| {' | '.join(heads)} |",
         f"|{'---|' * len(heads)}",
@@ -77,7 +76,7 @@ def _section(title: str, rows: Sequence[Any], *, text: bool) -> str:
 
 def _loss(row: Any) -> str:
     if row.padding:
-        return "by padding, which is told"
+        return "by padding, reported"
     return _small(row.loss, 1e-5)
 
 

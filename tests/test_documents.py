@@ -196,7 +196,9 @@ def test_every_command_of_the_readme_runs_in_its_order(here, capsys, monkeypatch
 @pytest.mark.long
 def test_the_comparison_of_the_documents_runs(here, capsys):
     text = (DOCS / "comparing.md").read_text()
-    (block,) = blocks_of(text, "toml")
+    block, searching = blocks_of(text, "toml")
+    Path("searching.toml").write_text(searching)
+    read_comparison(Path("searching.toml"))
     # One seed, one round, losses alone: what is tried here is the file and the commands.
     block = block.replace("[0, 1, 2]", "[0]").replace(
         "rounds = 3", "rounds = 1\n[scoring]\ngenerate = false"
@@ -208,7 +210,7 @@ def test_the_comparison_of_the_documents_runs(here, capsys):
     Path("methods.toml").write_text("[[methods]]".join([common, *some]))
     commands = commands_of(text)
     assert [words[0] for words in commands] == ["compare", "tune", "compare"]
-    shorter = {"1e-3,2e-3,4e-3": "2e-3", "4,8": "4", "2": "1"}
+    shorter = {"1e-3,2e-3,4e-3": "1e-3,2e-3", "4,8": "4", "2": "1"}
     for words in commands:
         words = [shorter.get(word, word) for word in words]
         assert call(*words) == 0, capsys.readouterr().err

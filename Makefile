@@ -35,6 +35,7 @@ test-long: setup ## what takes too long for every change: more of the same, with
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/size.py --check
 	$(BIN)/mypy
 
 bench: setup ## docs/benchmarks.md anew; about an hour

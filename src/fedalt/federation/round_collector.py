@@ -53,9 +53,7 @@ class Rules:
     ] = 1
     late: Annotated[
         Literal["count", "drop"],
-        setting(
-            "An upload that comes after its round counts in the next, or is dropped.", flag=None
-        ),
+        setting("A late upload counts in the next round, or is dropped.", flag=None),
     ] = "drop"
 
 

@@ -38,11 +38,9 @@ class Observer(Protocol):
 
     def on_event(self, event: Event) -> None:
         """Something moved on."""
-        ...
 
     def on_record(self, line: Line) -> None:
         """A line was added to rounds.jsonl."""
-        ...
 
 
 @dataclass(frozen=True)

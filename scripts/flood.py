@@ -147,7 +147,8 @@ def flooded_federation(root: Path, each: int, addresses: int) -> int:
     print(f"exit codes: {codes}")
     print(f"{len(waits)} newcomers waited for a greeting at most {max(waits, default=0):.1f} s")
     print(f"{len(missed)} were not greeted: {sorted(set(missed))}")
-    print(shown(read_server_config(machines.server / "federation.toml")))
+    config = read_server_config(machines.server / "federation.toml")
+    print(shown(config.place, config.terms))
     return int(max(rss, uss) >= MOST or codes != dict.fromkeys(everyone, 0))
 
 

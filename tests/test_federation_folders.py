@@ -72,7 +72,7 @@ def without_an_upload(made: Federation) -> None:
 
 def revoked(made: Federation) -> None:
     made.go_on(stopped_in(1))
-    revoke_key(read_server_config(made.root / "server" / "federation.toml"), "c")
+    revoke_key(read_server_config(made.root / "server" / "federation.toml").place, "c")
     made.go_on()
 
 

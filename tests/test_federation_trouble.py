@@ -130,7 +130,7 @@ class Without(Wire):
     def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
         came = super().receive()
         if not came and self.config is not None:
-            revoke_key(self.config, "c")
+            revoke_key(self.config.place, "c")
             self.config = None
         return came
 
@@ -147,7 +147,7 @@ def test_a_client_with_a_new_key_takes_part_again_and_one_that_has_left_does_not
     config = config_of(machines)
     host = server_from(config, Wire({}))
     host.folder.add_facts({"left": ["a"]})
-    revoke_key(config, "c")
+    revoke_key(config.place, "c")
     assert host.folder.left() == {"a", "c"}
     make_client_key(machines.root / "new.key", config.place.clients / "c.pub")
     assert server_from(config, Wire({})).folder.left() == {"a"}

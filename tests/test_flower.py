@@ -169,4 +169,5 @@ def test_who_was_away_at_the_end_is_told_when_the_server_is_started_again(
 
 
 def status(machines: Machines) -> str:
-    return shown(read_server_config(machines.server / "federation.toml"))
+    config = read_server_config(machines.server / "federation.toml")
+    return shown(config.place, config.terms)

@@ -33,8 +33,9 @@ from machines import Machines, found, wait_for
 
 from fedalt.flower import connections
 from fedalt.flower.client_keys import clients_by_key
-from fedalt.flower.config import ServerPlace, read_server_config
+from fedalt.flower.config import read_server_config
 from fedalt.flower.gateway import LARGEST_REQUEST, serve
+from fedalt.flower.places import ServerPlace
 from fedalt.flower.processes import free_port, wait_for_port
 from fedalt.flower.signatures import write_keys
 from fedalt.flower.status import shown
@@ -188,8 +189,8 @@ def test_what_the_door_refuses_is_counted_by_kind_and_shown(machines: Machines) 
     }
     assert told["400 the request broke off"]["last_from"] == "127.0.0.1"
     assert "secret" not in (config.place.logs / "door.log").read_text()
-    assert "  refused requests: 110 since " in shown(config)
-    assert "    102: 403 this is not for clients" in shown(config)
+    assert "  refused requests: 110 since " in shown(config.place, config.terms)
+    assert "    102: 403 this is not for clients" in shown(config.place, config.terms)
 
 
 def test_a_request_without_a_clients_signature_is_refused_before_its_body_comes(

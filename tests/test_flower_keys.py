@@ -17,8 +17,9 @@ from machines import Machines, found
 from fedalt.flower import admission
 from fedalt.flower.admission import Admission
 from fedalt.flower.client_keys import ClientKeys, clients_by_key
-from fedalt.flower.config import ServerPlace, read_server_config
+from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_client_key, pem_of
+from fedalt.flower.places import ServerPlace
 from fedalt.flower.revocation import revoke_key
 from fedalt.runs.settings import SettingsError
 
@@ -154,7 +155,7 @@ def test_a_new_key_that_is_copied_piece_by_piece_is_let_in_once_it_is_whole(
 ) -> None:
     make_client_key(tmp_path / "new.key", tmp_path / "new.pub")
     new = (tmp_path / "new.pub").read_bytes()
-    revoke_key(running.config, "b")
+    revoke_key(running.config.place, "b")
     running.look()
     assert running.let_in() == ["a", "c"]
     for length in range(0, len(new), 20):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from machines import Machines, Wire, found
+from test_startup import modules_after
 
 from fedalt.federation.client import open_client
 from fedalt.federation.transport import Lost
@@ -38,7 +39,7 @@ class OneByOne(Wire):
         if len(self.looks) == self.stop_after:
             raise KeyboardInterrupt
         assert self.config is not None
-        self.looks.append(shown(self.config))
+        self.looks.append(shown(self.config.place, self.config.terms))
         calls, self.waiting = self.waiting[:1], self.waiting[1:]
         return [(client_id, self._answer(client_id, data)) for client_id, data in calls]
 
@@ -80,7 +81,7 @@ def test_after_the_end_nobody_is_online_and_everybody_was_heard(machines: Machin
     assert carrier.config is not None
     server_from(carrier.config, carrier).to_the_end()
     carrier.config.place.ended.touch()
-    text = shown(carrier.config)
+    text = shown(carrier.config.place, carrier.config.terms)
     assert "3 of 3 rounds done; the server has ended" in text
     about = lines_of(text)
     assert sorted(about) == list(CLIENTS)
@@ -94,17 +95,18 @@ def test_of_a_server_that_does_not_run_nobody_is_online(machines: Machines) -> N
     assert config is not None
     with pytest.raises(KeyboardInterrupt):
         server_from(config, carrier).to_the_end()
-    assert "the server seen 0 seconds ago" in shown(config)
+    assert "the server seen 0 seconds ago" in shown(config.place, config.terms)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     config.place.pid.write_text(str(dead.pid))
-    assert "the server does not run; it was seen " in shown(config)
-    assert {each.split(",")[0].split(";")[0] for each in lines_of(shown(config)).values()} == {
-        "absent"
-    }
+    assert "the server does not run; it was seen " in shown(config.place, config.terms)
+    assert {
+        each.split(",")[0].split(";")[0]
+        for each in lines_of(shown(config.place, config.terms)).values()
+    } == {"absent"}
     config.place.pid.write_text(str(os.getpid()))
     os.utime(config.place.pid, (1e9, 1e9))  # the number was another's before the power went
-    assert "the server does not run" in shown(config)
+    assert "the server does not run" in shown(config.place, config.terms)
 
 
 def test_a_status_that_cannot_be_read_is_one_line_and_stops_no_server(machines: Machines) -> None:
@@ -114,7 +116,7 @@ def test_a_status_that_cannot_be_read_is_one_line_and_stops_no_server(machines: 
         server_from(first.config, first).to_the_end()
     (machines.run / "status.json").write_text('{"heard": ')
     with pytest.raises(StoreError, match=r"status\.json is damaged: it is not JSON"):
-        shown(first.config)
+        shown(first.config.place, first.config.terms)
     again = wire(machines, stop_after=0)
     again.stop_after = 10**6
     again.receive = super(OneByOne, again).receive  # type: ignore[method-assign]
@@ -128,5 +130,10 @@ def test_what_is_no_refusal_in_the_doors_log_is_passed_over(machines: Machines) 
     line = {"time": "2026-01-01 10:00:00", "refused": 7, "what": "401 x", "last_from": "10.0.0.9"}
     noise = '{no json}\n{"time": 3}\n[]\n7\n{"refused": \nTraceback\n\x1b[0m{}\n'
     (config.place.logs / "door.log").write_text(f"{noise}{json.dumps(line)}\n{noise}")
-    text = shown(config)
+    text = shown(config.place, config.terms)
     assert "refused requests: 7 since 2026-01-01 10:00:00, the last from 10.0.0.9" in text
+
+
+def test_the_command_imports_no_heavy_library(machines: Machines) -> None:
+    config = machines.server / "federation.toml"
+    assert modules_after("federation", "status", "--config", config) == ["code 0", "heavy []"]

@@ -70,10 +70,11 @@ def init(
 def status(config: Config = Path("federation.toml")) -> None:
     """Show which clients are online, how far the rounds are, and which uploads were rejected."""
     _require_flower()
-    from fedalt.flower.config import read_server_config
+    from fedalt.flower.places import read_participants, read_server_place
     from fedalt.flower.status import shown
 
-    tell(shown(read_server_config(config)))
+    place, _ = read_server_place(config)
+    tell(shown(place, read_participants(config.parent / "terms.toml")))
 
 
 def revoke(
@@ -82,10 +83,10 @@ def revoke(
 ) -> None:
     """Revoke the key of a client: it can no longer connect. Its uploads stay."""
     _require_flower()
-    from fedalt.flower.config import read_server_config
+    from fedalt.flower.places import read_server_place
     from fedalt.flower.revocation import revoke_key
 
-    revoke_key(read_server_config(config), client)
+    revoke_key(read_server_place(config)[0], client)
     note(f"{client} is shut out; a running server drops it within seconds")
 
 

@@ -8,7 +8,7 @@ from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, Unregi
 from flwr.supercore.control import ControlHttpClient
 
 from fedalt.flower.client_keys import ClientKeys, key_text
-from fedalt.flower.config import ServerPlace
+from fedalt.flower.places import ServerPlace
 from fedalt.flower.processes import ProcessDiedError
 from fedalt.flower.signatures import write_keys
 

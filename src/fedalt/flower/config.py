@@ -1,88 +1,14 @@
-"""The files an operator and a client's owner write: where things lie, and what they decide."""
+"""The files that an operator and the owner of a client write, read whole."""
 
-import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
 
-from fedalt.core.declared import SettingsError, declared, section_of, setting
+from fedalt.core.declared import SettingsError, section_of
 from fedalt.core.settings import Firewall
-from fedalt.data.encodings import EncodingError, decoded
 from fedalt.data.names import fault_of_names
 from fedalt.federation.agreement import Agreement, read_agreement
 from fedalt.federation.round_collector import Rules
-
-
-@declared
-class ServerPlace:
-    """Where the server listens and keeps its files; relative paths are those of this file."""
-
-    address: Annotated[str, setting("Where clients connect, host:port.")] = "127.0.0.1:8443"
-    folder: Annotated[Path, setting("State of the server.", strict=False)] = Path("state")
-    certificate: Annotated[Path, setting("Certificate of the server.", strict=False)] = Path(
-        "server.crt"
-    )
-    key: Annotated[Path, setting("Private key of the server.", strict=False)] = Path("server.key")
-    authority: Annotated[
-        Path, setting("Certificate of the authority that signed it.", strict=False)
-    ] = Path("ca.crt")
-    clients: Annotated[Path, setting("Folder of the clients' public keys.", strict=False)] = Path(
-        "clients"
-    )
-    insecure: Annotated[bool, setting("Do without encryption and keys.")] = False
-    warn_below: Annotated[
-        int, setting("Warn of fewer clients: what one receives tells too much about the others.")
-    ] = 3
-    keyless: Annotated[int, setting("Most connections that have not shown a key yet.")] = 256
-    # Several clients may be behind one address.
-    keyless_per_address: Annotated[int, setting("The same for one address.")] = 128
-
-    def __post_init__(self) -> None:
-        if not 1 <= self.keyless_per_address <= self.keyless:
-            raise ValueError(
-                f"keyless_per_address = {self.keyless_per_address} and keyless = {self.keyless}: "
-                "expected at least 1, and no more of one address than in all"
-            )
-
-    @property
-    def run(self) -> Path:
-        """The federation's own folder; a run's, for `fedalt watch` and `fedalt report`."""
-        return self.folder / "run"
-
-    @property
-    def logs(self) -> Path:
-        """What the processes say."""
-        return self.folder / "logs"
-
-    @property
-    def flower(self) -> Path:
-        """What Flower keeps."""
-        return self.folder / "flower"
-
-    @property
-    def let_in(self) -> Path:
-        """The keys that are let in, for the gateway."""
-        return self.flower / "keys.json"
-
-    @property
-    def app_log(self) -> Path:
-        """What has ended the app too early."""
-        return self.logs / "app.log"
-
-    @property
-    def pid(self) -> Path:
-        """The number of the app's process."""
-        return self.folder / "app.pid"
-
-    @property
-    def ended(self) -> Path:
-        """There when the federation has ended."""
-        return self.folder / "ended"
-
-    @property
-    def failed(self) -> Path:
-        """Why the app could not go on, if it could not."""
-        return self.folder / "failed.txt"
+from fedalt.flower.places import ClientPlace, ServerPlace, read_client_place, read_server_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,23 +22,6 @@ class ServerConfig:
     firewall: Firewall
 
 
-@declared
-class ClientPlace:
-    """Who a client is, where its files lie and which server it calls."""
-
-    name: Annotated[str, setting("Name of the client.")]
-    server: Annotated[str, setting("Server to connect to, host:port.")]
-    data: Annotated[Path, setting("Data of the client.", strict=False)] = Path("data")
-    folder: Annotated[Path, setting("State of the client.", strict=False)] = Path("state")
-    key: Annotated[Path, setting("Private key of the client.", strict=False)] = Path("client.key")
-    authority: Annotated[
-        Path, setting("Certificate of the authority of the server.", strict=False)
-    ] = Path("ca.crt")
-    model: Annotated[str | None, setting("Base model, if not where the agreement says.")] = None
-    device: Annotated[str | None, setting("Device to compute on.")] = None
-    insecure: Annotated[bool, setting("Do without encryption and keys.")] = False
-
-
 @dataclass(frozen=True, kw_only=True)
 class ClientConfig:
     """All that `fedalt client` needs."""
@@ -124,12 +33,11 @@ class ClientConfig:
 
 def read_server_config(file: Path, *, insecure: bool = False) -> ServerConfig:
     """An operator's federation.toml, beside which the terms lie. Raises SettingsError."""
-    table = _table(file, {"server", "rules", "firewall"})
-    place = _place(ServerPlace, table.get("server", {}), file, "server")
+    place, table = read_server_place(file, insecure=insecure)
     return ServerConfig(
         file=file.absolute(),
         terms=read_agreement(file.parent / "terms.toml"),
-        place=replace(place, insecure=insecure or place.insecure),
+        place=place,
         rules=section_of(Rules, table.get("rules", {}), str(file), "rules"),
         firewall=section_of(Firewall, table.get("firewall", {}), str(file), "firewall"),
     )
@@ -137,38 +45,11 @@ def read_server_config(file: Path, *, insecure: bool = False) -> ServerConfig:
 
 def read_client_config(file: Path, *, insecure: bool = False) -> ClientConfig:
     """A client's client.toml, beside which the terms lie. Raises SettingsError."""
-    table = _table(file, {"client"})
-    place = _place(ClientPlace, table.get("client", {}), file, "client")
+    place = read_client_place(file, insecure=insecure)
     if fault := fault_of_names([place.name]):
         raise SettingsError(f"{file}: [client] {fault}")
     return ClientConfig(
         file=file.absolute(),
         terms=read_agreement(file.parent / "terms.toml"),
-        place=replace(place, insecure=insecure or place.insecure),
+        place=place,
     )
-
-
-def _table(file: Path, known: set[str]) -> dict[str, Any]:
-    try:
-        table = tomllib.loads(decoded(file.read_bytes()))
-    except FileNotFoundError:
-        raise SettingsError(f"{file}: there is no such file") from None
-    except (OSError, EncodingError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{file}: cannot be read: {error}") from None
-    for section, value in table.items():
-        if section in known and not isinstance(value, dict):
-            raise SettingsError(f"{file}: [{section}]: expected a section, got {value!r}")
-    if unknown := table.keys() - known:
-        raise SettingsError(
-            f"{file}: unknown section [{min(unknown)}]; expected {', '.join(sorted(known))}"
-        )
-    return table
-
-
-def _place(cls: Any, table: dict[str, Any], file: Path, section: str) -> Any:
-    """A section whose paths are relative to the file's folder."""
-    hints = get_type_hints(cls)
-    place = section_of(cls, table, str(file), section)
-    root = file.absolute().parent
-    paths = {name: root / getattr(place, name) for name, hint in hints.items() if hint is Path}
-    return replace(place, **paths)

@@ -26,7 +26,7 @@ def server_from(config: ServerConfig, transport: Transport) -> Server:
     make_private_folder(log.parent)
     say = partial(_write_line, log)
     host = open_server(config.terms, config.place.run, transport, config.rules, screening, say)
-    record_revoked(config)
+    record_revoked(config.place)
     return host
 
 

@@ -3,35 +3,35 @@
 from typing import Final
 
 from fedalt.data.names import is_safe
-from fedalt.flower.config import ServerConfig
+from fedalt.flower.places import ServerPlace
 from fedalt.runs.folder import RunFolder
 from fedalt.runs.settings import SettingsError
 
 REVOKED: Final = ".revoked"  # suffix of a public key that was taken away
 
 
-def revoke_key(config: ServerConfig, client_id: str) -> None:
+def revoke_key(place: ServerPlace, client_id: str) -> None:
     """Take a client's key away; a running server notices. Raises SettingsError."""
-    file = config.place.clients / f"{client_id}.pub"
+    file = place.clients / f"{client_id}.pub"
     if not is_safe(client_id) or not file.exists():
-        names = ", ".join(sorted(key.stem for key in config.place.clients.glob("*.pub")))
+        names = ", ".join(sorted(key.stem for key in place.clients.glob("*.pub")))
         raise SettingsError(f"client {client_id!r} has no key here; there are {names or 'none'}")
     file.rename(file.with_suffix(REVOKED))
-    record_revoked(config)
+    record_revoked(place)
 
 
-def revoked(config: ServerConfig) -> list[str]:
+def revoked(place: ServerPlace) -> list[str]:
     """The clients whose keys were taken away and that have got no other."""
-    keys = config.place.clients.glob(f"*{REVOKED}")
+    keys = place.clients.glob(f"*{REVOKED}")
     return sorted(key.stem for key in keys if not key.with_suffix(".pub").exists())
 
 
-def record_revoked(config: ServerConfig) -> None:
+def record_revoked(place: ServerPlace) -> None:
     """Note in the run who takes part no more, so that no round waits for them.
 
     A client that has got another key takes part again, one that has left by itself does not.
     """
-    run, now = RunFolder(config.place.run), frozenset(revoked(config))
+    run, now = RunFolder(place.run), frozenset(revoked(place))
     if not (run.path / "run.json").exists():
         return
     before = frozenset(run.facts().get("revoked", ()))

@@ -8,7 +8,7 @@ from typing import Final, TypedDict
 
 from fedalt.core.foreign import shown as one_line
 from fedalt.core.reading import FormError, StoreError, parse, read_bytes, read_json
-from fedalt.flower.config import ServerConfig
+from fedalt.flower.places import Federation, ServerPlace
 from fedalt.flower.processes import is_running
 from fedalt.flower.revocation import revoked
 from fedalt.runs.quarantine import refusals
@@ -33,22 +33,22 @@ class _Refused(TypedDict):
     last_from: str | None
 
 
-def shown(config: ServerConfig) -> str:
+def shown(place: ServerPlace, federation: Federation) -> str:
     """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError."""
-    folder, terms = config.place.run, config.terms
+    folder = place.run
     file = folder / "status.json"
     if not file.exists():
-        begun = f"{terms.name}: has not begun; no status in {folder}"
-        return "\n".join(one_line(line) for line in [begun, *_refused_requests(config)])
+        begun = f"{federation.name}: has not begun; no status in {folder}"
+        return "\n".join(one_line(line) for line in [begun, *_refused_requests(place)])
     status: _Status = read_json(file, _Status)
-    ago, ended, runs = time.time() - status["time"], config.place.ended.exists(), _runs(config)
+    ago, ended, runs = time.time() - status["time"], place.ended.exists(), _runs(place)
     state = f"seen {ago:.0f} seconds ago"
     if ended or not runs:
         state = "has ended" if ended else f"does not run; it was {state}"
     done = min(status["round"], status["rounds"])
-    lines = [f"{terms.name}: {done} of {status['rounds']} rounds done; the server {state}"]
-    out = set(revoked(config))
-    for client_id in terms.clients:
+    lines = [f"{federation.name}: {done} of {status['rounds']} rounds done; the server {state}"]
+    out = set(revoked(place))
+    for client_id in federation.clients:
         online = runs and not ended and client_id in status["online"]
         state = "revoked" if client_id in out else "online" if online else "absent"
         waits = ", awaited" if client_id in status["awaited"] and not ended else ""
@@ -60,19 +60,19 @@ def shown(config: ServerConfig) -> str:
     uploads = refusals(folder)
     lines.append(f"  refused uploads: {len(uploads)}")
     lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in uploads[-_SHOWN:]]
-    return "\n".join(one_line(line) for line in [*lines, *_refused_requests(config)])
+    return "\n".join(one_line(line) for line in [*lines, *_refused_requests(place)])
 
 
-def _runs(config: ServerConfig) -> bool:
+def _runs(place: ServerPlace) -> bool:
     """Whether the process is alive that calls clients."""
     with suppress(StoreError):
-        return is_running(config.place.pid)
+        return is_running(place.pid)
     return False
 
 
-def _refused_requests(config: ServerConfig) -> list[str]:
+def _refused_requests(place: ServerPlace) -> list[str]:
     """What the gateway has turned away since its log began; [] where that is nothing."""
-    log = config.place.logs / "door.log"
+    log = place.logs / "door.log"
     lines = read_bytes(log).decode(errors="replace").splitlines() if log.exists() else []
     reports: list[_Refused] = []
     for line in lines:

@@ -11,7 +11,6 @@ from itertools import chain, count
 from pathlib import Path
 from typing import Any, TypedDict
 
-from fedalt.core.container import CodecError, unpack
 from fedalt.core.files import atomic_write, make_private_folder
 from fedalt.core.reading import read_bytes, read_lines
 
@@ -83,6 +82,8 @@ def _file_name(client_id: str) -> str:
 
 def _ending(data: bytes) -> str:
     """Bytes that can be read are a safetensors file."""
+    from fedalt.core.container import CodecError, unpack  # PyTorch, which readers need not load
+
     try:
         unpack(data)
     except CodecError:

@@ -286,6 +286,10 @@ def test_errors_tell_the_server_no_paths() -> None:
     }
     for error, told in texts.items():
         assert told_outside(error, "a", [place]) == told
+    error = IsADirectoryError(21, "Is a directory", str(place / "served.json"))
+    assert told_outside(error, "a", [place]) == "client 'a': Is a directory"
+    named = told_outside(error, "a", [place], state=place)
+    assert named == "client 'a': Is a directory: served.json"
     for path in (f"{place}/a.bin", "/etc/passwd", "~/data/x", r"C:\Users\anna\x", r"\\host\x"):
         told = told_outside(TrainingError(f"cannot use {path}: no"), "a", [place])
         assert told == "cannot use (a path): no", told

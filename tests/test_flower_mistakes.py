@@ -184,7 +184,7 @@ def client_with_another_model(place: Path) -> None:
         (client_without_authority, "ca.crt: No such file or directory"),
         (client_without_data, "data"),
         (client_with_anothers_data, "holds the clients b, but this is the place of 'a' alone"),
-        (client_of_another_name, "client 'z' is not in the terms of 'drill'"),
+        (client_of_another_name, "client 'z' is not in terms.toml of 'drill'"),
         (client_of_no_server, "[client] server is missing"),
         (client_with_another_model, "it is another model"),
     ],

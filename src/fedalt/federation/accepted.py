@@ -98,8 +98,8 @@ def claim(folder: Path, agreement: Agreement, client_id: str) -> Accepted:
     if written != about:
         key = next((key for key in about if written.get(key) != about[key]), min(written))
         raise StoreError(
-            f"{file}: the folder belongs to {key} {written.get(key)!r}, but this is "
-            f"{about.get(key)!r}; use another folder for it"
+            f"{file}: the folder belongs to {key} {written.get(key)!r}, but terms.toml and "
+            f"client.toml are those of {about.get(key)!r}; use another folder for it"
         )
     kept = folder / "answer.bin"
     if kept.exists() and not kept.is_file():

@@ -117,18 +117,24 @@ _PATH: Final = re.compile(r"(?<![\w.)])(?:[A-Za-z]:[\\/]|\\\\|~?/)[^\s'\"`,:;()\
 _HIDDEN: Final = "(a path)"
 
 
-def told_outside(error: Exception, client_id: str, private: Iterable[Path]) -> str:
+def told_outside(
+    error: Exception, client_id: str, private: Iterable[Path], state: Path | None = None
+) -> str:
     """What a server is told of an error: one printable sentence without paths.
 
     What quotes nothing but the call, the terms and numbers is told as it is; of everything else,
     which may quote the client's data, only what kind of error it is. `private` are folders of the
-    client's, which may have spaces in their names.
+    client's, which may have spaces in their names; of a file in `state` the own name is told, which
+    fedalt has given it.
     """
     match error:
         case CallRefused() | Refused() | TrainingError():
             text = str(error)
         case OSError():  # a full disk; where that is, is nobody else's business
+            file = None if error.filename is None else Path(str(error.filename))
+            is_known = file is not None and state is not None and file.is_relative_to(state)
             text = f"client {client_id!r}: {error.strerror or type(error).__name__}"
+            text += f": {file.name}" if file is not None and is_known else ""
         case CodecError():
             text = f"client {client_id!r}: a file of its state is damaged"
         case _:

@@ -108,7 +108,8 @@ class Client:
         """What the server is told of an error, without paths of this machine."""
         settings = self.parts.settings
         mine = [self.folder, settings.data.path, Path(settings.model.name), Path.home(), Path.cwd()]
-        return told_outside(error, self.client_id, [*mine, *(path.absolute() for path in mine)])
+        mine += [path.absolute() for path in mine]
+        return told_outside(error, self.client_id, mine, state=self.folder)
 
     def _last_answer(self) -> tuple[bytes, Answer | None]:
         """The last answer, as it was sent; a damaged file is none."""
@@ -245,7 +246,7 @@ def open_client(
     """
     if client_id not in agreement.clients:
         raise SettingsError(
-            f"client {client_id!r} is not in the terms of {agreement.name!r}, which name "
+            f"client {client_id!r} is not in terms.toml of {agreement.name!r}, which names "
             f"{', '.join(agreement.clients)}"
         )
     if folder.exists():  # before a model is loaded for nothing

@@ -28,6 +28,6 @@ def require_model(parts: Parts, agreement: Agreement) -> None:
     if here != agreed:
         raise SettingsError(
             f"the base model {parts.base.name!r} here has the fingerprint {here!r}, but "
-            f"the terms of {agreement.name!r} are about {agreed!r}: it is another model, with "
+            f"terms.toml of {agreement.name!r} names {agreed!r}: it is another model, with "
             f"other {parts_that_differ(agreed, here)}"
         )

@@ -8,6 +8,7 @@ import torch
 
 torch.set_num_threads(1)  # two threads on a busy machine wait for each other
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.pop("COLUMNS", None)  # readline in pytest's first process sets it for xdist's workers
 
 
 @pytest.fixture(scope="session")

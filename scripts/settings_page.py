@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fedalt.cli.flags import default_of, flag_of, shown_value
 from fedalt.core.declared import Declared, declared_in, words_of
-from fedalt.federation.round_collector import Rules
+from fedalt.federation.rules import Rules
 from fedalt.flower.places import ClientPlace, ServerPlace
 from fedalt.methods import METHODS
 from fedalt.runs.settings import all_declared

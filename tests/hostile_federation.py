@@ -24,7 +24,7 @@ from fedalt.engine.screening import Screening
 from fedalt.federation.agreement import Agreement, write_agreement
 from fedalt.federation.client import Client, open_client
 from fedalt.federation.messages import NEVER, Answer, Call, digest
-from fedalt.federation.round_collector import Rules
+from fedalt.federation.rules import Rules
 from fedalt.federation.server import open_server
 from fedalt.federation.transport import Lost
 from fedalt.runs.quarantine import refusals

@@ -20,7 +20,7 @@ from fedalt.federation import round_collector as desk
 from fedalt.federation.agreement import Agreement, write_agreement
 from fedalt.federation.client import Client, open_client
 from fedalt.federation.messages import Answer, Call
-from fedalt.federation.round_collector import Rules
+from fedalt.federation.rules import Rules
 from fedalt.federation.server import Server, open_server
 from fedalt.federation.transport import Lost
 from fedalt.methods import METHODS

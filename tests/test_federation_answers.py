@@ -35,6 +35,15 @@ def cost(answer: Answer, **changes: Any) -> Answer:
     return replace(answer, costs=tuple(replace(each, **changes) for each in answer.costs))
 
 
+def counting(answer: Answer, **counts: float | None) -> Answer:
+    """The answer with other counts of trained numbers for its own column; None: without one."""
+    own, *others = answer.costs
+    names = {f"trained individual {factor}": count for factor, count in counts.items()}
+    metrics = {**own.metrics, **names}
+    kept = {name: number for name, number in metrics.items() if number is not None}
+    return replace(answer, costs=(replace(own, metrics=kept), *others))
+
+
 UNASKED = (Score("own", "validation", 0, {"loss": 1.0}),)
 BAD: dict[str, tuple[Callable[[Answer], Answer], str]] = {
     "no loss": (lambda a: scored(a, metrics={}), "has no 'loss'"),
@@ -53,6 +62,9 @@ BAD: dict[str, tuple[Callable[[Answer], Answer], str]] = {
         lambda a: cost(a, metrics={**a.costs[0].metrics, "steps": 0.5}),
         "steps is 0.5, expected a whole number",
     ),
+    "a count too few": (lambda a: counting(a, A=None), "trained numbers, expected"),
+    "another count": (lambda a: counting(a, B=1.0), "trained numbers, expected"),
+    "a count too many": (lambda a: counting(a, C=1.0), "trained numbers, expected"),
     "an error and an upload": (lambda a: replace(a, error="no memory"), "something beside it"),
     "a book of an error": (
         lambda a: replace(a, upload=None, scores=(), costs=(), error="x" * 10_000),

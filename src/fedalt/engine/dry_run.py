@@ -1,7 +1,7 @@
 """What a client's half of a method does with a broadcast, found without any model or data."""
 
 from collections.abc import Generator, Mapping
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -20,21 +20,23 @@ class Form:
     """What an upload looks like: names, shapes and dtypes of its tree, keys and types of its facts.
 
     The tree lies on the meta device, without numbers. `counts` says that the fact "weight" depends
-    on the client's number of examples; where it does not, it is known exactly.
+    on the client's number of examples; where it does not, it is known exactly. `trained` are how
+    many numbers of each slot and factor are trained for it.
     """
 
     tree: Tree
     facts: Facts
     counts: bool
+    trained: Mapping[tuple[str, str], int] = field(default_factory=dict)
 
     def same(self, other: "Form") -> bool:
-        """Whether an upload that has one form has the other too."""
+        """Whether an upload that has one form has the other too, and comes of equal training."""
         kinds = [
             {name: (tensor.shape, tensor.dtype) for name, tensor in form.tree.items()}
             for form in (self, other)
         ]
         types = [{key: type(fact) for key, fact in form.facts.items()} for form in (self, other)]
-        return kinds[0] == kinds[1] and types[0] == types[1]
+        return kinds[0] == kinds[1] and types[0] == types[1] and self.trained == other.trained
 
 
 def dry_run(method: AnyMethod, start: Start, client_id: str, message: Message) -> tuple[Form, ...]:
@@ -47,8 +49,11 @@ def dry_run(method: AnyMethod, start: Start, client_id: str, message: Message) -
     with torch.device("meta"):
         sent = Message(on(message.tree, "meta"), message.facts)
 
-        def once(client: Any, examples: int) -> tuple[Any, Message]:
-            return play(method.local(client, sent), start, examples=examples)
+        def once(client: Any, examples: int) -> tuple[Any, Form]:
+            trained: dict[tuple[str, str], int] = {}
+            steps = method.local(client, sent)
+            client, upload = play(steps, start, examples=examples, trained=trained)
+            return client, Form(upload.tree, upload.facts, counts=False, trained=trained)
 
         client, newcomers = once(method.init_client(start, client_id), 1)
         _, known = once(client, 2)
@@ -57,7 +62,7 @@ def dry_run(method: AnyMethod, start: Start, client_id: str, message: Message) -
         else:
             again = newcomers
     counts = again.facts.get("weight") != known.facts.get("weight")
-    forms = Form(newcomers.tree, newcomers.facts, counts), Form(known.tree, known.facts, counts)
+    forms = replace(newcomers, counts=counts), replace(known, counts=counts)
     return forms[1:] if forms[0].same(forms[1]) else forms
 
 
@@ -94,10 +99,17 @@ def _outline(value: Any) -> object:
             return value
 
 
-def play(steps: Generator[Order, Any, T], start: Start, *, examples: int) -> T:
+def play(
+    steps: Generator[Order, Any, T],
+    start: Start,
+    *,
+    examples: int,
+    trained: dict[tuple[str, str], int] | None = None,
+) -> T:
     """A method's orders to their end, all training answered with what it would begin with.
 
-    Raises ValueError for training whose tensors are not those that its plan needs.
+    How many numbers of each slot and factor would be trained is put into `trained`. Raises
+    ValueError for training whose tensors are not those that its plan needs.
     """
     answer: Any = None
     while True:
@@ -109,6 +121,8 @@ def play(steps: Generator[Order, Any, T], start: Start, *, examples: int) -> T:
         match order:
             case Fit():
                 require_bound(order.plan, order.compose(order.tree), start, "training")
+                if trained is not None:
+                    trained.update(order.trained_numbers)
                 answer = Fitted(order.tree, examples, Moments())
             case Embed():
                 answer = torch.zeros(order.examples, 1)  # how wide, only a model could tell

@@ -6,7 +6,7 @@ tensors of an upload have a check of their own, `engine.firewall.check_upload`.
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -14,6 +14,7 @@ import torch
 
 from fedalt.core.tree import on
 from fedalt.engine.client_work import TRAINED
+from fedalt.engine.dry_run import Form
 from fedalt.engine.firewall import Refused, quoted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, Split
@@ -201,6 +202,21 @@ def _check_cost(cost: Cost) -> None:
     what = f"the cost of column {cost.column!r}"
     COSTS.require(cost.metrics, what)
     SECONDS.require(cost.seconds, f"{what}: seconds")
+
+
+def check_trained(costs: Iterable[Cost], forms: Mapping[str, Sequence[Form]]) -> None:
+    """Refuse costs that count other trained numbers than a dry run of their columns does."""
+    for cost in costs:
+        given = {key: n for key, n in cost.metrics.items() if key.startswith(TRAINED)}
+        known = [
+            {f"{TRAINED}{slot} {factor}": n for (slot, factor), n in form.trained.items()}
+            for form in forms[cost.column]
+        ]
+        if given not in known:
+            raise Refused(
+                f"the cost of column {cost.column!r} counts {quoted(str(given))} trained numbers, "
+                f"expected {known[-1]}"
+            )
 
 
 def _check_score(score: Score, asked: Asked, metrics: Metrics) -> None:

@@ -2,27 +2,30 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final
 
 from fedalt.core.codec import CodecError, atomic_write, decode, encode, read
-from fedalt.core.declared import declared, setting
 from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.core.reading import read_bytes
-from fedalt.engine.dry_run import DryRuns
+from fedalt.engine.dry_run import DryRuns, Form, dry_run
 from fedalt.engine.firewall import Refused, check_size, check_upload
 from fedalt.engine.screening import Screening
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.answer_schema import Asked, asked_of, check_answer
+from fedalt.federation.answer_schema import Asked, asked_of, check_answer, check_trained
 from fedalt.federation.messages import NEVER, Answer, Call, digest
+from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Lost, Transport
+from fedalt.methods.contract import Message
+from fedalt.methods.local import LocalOnly
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder
+from fedalt.runs.settings import lora_of
 
 _REST: Final = 30.0  # seconds before a client that could not do it is asked again
 _SHOWN: Final = 1.0  # seconds between two status files
@@ -33,28 +36,6 @@ Called = dict[str, list[Asked]]  # of each client, the calls that it has not ans
 
 class Late(Exception):  # noqa: N818 - nobody's mistake
     """An answer whose round is over, which the rules do not let count in this one."""
-
-
-@declared
-class Rules:
-    """What the operator of the server decides alone."""
-
-    deadline: Annotated[
-        float | None,
-        setting(
-            "Seconds after which a round ends with the uploads it has, if they are enough; "
-            "without it a round waits for its whole cohort.",
-            flag=None,
-            gt=0,
-        ),
-    ] = None
-    minimum: Annotated[
-        int, setting("Fewest uploads with which a round ends at its deadline.", flag=None, ge=1)
-    ] = 1
-    late: Annotated[
-        Literal["count", "drop"],
-        setting("A late upload counts in the next round, or is dropped.", flag=None),
-    ] = "drop"
 
 
 @dataclass
@@ -132,6 +113,12 @@ class RoundCollector:
     @cached_property
     def _forms_of(self) -> DryRuns:
         return DryRuns(self.agreement.settings.method, self.agreement.start)
+
+    @cached_property
+    def _forms_alone(self) -> Sequence[Form]:
+        """What training of the local-only baseline looks like."""
+        baseline = LocalOnly(lora=lora_of(self.agreement.settings.method))
+        return dry_run(baseline, self.agreement.start, "", Message({}))
 
     def _missing(self) -> set[str]:
         """Who has not answered yet, of those who still take part."""
@@ -235,6 +222,7 @@ class RoundCollector:
         if answer.upload is not None:
             forms = self._forms_of(client_id, self._calls[client_id].message)
             check_upload(answer.upload, forms)
+            check_trained(answer.costs, {"own": forms, "local": self._forms_alone})
         if late:
             self._tell(f"{client_id}: late: its upload of round {answer.round} counts in this one")
         return answer

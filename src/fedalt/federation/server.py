@@ -34,7 +34,8 @@ from fedalt.engine.states import server_of
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call, Split
-from fedalt.federation.round_collector import Called, RoundCollector, Rules, Say
+from fedalt.federation.round_collector import Called, RoundCollector, Say
+from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Transport
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, create, open_run, require_settings

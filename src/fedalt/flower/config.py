@@ -7,7 +7,7 @@ from fedalt.core.declared import SettingsError, section_of
 from fedalt.core.settings import Firewall
 from fedalt.data.names import fault_of_names
 from fedalt.federation.agreement import Agreement, read_agreement
-from fedalt.federation.round_collector import Rules
+from fedalt.federation.rules import Rules
 from fedalt.flower.places import ClientPlace, ServerPlace, read_client_place, read_server_place
 
 

@@ -1,7 +1,6 @@
 """Clients in the middle of a fit: their batches, losses and gradients, a step of each at a time."""
 
 import math
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -95,10 +94,8 @@ class Client:
         """The outcome."""
         steps = len(self.batches)
         kept = Moments() if self.order.moments is None else moments
-        trained: Counter[tuple[str, str]] = Counter()
-        for name in self.order.train:
-            trained[name.slot, name.factor] += tree[name].numel()
-        return Trained(tree, kept, self.loss / max(steps, 1), steps, self.tokens, trained)
+        loss, trained = self.loss / max(steps, 1), self.order.trained_numbers
+        return Trained(tree, kept, loss, steps, self.tokens, trained)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """What a method may ask of a client's data and the base model, and what it is answered with."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
@@ -84,6 +85,14 @@ class Fit:
         """The names that AdamW moves: all that train, but for those that the step moves itself."""
         own = self.step.moves if self.step else None
         return frozenset(name for name in self.train if name.slot != own)
+
+    @property
+    def trained_numbers(self) -> Mapping[tuple[str, str], int]:
+        """How many numbers of each slot and factor it trains."""
+        numbers: Counter[tuple[str, str]] = Counter()
+        for name in self.train:
+            numbers[name.slot, name.factor] += self.tree[name].numel()
+        return numbers
 
 
 @dataclass(frozen=True)

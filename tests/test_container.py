@@ -12,7 +12,8 @@ import torch
 from safetensors import safe_open
 
 from fedalt.core.codec import CodecError, decode, encode
-from fedalt.core.container import MAX_HEADER, head_length, pack, sealed, unpack
+from fedalt.core.container import MAX_HEADER, pack, sealed, unpack
+from fedalt.core.header import head_length
 from fedalt.core.tree import Name
 from fedalt.methods.contract import Message
 

@@ -54,3 +54,12 @@ def test_tracking_a_run_imports_nothing_but_the_tracker(finished_run):
         "track", finished_run, "--report-to", "tensorboard", allowed=("numpy", "pandas", "scipy")
     )
     assert said == ["code 0", "heavy []"]
+
+
+@pytest.mark.parametrize("module", ["fedalt.flower.gateway", "fedalt.flower.fleet_client"])
+def test_the_processes_at_the_network_need_no_tensors(module):
+    code = f"import sys, {module}; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout
+    assert not any(name in found for name in ("torch", "transformers", "peft", "sklearn"))

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fedalt.core.header import head_length
+
 KEY = "fedalt"
 VERSION = "2"
 MAX_HEADER = 2**25  # bytes; a hundred thousand tensors need half of it
@@ -77,11 +79,6 @@ def unpack(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if tensor.dtype not in _DTYPES:
             raise CodecError(f"{key} has the unknown dtype {tensor.dtype}")
     return facts, tensors
-
-
-def head_length(data: bytes) -> int:
-    """How many bytes of a file come before its tensors; all of what is no such file, or less."""
-    return min(len(data), 8 + int.from_bytes(data[:8], "little"))
 
 
 def dump(plain: Any) -> str:

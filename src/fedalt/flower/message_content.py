@@ -5,7 +5,7 @@ from typing import Final
 
 from flwr.app import ConfigRecord, RecordDict
 
-from fedalt.core.container import head_length
+from fedalt.core.header import head_length
 
 CHUNK: Final = 16 * 2**20  # bytes; Flower moves every record by itself
 _KIND: Final = "fedalt"

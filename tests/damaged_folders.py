@@ -254,7 +254,7 @@ def _is_ours(error: Exception) -> bool:
     while frames is not None and frames.tb_next is not None:
         frames = frames.tb_next
     ours = frames is not None and "fedalt" in frames.tb_frame.f_code.co_filename
-    return isinstance(error, OSError) or ours
+    return isinstance(error, OSError | _RefusedError) or ours
 
 
 def _spoil(place: Path, before: Path, draw: random.Random) -> tuple[str, list[Path]]:

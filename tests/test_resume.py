@@ -2,7 +2,9 @@
 
 import multiprocessing
 import random
+import re
 import resource
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -186,6 +188,15 @@ def test_other_data_are_noticed(prepared, straight, tmp_path):
             reopen(run)
     finally:
         file.write_text(before)
+
+
+def test_a_changed_path_that_leads_nowhere_is_told_with_its_file(straight, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(straight[0], run)
+    file = run / "settings.toml"
+    file.write_text(re.sub(r'(?m)^path = ".*"', 'path = "/nowhere/data"', file.read_text()))
+    with pytest.raises(StoreError, match=r"settings\.toml was changed: \[data\] path .*: no such"):
+        reopen(run)
 
 
 def test_uploads_lie_in_files_from_the_first_round_on(tmp_path):

@@ -18,6 +18,7 @@ from fedalt.engine.workers import Work, workers
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.models.identity import what_differs
+from fedalt.runs import setup
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import (
     RunFolder,
@@ -30,7 +31,7 @@ from fedalt.runs.folder import (
 )
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, to_toml
-from fedalt.runs.setup import Parts, Prepared, facts_of, prepare, settings_of_run, trainer_of
+from fedalt.runs.setup import Parts, Prepared, facts_of, trainer_of
 
 
 class Observer(Protocol):
@@ -74,8 +75,7 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     """
     folder = open_run(path)
     require_clients(path)
-    settings, changed = settings_of_run(folder)
-    prepared = prepare(settings, base=base)
+    prepared, changed = setup.prepare_again(folder, base)
     then, now = folder.facts(), facts_of(prepared)
     require_same_base(path, then, prepared.parts.base)
     for part, key, what in (
@@ -116,7 +116,7 @@ def is_finished(path: Path) -> bool:
     """Whether all rounds of a run are done and tested."""
     folder = open_run(path)
     require_clients(path)
-    settings, _ = settings_of_run(folder)
+    settings, _ = setup.settings_of_run(folder)
     with locked(path):
         progress = folder.progress()
     tested = progress.tested or not settings.rounds.test

@@ -232,6 +232,17 @@ def settings_of_run(folder: RunFolder) -> tuple[Settings, tuple[str, ...]]:
     return settings, tuple(told)
 
 
+def prepare_again(folder: RunFolder, base: Base | None) -> tuple[Prepared, tuple[str, ...]]:
+    """A run's settings, prepared, and what was changed in them; an error says that too."""
+    settings, changed = settings_of_run(folder)
+    try:
+        return prepare(settings, base=base), changed
+    except ValueError as error:
+        if not changed:
+            raise
+        raise StoreError(f"{'; '.join(changed)}: {error}") from error
+
+
 def _keys(section: object) -> dict[str, object]:
     """The keys of a section; a value at the top of the file has the key ""."""
     return section if isinstance(section, dict) else {} if section is None else {"": section}

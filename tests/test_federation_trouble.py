@@ -114,7 +114,7 @@ def test_a_full_disk_is_an_answer_and_the_next_round_goes_on(
     server_from(config, Wire(members(machines))).to_the_end()
     assert trained(machines) == EVERY - {(0, "c")}
     said = (config.place.logs / "server.log").read_text()
-    assert "round 0: c: client 'c': No space left on device\n" in said
+    assert "round 0: c: client 'c': No space left on device: answer.bin\n" in said
     assert str(machines.root / "clients") not in said
 
 

@@ -151,7 +151,8 @@ class _Supervision:
                     patience.died(death)
                     self.say(f"{death}; starting it again")
                     self._start_gateway(port)
-                self.processes.require_alive()
+                elif name is not None:
+                    raise ProcessDiedError(self.processes.death(name))
                 admission.update(port, self.say)
                 read = _pass_on(server_log, read, self.say)
                 time.sleep(_LOOK)

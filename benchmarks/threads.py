@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--one", choices=("briefly", "long"), help="train once in this process")
     parser.add_argument("--examples", type=int, default=16, help="of each of the two clients")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--write", action="store_true", help="put the table into the document")
     wanted = parser.parse_args()
     if wanted.one:

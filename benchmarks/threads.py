@@ -1,6 +1,6 @@
 """A training step with two threads, alone and beside other work, with and without the spin count.
 
-    python benchmarks/threads.py --write             # about eight minutes, on a quiet machine
+    python benchmarks/threads.py --write             # about four minutes, on a quiet machine
     python benchmarks/threads.py --examples 8 --rounds 2 --turns 1           # a quick try
 
 Two clients of the built-in suite train on the built-in base model, in one process with as many

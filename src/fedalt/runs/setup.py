@@ -28,6 +28,7 @@ from fedalt.data.records import (
 from fedalt.data.task import Task
 from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.schedule import Arm
+from fedalt.methods import METHODS
 from fedalt.methods.local import LocalOnly
 from fedalt.models.base import Base, load_base
 from fedalt.models.checks import require_known_ids
@@ -156,10 +157,10 @@ def load_parts(
 
 def arms_of(settings: Settings) -> tuple[Arm, ...]:
     """The method's own arm and, unless it is that already, the local-only baseline's."""
-    own, baseline = Arm("own", settings.method), LocalOnly(lora=lora_of(settings.method))
-    if not settings.local_baseline or settings.method == baseline:
+    own = Arm("own", settings.method)
+    if not settings.local_baseline or METHODS.is_local_only(settings.method):
         return (own,)
-    return own, Arm("local", baseline)
+    return own, Arm("local", LocalOnly(lora=lora_of(settings.method)))
 
 
 def trainer_of(prepared: Prepared) -> LocalTrainer:

@@ -27,7 +27,7 @@ def test_whatever_ends_the_app_is_written_down_for_its_user_alone(
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
     assert "Traceback (most recent call last)" in log.read_text()
     assert last_line(log).startswith(f"see {log}: {ends.__name__}: the disk  [31mis full")
-    assert last_line(log, log.stat().st_size) == f"see {log}, where it has said nothing"
+    assert last_line(log, log.stat().st_size) == f"see {log}, where it left no message"
 
 
 def test_a_crash_without_an_exception_is_written_down_too(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_where_nothing_can_be_written_the_app_ends_as_it_would_have(tmp_path: Pa
     (tmp_path / "logs").write_text("no folder")
     with pytest.raises(ZeroDivisionError), recording_crashes(tmp_path / "logs" / "app.log"):
         _ = 1 / 0
-    assert last_line(tmp_path / "logs" / "app.log").endswith("where it has said nothing")
+    assert last_line(tmp_path / "logs" / "app.log").endswith("where it left no message")
 
 
 def test_of_a_long_log_only_the_end_is_read_and_quoted(tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_a_group_tells_what_a_process_said_since_it_was_started(tmp_path: Path) 
         processes.start("it", [sys.executable, "-c", "raise SystemError('now')"], log).wait()
         assert processes.last_line("it") == f"see {log}: SystemError: now"
         processes.start("it", [sys.executable, "-c", ""], log).wait()
-        assert processes.last_line("it") == f"see {log}, where it has said nothing"
+        assert processes.last_line("it") == f"see {log}, where it left no message"
 
 
 @pytest.fixture

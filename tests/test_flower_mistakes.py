@@ -77,7 +77,7 @@ def no_terms(there: Machines) -> None:
     [
         (no_key, "server.key: No such file or directory"),
         (another_key, "key values mismatch"),
-        (ended, "server.crt: the certificate has ended on "),
+        (ended, "server.crt: the certificate expired on "),
         (no_public_key, "b.pub: the public key of client 'b' is missing"),
         (no_real_public_key, "b.pub: it is no public key"),
         (broken, "federation.toml: cannot be read"),

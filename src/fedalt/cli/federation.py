@@ -87,7 +87,7 @@ def revoke(
     from fedalt.flower.revocation import revoke_key
 
     revoke_key(read_server_place(config)[0], client)
-    note(f"{client} is shut out; a running server drops it within seconds")
+    note(f"{client} can no longer connect; a running server drops it within seconds")
 
 
 for command in (init, status, revoke):

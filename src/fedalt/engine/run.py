@@ -85,7 +85,7 @@ class Run:
             if client.refused is not None:
                 reject(client.client_id, client.refused)
         if not outcome.aggregated:
-            reject("", "every upload was refused: the server's state stays as it was")
+            reject("", "no upload was accepted; the server's state stays as it was")
 
     def score(
         self,

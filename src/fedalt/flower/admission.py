@@ -64,7 +64,7 @@ def register_keys(
         for key, node in known.items():
             if key not in clients and key not in others:
                 control.UnregisterNode(UnregisterNodeRequest(node_id=node.node_id))
-                say("a key that is no client's any more is shut out")
+                say("a key that no longer belongs to a client is not accepted any more")
         for key in clients.keys() - known.keys():
             try:
                 control.RegisterNode(RegisterNodeRequest(public_key=key.encode()))

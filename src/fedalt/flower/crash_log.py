@@ -64,7 +64,7 @@ def last_line(log: Path, since: int = 0) -> str:
     lines = [line.strip() for line in printable.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
     if not lines:
-        return f"see {log}, where it has said nothing"
+        return f"see {log}, where it left no message"
     return f"see {log}: {(errors or lines)[-1][:_QUOTED]}"
 
 

@@ -137,7 +137,7 @@ def _certificate(file: Path) -> x509.Certificate:
         ) from None
     if certificate.not_valid_after_utc < datetime.now(UTC):
         end = certificate.not_valid_after_utc
-        raise SettingsError(f"{file}: the certificate has ended on {end:%Y-%m-%d}")
+        raise SettingsError(f"{file}: the certificate expired on {end:%Y-%m-%d}")
     return certificate
 
 

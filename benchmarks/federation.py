@@ -50,8 +50,8 @@ ROLES = {
     "flower-superlink": "SuperLink",
     "flower-supernode": "SuperNode",
     "flower-superexec": "SuperExec",
-    "fedalt.flower.gateway": "door",
-    "fedalt.flower.fleet_client": "link",
+    "fedalt.flower.gateway": "gateway",
+    "fedalt.flower.fleet_client": "fleet client",
     "fedalt server": "server",
     "fedalt client": "client",
 }

@@ -1,5 +1,6 @@
 """Scores: answer loss, accuracy over options, generated text, against the plainest computation."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -103,6 +104,36 @@ def test_greedy_answers_follow_the_likeliest_token():
         ids[len(EXAMPLES[0].prompt_ids) :], skip_special_tokens=True
     ).strip()
     assert generate(base, serving, [EXAMPLES[0].prompt_ids], QUICK) == [expected]
+
+
+def test_options_are_weighed_by_sums_or_by_means_of_their_tokens():
+    base = base_of()
+    serving = serving_of(base)
+    sizes = {"b": 2, "abcdefgh": 9}  # with the end; a long option loses by its sum alone
+    asked = example("which", "abcdefgh", tuple(sizes))
+    behind = {option: example("", option).ids for option in sizes}
+    sums = {
+        option: nll(base, serving, (*asked.prompt_ids, *ids), asked.answer_start).sum().item()
+        for option, ids in behind.items()
+    }
+    means = {option: total / len(behind[option]) for option, total in sums.items()}
+    for way, of_options in (("sum", sums), ("mean", means)):
+        found = score(base, serving, [asked], replace(QUICK, generate=False, options=way))
+        right = min(of_options, key=of_options.get) == "abcdefgh"
+        assert found.metrics["accuracy"] == right, way
+    assert min(sums, key=sums.get) != min(means, key=means.get)
+
+
+def test_a_model_without_finite_losses_is_right_about_nothing():
+    base = base_of()
+    serving = serving_of(base)
+    broken = {name: torch.full_like(tensor, torch.nan) for name, tensor in serving.tree.items()}
+    whole = score_together(
+        base, [(serving, EXAMPLES), (replace(serving, tree=broken), EXAMPLES)], QUICK
+    )
+    assert "accuracy" in whole[0].metrics
+    assert math.isnan(whole[1].metrics["loss"])
+    assert "accuracy" not in whole[1].metrics
 
 
 def test_two_servings_answer_differently():

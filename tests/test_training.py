@@ -102,6 +102,19 @@ def test_an_epoch_takes_every_example_once_in_batches_of_similar_length():
     assert batches != list(epoch_order(lengths, 8, generator("another")))
 
 
+def test_a_small_client_meets_other_examples_in_every_epoch():
+    lengths = [1 + (7 * i) % 90 for i in range(96)]
+    stream = generator("test")
+
+    def mates():
+        batches = [set(batch) for batch in epoch_order(lengths, 8, stream)]
+        return {(i, j) for batch in batches for i in batch for j in batch if i < j}
+
+    epochs = [mates() for _ in range(6)]
+    again = [len(one & next_) / len(one) for one, next_ in zip(epochs, epochs[1:], strict=False)]
+    assert sum(again) / len(again) < 0.2  # 0.07 by chance, 0.88 with one pool for all
+
+
 @pytest.mark.parametrize("examples", [1, 7, 8, 128, 129, 300])
 def test_steps_are_foretold(examples):
     assert steps_per_epoch(examples, 8) == len(list(epoch_order([1] * examples, 8, generator(0))))

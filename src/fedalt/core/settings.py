@@ -154,6 +154,13 @@ class Scoring:
     batch_size: Annotated[
         int, setting("Examples scored at once.", flag="--eval-batch-size", ge=1)
     ] = 32
+    options: Annotated[
+        Literal["sum", "mean"],
+        setting(
+            "The likeliest option has the highest log-likelihood: summed over its tokens, or their "
+            "mean, which does not favour short options."
+        ),
+    ] = "sum"
     generate: Annotated[
         bool, setting("Generate answers to the test data, for exact match and ROUGE.")
     ] = True

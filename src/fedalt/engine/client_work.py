@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from math import isfinite
 from typing import ClassVar, Final
 
 from fedalt.adapters.start import Start
@@ -19,7 +20,7 @@ from fedalt.engine.schedule import Arm, Event, HeldOut
 from fedalt.engine.states import States, client_of
 from fedalt.engine.uploads import Metrics, Upload
 from fedalt.methods.contract import AnyMethod, Message, Serving
-from fedalt.training.group import Trained
+from fedalt.training.group import Trained, TrainingError
 from fedalt.training.orders import Moments
 
 TRAINED: Final = "trained "
@@ -136,6 +137,7 @@ class ClientWork:
             metrics: dict[str, Metrics] = {self.arm.column: score.metrics}
             if client_id in shared:
                 metrics["shared"] = of_shared.get(client_id, score).metrics
+            _require_finite(client_id, self.round, split, metrics)
             mixer = "" if score.weighing is None else json.dumps(mixer_facts(score.weighing))
             lines: list[str] = []
             if show:
@@ -173,6 +175,19 @@ def training_metrics(fits: Sequence[Trained]) -> dict[str, float]:
         for (slot, factor), count in sorted(fit.trained.items())
     }
     return {"loss": loss, "steps": steps, "tokens": sum(fit.tokens for fit in fits), **trained}
+
+
+def _require_finite(
+    client_id: str, round_: int, split: HeldOut, metrics: Mapping[str, Metrics]
+) -> None:
+    """A model whose losses are not numbers has no score: it would seem right or wrong by chance."""
+    for column, of_column in metrics.items():
+        if not isfinite(of_column["loss"]):
+            raise TrainingError(
+                f"client {client_id!r}, round {round_}: the {split} loss of column {column!r} is "
+                f"{of_column['loss']}, not a finite number; its model has diverged, so try a lower "
+                "learning rate or alpha"
+            )
 
 
 def _same(left: Serving, right: Serving) -> bool:

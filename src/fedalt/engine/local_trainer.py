@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from math import inf, isfinite
 from typing import Any, Final
 
 import torch
@@ -156,7 +157,8 @@ class LocalTrainer:
             point = tuple(float(number) for number in numbers)
             serving = Serving(order.plan, order.tree_of(point))
             loss = score(self.base, serving, examples, scoring).metrics["loss"]
-            seen.append(Found(point, loss + order.penalty(point)))
+            # A point at which the model has no finite loss is one that the search leaves.
+            seen.append(Found(point, loss + order.penalty(point) if isfinite(loss) else inf))
             return seen[-1].objective
 
         bounds = [(-order.bound, order.bound)] * len(order.start)
@@ -190,8 +192,7 @@ class LocalTrainer:
         watch: int = 0,
     ) -> list[Scores]:
         """Scores of each client's serving on some of its examples; see `score_together`."""
-        likelihood = Scoring(batch_size=self.scoring.batch_size, generate=False)
-        scoring = self.scoring if generate else likelihood
+        scoring = self.scoring if generate else replace(self.scoring, generate=False)
         return score_together(self.base, clients, scoring, watch=watch)
 
 

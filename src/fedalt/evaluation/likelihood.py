@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
+from math import nan
 from statistics import fmean
 
 import torch
@@ -15,7 +16,7 @@ from fedalt.data.answers import encode_answer
 from fedalt.data.examples import Example
 from fedalt.evaluation.gate_statistics import Watched
 from fedalt.evaluation.group import Group, Shares
-from fedalt.evaluation.scores import Scores
+from fedalt.evaluation.scores import Scores, Scoring
 from fedalt.models.base import Base
 from fedalt.training.batches import answers_in_one, collate, in_turn
 from fedalt.training.group import TrainingError, out_of_memory, packs
@@ -72,21 +73,27 @@ def likelihoods(
     group: Group,
     questions: Sequence[Questions],
     shares: Shares | None,
-    batch_size: int,
+    scoring: Scoring,
     watched: Watched | None,
 ) -> list[Scores]:
-    """Answer loss, and accuracy over options; the right option is computed once for both."""
-    sums, counts = _sums(group, questions, shares, batch_size, watched)
+    """Answer loss, and accuracy over options; the right option is computed once for both.
+
+    Where an option's loss is no finite number, the client's loss is NaN and it has no accuracy.
+    """
+    sums, counts = _sums(group, questions, shares, scoring.batch_size, watched)
+    weighed = sums / counts.clamp(min=1) if scoring.options == "mean" else sums
     scores, before = [], 0
     for asked in questions:
         firsts = [before, *accumulate((len(question) for question in asked), initial=before)][1:-1]
         metrics = {"loss": float(sums[firsts].sum() / counts[firsts].sum().clamp(min=1))}
         right = [
-            int(sums[first : first + len(question)].argmin()) == 0
+            int(weighed[first : first + len(question)].argmin()) == 0
             for first, question in zip(firsts, asked, strict=True)
             if question[0].answer in question[0].options
         ]
-        if right:
+        if not sums[before : before + sum(map(len, asked))].isfinite().all():
+            metrics["loss"] = nan
+        elif right:
             metrics["accuracy"] = sum(right) / len(right)
         losses = (sums[firsts] / counts[firsts].clamp(min=1)).tolist()
         scores.append(Scores(metrics, losses=tuple(losses)))

@@ -103,7 +103,7 @@ def _scores(
     if classifies:
         results = classified(group, examples, shares, scoring.batch_size, watched)
     else:
-        results = likelihoods(group, questions, shares, scoring.batch_size, watched)
+        results = likelihoods(group, questions, shares, scoring, watched)
     if tally is not None:
         results = [replace(scores, weighing=tally.of(at)) for at, scores in enumerate(results)]
     if classifies or not scoring.generate:

@@ -11,9 +11,10 @@ from torch import Tensor
 from fedalt.adapters.packing import Packing, branching, packing_of
 from fedalt.data.examples import Example
 
-# So many batches are drawn at random and then sorted by length: enough for little padding, few
-# enough that an epoch's order stays random.
-_BATCHES_PER_SORT = 16
+# So many batches are drawn at random and then sorted by length: enough for little padding. An epoch
+# has several such pools, or a small client would see nearly the same batches in every epoch.
+_MOST_BATCHES_PER_POOL = 16
+_POOLS_PER_EPOCH = 5
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,8 @@ def epoch_order(
 ) -> Iterator[list[int]]:
     """Indices of one epoch's batches: random, but of similar length within a batch."""
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
-    size = batch_size * _BATCHES_PER_SORT
+    most = steps_per_epoch(len(lengths), batch_size) // _POOLS_PER_EPOCH
+    size = batch_size * max(1, min(most, _MOST_BATCHES_PER_POOL))
     batches = []
     for first in range(0, len(shuffled), size):
         pool = sorted(shuffled[first : first + size], key=lambda index: lengths[index])
@@ -137,8 +139,7 @@ def epoch_order(
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
     """How many batches `epoch_order` yields."""
-    whole, rest = divmod(examples, batch_size * _BATCHES_PER_SORT)
-    return whole * _BATCHES_PER_SORT + -(-rest // batch_size)
+    return -(-examples // batch_size)
 
 
 def in_turn(

@@ -1,24 +1,24 @@
 """A training step with two threads, alone and beside other work, with and without the spin count.
 
-    python benchmarks/threads.py --write             # about four minutes, on a quiet machine
-    python benchmarks/threads.py --examples 8 --rounds 2 --turns 1           # a quick try
+    python benchmarks/threads.py --write             # about three minutes, on a quiet machine
+    python benchmarks/threads.py --pairs 3           # a quick try
 
-Two clients of the built-in suite train on the built-in base model, in one process with as many
-threads as the machine has cores, at least two. `spins briefly` is the command as it is: it sets
-GOMP_SPINCOUNT before PyTorch is loaded. `spins long` loads PyTorch first, which keeps its own
-default. `beside others` has two processes that never wait for anything beside it. Each is a process
-of its own, in turns (A B A B). Printed are medians of the milliseconds of a step.
+Two clients train in one pass through a model of the built-in base's size, with as many threads as
+the machine has cores, at least two. `spins briefly` is the command as it is: it sets GOMP_SPINCOUNT
+before PyTorch is loaded. `spins long` loads PyTorch first, which keeps its own default. Both are
+processes that live all the time and take a step in turns, while the other waits for its word, so
+that a machine that is faster in one minute than in the next is so for both. `beside others` has
+two processes that never wait for anything beside them. Printed are medians of the milliseconds of
+a step, and medians of the quotients of neighbouring steps.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any, Final
 
@@ -30,34 +30,39 @@ MOST_LOST: Final = 0.05  # of a step alone
 OF_THE_USER: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 
-def measure(examples: int, rounds: int) -> None:
-    """Train once and print the seconds of a step, of every round but the first."""
-    from fedalt.data.suite import write_suite
-    from fedalt.runs.lifecycle import start_run
-    from fedalt.runs.settings import settings_of
-    from fedalt.runs.setup import prepare
+def work() -> None:
+    """Take a step at every line that is read, and print the seconds it took."""
+    from step import Ours, examples_of
 
-    with tempfile.TemporaryDirectory() as name:
-        suite, data = Path(name) / "suite", Path(name) / "data"
-        write_suite(suite, train=examples, validation=0, test=0)
-        data.mkdir()
-        for file in sorted(suite.glob("*.train.jsonl"))[:2]:
-            file.rename(data / file.name)
-        settings = {
-            "local_baseline": False,
-            "data": {"path": str(data), "validation": 0.0},
-            "model": {"targets": "all-linear", "device": "cpu"},
-            "training": {"processes": 1},
-            "rounds": {"rounds": rounds + 1, "select": "last", "test": False},
-        }
-        run = start_run(prepare(settings_of(settings, "benchmark")), Path(name) / "run")
-        lines = [line for line in run.lines() if line["kind"] == "train" and line["round"]]
-    each = []
-    for round_ in range(1, rounds + 1):
-        of_round = [line for line in lines if line["round"] == round_]
-        steps = sum(line["metrics"]["steps"] for line in of_round)
-        each.append(sum(line["seconds"] for line in of_round) / steps)
-    print(json.dumps(median(each)), flush=True)
+    ours = Ours("5M", examples_of(2, 8, 8192))
+    for _ in sys.stdin:
+        began = time.perf_counter()
+        ours.train(together=True)
+        print(time.perf_counter() - began, flush=True)
+
+
+@contextmanager
+def worker(way: str, spins: str | None) -> Iterator[subprocess.Popen[str]]:
+    """A process that takes a step when it is told to."""
+    clean = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
+    if spins is not None:
+        clean["GOMP_SPINCOUNT"] = spins
+    threads = str(max(2, os.cpu_count() or 2))
+    command = [sys.executable, __file__, "--one", way]
+    env = {**clean, "OMP_NUM_THREADS": threads}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=env) as process:
+        yield process
+        process.stdin.close()  # type: ignore[union-attr]
+
+
+def step(process: subprocess.Popen[str]) -> float:
+    """Seconds of a step of a worker."""
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.write("\n")
+    process.stdin.flush()
+    return float(process.stdout.readline())
 
 
 @contextmanager
@@ -72,36 +77,34 @@ def beside(others: int) -> Iterator[None]:
             process.wait()
 
 
-def step(*, briefly: bool, others: int, examples: int, rounds: int) -> float:
-    """Seconds of a step in a process of its own."""
-    command = [sys.executable, __file__, "--one", "briefly" if briefly else "long"]
-    command += ["--examples", str(examples), "--rounds", str(rounds)]
-    clean = {name: value for name, value in os.environ.items() if name not in OF_THE_USER}
-    threads = max(2, os.cpu_count() or 2)
-    with beside(others):
-        told = subprocess.check_output(command, env={**clean, "OMP_NUM_THREADS": str(threads)})
-    return float(json.loads(told.splitlines()[-1]))
-
-
-def compare(examples: int, rounds: int, turns: int) -> list[dict[str, Any]]:
+def compare(pairs: int, spins: str | None) -> list[dict[str, Any]]:
     """A row for each variant."""
-    places = [(others, briefly) for others in (0, OTHERS) for briefly in (True, False)]
-    found: dict[tuple[int, bool], list[float]] = {place: [] for place in places}
-    for _ in range(turns):
-        for others, briefly in places:
-            seconds = step(briefly=briefly, others=others, examples=examples, rounds=rounds)
-            found[others, briefly].append(seconds)
-            print(others, "briefly" if briefly else "long", f"{seconds:.3f} s", flush=True)
-    medians = {place: median(each) for place, each in found.items()}
+    seconds: dict[tuple[int, str], list[float]] = {}
+    with ExitStack() as stack:
+        workers = {
+            "briefly": stack.enter_context(worker("briefly", spins)),
+            "long": stack.enter_context(worker("long", None)),
+        }
+        for process in workers.values():
+            step(process)  # the first one warms up
+        for others in (0, OTHERS):
+            with beside(others):
+                for _ in range(pairs):
+                    for way, process in workers.items():
+                        seconds.setdefault((others, way), []).append(step(process))
+    medians = {place: median(taken) for place, taken in seconds.items()}
+    alone = {way: seconds[0, way] for way in ("briefly", "long")}
     return [
         {
-            "waiting threads": "spin briefly" if briefly else "spin long",
-            "alone, ms": round(1000 * medians[0, briefly]),
-            f"beside {OTHERS} busy processes, ms": round(1000 * medians[OTHERS, briefly]),
-            "times": round(medians[OTHERS, briefly] / medians[0, briefly], 1),
-            "alone, of spin long": round(medians[0, briefly] / medians[0, False], 2),
+            "waiting threads": f"spin {way}",
+            "alone, ms": round(1000 * medians[0, way]),
+            f"beside {OTHERS} busy processes, ms": round(1000 * medians[OTHERS, way]),
+            "times": round(medians[OTHERS, way] / medians[0, way], 1),
+            "alone, of spin long": round(
+                median(a / b for a, b in zip(alone[way], alone["long"], strict=True)), 2
+            ),
         }
-        for briefly in (True, False)
+        for way in ("briefly", "long")
     ]
 
 
@@ -119,18 +122,17 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
 def main() -> None:
     """Measure every variant in turns and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--one", choices=("briefly", "long"), help="train once in this process")
-    parser.add_argument("--examples", type=int, default=16, help="of each of the two clients")
-    parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--one", choices=("briefly", "long"), help="take steps in this process")
+    parser.add_argument("--pairs", type=int, default=60, help="of steps, alone and beside others")
+    parser.add_argument("--spins", help="another spin count than the package's own")
     parser.add_argument("--write", action="store_true", help="put the table into the document")
     wanted = parser.parse_args()
     if wanted.one:
-        if wanted.one == "long":
-            import torch  # noqa: F401 - before fedalt, which then leaves its threads alone
-        measure(wanted.examples, wanted.rounds)
+        if wanted.one == "briefly":
+            import fedalt  # noqa: F401 - sets the spin count before torch is loaded
+        work()
         return
-    rows = compare(wanted.examples, wanted.rounds, wanted.turns)
+    rows = compare(wanted.pairs, wanted.spins)
     text = "\n\n".join([table(rows), "\n".join(f"* {each}" for each in verdicts(rows))])
     print(text)
     if wanted.write:

@@ -109,8 +109,8 @@ def test_greedy_answers_follow_the_likeliest_token():
 def test_options_are_weighed_by_sums_or_by_means_of_their_tokens():
     base = base_of()
     serving = serving_of(base)
-    sizes = {"b": 2, "abcdefgh": 9}  # with the end; a long option loses by its sum alone
-    asked = example("which", "abcdefgh", tuple(sizes))
+    sizes = {"b": 2, "aaaaaaaa": 9}  # with the end; a long option loses by its sum alone
+    asked = example("which", "aaaaaaaa", tuple(sizes))
     behind = {option: example("", option).ids for option in sizes}
     sums = {
         option: nll(base, serving, (*asked.prompt_ids, *ids), asked.answer_start).sum().item()
@@ -119,7 +119,7 @@ def test_options_are_weighed_by_sums_or_by_means_of_their_tokens():
     means = {option: total / len(behind[option]) for option, total in sums.items()}
     for way, of_options in (("sum", sums), ("mean", means)):
         found = score(base, serving, [asked], replace(QUICK, generate=False, options=way))
-        right = min(of_options, key=of_options.get) == "abcdefgh"
+        right = min(of_options, key=of_options.get) == "aaaaaaaa"
         assert found.metrics["accuracy"] == right, way
     assert min(sums, key=sums.get) != min(means, key=means.get)
 

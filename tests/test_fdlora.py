@@ -380,7 +380,7 @@ def test_where_weights_cost_much_a_search_ends_at_the_base_model(prepared, train
 
 
 def test_after_training_a_search_finds_what_no_grid_of_weights_betters(prepared, trainer):
-    method = replace(METHOD, spare=0.3)
+    method = replace(METHOD, spare=0.3, evaluations=100)
     states, _ = rounds_of(method, prepared, 8)
     message = Message(states["server"].adapter)
     order = next(method.deploy(states["clients/a"], message))

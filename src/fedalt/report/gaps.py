@@ -153,6 +153,16 @@ def gaps_markdown(gaps: Sequence[Gap]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def shown_gaps(gaps: Sequence[Gap]) -> str:
+    """Gaps of one method to one other with their intervals, metric by metric, in a cell."""
+    several = len(gaps) > 1
+    return "; ".join(
+        f"{f'{gap.family} ' if several else ''}{cells[4]} ({cells[5]})"
+        for gap in gaps
+        for cells in [gap_cells(gap)]
+    )
+
+
 def gap_cells(gap: Gap) -> list[str]:
     """A gap in the order of GAP_HEADS."""
     digits = 3 if gap.family == "loss" else 1

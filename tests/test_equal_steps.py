@@ -2,6 +2,7 @@
 
 import pytest
 
+from fedalt.methods import METHODS
 from fedalt.report.costs import steps_told
 from fedalt.report.effort import effort_of
 from fedalt.runs.cells import Cost
@@ -40,6 +41,13 @@ def rounds_of(method, rounds=10, epochs=1, participation=1.0):
 )
 def test_what_a_method_trains_beyond_one_fit_a_round_is_paid_for_with_rounds(method, rounds):
     assert rounds_of(method) == rounds
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_planned(name):
+    passes = list(passes_of(METHODS[name], 3, 2))
+    assert len(passes) == 3
+    assert passes[0][0] >= 2
 
 
 def test_epochs_and_participation_count():

@@ -7,7 +7,7 @@ from fedalt.cli.jobs import run_jobs
 from fedalt.cli.output import note
 from fedalt.report.cells import cell_of
 from fedalt.runs.cells import keep_cell, named, read_cells
-from fedalt.runs.compare import Entry, Job, require_data, require_same, write_settings
+from fedalt.runs.compare import Entry, Job, write_settings
 from fedalt.runs.origin import Origin, note_origin, origins_of, that_count
 
 
@@ -19,8 +19,6 @@ def complete_cells(
     Cells of other settings or code are refused before anything runs. Runs that are finished
     already become cells as they are.
     """
-    require_same(jobs)
-    require_data(jobs)
     cells = read_cells(file)
     note(f"{len(entries)} methods are rehearsed, in a second or two each", quiet=quiet)
     origins: dict[str, Origin] = {}

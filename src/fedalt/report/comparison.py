@@ -225,10 +225,12 @@ def _alone(results: Results) -> list[str]:
 
 
 def _best(table: Table) -> str:
-    """The method with the best mean."""
-    means = [cells[-2].seeds for cells in grid_of(table).rows.values()]
-    ranked = sorted(zip(table.columns, means, strict=True), key=lambda pair: fmean(pair[1]))
-    return ranked[0 if table.of_losses else -1][0]
+    """The method with the best mean over the clients that it has."""
+    means = {
+        method: fmean(fmean(row.scores[at]) for row in table.clients if row.scores[at])
+        for at, method in enumerate(table.columns)
+    }
+    return (min if table.of_losses else max)(means, key=lambda method: means[method])
 
 
 def _headed(results: Results) -> Iterator[str]:

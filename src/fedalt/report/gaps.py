@@ -156,11 +156,8 @@ def gaps_markdown(gaps: Sequence[Gap]) -> str:
 def shown_gaps(gaps: Sequence[Gap]) -> str:
     """Gaps of one method to one other with their intervals, metric by metric, in a cell."""
     several = len(gaps) > 1
-    return "; ".join(
-        f"{f'{gap.family} ' if several else ''}{cells[4]} ({cells[5]})"
-        for gap in gaps
-        for cells in [gap_cells(gap)]
-    )
+    shown = [(f"{gap.family} " if several else "", *gap_cells(gap)[4:6]) for gap in gaps]
+    return "; ".join(f"{family}{mean} ({between})" for family, mean, between in shown) or "–"
 
 
 def gap_cells(gap: Gap) -> list[str]:

@@ -11,6 +11,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from fedalt.core.files import atomic_write, make_private_folder
 from fedalt.core.reading import StoreError, read_json
 from fedalt.core.settings import DataSettings, ModelSettings
@@ -132,15 +134,17 @@ def note_origin(job: Job, rehearsal: Sequence[float]) -> None:
 def _content(data: DataSettings, model: ModelSettings) -> tuple[Tables, bool]:
     """Fingerprints of what the settings name, and whether the data are for a classifier."""
     folder = open_data(data.path, client_field=data.client_field)
-    base = load_base(
+    template = Template() if data.template is None else read_template(data.template)
+    fingerprint = load_base(
         model.name,
         labels=folder.labels,
         targets=model.targets,
         quantise=model.quantise,
         device=model.device,
-    )
-    template = Template() if data.template is None else read_template(data.template)
-    prints = _prints(folder.fingerprint, template.text, base.fingerprint)
+    ).fingerprint
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # the runs that follow are processes with a model of their own
+    prints = _prints(folder.fingerprint, template.text, fingerprint)
     return prints, folder.kind == "classify"
 
 

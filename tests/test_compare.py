@@ -10,7 +10,8 @@ import tomli_w
 from commands import call
 from runs_for_tests import adapters_of, save_model, write_clients
 
-from fedalt.report.comparison import beats, grid_csv, grid_markdown, grid_of
+from fedalt.report.comparison import beats, grid_of
+from fedalt.report.grid import grid_csv, grid_markdown
 from fedalt.report.table import joined
 from fedalt.runs.compare import jobs_of, read_comparison, run_all
 from fedalt.runs.folder import open_run
@@ -69,7 +70,8 @@ def test_every_method_and_seed_is_a_run_with_its_own_settings(place):
 
 def test_results_hold_a_line_for_every_method_seed_client_and_metric(place):
     text = (place / "out" / "results.jsonl").read_text()
-    lines = [json.loads(line) for line in text.splitlines()]
+    view, *lines = map(json.loads, text.splitlines())
+    assert view == {"metric": "score", "steps": "equal"}
     scores = {(e["method"], e["seed"], e["client"], e["metric"]): e for e in lines if "client" in e}
     assert {key[:3] for key in scores} == {
         (method, seed, client)
@@ -93,7 +95,8 @@ def test_the_table_states_the_budget_and_who_differs(place):
     text = (place / "out" / "table.md").read_text()
     assert "rounds 1, local epochs 1, batch size 4, learning rate 0.01, rank 2" in text
     assert "FFA-LoRA, faster: learning rate 0.03." in text
-    assert "| method | a | b | mean | worst client | trainable |" in text
+    assert "| method | a | b | mean | worst client | gap to the best, " in text
+    assert "A client takes 3 optimiser steps with every method, serving included." in text
 
 
 def test_a_comparison_goes_on_where_it_was_and_repeats_nothing(place, capsys):
@@ -265,11 +268,8 @@ def test_a_table_says_what_everybody_trained_and_how_long(place):
     text = (place / "out" / "table.md").read_text()
     assert "| trainable | rank | steps |" in text
     # 8 sites: q and v of two layers have A (2, 32) and B (32, 2) or (16, 2); mixers are (2, 32).
-    costs = [
-        json.loads(line)
-        for line in (place / "out" / "results.jsonl").read_text().splitlines()
-        if "client" not in json.loads(line)
-    ]
+    lines = map(json.loads, (place / "out" / "results.jsonl").read_text().splitlines())
+    costs = [line for line in lines if "steps" in line and "method" in line]
     fedalt = next(cost for cost in costs if cost["method"] == "fedalt")
     assert fedalt["trained"] == {"individual": 2 * (2 * (32 + 32) + 2 * (32 + 16)), "mixer": 256}
     assert fedalt["trainable_numbers"] == sum(fedalt["trained"].values())

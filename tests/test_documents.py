@@ -201,7 +201,7 @@ def test_the_comparison_of_the_documents_runs(here, capsys):
     read_comparison(Path("searching.toml"))
     # One seed, one round, losses alone: what is tried here is the file and the commands.
     block = block.replace("[0, 1, 2]", "[0]").replace(
-        "rounds = 3", "rounds = 1\n[scoring]\ngenerate = false"
+        "rounds = 10", "rounds = 1\n[scoring]\ngenerate = false"
     )
     Path("methods.toml").write_text(block)
     entries, _ = read_comparison(Path("methods.toml"))
@@ -209,7 +209,7 @@ def test_the_comparison_of_the_documents_runs(here, capsys):
     common, _, *some, _ = block.split("[[methods]]")  # without the first and the last
     Path("methods.toml").write_text("[[methods]]".join([common, *some]))
     commands = commands_of(text)
-    assert [words[0] for words in commands] == ["compare", "tune", "compare"]
+    assert [words[0] for words in commands] == [*["compare"] * 3, "tune", "compare"]
     shorter = {"1e-3,2e-3,4e-3": "1e-3,2e-3", "4,8": "4", "2": "1"}
     for words in commands:
         words = [shorter.get(word, word) for word in words]

@@ -6,9 +6,13 @@ import io
 import numpy as np
 import pytest
 
-from fedalt.report.comparison import grid_of
+from fedalt.report.comparison import Results, grid_of, grids_of
 from fedalt.report.gaps import Gap, gap_matrix, gaps_csv, gaps_over, holm, interval, p_values
+from fedalt.report.grid import grid_markdown
 from fedalt.report.table import joined
+from fedalt.runs.compare import Entry
+from fedalt.runs.settings import settings_of
+from fedalt.runs.view import View
 
 CLIENTS = [f"c{number}" for number in range(8)]
 
@@ -141,3 +145,65 @@ def test_gaps_are_written_unrounded():
     (line,) = csv.DictReader(io.StringIO(gaps_csv([gap])))
     assert float(line["mean"]) == 1 / 3
     assert (line["method"], line["over"], float(line["holm"])) == ("y", "x", 0.015625)
+
+
+def results_of(scores, view):
+    """Results of methods by name; without costs, which no gap needs."""
+    table = {"data": {"path": "/nowhere"}}
+    entries = [
+        Entry(name, settings_of({**table, "method": {"name": name}}, "a test")) for name in scores
+    ]
+    return Results(entries, range(2), scores, {}, view)
+
+
+def both_metrics(accuracy, rouge, loss):
+    """Two seeds of two clients, of whom one has options and both have generated texts."""
+    first = {"accuracy": accuracy, "rouge1": rouge + 5, "rougeL": rouge, "loss": loss}
+    seed = {"a": first, "b": {key: first[key] for key in ("rouge1", "rougeL", "loss")}}
+    return [seed, seed]
+
+
+SCORES = {
+    "local": both_metrics(0.5, 30.0, 2.0),
+    "fedit": both_metrics(0.6, 20.0, 1.5),
+    "fedalt": both_metrics(0.7, 40.0, 1.8),
+}
+
+
+@pytest.mark.parametrize(
+    ("metric", "local", "best"),
+    [
+        ("accuracy", "+20.0 (+20.0 to +20.0)", "gap to the best, fedalt (95 %)"),
+        ("rouge1", "+10.0 (+10.0 to +10.0)", "gap to the best, fedalt (95 %)"),
+        ("score", "accuracy % +20.0 (+20.0 to +20.0); ROUGE-L +10.0 (+10.0 to +10.0)", None),
+    ],
+)
+def test_a_table_has_the_gap_to_local_only_and_to_the_best_with_their_intervals(
+    metric, local, best
+):
+    grids = grids_of(results_of(SCORES, View(metric)))
+    text = grid_markdown(grids["scores"], {}, ())
+    head, _, first, second, third = text.splitlines()
+    assert best is None or f"| gap to local (95 %) | {best} |" in head
+    assert f"| {local} |" in third  # fedalt, over local
+    assert third.endswith("| – |")  # the best has no gap to itself
+    assert first.split("|")[1].strip() == "local"
+    assert second.split("|")[1].strip() == "fedit"
+    losses = grid_markdown(grids["losses"], {}, ()).splitlines()
+    assert "| gap to local (95 %) | gap to the best, fedit (95 %) |" in losses[0]
+    assert losses[4].endswith("| +0.200 (+0.200 to +0.200) | -0.300 (-0.300 to -0.300) |")
+
+
+def test_a_metric_heads_a_table_of_the_clients_that_have_it():
+    accuracy = joined(SCORES, metric="accuracy")
+    assert [row.name for row in accuracy.clients] == ["a"]
+    assert accuracy.mean.scores[2] == (70.0, 70.0)
+    rouge1 = joined(SCORES, metric="rouge1")
+    assert [(row.name, row.metric) for row in rouge1.clients] == [
+        ("a", "ROUGE-1"),
+        ("b", "ROUGE-1"),
+    ]
+    assert rouge1.mean.scores[0] == (35.0, 35.0)
+    assert list(grids_of(results_of(SCORES, View("loss")))) == ["losses"]
+    with pytest.raises(ValueError, match="metric = 'rougeL': no client has it with every method"):
+        joined({"x": [{"a": {"loss": 1.0}}]}, metric="rougeL")

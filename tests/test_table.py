@@ -134,7 +134,7 @@ def test_one_seed_says_nothing_about_the_spread():
 
 
 def test_a_lower_loss_is_ahead():
-    table = joined({"X": [{"a": {"loss": 1.0}}], "Y": [{"a": {"loss": 2.0}}]}, losses=True)
+    table = joined({"X": [{"a": {"loss": 1.0}}], "Y": [{"a": {"loss": 2.0}}]}, metric="loss")
     assert "a difference of +1.0" in verdict(table, "X", "Y")
 
 

@@ -1,7 +1,7 @@
 """`fedalt compare` and `tune`: several methods under one budget, and a fair choice of settings."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +12,8 @@ from fedalt.cli.output import console, hush_libraries, note, show_json
 from fedalt.core.foreign import shown
 
 if TYPE_CHECKING:
-    from fedalt.runs.compare import Entry
+    from fedalt.report.comparison import Results
+    from fedalt.runs.compare import Entry, Job
     from fedalt.runs.tune import Trial
 
 File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, seeds, one budget.")]
@@ -25,7 +26,15 @@ Jobs = Annotated[
 
 def compare(
     file: File,
-    out: Out,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The folder of all runs and of the results.")
+    ] = None,
+    cells: Annotated[
+        Path | None,
+        typer.Option(
+            "--results", help="File that keeps finished cells; without --out nothing is run."
+        ),
+    ] = None,
     jobs: Jobs = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -34,41 +43,83 @@ def compare(
 
     Every method and seed is a run below the folder; what is finished stays, what was stopped goes
     on. Ends with tables of scores and losses, methods by tasks, and what each method costs.
-    """
-    hush_libraries()
-    from fedalt.cli.jobs import run_jobs
-    from fedalt.report.comparison import (
-        budget_of,
-        collect,
-        draw_grid,
-        gaps_of,
-        grid_of,
-        write_results,
-    )
-    from fedalt.report.table import to_json
-    from fedalt.runs.compare import jobs_of, read_comparison
 
-    entries, seeds = read_comparison(file)
+    A file of results holds finished cells, a method with a seed each, to be committed: no cell in
+    it is computed again. Without a folder the tables are made from it alone.
+    """
+    if out is None and cells is None:
+        raise typer.BadParameter("give --out, a folder to run in, or --results, a file of cells")
+    hush_libraries()
+    from fedalt.cli.cells import complete_cells, require_cells
+    from fedalt.cli.jobs import run_jobs
+    from fedalt.report.cells import results_of
+    from fedalt.report.comparison import collect, write_results
+    from fedalt.runs.cells import read_cells
+    from fedalt.runs.compare import jobs_of, read_comparison
+    from fedalt.runs.view import view_in
+
+    (entries, seeds), view = read_comparison(file), view_in(file)
     _tell_advice(entries, quiet=quiet)
-    runs = jobs_of(entries, seeds, out)
-    failed = run_jobs(runs, jobs, quiet=quiet)
-    whole = [entry for entry in entries if not any(job.entry == entry for job in failed)]
-    if whole:
-        results = collect(whole, seeds, runs)
-        write_results(out, results)
-        if as_json:
-            tables = {name: to_json(table) for name, table in results.tables().items()}
-            gaps = [asdict(gap) for gap in gaps_of(results)]
-            show_json({"folder": str(out), **tables, "gaps": gaps})
+    if view.steps == "equal":
+        entries = _with_equal_steps(entries, quiet=quiet)
+    runs = jobs_of(entries, seeds, out or Path())
+    failed: list[Job] = []
+    if cells is None:
+        failed = run_jobs(runs, jobs, quiet=quiet)
+        whole = [entry for entry in entries if not any(job.entry == entry for job in failed)]
+        results = collect(whole, seeds, runs, view)
+    else:
+        if out is None:
+            require_cells(cells, entries, runs, quiet=quiet)
         else:
-            for name, table in results.tables().items():
-                console().print(draw_grid(grid_of(table), f"{name} on test data"))
-            for sentence in budget_of(results):
-                note(sentence, quiet=quiet)
-            files = "results.jsonl, table.md, table.csv, gaps.csv and clients.csv"
-            note(f"{files} lie in {out}", quiet=quiet)
+            failed = complete_cells(cells, entries, runs, jobs, quiet=quiet)
+        results = results_of(entries, seeds, read_cells(cells), view)
+    if results.entries:
+        if out is not None:
+            write_results(out, results)
+        _show_results(results, out, as_json=as_json, quiet=quiet)
+    elif not failed:
+        raise typer.BadParameter(f"{cells} has no method of {file} with all its seeds")
     if failed:
         raise typer.Exit(1)
+
+
+def _with_equal_steps(entries: "Sequence[Entry]", *, quiet: bool) -> "tuple[Entry, ...]":
+    """The methods with the rounds that equal steps leave them, and a note of each with fewer."""
+    from fedalt.runs.steps import with_equal_steps
+
+    equal = tuple(replace(entry, settings=with_equal_steps(entry.settings)) for entry in entries)
+    for before, after in zip(entries, equal, strict=True):
+        rounds, left = (entry.settings.rounds.rounds for entry in (before, after))
+        if left < rounds:
+            why = "it trains more than once a round, or before it serves"
+            note(f"{after.label}: {left} rounds for {rounds} of others: {why}", quiet=quiet)
+    return equal
+
+
+def _show_results(results: "Results", out: Path | None, *, as_json: bool, quiet: bool) -> None:
+    """The tables and the gaps, and where the files lie."""
+    from fedalt.report.comparison import budget_of, gaps_of, grids_of
+    from fedalt.report.gaps import ABOUT_GAPS
+    from fedalt.report.grid import draw_gaps, draw_grid
+    from fedalt.report.headline import heading
+    from fedalt.report.table import to_json
+
+    if as_json:
+        tables = {name: to_json(table) for name, table in results.tables().items()}
+        gaps = [asdict(gap) for gap in gaps_of(results)]
+        show_json({"folder": None if out is None else str(out), **tables, "gaps": gaps})
+        return
+    for name, grid in grids_of(results).items():
+        what = heading(results.view.metric if name == "scores" else "loss")
+        console().print(draw_grid(grid, f"{what} on test data"))
+        if grid.gaps:
+            console().print(draw_gaps(grid, f"{what}: gaps of means, above 0 is better"))
+    for sentence in (*budget_of(results), ABOUT_GAPS):
+        note(sentence, quiet=quiet)
+    if out is not None:
+        files = "results.jsonl, table.md, table.csv, gaps.csv and clients.csv"
+        note(f"{files} lie in {out}", quiet=quiet)
 
 
 def tune(

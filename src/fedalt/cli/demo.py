@@ -58,7 +58,7 @@ def demo(
     results = collect(entries, each_seed, runs)
     write_results(folder, results)
     columns = {name: results.scores[method] for method, name in METHODS.items()}
-    scores, losses = (joined(columns, "local", losses=losses) for losses in (False, True))
+    scores, losses = joined(columns, "local"), joined(columns, "local", metric="loss")
     # By client, as it is shown, instead of a comparison's table by method.
     atomic_write(folder / "table.md", f"{to_markdown(scores)}\n{to_markdown(losses)}".encode())
     pages = _write_pages(folder, runs[0].path)

@@ -1,7 +1,7 @@
 """Several runs at a time as a user sees them: signs of life, what failed, and a way back."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 
 import typer
@@ -21,11 +21,23 @@ from fedalt.runs.lifecycle import is_finished
 _MINUTE = 60.0
 
 
-def run_jobs(jobs: Sequence[Job], workers: int | None, *, quiet: bool) -> list[Job]:
-    """Bring all runs to their ends, so many at a time; those that failed. What is done stays."""
+def run_jobs(
+    jobs: Sequence[Job],
+    workers: int | None,
+    *,
+    quiet: bool,
+    finished: Callable[[Job], None] | None = None,
+) -> list[Job]:
+    """Bring all runs to their ends, so many at a time; those that failed. What is done stays.
+
+    `finished` hears of each run once it is, of those that have been before first of all.
+    """
     require_same(jobs)
     require_data(jobs)
     todo = [job for job in jobs if not ((job.path / "run.json").exists() and is_finished(job.path))]
+    for job in jobs:
+        if finished is not None and job not in todo:
+            finished(job)
     workers = workers or default_workers(jobs)
     note(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished, {workers} at a time", quiet=quiet)
     failed: list[Job] = []
@@ -45,6 +57,8 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, *, quiet: bool) -> list[J
                 job, fault = event
                 what = f"{job.entry.label}, seed {job.seed}"
                 if fault is None:
+                    if finished is not None:
+                        finished(job)
                     note(f"{what}: done; in {job.path}", quiet=quiet)
                     if sentence := nothing_learnt(job.path):
                         note(f"note: {what}: {sentence}", quiet=quiet)

@@ -148,9 +148,9 @@ class LocalTrainer:
     def _search(self, client_id: str, order: Search) -> Found:
         """Nelder and Mead's simplex; the best numbers it looked at, which it may have left."""
         scoring = replace(self.scoring, generate=False)
-        # Without options there is nothing but the loss to compute.
         spared = self._spared(client_id, order.spare)
-        examples = [replace(example, options=()) for example in spared]
+        # Without options there is nothing but the loss to compute; a classifier's name its labels.
+        examples = [replace(e, options=()) if e.label is None else e for e in spared]
         seen: list[Found] = []
 
         def objective(numbers: Sequence[float]) -> float:

@@ -4,32 +4,28 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from fedalt.core.reading import read_lines
 from fedalt.methods import METHODS
 from fedalt.report import compared_figures as figures
-from fedalt.report.comparison import (
-    Grid,
-    Results,
-    budget_of,
-    gaps_of,
-    grid_of,
-    shown_cell,
-)
+from fedalt.report.comparison import Results, budget_of, gaps_of, grids_of
 from fedalt.report.costs import HEADS, cost_cells
-from fedalt.report.gaps import ABOUT_GAPS, GAP_HEADS, gap_cells
+from fedalt.report.gaps import ABOUT_GAPS, GAP_HEADS, gap_cells, shown_gaps
+from fedalt.report.grid import Grid, shown_cell
+from fedalt.report.headline import heading
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
 from fedalt.report.run_page import explained
 from fedalt.report.table import YARDSTICK
 from fedalt.report.table import Table as Scores
-from fedalt.runs.compare import Cost, Entry, folder_of
+from fedalt.runs.cells import Cost, cost_in
+from fedalt.runs.compare import Entry, folder_of
 from fedalt.runs.folder import open_run
 from fedalt.runs.record import StoreError
 from fedalt.runs.settings import method_name, read_settings, settings_of_method
+from fedalt.runs.view import Metric, View
 
 RESULTS = "results.jsonl"
-_COSTS = tuple(Cost.__dataclass_fields__)
 
 
 class _Metric(TypedDict):
@@ -38,6 +34,11 @@ class _Metric(TypedDict):
     client: str
     metric: str
     value: float
+
+
+class _View(TypedDict):
+    metric: Metric
+    steps: Literal["equal", "rounds"]
 
 
 class _Costs(TypedDict):
@@ -53,7 +54,9 @@ class _Costs(TypedDict):
 def read_results(path: Path) -> Results:
     """The results that `fedalt compare` wrote into a folder. Raises StoreError."""
     file = path / RESULTS
-    lines: list[dict[str, Any]] = read_lines(file, _Metric | _Costs)
+    read: list[dict[str, Any]] = read_lines(file, _Metric | _Costs | _View)
+    views = [View(**line) for line in read if "method" not in line]
+    lines = [line for line in read if "method" in line]
     labels = list(dict.fromkeys(line["method"] for line in lines))
     seeds = list(dict.fromkeys(line["seed"] for line in lines))
     scores: dict[str, list[dict[str, dict[str, float]]]] = {
@@ -65,8 +68,7 @@ def read_results(path: Path) -> Results:
         if "client" in line:
             scores[label][at].setdefault(line["client"], {})[line["metric"]] = line["value"]
         else:
-            took = {name: line[name] for name in _COSTS if name in line}
-            costs[label].append(Cost(**{**took, "ranks": tuple(took.get("ranks", (0, 0)))}))
+            costs[label].append(cost_in(line))
     if not labels:
         raise StoreError(f"{file} is empty")
     for label, of in costs.items():
@@ -75,8 +77,13 @@ def read_results(path: Path) -> Results:
                 f"{file} is damaged: {label!r} has not the lines of costs and scores of each seed"
             )
     runs = {label: path / folder_of(label) / f"seed-{seeds[0]}" for label in labels}
-    entries = [Entry(label, read_settings(run / "settings.toml")) for label, run in runs.items()]
-    return Results(entries, seeds, scores, costs)
+    # A run whose cell was found in a file of results has no folder, only settings beside its place.
+    files = {label: run / "settings.toml" for label, run in runs.items()}
+    entries = [
+        Entry(label, read_settings(own if own.exists() else runs[label].with_suffix(".toml")))
+        for label, own in files.items()
+    ]
+    return Results(entries, seeds, scores, costs, *views[:1])
 
 
 def comparison_page(path: Path) -> Page:
@@ -93,7 +100,7 @@ def comparison_page(path: Path) -> Page:
         Section("compared", "What was compared", [Notes(budget[:-1]), _methods(results.entries)]),
         _scores(results, budget[-1], yardstick),
         _costs(results.costs, scores),
-        Section("curves", "Learning curves", [_curves(path, results, best, yardstick)]),
+        *_curves(path, results, best, yardstick),
     ]
     seeds = len(results.seeds)
     return Page(
@@ -112,10 +119,11 @@ def comparison_page(path: Path) -> Page:
 
 
 def _scores(results: Results, reading: str, yardstick: str | None) -> Section:
-    scores, losses = results.tables().values()
-    grids = {"Scores on test data": grid_of(scores)}
-    if not scores.of_losses:
-        grids["Mean loss of an answer's token, in nats: lower is better"] = grid_of(losses)
+    scores = results.tables()["scores"]
+    captions = {
+        "scores": f"{heading(results.view.metric)} on test data",
+        "losses": "Mean loss of an answer's token, in nats: lower is better",
+    }
     gains = Figure(
         "gains",
         f"Gain over {yardstick or 'the mean of all methods'}, by client",
@@ -123,7 +131,7 @@ def _scores(results: Results, reading: str, yardstick: str | None) -> Section:
         figures.gain_map(scores, yardstick),
         wide=True,
     )
-    tables = [_grid_table(grid, caption) for caption, grid in grids.items()]
+    tables = [_grid_table(grid, captions[name]) for name, grid in grids_of(results).items()]
     parts = [*tables, Notes([reading], quiet=True), *_gap_table(results), gains]
     return Section("scores", "Scores", parts)
 
@@ -172,10 +180,14 @@ def _grid_table(grid: Grid, caption: str) -> Table:
                 Cell(shown_cell(grid, cell), fmean(cell.seeds) if cell.seeds else None, cell.bold)
                 for cell in cells
             ),
+            *(
+                Cell(shown_gaps(gaps), gaps[0].mean if len(gaps) == 1 else None)
+                for gaps in (to.get(method, ()) for to in grid.gaps.values())
+            ),
         ]
         for method, cells in grid.rows.items()
     ]
-    return Table(caption, ["method", *grid.columns], rows)
+    return Table(caption, ["method", *grid.columns, *grid.gaps], rows)
 
 
 def _gap_table(results: Results) -> list[Table | Notes]:
@@ -208,15 +220,20 @@ def _leading(text: str) -> float:
     return float(re.split("[– ]", text)[0])
 
 
-def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> Figure:
+def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> list[Section]:
+    """The section of learning curves; none where no run of the best method has a folder here."""
     lines = {
         entry.label: [
             line
             for seed in results.seeds
-            for line in open_run(path / entry.folder / f"seed-{seed}").lines()
+            if (run := path / entry.folder / f"seed-{seed}").exists()
+            for line in open_run(run).lines()
         ]
         for entry in results.entries
     }
+    if not any(lines.values()):
+        return []
     chart = figures.method_curves(figures.curve_rows(lines), best, yardstick)
     caption = "Mean over clients and seeds. Point at a line for its name."
-    return Figure("training-loss", "Training loss", caption, chart, wide=True)
+    figure = Figure("training-loss", "Training loss", caption, chart, wide=True)
+    return [Section("curves", "Learning curves", [figure])]

@@ -1,22 +1,19 @@
 """Tables of several methods in the form of a paper: methods by tasks, mean, worst, and costs."""
 
-import csv
-import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
-from rich.text import Text
 
 from fedalt.core.files import atomic_write
 from fedalt.methods.notes import notes_on
-from fedalt.report.costs import HEADS, cost_cells
+from fedalt.report.costs import HEADS, cost_cells, steps_told
 from fedalt.report.gaps import (
     ABOUT_GAPS,
     SIGNIFICANT,
@@ -27,7 +24,8 @@ from fedalt.report.gaps import (
     p_value,
     told_apart,
 )
-from fedalt.report.sheet import Sheet
+from fedalt.report.grid import Cell, Grid, grid_csv, grid_markdown
+from fedalt.report.headline import heading
 from fedalt.report.table import (
     YARDSTICK,
     Row,
@@ -35,13 +33,14 @@ from fedalt.report.table import (
     Table,
     Values,
     joined,
-    markdown_cell,
     scores_of,
     to_csv,
 )
-from fedalt.runs.compare import Cost, Entry, Job
+from fedalt.runs.cells import Cost
+from fedalt.runs.compare import Entry, Job
 from fedalt.runs.folder import open_run
 from fedalt.runs.settings import lora_of, method_name
+from fedalt.runs.view import USUAL, Metric, View
 
 MOST_COLUMNS = 12  # more clients than this are shown by task, if their names tell tasks
 
@@ -54,13 +53,16 @@ class Results:
     seeds: Sequence[int]
     scores: Mapping[str, Sequence[Scored]]
     costs: Mapping[str, Sequence[Cost]]
+    view: View = USUAL
 
     def tables(self) -> dict[str, Table]:
-        """Clients by methods: scores and losses."""
-        return {"scores": joined(self.scores), "losses": joined(self.scores, losses=True)}
+        """Clients by methods: the metric that was asked for, and losses."""
+        metrics: dict[str, Metric] = {"scores": self.view.metric, "losses": "loss"}
+        return {name: joined(self.scores, metric=metric) for name, metric in metrics.items()}
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """One for each method, seed, client and metric; one of costs for each method and seed."""
+        """The view; a line per method, seed, client and metric; one of costs for each run."""
+        yield asdict(self.view)
         for label, seeds in self.scores.items():
             for seed, clients in zip(self.seeds, seeds, strict=True):
                 at = {"method": label, "seed": seed}
@@ -70,23 +72,6 @@ class Results:
         for label, costs in self.costs.items():
             for seed, cost in zip(self.seeds, costs, strict=True):
                 yield {"method": label, "seed": seed, **asdict(cost)}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A method's scores on a task: for each seed the mean over clients."""
-
-    seeds: Values
-    bold: bool = False
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Cells by method (rows) and column; the columns are tasks, then the mean and the worst."""
-
-    columns: tuple[str, ...]
-    rows: Mapping[str, tuple[Cell, ...]]
-    of_losses: bool
 
 
 def grid_of(table: Table) -> Grid:
@@ -108,7 +93,33 @@ def grid_of(table: Table) -> Grid:
     return Grid(tuple(columns), rows_of, table.of_losses)
 
 
-def collect(entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job]) -> Results:
+def grids_of(results: Results) -> dict[str, Grid]:
+    """The grid of each table, with every method's gaps to local-only and to the best."""
+    gaps, grids = gaps_of(results), {}
+    for name, table in results.tables().items():
+        families = {row.metric for row in table.clients}
+        alone, best = _alone(results), _best(table)
+        heads = {**{label: f"gap to {label}" for label in alone}, best: f"gap to the best, {best}"}
+        own = {
+            f"{head} (95 %)": {
+                method: [
+                    gap
+                    for gap in gaps
+                    if (gap.method, gap.over) == (method, over) and gap.family in families
+                ]
+                for method in table.columns
+            }
+            for over, head in heads.items()
+        }
+        grids[name] = replace(grid_of(table), gaps=own if len(table.columns) > 1 else {})
+    if grids["scores"].of_losses:  # then there is nothing but losses
+        del grids["scores"]
+    return grids
+
+
+def collect(
+    entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job], view: View = USUAL
+) -> Results:
     """The results of methods whose runs have all been finished."""
     from fedalt.report.effort import cost_of  # reads clients' last states, so it needs PyTorch
 
@@ -119,13 +130,13 @@ def collect(entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job])
         seeds,
         {label: [scores_of(run.lines(), "own") for run in group] for label, group in of.items()},
         {label: [cost_of(run.path) for run in group] for label, group in of.items()},
+        view,
     )
 
 
 def write_results(out: Path, results: Results) -> None:
     """Write results.jsonl, table.md, table.csv, gaps.csv and clients.csv."""
-    tables = results.tables()
-    grids = {name: grid_of(table) for name, table in tables.items()}
+    grids = grids_of(results)
     costs = {label: cost_cells(seeds) for label, seeds in results.costs.items()}
     gaps = gaps_of(results)
     parts = [
@@ -136,9 +147,9 @@ def write_results(out: Path, results: Results) -> None:
     files = {
         "results.jsonl": "".join(f"{json.dumps(line)}\n" for line in results.lines()),
         "table.md": "\n".join(f"{part.rstrip()}\n" for part in parts),
-        "table.csv": grid_csv(grids["scores"]),
+        "table.csv": grid_csv(next(iter(grids.values()))),
         "gaps.csv": gaps_csv(gaps),
-        "clients.csv": to_csv(tables["scores"]),
+        "clients.csv": to_csv(results.tables()["scores"]),
     }
     for name, text in files.items():
         atomic_write(out / name, text.encode())
@@ -167,6 +178,8 @@ def budget_of(results: Results) -> Iterator[str]:
     words = ", ".join(f"{key} {value}" for key, value in common.items())
     seeds = ", ".join(map(str, results.seeds))
     yield f"{words}; seeds {seeds}; cells are means ± standard deviations over seeds."
+    yield from steps_told(results.costs, results.view.steps)
+    yield from _headed(results)
     for entry in others:
         own = {key: value for key, value in facts(entry).items() if value != common[key]}
         if own:
@@ -190,44 +203,6 @@ def budget_of(results: Results) -> Iterator[str]:
     )
 
 
-def draw_grid(grid: Grid, title: str) -> Sheet:
-    """The grid for a terminal."""
-    rows: list[list[str | Text]] = [
-        [
-            method,
-            *(Text(shown_cell(grid, cell), style="bold" if cell.bold else "") for cell in cells),
-        ]
-        for method, cells in grid.rows.items()
-    ]
-    return Sheet(["method", *grid.columns], rows, title)
-
-
-def grid_markdown(grid: Grid, costs: Mapping[str, Sequence[str]], heads: Sequence[str]) -> str:
-    """The grid as Markdown, with the costs of each method in further columns under `heads`."""
-    lines = [["method", *map(markdown_cell, grid.columns), *heads]]
-    lines.append(["---", *("---:" for _ in lines[0][1:])])
-    for method, cells in grid.rows.items():
-        shown = [
-            f"**{shown_cell(grid, cell)}**" if cell.bold else shown_cell(grid, cell)
-            for cell in cells
-        ]
-        lines.append([markdown_cell(method), *shown, *costs.get(method, [""] * len(heads))])
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def grid_csv(grid: Grid) -> str:
-    """Mean and deviation over the seeds of every cell."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["method", "column", "mean", "deviation", "seeds", "best_and_significant"])
-    for method, cells in grid.rows.items():
-        for column, cell in zip(grid.columns, cells, strict=True):
-            spread = stdev(cell.seeds) if len(cell.seeds) > 1 else ""
-            mean = fmean(cell.seeds) if cell.seeds else ""
-            writer.writerow([method, column, mean, spread, len(cell.seeds), cell.bold])
-    return text.getvalue()
-
-
 def beats(first: Values, second: Values) -> bool:
     """Whether paired scores tell two methods apart: one of each client, its mean over seeds."""
     return len(first) == len(second) and p_value(np.subtract(first, second)) < SIGNIFICANT
@@ -235,18 +210,36 @@ def beats(first: Values, second: Values) -> bool:
 
 def gaps_of(results: Results) -> list[Gap]:
     """Each method's gaps to local-only, if that is there, and to the best of each table's means."""
-    alone = [
-        entry.label for entry in results.entries if method_name(entry.settings.method) == YARDSTICK
-    ]
     gaps: dict[tuple[str, str, str], Gap] = {}
     for table in results.tables().values():
-        means = [cells[-2].seeds for cells in grid_of(table).rows.values()]
-        ranked = sorted(zip(table.columns, means, strict=True), key=lambda pair: fmean(pair[1]))
-        best = ranked[0 if table.of_losses else -1][0]
-        for over in dict.fromkeys([*alone, best]):
+        for over in dict.fromkeys([*_alone(results), _best(table)]):
             for gap in gaps_over(table, over):
                 gaps.setdefault((gap.family, gap.over, gap.method), gap)
     return list(gaps.values())
+
+
+def _alone(results: Results) -> list[str]:
+    return [
+        entry.label for entry in results.entries if method_name(entry.settings.method) == YARDSTICK
+    ]
+
+
+def _best(table: Table) -> str:
+    """The method with the best mean over the clients that it has."""
+    means = {
+        method: fmean(fmean(row.scores[at]) for row in table.clients if row.scores[at])
+        for at, method in enumerate(table.columns)
+    }
+    return (min if table.of_losses else max)(means, key=lambda method: means[method])
+
+
+def _headed(results: Results) -> Iterator[str]:
+    """What heads the table where that is not every client's own score."""
+    table = results.tables()["scores"]
+    clients = {client for seeds in results.scores.values() for seed in seeds for client in seed}
+    if results.view.metric != "score":
+        of = f"{len(table.clients)} of {len(clients)} clients have it"
+        yield f"The first table is of {heading(results.view.metric)}: {of}."
 
 
 def _parts(trained: Mapping[str, int]) -> str:
@@ -278,12 +271,3 @@ def _marked(rows: Sequence[Row], table: Table) -> list[Cell]:
         bold = told_apart(rows, best, others, sign=sign)
         cells[best] = Cell(cells[best].seeds, bold)
     return cells
-
-
-def shown_cell(grid: Grid, cell: Cell) -> str:
-    """A cell as it is shown: mean and spread over the seeds."""
-    if not cell.seeds:
-        return "–"
-    digits = 3 if grid.of_losses else 1
-    mean = f"{fmean(cell.seeds):.{digits}f}"
-    return mean if len(cell.seeds) == 1 else f"{mean} ± {stdev(cell.seeds):.{digits}f}"

@@ -1,9 +1,11 @@
 """What methods took, as cells of a table."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
+from typing import Literal
 
-from fedalt.runs.compare import Cost
+from fedalt.runs.cells import Cost
 
 HEADS = ("trainable", "rank", "steps", "upload kB", "download kB", "seconds", "peak MB")
 
@@ -23,3 +25,26 @@ def cost_cells(costs: Sequence[Cost]) -> list[str]:
         f"{fmean(cost.seconds for cost in costs):.0f}",
         f"{max(cost.peak_memory_bytes for cost in costs) / 1e6:.0f}",
     ]
+
+
+def steps_told(
+    costs: Mapping[str, Sequence[Cost]], wanted: Literal["equal", "rounds"]
+) -> Iterator[str]:
+    """Whether all methods took as many optimiser steps, those before they serve included.
+
+    If not, which ones differ from what most of them took.
+    """
+    taken = {label: fmean(c.steps + c.serving_steps for c in of) for label, of in costs.items()}
+    shown = {label: f"{steps:.0f}" for label, steps in taken.items()}
+    usual, _ = Counter(shown.values()).most_common(1)[0]
+    if unlike := {label: steps for label, steps in shown.items() if steps != usual}:
+        told = ", ".join(
+            f"{label} {steps} ({float(steps) / max(float(usual), 1) - 1:+.0%})"
+            for label, steps in unlike.items()
+        )
+        which = (
+            "Warning: steps are not equal" if wanted == "equal" else "Rounds are equal, steps not"
+        )
+        yield f"{which}: a client takes {usual} in all, serving included, but with {told}."
+    elif len(shown) > 1:
+        yield f"A client takes {usual} optimiser steps with every method, serving included."

@@ -14,7 +14,7 @@ from fedalt.adapters.start import Start
 from fedalt.engine.client_work import TRAINED
 from fedalt.engine.generators import Given, run_generators
 from fedalt.engine.states import server_of
-from fedalt.runs.compare import Cost
+from fedalt.runs.cells import Cost
 from fedalt.runs.folder import RunFolder, open_run
 from fedalt.runs.settings import Settings, lora_of, read_settings
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Search

@@ -153,6 +153,13 @@ def gaps_markdown(gaps: Sequence[Gap]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def shown_gaps(gaps: Sequence[Gap]) -> str:
+    """Gaps of one method to one other with their intervals, metric by metric, in a cell."""
+    several = len(gaps) > 1
+    shown = [(f"{gap.family} " if several else "", *gap_cells(gap)[4:6]) for gap in gaps]
+    return "; ".join(f"{family}{mean} ({between})" for family, mean, between in shown) or "–"
+
+
 def gap_cells(gap: Gap) -> list[str]:
     """A gap in the order of GAP_HEADS."""
     digits = 3 if gap.family == "loss" else 1

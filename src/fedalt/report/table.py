@@ -11,19 +11,18 @@ from typing import Any
 from rich.text import Text
 
 from fedalt.core.foreign import shown
+from fedalt.report.headline import LABELS, metrics_of, values_of
+from fedalt.report.headline import Scored as Scored
+from fedalt.report.headline import Values as Values
 from fedalt.report.sheet import Sheet
+from fedalt.runs.view import Metric
 
-Values = tuple[float, ...]  # one number per seed
-Scored = Mapping[str, Mapping[str, float]]  # metrics by client
 Line = Mapping[str, Any]
 Fold = Callable[[Iterable[float]], float]
 
 COLUMNS = ("own", "shared", "local")
 YARDSTICK = "local"
-# The first that every column of a client has is its score; all of them as shares of 100.
-_HEADLINES = (("accuracy", 100.0), ("rougeL", 1.0))
 _MARKUP = re.compile(r"([\\|`*\[\]])")  # an underscore within a word is none
-_LABELS = {"accuracy": "accuracy %", "rougeL": "ROUGE-L", "loss": "loss"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def run_table(lines: Iterable[Line], split: str = "test", *, losses: bool = Fals
     lines = list(lines)
     scored = {column: [scores_of(lines, column, split)] for column in COLUMNS}
     seen = {column: seeds for column, seeds in scored.items() if seeds[0]}
-    return joined(seen, YARDSTICK, losses=losses)
+    return joined(seen, YARDSTICK, metric="loss" if losses else "score")
 
 
 def scores_of(lines: Iterable[Line], column: str, split: str = "test") -> Scored:
@@ -85,27 +84,28 @@ def scores_of(lines: Iterable[Line], column: str, split: str = "test") -> Scored
 
 
 def joined(
-    columns: Mapping[str, Sequence[Scored]], yardstick: str | None = None, *, losses: bool = False
+    columns: Mapping[str, Sequence[Scored]],
+    yardstick: str | None = None,
+    *,
+    metric: Metric = "score",
 ) -> Table:
     """A table whose columns come from different runs, each with the scores of one or more seeds.
 
     The gain is that of the first column over the yardstick, if that is a column at all. Where a
-    client has neither accuracy nor generated texts, the table is one of losses.
+    client has neither accuracy nor generated texts, a table of scores is one of losses; of another
+    metric only those clients are in the table that have it. ValueError where nobody has.
     """
     if not columns:
         raise ValueError("nothing has been scored: no client has data to score on")
     names = tuple(columns)
     clients = sorted({client for seeds in columns.values() for seed in seeds for client in seed})
-    metrics = {client: "loss" if losses else _headline(client, columns) for client in clients}
-    if "loss" in metrics.values():
-        metrics = dict.fromkeys(clients, "loss")
+    metrics = metrics_of(clients, columns, metric)
     gain_over = names.index(yardstick) if yardstick in names[1:] else None
     rows = []
-    for client, metric in metrics.items():
-        scale = dict(_HEADLINES).get(metric, 1.0)
-        scores = tuple(_values(columns[name], client, metric, scale) for name in names)
-        gain = () if gain_over is None else _gain(scores[0], scores[gain_over], metric)
-        rows.append(Row(client, _LABELS[metric], scores, gain))
+    for client, own in metrics.items():
+        scores = tuple(values_of(columns[name], client, own) for name in names)
+        gain = () if gain_over is None else _gain(scores[0], scores[gain_over], own)
+        rows.append(Row(client, LABELS[own], scores, gain))
     worst = max if "loss" in metrics.values() else min
     return Table(
         columns=names,
@@ -213,20 +213,6 @@ def verdict(table: Table, ours: str, other: str) -> str:
     if gap < -spread:
         return f"{sentence}{ours} is behind by {-gap:.1f}, beyond the spread of the seeds"
     return f"{sentence}a difference of {gap:+.1f}, within the spread of the seeds"
-
-
-def _headline(client: str, columns: Mapping[str, Sequence[Scored]]) -> str:
-    all_metrics = [seed[client] for seeds in columns.values() for seed in seeds if client in seed]
-    for name, _ in _HEADLINES:
-        if all(name in metrics for metrics in all_metrics):
-            return name
-    return "loss"
-
-
-def _values(seeds: Sequence[Scored], client: str, metric: str, scale: float) -> Values:
-    """The client's numbers, none at all if a seed lacks one: means of different seeds mislead."""
-    values = [seed[client][metric] * scale for seed in seeds if metric in seed.get(client, {})]
-    return tuple(values) if len(values) == len(seeds) else ()
 
 
 def _gain(own: Values, yardstick: Values, metric: str) -> Values:

@@ -29,6 +29,7 @@ from fedalt.runs.settings import (
     settings_of,
     to_toml,
 )
+from fedalt.runs.view import VIEW, view_of
 from fedalt.training.recommended import recommended
 
 _OVERRIDES = ("data", "model", "training", "rounds", "scoring")
@@ -67,30 +68,12 @@ class Job:
         return replace(self.entry.settings, seed=self.seed, local_baseline=False)
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What a run took: numbers, bytes per client and round, seconds of training, peak bytes.
-
-    `trainable_numbers` are all that the client with most of them trains at any time, `trained` by
-    slot, `least_numbers` those of the client with fewest; `ranks` the smallest and the largest.
-    `steps` and `serving_steps` are means over clients: in all rounds, and before each serving.
-    """
-
-    trainable_numbers: int
-    upload_bytes: float
-    download_bytes: float
-    seconds: float
-    peak_memory_bytes: int
-    least_numbers: int = 0
-    ranks: tuple[int, int] = (0, 0)
-    steps: float = 0.0
-    serving_steps: float = 0.0
-    trained: Mapping[str, int] = field(default_factory=dict)
-
-
 def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
     """The methods and the seeds of a comparison's file; everything is checked. SettingsError."""
     table = read_table(file)
+    view_of(table, str(file))  # so that a mistake in it is found first of all
+    for key in VIEW:
+        table.pop(key, None)
     seeds = table.pop("seeds", [0])
     if not _are_seeds(seeds):
         raise SettingsError(f"{file}: seeds: expected a list of different whole numbers")
@@ -146,6 +129,14 @@ def require_data(jobs: Sequence[Job]) -> None:
         if data not in folders:
             folders[data] = open_data(data.path, client_field=data.client_field)
         require_known(settings, folders[data].clients)
+
+
+def write_settings(job: Job) -> Path:
+    """Write a run's settings beside its folder, where a report finds those of a run that is not."""
+    file = job.path.with_suffix(".toml")
+    make_private_folder(file.parent)
+    atomic_write(file, to_toml(job.settings).encode())
+    return file
 
 
 def settings_table(settings: Settings) -> dict[str, Any]:
@@ -209,9 +200,7 @@ def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], No
     """One run to its end; its last words if it did not get there."""
     words = ["resume", str(job.path)]
     if not (job.path / "run.json").exists():
-        config = job.path.with_suffix(".toml")
-        make_private_folder(config.parent)
-        atomic_write(config, to_toml(job.settings).encode())
+        config = write_settings(job)
         half = job.path / "settings.toml"
         if half.exists() and read_text(half) == to_toml(job.settings):
             half.unlink()  # it was killed between its first file and its second

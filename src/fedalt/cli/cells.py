@@ -1,0 +1,61 @@
+"""A comparison whose finished cells are kept in a file: only what is missing there is run."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from fedalt.cli.jobs import run_jobs
+from fedalt.cli.output import note
+from fedalt.report.cells import cell_of
+from fedalt.runs.cells import keep_cell, named, read_cells
+from fedalt.runs.compare import Entry, Job, write_settings
+from fedalt.runs.origin import Origin, note_origin, origins_of, that_count
+
+
+def complete_cells(
+    file: Path, entries: Sequence[Entry], jobs: Sequence[Job], workers: int | None, *, quiet: bool
+) -> list[Job]:
+    """Run what the file has no cell of, and add each cell as it is finished; those that failed.
+
+    Cells of other settings or code are refused before anything runs. Runs that are finished
+    already become cells as they are.
+    """
+    cells = read_cells(file)
+    note(f"{len(entries)} methods are rehearsed, in a second or two each", quiet=quiet)
+    origins: dict[str, Origin] = {}
+    for label, origin in origins_of(entries):
+        origins[label] = origin
+        for cell in cells.values():
+            if cell.method == label:
+                origin.require(cell, file)
+    missing = [job for job in jobs if (job.entry.label, job.seed) not in cells]
+    for job in jobs:
+        if job in missing:
+            note_origin(job, origins[job.entry.label].numbers)
+        elif not job.path.exists():
+            write_settings(job)
+
+    def keep(job: Job) -> None:
+        origin = origins[job.entry.label]
+        cell = cell_of(job, origin.numbers)
+        origin.require(cell, file)
+        keep_cell(file, cell)
+
+    note(f"{len(jobs)} cells, {len(jobs) - len(missing)} found in {file}", quiet=quiet)
+    return run_jobs(missing, workers, quiet=quiet, finished=keep) if missing else []
+
+
+def require_cells(
+    file: Path, entries: Sequence[Entry], jobs: Sequence[Job], *, quiet: bool
+) -> None:
+    """Look at a file's cells without data, base model or runs; tell which are missing.
+
+    Raises StoreError for a cell of other settings.
+    """
+    cells = read_cells(file)
+    origins = {entry.label: Origin(that_count(entry.settings)) for entry in entries}
+    for job in jobs:
+        key = job.entry.label, job.seed
+        if key in cells:
+            origins[job.entry.label].require(cells[key], file)
+        else:
+            note(f"{file} has no cell {named(key)}; with --out it is run", quiet=quiet)

@@ -1,0 +1,49 @@
+"""From finished runs to cells of a comparison, and from cells to its results."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+
+from fedalt.report.comparison import Results
+from fedalt.report.effort import cost_of
+from fedalt.report.table import scores_of
+from fedalt.runs.cells import Cell
+from fedalt.runs.compare import Entry, Job
+from fedalt.runs.folder import open_run
+from fedalt.runs.origin import settings_in
+from fedalt.runs.view import View
+
+
+def cell_of(job: Job, rehearsal: Sequence[float]) -> Cell:
+    """The cell that a finished run of a comparison is."""
+    lines = open_run(job.path).lines()
+    tested = (line for line in lines if line["kind"] == "score" and line["split"] == "test")
+    return Cell(
+        method=job.entry.label,
+        seed=job.seed,
+        fedalt=version("fedalt"),
+        settings=settings_in(job.path, job.settings),
+        rehearsal=rehearsal,
+        costs=cost_of(job.path),
+        scores={
+            column: scores_of(lines, column)
+            for column in dict.fromkeys(line["column"] for line in tested)
+        },
+    )
+
+
+def results_of(
+    entries: Iterable[Entry],
+    seeds: Sequence[int],
+    cells: Mapping[tuple[str, int], Cell],
+    view: View,
+) -> Results:
+    """The results of the methods whose cells of all seeds are there."""
+    whole = [entry for entry in entries if all((entry.label, seed) in cells for seed in seeds)]
+    of = {entry.label: [cells[entry.label, seed] for seed in seeds] for entry in whole}
+    return Results(
+        whole,
+        seeds,
+        {label: [cell.scores["own"] for cell in group] for label, group in of.items()},
+        {label: [cell.costs for cell in group] for label, group in of.items()},
+        view,
+    )

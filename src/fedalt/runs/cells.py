@@ -1,0 +1,102 @@
+"""Finished cells of a comparison, a method with a seed each, in one small file to be committed.
+
+A line of JSON is a cell: what it found, what it took, the settings that it was made with, and the
+numbers of its rehearsal, which stand for the code. Lines are sorted, so that a cell that joins is
+one more line wherever it was computed.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+from fedalt.core.files import atomic_write, make_private_folder
+from fedalt.core.reading import StoreError, read_lines
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run took: numbers, bytes per client and round, seconds of training, peak bytes.
+
+    `trainable_numbers` are all that the client with most of them trains at any time, `trained` by
+    slot, `least_numbers` those of the client with fewest; `ranks` the smallest and the largest.
+    `steps` and `serving_steps` are means over clients: in all rounds, and before each serving.
+    """
+
+    trainable_numbers: int
+    upload_bytes: float
+    download_bytes: float
+    seconds: float
+    peak_memory_bytes: int
+    least_numbers: int = 0
+    ranks: tuple[int, int] = (0, 0)
+    steps: float = 0.0
+    serving_steps: float = 0.0
+    trained: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A method with a seed: test metrics by column and client, costs, and what tells its origin.
+
+    `settings` are those that count, by section; `rehearsal` as `rehearse` gave it; `fedalt` is the
+    version, for the reader.
+    """
+
+    method: str
+    seed: int
+    fedalt: str
+    settings: Mapping[str, Mapping[str, Any]]
+    rehearsal: Sequence[float]
+    costs: Cost
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]]
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What a cell is found by."""
+        return self.method, self.seed
+
+
+class _Line(TypedDict):
+    method: str
+    seed: int
+    fedalt: str
+    settings: dict[str, dict[str, Any]]
+    rehearsal: list[float]
+    costs: dict[str, Any]
+    scores: dict[str, dict[str, dict[str, float]]]
+
+
+def read_cells(file: Path) -> dict[tuple[str, int], Cell]:
+    """The cells of a file by method and seed; none where there is no file. Raises StoreError."""
+    cells: dict[tuple[str, int], Cell] = {}
+    for number, line in enumerate(read_lines(file, _Line) if file.exists() else [], 1):
+        try:
+            cell = Cell(**{**line, "costs": cost_in(line["costs"])})
+        except TypeError as error:
+            raise StoreError(f"{file} is damaged: line {number}: {error}") from None
+        if cell.key in cells:
+            raise StoreError(f"{file}: line {number} is a second cell {named(cell.key)}")
+        cells[cell.key] = cell
+    return cells
+
+
+def keep_cell(file: Path, cell: Cell) -> None:
+    """Add a cell to a file, or replace it there; a crash leaves the file as it was, or whole."""
+    cells = {**read_cells(file), cell.key: cell}
+    text = "".join(f"{json.dumps(asdict(cells[key]), allow_nan=False)}\n" for key in sorted(cells))
+    make_private_folder(file.parent)
+    atomic_write(file, text.encode())
+
+
+def cost_in(table: Mapping[str, Any]) -> Cost:
+    """The costs of a line of JSON. Raises TypeError for one that lacks some."""
+    took = {item.name: table[item.name] for item in fields(Cost) if item.name in table}
+    return Cost(**{**took, "ranks": tuple(took.get("ranks", (0, 0)))})
+
+
+def named(key: tuple[str, int]) -> str:
+    """A cell as a sentence speaks of it."""
+    label, seed = key
+    return f"{label!r}, seed {seed}"

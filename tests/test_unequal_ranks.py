@@ -19,7 +19,7 @@ LORA = Lora(rank=2, alpha=4, dropout=0.0)
 RANKS = {"a": 1, "b": 3}  # and c has 2
 FLEXLORA = UnequalRanks(variant="flexlora", lora=LORA, ranks=RANKS)
 FLORIST = UnequalRanks(variant="florist", lora=LORA, ranks=RANKS, tau=0.95)
-MEAN = UnequalRanks(variant="hetlora_mean", lora=LORA, ranks=RANKS)
+MEAN = UnequalRanks(variant="owner_mean", lora=LORA, ranks=RANKS)
 ALL = [FLEXLORA, FLORIST, MEAN]
 SPLITTING = ("flexlora", "florist")
 each_method = pytest.mark.parametrize("method", ALL, ids=[each.variant for each in ALL])
@@ -255,8 +255,8 @@ def test_a_table_of_ranks_is_read_and_written_again(tmp_path, method):
     [
         ({"variant": "florist", "tau": 0.0}, "tau=0.0"),
         ({"variant": "florist", "tau": 1.5}, "tau=1.5"),
-        ({"variant": "hetlora_mean", "tau": 0.5}, "not of a mean of rows"),
-        ({"variant": "hetlora_mean", "split": "in_b"}, "not of a mean of rows"),
+        ({"variant": "owner_mean", "tau": 0.5}, "not of a mean of rows"),
+        ({"variant": "owner_mean", "split": "in_b"}, "not of a mean of rows"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, complaint):

@@ -21,6 +21,7 @@ from fedalt.adapters.plan import HEAD, Slot, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.core.seeds import generator, seed_of
 from fedalt.core.tree import Tree, accumulate, add, cast, merge, scale, select, subtract
+from fedalt.methods.checks import check
 from fedalt.methods.contract import Local, Message, Serving
 from fedalt.methods.defaults import deploy_shared, kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
@@ -72,6 +73,7 @@ class FSLoRA:
 
     def __post_init__(self) -> None:
         require_ranks(self.ranks)
+        check(self, whole_rank="[1, inf)")
         if self._whole.rank < largest_rank(self):
             raise ValueError(
                 f"whole_rank={self.whole_rank}, but a client has rank {largest_rank(self)}, and a "

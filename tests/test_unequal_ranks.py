@@ -262,3 +262,10 @@ def test_a_table_of_ranks_is_read_and_written_again(tmp_path, method):
 def test_settings_that_mean_nothing_are_refused(settings, complaint):
     with pytest.raises(ValueError, match=complaint):
         UnequalRanks(**settings)
+
+
+def test_the_name_that_the_owner_only_mean_had_before_is_an_error_that_says_the_new_one():
+    with pytest.raises(
+        SettingsError, match=r"no method 'hetlora_mean', .*; it is called owner_mean now"
+    ):
+        settings_of({"data": {"path": "/d"}, "method": {"name": "hetlora_mean"}}, "test")

@@ -7,6 +7,8 @@ from federation import EXAMPLES, SITES, START, MemoryStates, pull, served, simul
 from fedalt.adapters.start import drawn_again
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name
+from fedalt.engine.firewall import Refused, check_broadcast
+from fedalt.methods.contract import Message
 from fedalt.methods.flora import FLoRA
 from fedalt.methods.frozen_side import FROZEN, added, alone, on_top
 from fedalt.methods.lora import Lora
@@ -143,6 +145,14 @@ def test_who_was_away_gets_all_that_was_added():
         torch.testing.assert_close(
             product(serving.tree, site, FROZEN), product(states["server"].frozen, site, FROZEN)
         )
+
+
+def test_a_frozen_side_of_more_rank_than_a_site_can_have_is_refused():
+    client = METHOD.init_client(START, "a")
+    tree = {Name("block.0.q", FROZEN, "A"): torch.ones(5, 5)}
+    tree[Name("block.0.q", FROZEN, "B")] = torch.ones(4, 5)
+    with pytest.raises(Refused, match="has rank 5, but at most 4"):
+        check_broadcast(Message(tree, {"round": 1}), METHOD, START, client)
 
 
 def test_before_the_first_round_a_client_serves_what_everybody_draws():

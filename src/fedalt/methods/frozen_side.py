@@ -55,8 +55,17 @@ def _slot(frozen: Tree, scaling: float) -> Slot:
 
 
 def _rank(frozen: Tree) -> int:
-    """The largest rank of any site."""
-    return max((len(rows_of(name, factor)) for name, factor in frozen.items()), default=0)
+    """The largest rank of any site.
+
+    Raises ValueError for one that no matrix of its size has: rows of zeros for all other sites
+    would make a small message of a stranger fill the memory.
+    """
+    largest = 0
+    for site, (b, a) in pairs_of(frozen, FROZEN):
+        if len(a) > (most := min(len(b), a.shape[1])):
+            raise ValueError(f"the frozen side of {site} has rank {len(a)}, but at most {most}")
+        largest = max(largest, len(a))
+    return largest
 
 
 def _even(frozen: Tree) -> Tree:

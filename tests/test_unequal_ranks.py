@@ -19,7 +19,7 @@ LORA = Lora(rank=2, alpha=4, dropout=0.0)
 RANKS = {"a": 1, "b": 3}  # and c has 2
 FLEXLORA = UnequalRanks(variant="flexlora", lora=LORA, ranks=RANKS)
 FLORIST = UnequalRanks(variant="florist", lora=LORA, ranks=RANKS, tau=0.95)
-MEAN = UnequalRanks(variant="hetlora_mean", lora=LORA, ranks=RANKS)
+MEAN = UnequalRanks(variant="owner_mean", lora=LORA, ranks=RANKS)
 ALL = [FLEXLORA, FLORIST, MEAN]
 SPLITTING = ("flexlora", "florist")
 each_method = pytest.mark.parametrize("method", ALL, ids=[each.variant for each in ALL])
@@ -255,10 +255,17 @@ def test_a_table_of_ranks_is_read_and_written_again(tmp_path, method):
     [
         ({"variant": "florist", "tau": 0.0}, "tau=0.0"),
         ({"variant": "florist", "tau": 1.5}, "tau=1.5"),
-        ({"variant": "hetlora_mean", "tau": 0.5}, "not of a mean of rows"),
-        ({"variant": "hetlora_mean", "split": "in_b"}, "not of a mean of rows"),
+        ({"variant": "owner_mean", "tau": 0.5}, "not of a mean of rows"),
+        ({"variant": "owner_mean", "split": "in_b"}, "not of a mean of rows"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, complaint):
     with pytest.raises(ValueError, match=complaint):
         UnequalRanks(**settings)
+
+
+def test_the_name_that_the_owner_only_mean_had_before_is_an_error_that_says_the_new_one():
+    with pytest.raises(
+        SettingsError, match=r"no method 'hetlora_mean', .*; it is called owner_mean now"
+    ):
+        settings_of({"data": {"path": "/d"}, "method": {"name": "hetlora_mean"}}, "test")

@@ -42,9 +42,7 @@ class Start:
         tree: Tree = {}
         for site, (d_in, d_out) in self.sites.items():
             key = (site, only_for, slot.name) if apart else (site, only_for)
-            stream = generator(self.seed, "A", *key)
-            a = torch.empty(slot.rank, d_in).uniform_(-1, 1, generator=stream) / d_in**0.5
-            tree[Name(site, slot.name, "A")] = a
+            tree[Name(site, slot.name, "A")] = _draw(slot.rank, d_in, self.seed, *key)
             tree[Name(site, slot.name, "B")] = torch.zeros(d_out, slot.rank)
         return tree
 
@@ -70,3 +68,27 @@ class Start:
                 tensor.normal_(0, 0.02, generator=generator(self.seed, HEAD, name.site))
             tree[name] = tensor
         return tree
+
+
+def drawn_again(adapter: Mapping[Name, Tensor], seed: int, times: int) -> Tree:
+    """An adapter as `Start.adapter` draws it, drawn anew as often as `times` says.
+
+    0 leaves it as it is. Every other number has a stream of its own, the same for all clients of
+    one rank; `seed` is the run's.
+    """
+    if not times:
+        return dict(adapter)
+    tree: Tree = {}
+    for name, tensor in adapter.items():
+        rows, columns = tensor.shape
+        of_a = name.factor == "A"
+        tree[name] = (
+            _draw(rows, columns, seed, name.site, times) if of_a else torch.zeros_like(tensor)
+        )
+    return tree
+
+
+def _draw(rank: int, d_in: int, seed: int, *key: str | int) -> Tensor:
+    """A (rank, d_in): uniform in +-1/sqrt(d_in), which is Kaiming's with a = sqrt(5)."""
+    a = torch.empty(rank, d_in).uniform_(-1, 1, generator=generator(seed, "A", *key))
+    return a / float(d_in**0.5)

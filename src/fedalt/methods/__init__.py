@@ -21,10 +21,17 @@ METHODS: Final = Methods(
         "florist": Entry(
             "unequal_ranks", "UnequalRanks", {"variant": "florist", "tau": 0.95, "split": "in_b"}
         ),
-        "hetlora_mean": Entry("unequal_ranks", "UnequalRanks", {"variant": "hetlora_mean"}),
+        "owner_mean": Entry("unequal_ranks", "UnequalRanks", {"variant": "owner_mean"}),
+        "hetlora": Entry("hetlora", "HetLoRA"),
+        "fedilora": Entry("fedilora", "FediLoRA"),
+        "flora": Entry("flora", "FLoRA"),
+        "fedex_lora": Entry("fedex_lora", "FedExLoRA"),
+        "fslora": Entry("fslora", "FSLoRA"),
         "feddpa": Entry("feddpa", "FedDPA"),
         "fdlora": Entry("fdlora", "FDLoRA"),
         "pf2lora": Entry("pf2lora", "PF2LoRA"),
         "fedlora_optimizer": Entry("fedlora_optimizer", "FedLoRAOptimizer"),
     }
 )
+# What a method was called before.
+RENAMED: Final = {"hetlora_mean": "owner_mean"}

@@ -58,6 +58,12 @@ def weighted_stack(*weighed: tuple[float, Pair]) -> Pair:
     return Pair(q, r @ a)
 
 
+def squared_norm(pair: Pair) -> float:
+    """|B A|_F^2 = tr(B^T B A A^T), of which only (rank, rank) matrices are computed."""
+    b, a = pair.b.double(), pair.a.double()
+    return max(float(((b.T @ b) * (a @ a.T)).sum()), 0.0)
+
+
 def core_svd(pair: Pair) -> Directions:
     """The singular value decomposition of B A, without what is 0 to float32's precision.
 
@@ -108,6 +114,11 @@ def add_rows(total: Rows | None, rows: Tensor, weight: float) -> Rows:
 def owner_mean(total: Rows) -> Tensor:
     """Every rank row's weighted mean over the clients that own it: (largest rank, d)."""
     return total.sums / total.weights
+
+
+def padded_mean(total: Rows) -> Tensor:
+    """The weighted mean over all clients, missing rows taken for zeros: (largest rank, d)."""
+    return total.sums / total.weights[:1]  # everybody owns the first row
 
 
 def _longer(rows: Tensor, rank: int) -> Tensor:

@@ -8,6 +8,7 @@ from fedalt.methods.fedalt_select import FedALTSelect
 from fedalt.methods.feddpa import FedDPA
 from fedalt.methods.fedlease import FedLEASE
 from fedalt.methods.fedlora_optimizer import FedLoRAOptimizer
+from fedalt.methods.hetlora import HetLoRA
 from fedalt.methods.shared_factors import SharedFactors
 from fedalt.methods.unequal_ranks import UnequalRanks
 
@@ -38,6 +39,8 @@ def notes_on(method: AnyMethod, rounds: int) -> Iterator[str]:
             )
             if rounds < 2 and method.global_rounds:
                 yield "its global stage begins in the second round, which there is not"
+        case HetLoRA():
+            yield "its clients keep their ranks: when the published ones prune theirs is not known"
         case UnequalRanks(variant="florist"):
             split = "are split evenly between A and B" if method.split == "balanced" else "lie in B"
             yield f"its singular values {split}; which of the two is the published one is not known"

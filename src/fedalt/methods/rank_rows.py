@@ -3,7 +3,7 @@
 The adapters here lie in one slot; their rank may differ from site to site.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -31,6 +31,22 @@ def first_rows(adapter: Mapping[Name, Tensor], rank: int) -> Tree:
     return {name: rows_of(name, rows_of(name, factor)[:rank]) for name, factor in adapter.items()}
 
 
+def taken(adapter: Mapping[Name, Tensor], rows: Sequence[int]) -> Tree:
+    """These rank rows of an adapter, in this order."""
+    return {name: rows_of(name, rows_of(name, factor)[rows]) for name, factor in adapter.items()}
+
+
+def put(part: Mapping[Name, Tensor], rows: Sequence[int], whole: int) -> Tree:
+    """The rank rows of a part where they were taken, zeros elsewhere."""
+    tree: Tree = {}
+    for name, factor in part.items():
+        ours = rows_of(name, factor)
+        full = ours.new_zeros(whole, ours.shape[1])
+        full[rows] = ours
+        tree[name] = rows_of(name, full)
+    return tree
+
+
 def fill_up(adapter: Mapping[Name, Tensor], rest: Mapping[Name, Tensor]) -> Tree:
     """The adapter's rows and, behind them on every site, those that only `rest` is long enough for.
 
@@ -45,15 +61,32 @@ def fill_up(adapter: Mapping[Name, Tensor], rest: Mapping[Name, Tensor]) -> Tree
     return filled
 
 
-def mean_of_rows(replies: Iterable[tuple[str, Message]]) -> Tree:
-    """Every rank row's mean over the uploads that have it, weighted by their fact "weight"."""
+def mean_of_rows(
+    replies: Iterable[tuple[str, Message]], mean: Callable[[Rows], Tensor] = owner_mean
+) -> Tree:
+    """Every rank row's mean over the uploads that have it, weighted by their fact "weight".
+
+    `mean` may say otherwise what a missing row is.
+    """
     totals: dict[Name, Rows] = {}
     for _, upload in replies:
         weight = float(upload.facts["weight"])
         for name, factor in upload.tree.items():
             totals[name] = add_rows(totals.get(name), rows_of(name, factor), weight)
-    means = {name: rows_of(name, owner_mean(total)) for name, total in totals.items()}
+    means = {name: rows_of(name, mean(total)) for name, total in totals.items()}
     return cast(means, torch.float32)
+
+
+def pairs_of(adapter: Mapping[Name, Tensor], slot: str) -> Iterator[tuple[str, Pair]]:
+    """Every site of an adapter with its product."""
+    for site in sorted({name.site for name in adapter if name.slot == slot}):
+        yield site, Pair(adapter[Name(site, slot, "B")], adapter[Name(site, slot, "A")])
+
+
+def stack_up(stacks: dict[str, Pair], site: str, pair: Pair, weight: float) -> None:
+    """Add weight * B A to a site's sum, in place."""
+    before = ((1.0, stacks[site]),) if site in stacks else ()
+    stacks[site] = weighted_stack(*before, (weight, pair))
 
 
 def stacked(replies: Iterable[tuple[str, Message]], slot: str) -> tuple[dict[str, Pair], float]:
@@ -62,9 +95,7 @@ def stacked(replies: Iterable[tuple[str, Message]], slot: str) -> tuple[dict[str
     weights = 0.0
     for _, upload in replies:
         weight = float(upload.facts["weight"])
-        for site in {name.site for name in upload.tree}:
-            a, b = (upload.tree[Name(site, slot, factor)] for factor in "AB")
-            before = ((1.0, stacks[site]),) if site in stacks else ()
-            stacks[site] = weighted_stack(*before, (weight, Pair(b, a)))
+        for site, pair in pairs_of(upload.tree, slot):
+            stack_up(stacks, site, pair, weight)
         weights += weight
     return stacks, weights

@@ -7,12 +7,11 @@ FlexLoRA      Bai, Chen, Qian, Yao, Li: "Federated Fine-tuning of Large Language
 FLoRIST       Ramesh, Dass: "FLoRIST: Singular Value Thresholding for Efficient and Accurate
               Federated Fine-Tuning of Large Language Models", arXiv 2506.09199. The same sum, on
               every site cut for all at the least p with sum_{i<=p} S_i^2 >= tau sum_i S_i^2
-hetlora_mean  Rank row by rank row, the mean over the clients that own it:
+owner_mean    Rank row by rank row, the mean over the clients that own it:
                   A[j] = sum_{k: r_k > j} p_k A_k[j] / sum_{k: r_k > j} p_k,   columns of B likewise
-              Cho, Liu, Xu, Fahrezi, Joshi: "Heterogeneous LoRA for Federated Fine-tuning of
-              On-Device Foundation Models", arXiv 2401.06432, fill missing rows with zeros, which
-              dilutes the others'. To leave them out is the padding of Byun, Lee, arXiv 2406.17477
-              (for two ranks the same), and the mean of Yang et al.: "FediLoRA", arXiv 2509.06984.
+              The padding of Byun, Lee, arXiv 2406.17477 (for two ranks the same), and the mean of
+              Yang et al.: "FediLoRA", arXiv 2509.06984 (fedilora.py adds its repair of layers).
+              HetLoRA (hetlora.py) fills missing rows with zeros instead, which dilutes the others'.
 
 All clients have one scaling s = alpha / rank whatever their own rank (their slot's alpha is s r_k),
 so that products may be added without it.
@@ -20,44 +19,29 @@ so that products may be added without it.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 
-from fedalt.adapters.plan import HEAD, Slot, names_of, single
-from fedalt.adapters.start import Start
-from fedalt.core.tree import Name, Tree, cast, merge, select
+from fedalt.core.tree import Name, Tree, cast
 from fedalt.methods.checks import check
-from fedalt.methods.contract import Local, Message, Serving
+from fedalt.methods.contract import Message
 from fedalt.methods.defaults import deploy_shared, kept_in_averages
-from fedalt.methods.lora import Lora, Weighting, weight_of
+from fedalt.methods.lora import Lora, Weighting
 from fedalt.methods.low_rank_sums import Split, core_svd, energy_rank, factors, strongest
-from fedalt.methods.rank_rows import fill_up, first_rows, mean_of_rows, rank_of, stacked
-from fedalt.training.orders import Fit, Fitted
-
-SHARED = "shared"
-
-
-@dataclass(frozen=True)
-class Server:
-    """What the cohort's adapters became, strongest direction first; empty before round 0 is over.
-
-    The rank may differ from site to site.
-    """
-
-    TAG: ClassVar = "unequal-ranks/server"
-
-    adapter: Tree = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Client:
-    """`draw` fills the rows that the server has nothing for; its rank is the client's."""
-
-    TAG: ClassVar = "unequal-ranks/client"
-
-    draw: Tree
-    head: Tree
+from fedalt.methods.own_ranks import (
+    SHARED,
+    Client,
+    Server,
+    drawn_client,
+    largest_rank,
+    nothing_yet,
+    require_ranks,
+    send_own_rows,
+    serve_own_rows,
+    train_own_rows,
+)
+from fedalt.methods.rank_rows import fill_up, mean_of_rows, stacked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +55,7 @@ class UnequalRanks:
     a comparison shows both. Neither setting means anything to a mean of rows.
     """
 
-    variant: Literal["flexlora", "florist", "hetlora_mean"]
+    variant: Literal["flexlora", "florist", "owner_mean"]
     lora: Lora = Lora()
     weighting: Weighting = "uniform"
     ranks: Mapping[str, int] = field(default_factory=dict)
@@ -81,63 +65,33 @@ class UnequalRanks:
     server_state = Server
     client_state = Client
     averages = False
+    init_server = nothing_yet
+    init_client = drawn_client
+    local = train_own_rows
+    shared = serve_own_rows
     deploy = deploy_shared
     without = kept_in_averages
 
     def __post_init__(self) -> None:
-        for client_id, rank in self.ranks.items():
-            if rank < 1:
-                raise ValueError(f"ranks: {client_id!r} has rank {rank}, but a rank is at least 1")
+        require_ranks(self.ranks)
         check(self, tau="(0, 1]")
-        if self.variant == "hetlora_mean" and (self.tau < 1 or self.split is not None):
+        if self.variant == "owner_mean" and (self.tau < 1 or self.split is not None):
             raise ValueError(
                 "tau and split are settings of sums of products, not of a mean of rows"
             )
-
-    def init_server(self, start: Start) -> Server:
-        """Nothing yet: every client begins with its own draw."""
-        return Server()
-
-    def init_client(self, start: Start, client_id: str) -> Client:
-        """The first rows of one draw for all clients: row j begins the same wherever there is one.
-
-        B is zero.
-        """
-        whole = start.adapter(Slot(SHARED, self._largest(), self.lora.alpha))
-        return Client(first_rows(whole, self._rank(client_id)), start.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """As many rows as the client has; FLoRIST sends everybody the same."""
         if self.variant == "florist":
             return Message(server.adapter)
-        return Message(first_rows(server.adapter, self._rank(client_id)))
-
-    def local(self, client: Client, message: Message) -> Local[Client]:
-        """Train an adapter of the client's rank and send it back."""
-        before = self.shared(client, message)
-        fitted: Fitted = yield Fit(before.plan, before.tree, names_of(before.tree, SHARED, HEAD))
-        upload = Message(select(fitted.tree, SHARED), {"weight": weight_of(fitted, self.weighting)})
-        return Client(client.draw, select(fitted.tree, HEAD)), upload
+        return send_own_rows(self, server, client_id)
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """The sum or the mean; a mean keeps the rows that nobody in the cohort owns."""
-        if self.variant == "hetlora_mean":
+        if self.variant == "owner_mean":
             return Server(fill_up(mean_of_rows(replies), server.adapter))
         summed = self._sum_of_products(replies)
         return Server(summed) if summed else server
-
-    def shared(self, client: Client, message: Message) -> Serving:
-        """The server's adapter as this client gets it; rows without a direction are as drawn."""
-        own = rank_of(client.draw)
-        slot = Slot(SHARED, own, self.lora.slot(SHARED).scaling * own)
-        adapter = fill_up(first_rows(message.tree, own), client.draw)
-        return Serving(single(slot, self.lora.dropout), merge(adapter, client.head))
-
-    def _rank(self, client_id: str) -> int:
-        return self.ranks.get(client_id, self.lora.rank)
-
-    def _largest(self) -> int:
-        return max((self.lora.rank, *self.ranks.values()))
 
     def _sum_of_products(self, replies: Iterable[tuple[str, Message]]) -> Tree:
         stacks, weight = stacked(replies, SHARED)
@@ -146,7 +100,7 @@ class UnequalRanks:
             directions = core_svd(stacks.pop(site))
             directions = strongest(directions, energy_rank(directions.s, self.tau))
             if self.variant == "flexlora":
-                directions = strongest(directions, self._largest())  # nobody can hold more
+                directions = strongest(directions, largest_rank(self))  # nobody can hold more
             mean = directions._replace(s=directions.s / weight)
             b, a = factors(mean, self.split or "in_b")
             tree[Name(site, SHARED, "A")], tree[Name(site, SHARED, "B")] = a, b

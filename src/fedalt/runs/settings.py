@@ -33,7 +33,7 @@ from fedalt.core.settings import (
     Training,
 )
 from fedalt.data.encodings import EncodingError, decoded
-from fedalt.methods import METHODS
+from fedalt.methods import METHODS, RENAMED
 from fedalt.methods.lora import Lora
 
 if TYPE_CHECKING:
@@ -234,9 +234,10 @@ def _method(table: Table, source: str) -> AnyMethod:
     place = f"{source}: [method]"
     name = typed(table.get("name", _METHOD), str, f"{place} name")
     if name not in METHODS:
+        renamed = f"; it is called {RENAMED[name]} now" if name in RENAMED else ""
         raise SettingsError(
             f"{place} name: there is no method {name!r}, only {', '.join(METHODS)}"
-            f"{close_to(name, METHODS)}"
+            f"{renamed or close_to(name, METHODS)}"
         )
     entry = METHODS.entries[name]
     own = set(entry.settings)

@@ -7,14 +7,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedalt.data.folder import open_data
-from fedalt.data.records import DataError, Instruction
+from fedalt.data.records import Columns, DataError, Instruction
 
 ROWS = [asked("1 + 1", "2"), asked("2 + 2", "4")]
 
 
-def failure(path, **more):
+def failure(path, *columns):
     with pytest.raises(DataError) as caught:
-        open_data(path, **more)
+        open_data(path, *columns)
     return str(caught.value)
 
 
@@ -62,9 +62,9 @@ def test_one_file_with_a_client_column_and_its_siblings(tmp_path):
 
 def test_the_client_column_may_have_any_name(tmp_path):
     file = write_lines(tmp_path / "all.jsonl", [{**row, "site": "x"} for row in ROWS])
-    assert open_data(tmp_path, client_field="site").clients == ("x",)
+    assert open_data(tmp_path, Columns("site")).clients == ("x",)
     assert "no column client or client_id among the fields instruction" in failure(file)
-    assert "field 'ward'" in failure(file, client_field="ward")
+    assert "field 'ward'" in failure(file, Columns("ward"))
 
 
 def test_the_fingerprint_is_that_of_the_records_in_any_layout(tmp_path):
@@ -152,12 +152,12 @@ def test_all_clients_have_the_same_kind(tmp_path):
 def test_what_is_missing_or_empty_is_said(tmp_path):
     assert "no such file or folder" in failure(tmp_path / "nowhere")
     assert "found an empty folder" in failure(tmp_path)
-    (tmp_path / "x.csv").write_text("a,b")
+    (tmp_path / "x.txt").write_text("a,b")
     assert "expected NAME.train.jsonl" in failure(tmp_path)
-    assert "found x.csv" in failure(tmp_path)
+    assert "found x.txt" in failure(tmp_path)
     write_clients(tmp_path / "inner", a_train=ROWS)
     assert f"did you mean {tmp_path / 'inner'}?" in failure(tmp_path)
-    assert "expected a .jsonl file" in failure(tmp_path / "x.csv")
+    assert "expected a file of records" in failure(tmp_path / "x.txt")
     write_clients(tmp_path / "empty", a_train=[], b_train=ROWS)
     assert failure(tmp_path / "empty").endswith("a.train.jsonl: holds no records")
     same = write_clients(tmp_path / "same", a_train=[{"text": "t", "label": "x"}] * 3)

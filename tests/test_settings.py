@@ -95,7 +95,7 @@ def test_the_resolved_settings_load_again_to_the_same_object(tmp_path):
     for settings in (
         Settings(data=DataSettings(path=tmp_path / "d")),
         Settings(
-            data=DataSettings(path=tmp_path / "d", template=tmp_path / 't"x', client_field="who"),
+            data=DataSettings(path=tmp_path / "d", template=tmp_path / 't"x', client_column="who"),
             model=ModelSettings(targets=("a", "b"), device="cpu"),
             method=FedALTAblations(lora=Lora(rank=3, dropout=0.0), gate="half", train_row=True),
             seed=5,

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Check client data, or make client folders.", suggest_commands=False)
 
+_CLIENT = typer.Option(help="Column that names the client.", show_default=False)
+_PROMPT = typer.Option(help="Column with the prompt.", show_default=False)
+_ANSWER = typer.Option(help="Column with the answer.", show_default=False)
+
 
 @app.callback()
 def _group() -> None:
@@ -28,9 +32,9 @@ def check(
     template: Annotated[
         Path | None, typer.Option(help="File with a prompt template.", show_default=False)
     ] = None,
-    client_field: Annotated[
-        str | None, typer.Option(help="Client column of a single file.", show_default=False)
-    ] = None,
+    client_column: Annotated[str | None, _CLIENT] = None,
+    prompt_column: Annotated[str | None, _PROMPT] = None,
+    answer_column: Annotated[str | None, _ANSWER] = None,
     html: Annotated[
         Path | None,
         typer.Option(metavar="FILE.html", help="Also write an HTML report.", show_default=False),
@@ -49,9 +53,10 @@ def check(
     from fedalt.data.doctor import check as examine
     from fedalt.data.folder import open_data
     from fedalt.data.prompts import Template, read_template
+    from fedalt.data.records import Columns
     from fedalt.models.base import load_tokenizer, require_tokenizer_fits
 
-    folder = open_data(path, client_field=client_field)
+    folder = open_data(path, Columns(client_column, prompt_column, answer_column))
     form = Template() if template is None else read_template(template)
     tokenizer = load_tokenizer(model)
     require_tokenizer_fits(tokenizer, model)
@@ -68,7 +73,7 @@ def check(
 
 
 def split(
-    source: Annotated[Path, typer.Argument(metavar="FILE", help="JSON lines, or a JSON list.")],
+    source: Annotated[Path, typer.Argument(metavar="FILE", help="Records or a table.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The new folder.")],
     by: Annotated[
         str | None,
@@ -92,10 +97,13 @@ def split(
     ] = 0.2,
     minimum: Annotated[int, typer.Option(help="Fewest records of a client of --dirichlet.")] = 10,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    prompt_column: Annotated[str | None, _PROMPT] = None,
+    answer_column: Annotated[str | None, _ANSWER] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was made as JSON.")] = False,
 ) -> None:
     """Split one file into client data with --by, --dirichlet or --equal."""
     from fedalt.data.partition import Partition, divide
+    from fedalt.data.records import Columns
 
     if sum(way is not None for way in (by, dirichlet, equal)) != 1:
         raise typer.BadParameter("give one of --by, --dirichlet and --equal")
@@ -108,7 +116,7 @@ def split(
         if label is None or clients is None or dirichlet is None:
             raise typer.BadParameter("--dirichlet needs --label FIELD and --clients N")
         wanted = Partition(by="dirichlet", column=label, clients=clients, alpha=dirichlet, **common)
-    divided = divide(source, out, wanted)
+    divided = divide(source, out, wanted, Columns(None, prompt_column, answer_column))
     if as_json:
         show_json(asdict(divided))
         return

@@ -13,6 +13,7 @@ from fedalt.core.declared import declared, setting
 
 BUILT_IN: Final = "tiny"
 BUILT_IN_FOLDER: Final = Path(__file__).parents[1] / "assets" / "tiny-base"
+HUB: Final = "hub:"  # before the name of a dataset of the Hugging Face hub
 DEFAULT_TARGETS: Final = "default"  # what PEFT adapts, said in so many words
 
 
@@ -41,7 +42,10 @@ Robust = Literal["median", "trimmed_mean"]
 class DataSettings:
     """Where the client data lie and how they become examples."""
 
-    path: Annotated[Path, setting("Folder or file of client data.", flag="--data", strict=False)]
+    path: Annotated[
+        Path,
+        setting(f"Folder or file of client data, or {HUB}OWNER/NAME.", flag="--data", strict=False),
+    ]
     template: Annotated[Path | None, setting("File with a prompt template.", strict=False)] = None
     max_length: Annotated[int, setting("Longest example, in tokens.", ge=2)] = 512
     # The data are checked for this too, but only after the base model has been loaded.
@@ -49,7 +53,13 @@ class DataSettings:
         float,
         setting("Share of the train records held out without a validation file.", ge=0, lt=1),
     ] = 0.1
-    client_field: Annotated[str | None, setting("Client column of a single data file.")] = None
+    client_column: Annotated[str | None, setting("Column that names the client.")] = None
+    prompt_column: Annotated[
+        str | None, setting("Column with the prompt, in the place of `instruction`.")
+    ] = None
+    answer_column: Annotated[
+        str | None, setting("Column with the answer, in the place of `output`.")
+    ] = None
     cut_answers: Annotated[bool, setting("Truncate answers longer than --max-length.")] = False
 
 

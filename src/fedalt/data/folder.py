@@ -12,7 +12,7 @@ from fedalt.data.examples import Kind, Split
 from fedalt.data.jsonl import Item, read_at, read_items
 from fedalt.data.layouts import SPLITS, Layout, Source, find_layout
 from fedalt.data.names import fault_of_names
-from fedalt.data.records import DataError, Problems, Record, parse_record
+from fedalt.data.records import Columns, DataError, Problems, Record, parse_record
 
 CLIENT_FIELDS = ("client", "client_id")
 
@@ -42,6 +42,7 @@ class DataFolder:
     fingerprint: str
     ignored: tuple[str, ...]
     parts: Mapping[tuple[str, Split], Part] = field(repr=False)
+    columns: Columns = Columns()
 
     def counts(self, client_id: str, split: Split) -> int:
         """How many records a client has in a split; 0 if it has none."""
@@ -56,10 +57,11 @@ class DataFolder:
         problems = Problems(part.file)
         try:
             if part.starts is None:
-                values = (item.value for item in read_items(part.file, part.file.name, problems))
-                records = [parse_record(value) for value in values]
+                items = read_items(part.file, part.file.name, problems)
+                values: Iterator[object] = (item.value for item in items)
             else:
-                records = [parse_record(value) for value in read_at(part.file, iter(part.starts))]
+                values = read_at(part.file, part.starts)
+            records = [parse_record(value, self.columns) for value in values]
         except (OSError, ValueError) as error:
             raise DataError(f"{part.file}: changed since it was opened ({error})") from error
         problems.raise_if_any()
@@ -75,15 +77,13 @@ class DataFolder:
         part = self._part(client_id, split)
         if part is None:
             return []
-        if part.starts is None:
-            items = read_items(part.file, part.file.name, Problems(part.file))
-            return [f"{part.file.name}:{item.line}" for item in items]
-        raw = part.file.read_bytes()
-        lines, line, before = [], 1, 0
-        for start in part.starts:
-            line, before = line + raw.count(b"\n", before, start), start
-            lines.append(f"{part.file.name}:{line}")
-        return lines
+        items = read_items(part.file, part.file.name, Problems(part.file))
+        starts = None if part.starts is None else set(part.starts)
+        return [
+            f"{part.file.name}:{item.line}"
+            for item in items
+            if starts is None or item.start in starts
+        ]
 
     def _part(self, client_id: str, split: Split) -> Part | None:
         if (client_id, "train") not in self.parts:
@@ -92,20 +92,22 @@ class DataFolder:
 
 
 def open_data(
-    path: Path, *, client_field: str | None = None, labels: Sequence[str] = ()
+    path: Path,
+    columns: Columns = Columns(),
+    *,
+    labels: Sequence[str] = (),
 ) -> DataFolder:
     """Check every line of every file once and remember where the records are.
 
-    `client_field` names the client column of a single file; `client` and `client_id` are found
-    without it. `labels` are those that are agreed on, in their order, where the records here are
-    some of several places': these need not have all of them. All that is wrong ends in one
-    DataError.
+    The client columns `client` and `client_id` of a single file need not be named. `labels` are
+    those that are agreed on, in their order, where the records here are some of several places':
+    these need not have all of them. All that is wrong ends in one DataError.
     """
     layout = find_layout(path)
     problems = Problems(path)
-    survey = _Survey(layout, problems, labels)
+    survey = _Survey(layout, columns, problems, labels)
     for source in layout.sources:
-        survey.read(source, client_field)
+        survey.read(source)
     survey.finish()
     problems.raise_if_any()
     assert survey.kind is not None
@@ -117,15 +119,15 @@ def open_data(
         fingerprint=survey.fingerprint(),
         ignored=layout.ignored,
         parts=survey.parts,
+        columns=columns,
     )
 
 
 def _assigned(
-    source: Source, layout: Layout, client_field: str | None, problems: Problems
+    source: Source, layout: Layout, column: str | None, problems: Problems
 ) -> Iterator[tuple[Item, str, Split]]:
     """The values of a file, each with its client and split."""
     place = layout.place(source.file)
-    column = client_field
     for item in read_items(source.file, place, problems):
         if source.client_id is not None:
             yield item, source.client_id, source.split
@@ -155,11 +157,14 @@ def _assigned(
 class _Survey:
     """What one pass over all files finds out; holds counts, digests and offsets, never text."""
 
-    def __init__(self, layout: Layout, problems: Problems, agreed: Sequence[str]) -> None:
+    def __init__(
+        self, layout: Layout, columns: Columns, problems: Problems, agreed: Sequence[str]
+    ) -> None:
         self.parts: dict[tuple[str, Split], Part] = {}
         self.labels: set[str] = set()
         self.kind: tuple[Kind, str] | None = None
-        self._layout, self._problems, self._agreed = layout, problems, agreed
+        self._layout, self._columns = layout, columns
+        self._problems, self._agreed = problems, agreed
         self._digests: dict[tuple[str, Split], str] = {}
         self._hashes: dict[tuple[str, Split], hashlib._Hash] = {}
         self._starts: dict[tuple[str, Split], array[int]] = {}
@@ -169,13 +174,14 @@ class _Survey:
         self._unproven: dict[str, str] = {}
         self._reported: set[tuple[str, str, Split]] = set()
 
-    def read(self, source: Source, client_field: str | None) -> None:
+    def read(self, source: Source) -> None:
         """Check every record of a file and count it."""
         place, before, empty = self._layout.place(source.file), self._problems.count, True
+        column = self._columns.client
         if source.client_id is not None:
             self._name(source.client_id, source, place, f" of {place}")
             before = self._problems.count
-        for item, client_id, split in _assigned(source, self._layout, client_field, self._problems):
+        for item, client_id, split in _assigned(source, self._layout, column, self._problems):
             empty = False
             self._name(client_id, source, f"{place}:{item.line}")
             self._add(source.file, item, (client_id, split))
@@ -230,7 +236,7 @@ class _Survey:
     def _add(self, file: Path, item: Item, key: tuple[str, Split]) -> None:
         place = f"{self._layout.place(file)}:{item.line}"
         try:
-            record = parse_record(item.value)
+            record = parse_record(item.value, self._columns)
         except DataError as error:
             self._problems.add(place, str(error))
             return

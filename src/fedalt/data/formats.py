@@ -1,4 +1,4 @@
-"""Files that hold something else than JSON lines: what it is, and how it becomes JSON lines."""
+"""What a file of records is by its first bytes: JSON lines, a table, or what is not read."""
 
 import csv
 import json
@@ -8,27 +8,23 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.data.encodings import BOM, wide_encoding
+from fedalt.data.tables import PARQUET, SAVED, Table, opened
 
 LOOK: Final = 65536  # bytes by which a file is recognised
 WANTED: Final = (
-    'expected JSON lines, one object per line such as {"instruction": "...", "output": "..."}'
+    'expected JSON lines, one object per line such as {"instruction": "...", "output": "..."}, '
+    "or a table (CSV, TSV, Parquet)"
 )
 
-_CSV = (
-    'python -c "import csv, json, sys; [print(json.dumps(row)) for row in csv.DictReader('
-    "open(sys.argv[1], newline='', encoding='utf-8-sig'){delimiter})]\" {file} > {lines}"
-)
 _PANDAS = (
     'python -c "import pandas, sys; pandas.read_{kind}(sys.argv[1]).to_json(sys.argv[2], '
     "orient='records', lines=True)\" {file} {lines}"
 )
 # What a file begins with, what it is then, and how it is converted; "" where it cannot be.
 _BEGINS: Final[tuple[tuple[bytes, str, str], ...]] = (
-    (b"PAR1", "Parquet", _PANDAS.replace("{kind}", "parquet")),
     (b"ARROW1", "an Arrow file", _PANDAS.replace("{kind}", "feather")),
     (b"\xff\xff\xff\xff", "an Arrow stream", ""),
     (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "an old Office file", ""),
-    (b"\x1f\x8b", "a gzip archive", "gunzip {file}"),
     (b"BZh", "a bzip2 archive", "bunzip2 {file}"),
     (b"\xfd7zXZ\0", "an xz archive", "unxz {file}"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard archive", "unzstd {file}"),
@@ -49,8 +45,6 @@ _BEGINS: Final[tuple[tuple[bytes, str, str], ...]] = (
 )
 # What a text that nothing else tells apart is called by the end of its file's name.
 _SUFFIXES: Final = {
-    ".csv": "CSV",
-    ".tsv": "TSV",
     ".yaml": "YAML",
     ".yml": "YAML",
     ".xml": "XML",
@@ -68,12 +62,14 @@ def other_format(file: Path, begin: bytes | None = None) -> str | None:
     """
     if begin is None:
         try:
-            with file.open("rb") as stream:
+            with opened(file) as stream:
                 begin = stream.read(LOOK)
-        except OSError:
+        except (OSError, EOFError):
             return None
     if (wide := wide_encoding(begin)) is not None:
         return f"the text is {wide}, not UTF-8; save it as UTF-8"
+    if table_of(file, begin) is not None:
+        return None
     format_ = _binary(file, begin) or _text(file, begin)
     if format_ is None:
         return None
@@ -127,25 +123,35 @@ def _text(file: Path, begin: bytes) -> tuple[str, str] | None:
         return None
     if text.lstrip()[:5].lower() in ("<html", "<!doc", "<?xml"):
         return "a web page or XML", ""
-    table = _table(lines)
-    if table is not None:
-        return table
     name = _SUFFIXES.get(file.suffix.lower())
-    if name in ("CSV", "TSV"):  # a single column
-        return name, _CSV.replace("{delimiter}", ", delimiter='\\t'" if name == "TSV" else "")
     return None if name is None or not lines else (name, "")
 
 
-def _table(lines: list[str]) -> tuple[str, str] | None:
-    """A table with a head, by its first rows: equally many cells, at least two."""
+def table_of(file: Path, begin: bytes) -> Table | None:
+    """What kind of table a file is that begins like this; None if it is none.
+
+    A text is one if its first rows have equally many cells, at least two, or if its name says so.
+    """
+    if file.is_dir():
+        return Table(SAVED)
+    if begin.startswith(b"PAR1"):
+        return Table(PARQUET)
+    if b"\0" in begin or _binary(file, begin) is not None:
+        return None
+    text = begin.removeprefix(BOM).decode(errors="replace")
+    lines = text.splitlines(keepends=True)
+    if not text.strip() or any(line.lstrip()[:1] in ("{", "[") for line in lines[:5]):
+        return None
+    named = [suffix for suffix in file.suffixes if suffix.lower() in (".csv", ".tsv")]
     for delimiter, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV with semicolons")):
         rows = list(csv.reader(lines[:6], delimiter=delimiter))
         rows = rows[:-1] if len(rows) > 2 else rows  # a cell may go on where the look ends
         widths = {len(row) for row in rows}
-        if len(rows) > 1 and len(widths) == 1 and min(widths) > 1:
-            given = "" if delimiter == "," else f", delimiter={delimiter!r}"
-            return name, _CSV.replace("{delimiter}", given)
-    return None
+        if (len(rows) > 1 or named) and len(widths) == 1 and min(widths) > 1:
+            return Table(name, delimiter)
+    if not named:
+        return None
+    return Table("TSV", "\t") if named[-1].lower() == ".tsv" else Table("CSV", ",")
 
 
 def _printed(text: str, first: str) -> tuple[str, str] | None:

@@ -1,17 +1,21 @@
-"""Reading files of JSON objects one by one, telling the line of everything that is broken."""
+"""Reading files of records one by one, telling the line of everything that is broken."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from fedalt.data.encodings import BOM, narrow_encoding
-from fedalt.data.formats import LOOK, other_format
+from fedalt.data.formats import LOOK, other_format, table_of
 from fedalt.data.records import Problems
+from fedalt.data.tables import Table, TableError, opened, rows
 
 
 class Item(NamedTuple):
-    """A decoded JSON value, its line (from 1), and the byte where that line starts."""
+    """A record's value, its line or row (from 1), and where it starts.
+
+    That is a byte of a file of JSON lines, and else how many records come before.
+    """
 
     line: int
     start: int
@@ -19,47 +23,77 @@ class Item(NamedTuple):
 
 
 def read_items(file: Path, place: str, problems: Problems) -> Iterator[Item]:
-    """Every value of a file of JSON lines, or of a file that holds one JSON list.
+    """Every value of a file of JSON lines, of one that holds one JSON list, or of a table.
 
     Blank lines, a byte order mark and Windows line ends are tolerated. What cannot be decoded is
     noted as a problem of `place` and left out; a file of another format or encoding is one problem.
-    JSON lines are streamed; a list is read as a whole.
+    JSON lines are streamed, also out of a gzip archive; anything else is read as a whole.
     """
-    encodings: set[str] = set()
     try:
-        with file.open("rb") as stream:
-            begin = stream.read(LOOK)
-            if (other := other_format(file, begin)) is not None:
-                problems.add(place, other)
-                return
-            if holds_list(begin):
-                yield from _list_items(file.read_bytes(), place, problems)
-                return
-            stream.seek(0)
-            start = 0
-            for line, raw in enumerate(stream, 1):
-                text = raw.removeprefix(BOM) if line == 1 else raw
-                if not text.isspace() and text:
-                    try:
-                        yield Item(line, start, decode(text))
-                    except UnicodeDecodeError as error:
-                        looks = narrow_encoding(raw)
-                        if looks not in encodings:  # said once: all further lines have it too
-                            problems.add(f"{place}:{line}", f"{_not_utf8(error)}; {looks}")
-                        encodings.add(looks)
-                    except ValueError as error:
-                        problems.add(f"{place}:{line}", str(error))
-                start += len(raw)
-    except OSError as error:
-        problems.add(place, f"cannot be read ({error.strerror})")
+        begin = beginning(file)
+        if (other := other_format(file, begin)) is not None:
+            problems.add(place, other)
+        elif (table := table_of(file, begin)) is not None:
+            yield from _rows(file, table, place, problems)
+        elif holds_list(begin):
+            with opened(file) as stream:
+                raw = stream.read()
+            yield from _list_items(raw, place, problems)
+        else:
+            yield from _lines(file, place, problems)
+    except OSError as error:  # a broken archive has no errno
+        problems.add(place, f"cannot be read ({error.strerror or error})")
+    except EOFError as error:
+        problems.add(place, f"cannot be read ({error})")
 
 
-def read_at(file: Path, starts: Iterator[int]) -> Iterator[object]:
-    """The values of the lines that start at the given bytes."""
-    with file.open("rb") as stream:
+def _lines(file: Path, place: str, problems: Problems) -> Iterator[Item]:
+    encodings: set[str] = set()
+    start = 0
+    with opened(file) as stream:
+        for line, raw in enumerate(stream, 1):
+            text = raw.removeprefix(BOM) if line == 1 else raw
+            if not text.isspace() and text:
+                try:
+                    yield Item(line, start, decode(text))
+                except UnicodeDecodeError as error:
+                    looks = narrow_encoding(raw)
+                    if looks not in encodings:  # said once: all further lines have it too
+                        problems.add(f"{place}:{line}", f"{_not_utf8(error)}; {looks}")
+                    encodings.add(looks)
+                except ValueError as error:
+                    problems.add(f"{place}:{line}", str(error))
+            start += len(raw)
+
+
+def _rows(file: Path, table: Table, place: str, problems: Problems) -> Iterator[Item]:
+    try:
+        for before, row in enumerate(rows(file, table)):
+            yield Item(table.first_row + before, before, row)
+    except TableError as error:
+        problems.add(place, str(error))
+
+
+def read_at(file: Path, starts: Sequence[int]) -> Iterator[object]:
+    """The values that start there, in this order."""
+    begin = beginning(file)
+    if table_of(file, begin) is not None or holds_list(begin):
+        values = [item.value for item in read_items(file, file.name, Problems(file))]
+        yield from (values[start] for start in starts)
+        return
+    with opened(file) as stream:
         for start in starts:
             stream.seek(start)
             yield decode(stream.readline().removeprefix(BOM))
+
+
+def beginning(file: Path) -> bytes:
+    """What a file begins with, unpacked; nothing of a folder."""
+    if file.is_dir():
+        return b""
+    with opened(file) as stream:
+        begin: bytes = stream.read(LOOK)
+        return begin
 
 
 def holds_list(begin: bytes) -> bool:
@@ -90,7 +124,7 @@ def _list_items(raw: bytes, place: str, problems: Problems) -> Iterator[Item]:
         line = raw.count(b"\n", 0, error.start) + 1
         problems.add(f"{place}:{line}", f"not UTF-8; {narrow_encoding(raw)}")
         return
-    decoder = json.JSONDecoder()
+    decoder, before = json.JSONDecoder(), 0
     position, line, counted = text.index("[") + 1, 1, 0
     while True:
         position = _skip(text, position)
@@ -106,7 +140,8 @@ def _list_items(raw: bytes, place: str, problems: Problems) -> Iterator[Item]:
         except (ValueError, RecursionError):
             problems.add(f"{place}:{line}", "not usable JSON: a number or a nesting too large")
             return
-        yield Item(line, 0, value)
+        yield Item(line, before, value)
+        before += 1
         position = _skip(text, position)
         if text[position : position + 1] == ",":
             position += 1

@@ -1,4 +1,4 @@
-"""Which files of a folder hold whose data: the three layouts that client data may have."""
+"""Which files of a folder hold whose data: the layouts that client data may have."""
 
 import re
 from collections.abc import Sequence
@@ -6,23 +6,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedalt.core.foreign import listed, shown
+from fedalt.core.settings import HUB
 from fedalt.data.examples import Split
 from fedalt.data.formats import other_format
-from fedalt.data.jsonl import holds_list
 from fedalt.data.records import DataError
+from fedalt.data.tables import SAVED_AS, TableError, downloaded
 
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 PARTITION_FILE = "split.json"  # written beside client files that were made from one file
 
-_NAMED = re.compile(r"(.+)\.(train|validation|test)\.jsonl")
+_KINDS = r"\.(?:jsonl|json|csv|tsv|parquet)(?:\.gz)?"
+_DATA = re.compile(rf"(.+?){_KINDS}")
+_NAMED = re.compile(rf"(.+)\.(train|validation|test){_KINDS}")
 _REFERENCE = re.compile(r"local_(training|testing)_(\d+)\.jsonl?")
 # What people call the three splits, and what such a file may end with.
 _MEANT = re.compile(r"(.+)[._-](train|val|test)(?:ing|id|idation)?\.(?:jsonl?|ndjson|txt)", re.I)
 _NO_DATA = re.compile(r"(readme|licen[sc]e|notice|changelog|makefile)(\..*)?", re.I)
 _WANTED = (
-    "NAME.train.jsonl (with NAME.test.jsonl and NAME.validation.jsonl), "
-    "local_training_K.json (with local_testing_K.jsonl), "
-    "or one .jsonl file with a column that names the client"
+    "NAME.train.jsonl (with NAME.test.jsonl and NAME.validation.jsonl; .csv, .tsv, .parquet and "
+    ".gz do as well), local_training_K.json (with local_testing_K.jsonl), "
+    "or one file with a column that names the client"
 )
 
 
@@ -51,13 +54,23 @@ class Layout:
 def find_layout(path: Path) -> Layout:
     """The layout of a folder or file; a DataError tells what would be one.
 
-    The reference layout may keep its two kinds of files in the subfolders `train` and `test`.
+    The reference layout may keep its two kinds of files in the subfolders `train` and `test`. A
+    dataset saved by the datasets library has a client column.
     """
+    if str(path).startswith(HUB):
+        try:
+            return find_layout(downloaded(str(path).removeprefix(HUB)))
+        except TableError as error:
+            raise DataError(f"{path}: {error}") from error
     if not path.exists():
         raise DataError(f"{path}: no such file or folder; expected a folder with {_WANTED}")
     if path.is_file():
         return _one_file(path)
     visible = _entries(path)
+    if any((path / name).is_file() for name in SAVED_AS):
+        parts = {split: path / split for split in SPLITS}
+        saved = [Source(part, None, split) for split, part in parts.items() if part.is_dir()]
+        return Layout(path, tuple(saved) or (Source(path, None, "train"),))
     files = [entry for entry in visible if not entry.is_dir()]
     candidates = list(files)
     for name in ("train", "test"):
@@ -67,10 +80,14 @@ def find_layout(path: Path) -> Layout:
     sources = [source for file in candidates if (source := _source(file)) is not None]
     if sources:
         return Layout(path, tuple(sources), _unread(path, visible, sources))
-    lines = [file for file in files if file.suffix == ".jsonl"]
-    if len(lines) == 1 or path / "train.jsonl" in lines:
-        layout = _one_file(lines[0] if len(lines) == 1 else path / "train.jsonl")
+    single = [file for file in files if _client_of(file) and file.name != PARTITION_FILE]
+    trains = [file for file in single if _client_of(file) == "train"]
+    if len(single) == 1 or len(trains) == 1:
+        layout = _one_file((single if len(single) == 1 else trains)[0])
         return replace(layout, ignored=_unread(path, visible, layout.sources))
+    if single and not trains:
+        sources = [Source(file, _client_of(file), "train") for file in single]
+        return Layout(path, tuple(sources), _unread(path, visible, sources))
     contents = _seen(path, visible)
     for file in files:
         if not _NO_DATA.fullmatch(file.name) and (other := other_format(file)) is not None:
@@ -115,6 +132,12 @@ def _entries(folder: Path) -> list[Path]:
         raise DataError(f"{folder}: cannot be read ({error.strerror})") from None
 
 
+def _client_of(file: Path) -> str:
+    """The name of a file of records without its ending; "" for any other file."""
+    match = _DATA.fullmatch(file.name)
+    return match[1] if match else ""
+
+
 def _source(file: Path) -> Source | None:
     if match := _NAMED.fullmatch(file.name):
         return Source(file, match[1], next(split for split in SPLITS if split == match[2]))
@@ -125,21 +148,15 @@ def _source(file: Path) -> Source | None:
 
 def _one_file(file: Path) -> Layout:
     """A file with a client column, and its siblings for the other splits."""
-    wanted = f"{file}: expected a .jsonl file with a column that names the client"
-    if (other_than_lines := other_format(file)) is not None:
-        raise DataError(f"{wanted}, but {other_than_lines}")
-    if file.suffix != ".jsonl":
-        raise DataError(wanted)
-    try:
-        with file.open("rb") as stream:
-            if holds_list(stream.read(4096)):
-                raise DataError(f"{file}: holds one JSON list; expected one JSON object per line")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+    wanted = f"{file}: expected a file of records with a column that names the client"
+    if (not_records := other_format(file)) is not None:
+        raise DataError(f"{wanted}, but {not_records}")
+    if not (name := _client_of(file)):
+        raise DataError(f"{wanted}, its name ending in .jsonl, .json, .csv, .tsv or .parquet")
     sources = [Source(file, None, "train")]
-    begin = file.name.removesuffix("train.jsonl")
-    if begin != file.name and (not begin or begin.endswith(".")):
-        siblings = [(file.with_name(f"{begin}{split}.jsonl"), split) for split in SPLITS[1:]]
+    begin, end = name.removesuffix("train"), file.name.removeprefix(name)
+    if begin != name and (not begin or begin.endswith(".")):
+        siblings = [(file.with_name(f"{begin}{split}{end}"), split) for split in SPLITS[1:]]
         sources += [Source(other, None, split) for other, split in siblings if other.is_file()]
     return Layout(file.parent, tuple(sources))
 

@@ -19,7 +19,7 @@ from fedalt.core.seeds import generator, seed_of
 from fedalt.data.jsonl import read_items
 from fedalt.data.layouts import PARTITION_FILE
 from fedalt.data.names import fault_of_names
-from fedalt.data.records import DataError, Problems, parse_record, record_key
+from fedalt.data.records import Columns, DataError, Problems, parse_record, record_key
 from fedalt.data.task import hold_out
 
 Groups = dict[str, list[int]]
@@ -86,11 +86,16 @@ class _Read:
     first_of_label: frozenset[int]
 
 
-def divide(source: Path, target: Path, partition: Partition) -> Divided:
+def divide(
+    source: Path,
+    target: Path,
+    partition: Partition,
+    columns: Columns = Columns(),
+) -> Divided:
     """Write the client files of `source` into the new folder `target`, all or nothing."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise DataError(f"{target}: exists already; expected a new or empty folder")
-    read = _read(source, partition.column)
+    read = _read(source, partition.column, columns)
     names: dict[str, str] = {}
     moved = 0
     if partition.by == "column":
@@ -202,16 +207,16 @@ def _test_part(read: _Read, members: list[int], client_id: str, partition: Parti
     return {free[at] for at in hold_out([read.keys[index] for index in free], wanted, random)}
 
 
-def _read(source: Path, column: str | None) -> _Read:
+def _read(source: Path, column: str | None, columns: Columns) -> _Read:
     if not source.is_file():
-        raise DataError(f"{source}: no such file; expected a .jsonl file or a JSON list")
+        raise DataError(f"{source}: no such file; expected JSON lines, a JSON list or a table")
     problems = Problems(source)
     rows, keys, values = [], [], []
     firsts: dict[str, int] = {}
     for item in read_items(source, source.name, problems):
         place = f"{source.name}:{item.line}"
         try:
-            record = parse_record(item.value)
+            record = parse_record(item.value, columns)
         except DataError as error:
             problems.add(place, str(error))
             continue
@@ -220,7 +225,7 @@ def _read(source: Path, column: str | None) -> _Read:
         if not isinstance(value, str | int) or isinstance(value, bool):
             problems.add(place, f"field {column!r}: expected a name or a whole number")
             continue
-        rows.append(_line(item.value))
+        rows.append(_line(columns.renamed(item.value)))
         keys.append(record_key(record))
         values.append(str(value))
         if record.kind == "classify":
@@ -232,11 +237,11 @@ def _read(source: Path, column: str | None) -> _Read:
 
 
 def _line(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False, default=str)  # a table may hold dates
     try:
         text.encode()
     except UnicodeEncodeError:  # half a surrogate pair in a field that is no part of the record
-        return json.dumps(value)
+        return json.dumps(value, default=str)
     return text
 
 

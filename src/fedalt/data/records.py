@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from fedalt.core.foreign import shown
+from fedalt.core.settings import DataSettings
 from fedalt.data.conversations import Chat as Chat
 from fedalt.data.conversations import Turn as Turn
 from fedalt.data.conversations import parse_conversation
@@ -24,6 +25,7 @@ _FORMS = {
     "messages": (("messages",),),
     "label": (("text", "sentence1"), ("label",)),
 }
+_NAMES = frozenset(name for form in _FORMS.values() for group in form for name in group)
 _WANTED = "instruction/output, prompt/completion, messages, text/label or sentence1/sentence2/label"
 
 
@@ -132,14 +134,47 @@ def _digest(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def parse_record(value: object) -> Record:
+@dataclass(frozen=True)
+class Columns:
+    """What the columns of client data are called where they have names of their own.
+
+    `client` names the client in a file of several clients' records. `prompt` and `answer` take the
+    place of `instruction` and `output`.
+    """
+
+    client: str | None = None
+    prompt: str | None = None
+    answer: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.prompt is None) != (self.answer is None):
+            raise DataError("prompt_column and answer_column belong together: give both or none")
+
+    def renamed(self, fields: Mapping[str, object]) -> Mapping[str, object]:
+        """The fields under the names that records have. Raises DataError for a missing one."""
+        if self.prompt is None or self.answer is None:
+            return fields
+        for name in (self.prompt, self.answer):
+            if name not in fields:
+                known = ", ".join(map(repr, list(fields)[:8])) or "none"
+                raise DataError(f"no column {name!r}; the columns are {known}")
+        rest = {k: v for k, v in fields.items() if k not in (self.prompt, self.answer, *_NAMES)}
+        return {"instruction": fields[self.prompt], "output": fields[self.answer], **rest}
+
+    @staticmethod
+    def of(data: DataSettings) -> "Columns":
+        """Those that a run's settings name."""
+        return Columns(data.client_column, data.prompt_column, data.answer_column)
+
+
+def parse_record(value: object, columns: Columns = Columns()) -> Record:
     """Make a record of a decoded JSON object; a DataError names the field and what was expected.
 
     Fields that belong to no form are left aside.
     """
     if not isinstance(value, dict):
         raise DataError(f"expected a JSON object with {_WANTED}, got {described(value)}")
-    fields: dict[str, object] = value
+    fields = columns.renamed(value)
     match _form(fields):
         case "instruction":
             instruction, context = _filled(fields, "instruction"), _input(fields)

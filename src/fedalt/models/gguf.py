@@ -5,7 +5,6 @@ file. The folder lies in the user's cache, under the digest of the file's conten
 """
 
 import hashlib
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
+
+from fedalt.core.files import cache_folder
 
 SUFFIX: Final = ".gguf"
 _MAGIC: Final = b"GGUF"
@@ -31,7 +32,7 @@ def converted(file: Path, say: Callable[[str], None] = lambda _: None) -> Path:
     """
     _require_gguf(file)
     about = file.stat()
-    folder = _cache() / f"{_digest(file, about.st_size, about.st_mtime_ns)}-{_FORM}"
+    folder = cache_folder() / "gguf" / f"{_digest(file, about.st_size, about.st_mtime_ns)}-{_FORM}"
     if not folder.is_dir():
         if find_spec("gguf") is None:
             raise GGUFError(f"{file}: reading GGUF needs a package: `pip install 'fedalt[gguf]'`")
@@ -61,12 +62,6 @@ def _require_gguf(file: Path) -> None:
 def _digest(file: Path, size: int, changed: int) -> str:  # noqa: ARG001 - they make the cache right
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:32]
-
-
-def _cache() -> Path:
-    """Where converted models lie: XDG_CACHE_HOME, or the usual place of a user's cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "fedalt" / "gguf"
 
 
 def _convert(file: Path, folder: Path) -> None:

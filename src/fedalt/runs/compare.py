@@ -16,6 +16,7 @@ import torch
 from fedalt.core.files import atomic_write, make_private_folder, open_private
 from fedalt.core.reading import read_text
 from fedalt.data.folder import DataFolder, open_data
+from fedalt.data.records import Columns
 from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.runs.folder import StoreError, open_run
@@ -127,7 +128,7 @@ def require_data(jobs: Sequence[Job]) -> None:
     for settings in (job.settings for job in jobs):
         data = settings.data
         if data not in folders:
-            folders[data] = open_data(data.path, client_field=data.client_field)
+            folders[data] = open_data(data.path, Columns.of(data))
         require_known(settings, folders[data].clients)
 
 

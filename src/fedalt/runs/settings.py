@@ -24,6 +24,7 @@ from fedalt.core.declared import (
 from fedalt.core.settings import (
     BUILT_IN,
     DEFAULT_TARGETS,
+    HUB,
     PACKAGED,
     DataSettings,
     Firewall,
@@ -185,12 +186,18 @@ def rooted(table: Table, root: Path) -> dict[str, Any]:
     whole = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
     if "yardstick" in whole:
         whole.setdefault("local_baseline", whole.pop("yardstick"))
+    data = whole.get("data")
+    if isinstance(data, Mapping) and "client_field" in data:
+        rest = {key: value for key, value in data.items() if key != "client_field"}
+        whole["data"] = {"client_column": data["client_field"], **rest}
     if isinstance(methods := table.get("methods"), list):  # a comparison's, each like a table
         whole["methods"] = [rooted(m, root) if isinstance(m, dict) else m for m in methods]
     for section, key in (("data", "path"), ("data", "template"), ("model", "name")):
         part = whole.get(section)
         value = part.get(key) if isinstance(part, dict) else None
         if not isinstance(value, str | Path) or str(value) in ("", BUILT_IN, *PACKAGED):
+            continue
+        if section == "data" and str(value).startswith(HUB):
             continue
         path = Path(os.path.abspath(root / Path(value).expanduser()))  # noqa: PTH100 - keeps links
         if section == "data" or path.is_dir() or str(value).startswith((".", "~")):

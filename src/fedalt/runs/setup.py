@@ -18,6 +18,7 @@ from fedalt.data.layouts import SPLITS, not_read
 from fedalt.data.prompts import Template, read_template
 from fedalt.data.records import (
     Chat,
+    Columns,
     Completion,
     DataError,
     Instruction,
@@ -83,7 +84,7 @@ def prepare(
     part, where the data are those of some of them, and `labels` what all have agreed to call the
     answers of a classifier, in the order of its outputs.
     """
-    data = open_data(settings.data.path, client_field=settings.data.client_field, labels=labels)
+    data = open_data(settings.data.path, Columns.of(settings.data), labels=labels)
     file = settings.data.template
     template = Template() if file is None else read_template(file)
     require_known(settings, clients or data.clients)

@@ -1,0 +1,113 @@
+"""Tables (CSV and its kin, Parquet, a saved dataset), read row by row by the datasets library."""
+
+import csv
+import glob
+import io
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+from fedalt.core.files import cache_folder, make_private_folder
+from fedalt.core.foreign import shown
+from fedalt.data.encodings import narrow_encoding
+
+PARQUET: Final = "Parquet"
+SAVED: Final = "a saved dataset"
+SAVED_AS: Final = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
+
+
+class TableError(ValueError):
+    """A table that cannot be read, and why."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a file is called, and for a text what stands between its cells."""
+
+    name: str
+    delimiter: str = ""
+
+    @property
+    def first_row(self) -> int:
+        """The number of the first row of data, as a spreadsheet counts."""
+        return 2 if self.delimiter else 1
+
+
+def rows(file: Path, table: Table) -> Iterator[Mapping[str, Any]]:
+    """Every row as a record; a text's cells are texts, whatever they look like. TableError."""
+    about = file.stat()
+    yield from _rows(file, table, about.st_mtime_ns, about.st_size)
+
+
+@lru_cache(maxsize=1)  # a table of several clients is read once for each of them
+def _rows(file: Path, table: Table, changed: int, size: int) -> list[Mapping[str, Any]]:  # noqa: ARG001
+    if find_spec("datasets") is None:
+        raise TableError(f"reading {table.name} needs a package: `pip install 'fedalt[data]'`")
+    import datasets
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says becomes an error here
+    try:
+        if table.name == SAVED:
+            return list(datasets.load_from_disk(str(file)))
+        # Streamed, the library leaves no copy of the data in its cache.
+        place: dict[str, Any] = {"data_files": [glob.escape(str(file))], "split": "train"}
+        if not table.delimiter:
+            # The size of a batch would be that of the first group of rows, which may be empty.
+            return list(datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place))
+        texts = datasets.Features(
+            {name: datasets.Value("string") for name in _heads(file, table.delimiter)}
+        )
+        told = {"sep": table.delimiter, "keep_default_na": False, "features": texts}
+        return list(datasets.load_dataset("csv", streaming=True, **told, **place))
+    except TableError:
+        raise
+    except UnicodeDecodeError as error:
+        raise TableError(f"not UTF-8; {narrow_encoding(error.object)}; save it as UTF-8") from error
+    except Exception as error:  # whatever a broken file does to the libraries that read it
+        reason = shown(str(error.__cause__ or error).strip(), 300)
+        raise TableError(f"cannot be read as {table.name}: {reason}") from error
+
+
+def downloaded(name: str) -> Path:
+    """The folder of a dataset of the Hugging Face hub, fetched once into the cache. TableError."""
+    folder = cache_folder() / "datasets" / name.replace("/", "--")
+    if folder.is_dir():
+        return folder
+    if find_spec("datasets") is None:
+        raise TableError("a dataset of the hub needs a package: `pip install 'fedalt[data]'`")
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name)
+    except Exception as error:  # whatever a network and somebody else's data do to the library
+        reason = shown(str(error).strip(), 300)
+        raise TableError(f"the hub's dataset {name!r} cannot be had: {reason}") from error
+    make_private_folder(folder.parent)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
+        dataset.save_to_disk(f"{unfinished}/whole")
+        (Path(unfinished) / "whole").rename(folder)
+    return folder
+
+
+def _heads(file: Path, delimiter: str) -> list[str]:
+    """The names in a table's first row, each of them once."""
+    with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        heads = next(csv.reader(text, delimiter=delimiter), [])
+    twice = sorted({head for head in heads if heads.count(head) > 1})
+    if twice:
+        raise TableError(f"several columns are called {', '.join(map(repr, twice))}")
+    return heads
+
+
+def opened(file: Path) -> Any:
+    """A file's bytes, unpacked where it is a gzip archive."""
+    import gzip
+
+    stream = file.open("rb")
+    packed = stream.read(2) == b"\x1f\x8b"
+    stream.seek(0)
+    return gzip.GzipFile(fileobj=stream, mode="rb") if packed else stream

@@ -16,16 +16,22 @@ from fedalt.runs.compare import (
     rounds_done,
     run_all,
 )
+from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import is_finished
 
 _MINUTE = 60.0
 
 
-def run_jobs(jobs: Sequence[Job], workers: int | None, *, quiet: bool) -> list[Job]:
-    """Bring all runs to their ends, so many at a time; those that failed. What is done stays."""
-    require_same(jobs)
+def run_jobs(
+    jobs: Sequence[Job], workers: int | None, *, quiet: bool, grows: bool = False
+) -> list[Job]:
+    """Bring all runs to their ends, so many at a time; those that failed. What is done stays.
+
+    Runs that `grows` may have had other numbers of rounds before, fewer or more.
+    """
+    require_same(jobs, grows=grows)
     require_data(jobs)
-    todo = [job for job in jobs if not ((job.path / "run.json").exists() and is_finished(job.path))]
+    todo = [job for job in jobs if not _is_done(job)]
     workers = workers or default_workers(jobs)
     note(f"{len(jobs)} runs, {len(jobs) - len(todo)} finished, {workers} at a time", quiet=quiet)
     failed: list[Job] = []
@@ -55,3 +61,12 @@ def run_jobs(jobs: Sequence[Job], workers: int | None, *, quiet: bool) -> list[J
         note("stopped; the same command goes on")
         raise typer.Exit(130) from None
     return failed
+
+
+def _is_done(job: Job) -> bool:
+    """Whether a run has all its rounds, and its test if there is to be one."""
+    if not (job.path / "run.json").exists():
+        return False
+    rounds = job.settings.rounds
+    done = open_run(job.path).rounds_done() >= rounds.rounds
+    return done and (not rounds.test or is_finished(job.path))

@@ -14,7 +14,6 @@ from fedalt.report.comparison import (
     Results,
     budget_of,
     gaps_of,
-    grid_of,
     shown_cell,
 )
 from fedalt.report.costs import HEADS, cost_cells
@@ -29,6 +28,7 @@ from fedalt.runs.record import StoreError
 from fedalt.runs.settings import method_name, read_settings, settings_of_method
 
 RESULTS = "results.jsonl"
+_CAPTIONS = ("Scores on test data", "Mean loss of an answer's token, in nats: lower is better")
 _COSTS = tuple(Cost.__dataclass_fields__)
 
 
@@ -38,6 +38,12 @@ class _Metric(TypedDict):
     client: str
     metric: str
     value: float
+
+
+class _Base(TypedDict):
+    base: str
+    client: str
+    metrics: dict[str, float]
 
 
 class _Costs(TypedDict):
@@ -53,7 +59,11 @@ class _Costs(TypedDict):
 def read_results(path: Path) -> Results:
     """The results that `fedalt compare` wrote into a folder. Raises StoreError."""
     file = path / RESULTS
-    lines: list[dict[str, Any]] = read_lines(file, _Metric | _Costs)
+    whole: list[dict[str, Any]] = read_lines(file, _Metric | _Costs | _Base)
+    lines = [line for line in whole if "base" not in line]
+    base: dict[str, dict[str, dict[str, float]]] = {}
+    for line in (line for line in whole if "base" in line):
+        base.setdefault(line["base"], {})[line["client"]] = line["metrics"]
     labels = list(dict.fromkeys(line["method"] for line in lines))
     seeds = list(dict.fromkeys(line["seed"] for line in lines))
     scores: dict[str, list[dict[str, dict[str, float]]]] = {
@@ -76,7 +86,7 @@ def read_results(path: Path) -> Results:
             )
     runs = {label: path / folder_of(label) / f"seed-{seeds[0]}" for label in labels}
     entries = [Entry(label, read_settings(run / "settings.toml")) for label, run in runs.items()]
-    return Results(entries, seeds, scores, costs)
+    return Results(entries, seeds, scores, costs, base)
 
 
 def comparison_page(path: Path) -> Page:
@@ -112,10 +122,10 @@ def comparison_page(path: Path) -> Page:
 
 
 def _scores(results: Results, reading: str, yardstick: str | None) -> Section:
-    scores, losses = results.tables().values()
-    grids = {"Scores on test data": grid_of(scores)}
-    if not scores.of_losses:
-        grids["Mean loss of an answer's token, in nats: lower is better"] = grid_of(losses)
+    scores = results.tables()["scores"]
+    grids = dict(zip(_CAPTIONS, results.grids().values(), strict=True))
+    if scores.of_losses:
+        del grids[_CAPTIONS[1]]
     gains = Figure(
         "gains",
         f"Gain over {yardstick or 'the mean of all methods'}, by client",

@@ -5,13 +5,12 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import numpy as np
 from rich.text import Text
 
 from fedalt.core.files import atomic_write
@@ -19,12 +18,10 @@ from fedalt.methods.notes import notes_on
 from fedalt.report.costs import HEADS, cost_cells
 from fedalt.report.gaps import (
     ABOUT_GAPS,
-    SIGNIFICANT,
     Gap,
     gaps_csv,
     gaps_markdown,
     gaps_over,
-    p_value,
     told_apart,
 )
 from fedalt.report.sheet import Sheet
@@ -48,19 +45,32 @@ MOST_COLUMNS = 12  # more clients than this are shown by task, if their names te
 
 @dataclass(frozen=True)
 class Results:
-    """What finished runs found: for each method the test scores of every seed, and what it took."""
+    """What finished runs found: for each method the test scores of every seed, and what it took.
+
+    `base`: scores of the base model as it is, by the name of its row.
+    """
 
     entries: Sequence[Entry]
     seeds: Sequence[int]
     scores: Mapping[str, Sequence[Scored]]
     costs: Mapping[str, Sequence[Cost]]
+    base: Mapping[str, Scored] = field(default_factory=dict)
 
     def tables(self) -> dict[str, Table]:
         """Clients by methods: scores and losses."""
         return {"scores": joined(self.scores), "losses": joined(self.scores, losses=True)}
 
+    def grids(self) -> dict[str, "Grid"]:
+        """The cells of the tables, and below the methods those of the base model."""
+        return {name: _with_base(grid_of(of), self.base) for name, of in self.tables().items()}
+
     def lines(self) -> Iterator[dict[str, Any]]:
-        """One for each method, seed, client and metric; one of costs for each method and seed."""
+        """One for each method, seed, client and metric; of costs for each method and seed.
+
+        One for each base model and client.
+        """
+        for base, clients in self.base.items():
+            yield from ({"base": base, "client": c, "metrics": m} for c, m in clients.items())
         for label, seeds in self.scores.items():
             for seed, clients in zip(self.seeds, seeds, strict=True):
                 at = {"method": label, "seed": seed}
@@ -124,8 +134,7 @@ def collect(entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job])
 
 def write_results(out: Path, results: Results) -> None:
     """Write results.jsonl, table.md, table.csv, gaps.csv and clients.csv."""
-    tables = results.tables()
-    grids = {name: grid_of(table) for name, table in tables.items()}
+    tables, grids = results.tables(), results.grids()
     costs = {label: cost_cells(seeds) for label, seeds in results.costs.items()}
     gaps = gaps_of(results)
     parts = [
@@ -174,12 +183,10 @@ def budget_of(results: Results) -> Iterator[str]:
     for entry in results.entries:
         for note in notes_on(entry.settings.method, entry.settings.rounds.rounds):
             yield f"{entry.label}: {note}."
-    trained = "; ".join(
-        f"{label} {_parts(costs[0].trained)}"
-        for label, costs in results.costs.items()
-        if costs[0].trained
-    )
-    if trained:
+    if results.base:
+        yield "base: the base model without any adapter, scored once; it takes part in no test."
+    parts = {label: _parts(costs[0].trained) for label, costs in results.costs.items()}
+    if trained := "; ".join(f"{label} {part}" for label, part in parts.items() if part):
         yield f"What a client trains at any time, in numbers by part: {trained}."
     yield (
         "Bold: best of its column, and told from all others by Wilcoxon's signed-rank test over "
@@ -228,16 +235,10 @@ def grid_csv(grid: Grid) -> str:
     return text.getvalue()
 
 
-def beats(first: Values, second: Values) -> bool:
-    """Whether paired scores tell two methods apart: one of each client, its mean over seeds."""
-    return len(first) == len(second) and p_value(np.subtract(first, second)) < SIGNIFICANT
-
-
 def gaps_of(results: Results) -> list[Gap]:
     """Each method's gaps to local-only, if that is there, and to the best of each table's means."""
-    alone = [
-        entry.label for entry in results.entries if method_name(entry.settings.method) == YARDSTICK
-    ]
+    named = {entry.label: method_name(entry.settings.method) for entry in results.entries}
+    alone = [label for label, name in named.items() if name == YARDSTICK]
     gaps: dict[tuple[str, str, str], Gap] = {}
     for table in results.tables().values():
         means = [cells[-2].seeds for cells in grid_of(table).rows.values()]
@@ -247,6 +248,16 @@ def gaps_of(results: Results) -> list[Gap]:
             for gap in gaps_over(table, over):
                 gaps.setdefault((gap.family, gap.over, gap.method), gap)
     return list(gaps.values())
+
+
+def _with_base(grid: Grid, base: Mapping[str, Scored]) -> Grid:
+    """The grid with a row for each base model, which takes part in no test."""
+    rows = dict(grid.rows)
+    for label, scores in base.items():
+        own = grid_of(joined({label: [scores]}, losses=grid.of_losses))
+        cells = dict(zip(own.columns, own.rows[label], strict=True))
+        rows.setdefault(label, tuple(cells.get(column, Cell(())) for column in grid.columns))
+    return Grid(grid.columns, rows, grid.of_losses)
 
 
 def _parts(trained: Mapping[str, int]) -> str:

@@ -87,11 +87,7 @@ def tune(
     ] = None,
     stages: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Halvings and one; 1 gives all trials all rounds.",
-            show_default="as many as fit",
-        ),
+        typer.Option(min=1, help="1 gives all trials all rounds.", show_default="as many as fit"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Without it, the file's first.")] = None,
     jobs: Jobs = None,
@@ -106,17 +102,8 @@ def tune(
     file for `fedalt compare`. The same command goes on with what was stopped.
     """
     hush_libraries()
+    from fedalt.runs import tune as search
     from fedalt.runs.compare import read_comparison
-    from fedalt.runs.tune import (
-        best_of,
-        budget_of,
-        halve,
-        numbers_in,
-        rounds_of,
-        stages_of,
-        trials_of,
-        write_tuned,
-    )
 
     entries, seeds = read_comparison(file)
     _tell_advice(entries, quiet=quiet)
@@ -124,18 +111,20 @@ def tune(
         **({"lr": numbers_of(lr, float, "--lr")} if lr else {}),
         **({"rank": numbers_of(rank, int, "--rank")} if rank else {}),
     }
-    wanted, halvings = numbers_in(file)
+    wanted, halvings = search.numbers_in(file)
     at = seeds[0] if seed is None else seed
-    trials = trials_of(entries, flags, wanted, at)
-    plan = stages_of(len(trials) // len(entries), rounds or rounds_of(entries), stages or halvings)
-    note(budget_of(plan), quiet=quiet)
+    trials = search.trials_of(entries, flags, wanted, at)
+    length = rounds or search.rounds_of(entries)
+    plan = search.stages_of(len(trials) // len(entries), length, stages or halvings)
+    note(search.budget_of(plan), quiet=quiet)
     _tell_too_short(entries, plan, quiet=quiet)
-    losses = halve(trials, plan, partial(_losses, seed=at, out=out, jobs=jobs, quiet=quiet))
-    chosen = best_of(trials, losses)
+    score = partial(_losses, seed=at, out=out, jobs=jobs, quiet=quiet)
+    losses = search.halve(trials, plan, score)
+    chosen = search.best_of(trials, losses)
     if nothing := [entry.label for entry in entries if entry.label not in chosen]:
         note(f"no trial of {', '.join(nothing)} has succeeded, so there is nothing to choose")
         raise typer.Exit(1)
-    lines = write_tuned(out, file, trials, losses, plan)
+    lines = search.write_tuned(out, file, trials, losses, plan)
     if as_json:
         show_json({"tuned": str(out / "tuned.toml"), "trials": lines})
         return

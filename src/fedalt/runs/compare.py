@@ -63,10 +63,7 @@ class Job:
 
     @property
     def settings(self) -> Settings:
-        """The entry's settings with this seed, for the method alone.
-
-        The local-only baseline is an entry of its own, the base model is scored once for all.
-        """
+        """The entry's settings with this seed; local-only and base are rows of their own."""
         settings = self.entry.settings
         scoring = replace(settings.scoring, base=False)
         return replace(settings, seed=self.seed, scoring=scoring, local_baseline=False)

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from commands import InThisProcess, call
+from report_records import recommit
 from runs_for_tests import save_model, scores_of, settings_for, write_clients
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,7 @@ from fedalt.report.comparison import draw_grid
 from fedalt.report.table import describe, run_table
 from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import evaluate, reopen, start_run
-from fedalt.runs.setup import base_arm, prepare
+from fedalt.runs.setup import base_arm, prepare, settings_of_run
 
 
 def base_lines(lines):
@@ -146,6 +147,8 @@ def test_a_comparison_scores_it_once_for_all_runs(tmp_path, capsys, monkeypatch)
     assert draw_grid(results.grids()["losses"], "losses").rows[-1][0] == "base"
 
     monkeypatch.setattr("fedalt.runs.base_scores._score", None)  # what is there is not scored again
+    of_before = runs[0] / "settings.toml"
+    of_before.write_text(of_before.read_text().replace("base = false\n", ""))
     assert call("compare", file, "--out", out, "--quiet") == 0
 
 
@@ -157,8 +160,13 @@ def _with_base(prepared):
     )
 
 
-def test_runs_of_before_the_column_are_read_and_go_on_in_a_comparison(finished_run, tmp_path):
+def test_a_run_of_before_the_column_has_three_and_goes_on_without_a_warning(finished_run, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished_run, run)
     lines = [line for line in open_run(run).lines() if line.get("column") != "base"]
     assert run_table(lines).columns == ("own", "shared", "local")
+    facts = json.loads((run / "run.json").read_text())
+    del facts["settings"]["scoring"]["base"]
+    (run / "run.json").write_text(json.dumps(facts))
+    recommit(run)
+    assert settings_of_run(open_run(run))[1] == ()

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,7 +123,8 @@ rank = 1
 
 
 def test_a_comparison_scores_it_once_for_all_runs(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("fedalt.runs.compare.subprocess.Popen", InThisProcess)
+    here = SimpleNamespace(Popen=InThisProcess)
+    monkeypatch.setattr("fedalt.runs.compare.subprocess", here)
     save_model(tmp_path / "model")
     write_clients(tmp_path / "data", clients=("a", "b"))
     file, out = tmp_path / "methods.toml", tmp_path / "out"

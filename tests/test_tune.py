@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from math import inf
+from types import SimpleNamespace
 
 import pytest
 import tomli_w
@@ -36,7 +37,7 @@ from fedalt.runs.tune import (
 def in_this_process():
     """Trials are no processes of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fedalt.runs.compare.subprocess.Popen", InThisProcess)
+        patch.setattr("fedalt.runs.compare.subprocess", SimpleNamespace(Popen=InThisProcess))
         yield
 
 

@@ -38,7 +38,7 @@ def test_a_table_holds_the_numbers_that_the_command_prints(run, capsys):
     told = json.loads(capsys.readouterr().out)["scores"]
     table = run.table()
     assert list(table.index) == ["a", "b", "c", "mean", "worst client"]
-    assert list(table.columns) == ["score", "own", "shared", "local", "gain over local"]
+    assert list(table.columns) == ["score", "own", "shared", "local", "base", "gain over local"]
     for client, row in told["clients"].items():
         assert table.loc[client, list(told["columns"])].to_dict() == row["scores"]
     assert table.loc["mean", "gain over local"] == told["mean"]["gain"]
@@ -58,7 +58,7 @@ def test_lines_are_the_record_with_a_column_for_each_number(run):
 
 def test_a_file_and_a_dict_of_the_same_settings_make_the_same_run(run, tmp_path):
     again = fedalt.run(run.path / "settings.toml", out=tmp_path / "again")
-    columns = ["own", "shared", "local"]
+    columns = ["own", "shared", "local", "base"]
     assert again.table()[columns].equals(run.table()[columns])
     assert (again.path / "settings.toml").read_text() == (run.path / "settings.toml").read_text()
 

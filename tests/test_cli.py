@@ -51,7 +51,7 @@ def test_a_run_by_flags_ends_in_a_folder_and_a_table(run_flags, tmp_path, capsys
     assert "round 2/2: loss own" in said.err
     lines = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
     about = [line for line in lines if "metrics" in line]
-    assert {line["column"] for line in about} == {"own", "shared", "local"}
+    assert {line["column"] for line in about} == {"own", "shared", "local", "base"}
     assert all({"round", "client"} <= line.keys() for line in about)
     for client in "abc":
         assert list((run / "clients" / client).glob("*.safetensors"))
@@ -62,7 +62,7 @@ def test_with_json_stdout_holds_one_object_and_nothing_else(run_flags, tmp_path,
     result = json.loads(capsys.readouterr().out)
     assert result["run"] == str(tmp_path / "r")
     assert set(result["scores"]["clients"]) == {"a", "b", "c"}
-    assert set(result["losses"]["mean"]["scores"]) == {"own", "shared", "local"}
+    assert list(result["losses"]["mean"]["scores"]) == ["own", "shared", "local", "base"]
 
 
 def test_quiet_leaves_stderr_empty(run_flags, tmp_path, capsys):

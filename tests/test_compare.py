@@ -3,20 +3,18 @@
 import json
 import shutil
 import tomllib
-from dataclasses import replace
 
 import pytest
-import tomli_w
 from commands import call
 from runs_for_tests import adapters_of, save_model, write_clients
 
-from fedalt.report.comparison import beats, grid_of
+from fedalt.report.comparison import grid_of
+from fedalt.report.gaps import SIGNIFICANT, p_value
 from fedalt.report.grid import grid_csv, grid_markdown
 from fedalt.report.table import joined
-from fedalt.runs.compare import jobs_of, read_comparison, run_all
+from fedalt.runs.compare import read_comparison, run_all
 from fedalt.runs.folder import open_run
 from fedalt.runs.settings import SettingsError
-from fedalt.runs.tune import trials_in, trials_of, tuned_table
 
 FILE = """
 seeds = [0, 1]
@@ -72,6 +70,9 @@ def test_results_hold_a_line_for_every_method_seed_client_and_metric(place):
     text = (place / "out" / "results.jsonl").read_text()
     view, *lines = map(json.loads, text.splitlines())
     assert view == {"metric": "score", "steps": "equal"}
+    base = [line for line in lines if "base" in line]
+    lines = [line for line in lines if "base" not in line]
+    assert {(line["base"], line["client"]) for line in base} == {("base", "a"), ("base", "b")}
     scores = {(e["method"], e["seed"], e["client"], e["metric"]): e for e in lines if "client" in e}
     assert {key[:3] for key in scores} == {
         (method, seed, client)
@@ -175,95 +176,6 @@ def test_mistakes_are_found_before_anything_runs(place, old, new, complaint):
         read_comparison(file)
 
 
-def test_tuning_reads_no_test_data_and_writes_a_file_to_compare_with(place, capsys):
-    out = place / "tune"
-    words = ("--lr", "1e-2,1e-5", "--rank", "1,2", "--out", out)
-    assert call("tune", place / "methods.toml", *words) == 0
-    assert "chosen at the edge of what was tried" in capsys.readouterr().err
-    trials = [json.loads(line) for line in (out / "tune.jsonl").read_text().splitlines()]
-    assert len(trials) == 8
-    for record in out.rglob("rounds.jsonl"):
-        assert '"test"' not in record.read_text()
-    entries, _ = read_comparison(out / "tuned.toml")
-    for entry in entries:
-        best = min(
-            (each for each in trials if each["method"] == entry.label),
-            key=lambda each: each["validation_loss"],
-        )
-        assert entry.settings.training.lr == best["lr"]
-        assert entry.settings.method.lora.rank == best["rank"]
-    assert jobs_of(entries, (0,), out)[0].settings.rounds.test
-
-
-GRID = """
-[tune]
-alpha = [2.0, 16.0]
-trials = 2
-"""
-TUNED = FILE.replace("[scoring]", f"{GRID}[scoring]") + (
-    "[[methods]]\nname = 'pf2lora'\nrank = 2\n"
-    "[methods.tune]\ninner_lr = [0.5, 1.0]\nhypergradient = ['first_order']\n"
-)
-
-
-def test_tuning_reaches_every_setting_with_as_many_trials_for_every_method(place):
-    file = place / "grid.toml"
-    file.write_text(TUNED)
-    entries, _ = read_comparison(file)
-    trials = trials_of(entries, {"lr": [1e-3]}, trials_in(file), None)
-    assert [trial.label for trial in trials] == [e.label for e in entries for _ in range(2)]
-    pf2lora = [trial for trial in trials if trial.label == "pf2lora"]
-    for trial in pf2lora:
-        method = trial.entry.settings.method
-        assert trial.values["inner_lr"] == method.inner_lr
-        assert method.hypergradient == "first_order"
-        assert trial.values["alpha"] == method.lora.alpha
-        assert trial.entry.settings.training.lr == 1e-3
-    assert len({tuple(trial.values.items()) for trial in pf2lora}) == 2
-    table = tuned_table(file, {trial.label: trial for trial in trials})
-    file.write_text(tomli_w.dumps(table))
-    again, _ = read_comparison(file)
-    assert again[2].settings.method == pf2lora[1].entry.settings.method
-    assert not again[2].tune
-
-
-def test_methods_never_get_different_numbers_of_trials(place):
-    file = place / "grid.toml"
-    file.write_text(TUNED.replace("trials = 2", ""))
-    entries, _ = read_comparison(file)
-    with pytest.raises(SettingsError, match=r"different numbers .*fedalt 2.*pf2lora 4.*trials = 2"):
-        trials_of(entries, {}, trials_in(file), None)
-    with pytest.raises(SettingsError, match=r"trials = 3, but .* fedalt 2"):
-        trials_of(entries, {}, 3, None)
-    with pytest.raises(SettingsError, match="nothing to try"):
-        trials_of([replace(entry, tune={}) for entry in entries], {}, None, None)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "complaint"),
-    [
-        (
-            "inner_lr =",
-            "inner_rate =",
-            r"\[tune\] inner_rate: method 'pf2lora' has no such",
-        ),
-        (
-            "alpha =",
-            "outer_lr =",
-            r"outer_lr: method 'fedalt' has no.* lr, rank, alpha, dropout",
-        ),
-        ("[0.5, 1.0]", "0.5", r"inner_lr: expected a list of values to try, got 0.5"),
-        ("[0.5, 1.0]", "[0.5, -1.0]", "inner_lr.*cannot be negative"),
-        ("[2.0, 16.0]", "['big']", r"\[tune\] alpha.*expected a finite number, got 'big'"),
-    ],
-)
-def test_mistakes_in_a_grid_are_one_error_that_names_the_setting(place, old, new, complaint):
-    file = place / "wrong.toml"
-    file.write_text(TUNED.replace(old, new))
-    with pytest.raises(SettingsError, match=complaint):
-        read_comparison(file)
-
-
 def test_a_table_says_what_everybody_trained_and_how_long(place):
     text = (place / "out" / "table.md").read_text()
     assert "| trainable | rank | steps |" in text
@@ -303,9 +215,9 @@ def test_the_best_is_bold_only_where_a_paired_test_supports_it():
 
 
 def test_six_pairs_all_in_one_direction_are_the_fewest_that_tell():
-    assert beats((2.0, 3.1, 4.2, 5.3, 6.4, 7.5), (1.0,) * 6)
-    assert not beats((2.0, 3.1, 4.2, 5.3, 6.4), (1.0,) * 5)
-    assert not beats((1.0,) * 6, (1.0,) * 6)
+    assert p_value((1.0, 2.1, 3.2, 4.3, 5.4, 6.5)) < SIGNIFICANT
+    assert p_value((1.0, 2.1, 3.2, 4.3, 5.4)) >= SIGNIFICANT
+    assert p_value((0.0,) * 6) >= SIGNIFICANT
 
 
 def test_many_clients_are_shown_by_task():

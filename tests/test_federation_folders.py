@@ -117,7 +117,7 @@ def test_a_servers_folder_is_reported_watched_and_tracked_however_it_stands(
 def test_the_ended_federations_table_is_the_one_that_python_has(ended: Federation) -> None:
     table = fedalt.open_run(ended.run).table()
     assert list(table.index) == ["a", "b", "c", "mean", "worst client"]
-    assert list(table.columns) == ["score", "own", "shared", "local", "gain over local"]
+    assert list(table.columns) == ["score", "own", "shared", "local", "base", "gain over local"]
 
 
 SERVER = {

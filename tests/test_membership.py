@@ -97,6 +97,7 @@ def test_a_newcomer_gets_the_whole_world_and_trains_its_own_part(run, tmp_path):
         ("d", "own"),
         ("d", "shared"),
         ("d", "local"),
+        ("d", "base"),
     }
     after = adapters_of(run.path)
     assert {key: after[key] for key in before} == before  # no one else's model changes

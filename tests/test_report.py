@@ -93,7 +93,8 @@ def test_the_tables_have_the_numbers_that_the_command_prints(run):
     for caption, losses in (("Scores on test data", False), ("Mean loss of an answer", True)):
         table = run_table(lines, losses=losses)
         (found,) = (rows for name, rows in tables.items() if name.startswith(caption))
-        assert found[0] == ["client", "score", "own", "shared", "local", "gain over local"]
+        columns = ["own", "shared", "local", "base"]
+        assert found[0] == ["client", "score", *columns, "gain over local"]
         rows = (*table.clients, table.mean, table.worst)
         assert found[1:] == [[row.name, row.metric, *cells_of(table, row)] for row in rows]
 

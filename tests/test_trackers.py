@@ -13,7 +13,7 @@ from commands import call
 from runs_for_tests import settings_for
 
 from fedalt.cli.progress import Together
-from fedalt.report.numbers import numbers_of
+from fedalt.report.numbers import numbers_of, step_of
 from fedalt.report.trackers import TRACKERS, TrackerName, tracking
 from fedalt.runs.folder import locked, open_run
 from fedalt.runs.lifecycle import new_run, resume_run
@@ -40,7 +40,7 @@ class StopsAt:
 def recorded(run):
     """Every number of a record by name and round, and how often it is there: once."""
     lines = open_run(run).lines()
-    return {(name, line["round"]): value for line in lines for name, value in numbers_of(line)}
+    return {(name, step_of(line)): value for line in lines for name, value in numbers_of(line)}
 
 
 def in_tensorboard(run):

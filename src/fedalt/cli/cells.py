@@ -1,18 +1,27 @@
 """A comparison whose finished cells are kept in a file: only what is missing there is run."""
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fedalt.cli.jobs import run_jobs
 from fedalt.cli.output import note
 from fedalt.report.cells import cell_of
+from fedalt.runs.base_scores import base_scores
 from fedalt.runs.cells import keep_cell, named, read_cells
 from fedalt.runs.compare import Entry, Job, write_settings
 from fedalt.runs.origin import Origin, note_origin, origins_of, that_count
 
 
 def complete_cells(
-    file: Path, entries: Sequence[Entry], jobs: Sequence[Job], workers: int | None, *, quiet: bool
+    file: Path,
+    entries: Sequence[Entry],
+    jobs: Sequence[Job],
+    out: Path,
+    workers: int | None,
+    *,
+    quiet: bool,
 ) -> list[Job]:
     """Run what the file has no cell of, and add each cell as it is finished; those that failed.
 
@@ -41,7 +50,15 @@ def complete_cells(
         keep_cell(file, cell)
 
     note(f"{len(jobs)} cells, {len(jobs) - len(missing)} found in {file}", quiet=quiet)
-    return run_jobs(missing, workers, quiet=quiet, finished=keep) if missing else []
+    if not missing:
+        return []
+    failed = run_jobs(missing, workers, quiet=quiet, finished=keep)
+    finished = [job for job in missing if job not in failed]
+    for labels, scores in base_scores(finished, out, partial(note, quiet=quiet)).items():
+        for key, cell in read_cells(file).items():
+            if scores and key[0] in labels:
+                keep_cell(file, replace(cell, scores={**cell.scores, "base": scores}))
+    return failed
 
 
 def require_cells(

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +16,8 @@ from fedalt.core.foreign import shown
 if TYPE_CHECKING:
     from fedalt.report.comparison import Results
     from fedalt.runs.compare import Entry, Job
-    from fedalt.runs.tune import Trial
+    from fedalt.runs.tune import Losses, Stage, Trial
+    from fedalt.runs.view import View
 
 File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, seeds, one budget.")]
 Out = Annotated[Path, typer.Option("--out", help="The folder of all runs and of the results.")]
@@ -51,9 +54,8 @@ def compare(
         raise typer.BadParameter("give --out, a folder to run in, or --results, a file of cells")
     hush_libraries()
     from fedalt.cli.cells import complete_cells, require_cells
-    from fedalt.cli.jobs import run_jobs
     from fedalt.report.cells import results_of
-    from fedalt.report.comparison import collect, write_results
+    from fedalt.report.comparison import write_results
     from fedalt.runs.cells import read_cells
     from fedalt.runs.compare import jobs_of, read_comparison
     from fedalt.runs.view import view_in
@@ -62,17 +64,15 @@ def compare(
     _tell_advice(entries, quiet=quiet)
     if view.steps == "equal":
         entries = _with_equal_steps(entries, quiet=quiet)
-    runs = jobs_of(entries, seeds, out or Path())
-    failed: list[Job] = []
     if cells is None:
-        failed = run_jobs(runs, jobs, quiet=quiet)
-        whole = [entry for entry in entries if not any(job.entry == entry for job in failed)]
-        results = collect(whole, seeds, runs, view)
+        assert out is not None
+        results, failed = _run(entries, seeds, view, out, jobs, quiet=quiet)
     else:
+        runs, failed = jobs_of(entries, seeds, out or Path()), []
         if out is None:
             require_cells(cells, entries, runs, quiet=quiet)
         else:
-            failed = complete_cells(cells, entries, runs, jobs, quiet=quiet)
+            failed = complete_cells(cells, entries, runs, out, jobs, quiet=quiet)
         results = results_of(entries, seeds, read_cells(cells), view)
     if results.entries:
         if out is not None:
@@ -82,6 +82,30 @@ def compare(
         raise typer.BadParameter(f"{cells} has no method of {file} with all its seeds")
     if failed:
         raise typer.Exit(1)
+
+
+def _run(
+    entries: "Sequence[Entry]",
+    seeds: Sequence[int],
+    view: "View",
+    out: Path,
+    jobs: int | None,
+    *,
+    quiet: bool,
+) -> "tuple[Results, list[Job]]":
+    """The results of all runs, brought to their ends, and those that failed."""
+    from fedalt.cli.jobs import run_jobs
+    from fedalt.report.comparison import collect
+    from fedalt.runs.base_scores import base_rows, base_scores
+    from fedalt.runs.compare import jobs_of
+
+    runs = jobs_of(entries, seeds, out)
+    failed = run_jobs(runs, jobs, quiet=quiet)
+    whole = [entry for entry in entries if not any(job.entry == entry for job in failed)]
+    results = collect(whole, seeds, runs, view)
+    finished = [job for job in runs if job.entry in whole]
+    base = base_scores(finished, out, partial(note, quiet=quiet))
+    return replace(results, base=base_rows(base)), failed
 
 
 def _with_equal_steps(entries: "Sequence[Entry]", *, quiet: bool) -> "tuple[Entry, ...]":
@@ -108,7 +132,8 @@ def _show_results(results: "Results", out: Path | None, *, as_json: bool, quiet:
     if as_json:
         tables = {name: to_json(table) for name, table in results.tables().items()}
         gaps = [asdict(gap) for gap in gaps_of(results)]
-        show_json({"folder": None if out is None else str(out), **tables, "gaps": gaps})
+        folder = None if out is None else str(out)
+        show_json({"folder": folder, **tables, "base": results.base, "gaps": gaps})
         return
     for name, grid in grids_of(results).items():
         what = heading(results.view.metric if name == "scores" else "loss")
@@ -130,7 +155,11 @@ def tune(
     ] = None,
     rank: Annotated[str | None, typer.Option("--rank", help="Ranks to try, with commas.")] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Rounds of each trial; without it, the file's.")
+        int | None, typer.Option(min=1, help="Rounds of the longest trials; by default the file's.")
+    ] = None,
+    stages: Annotated[
+        int | None,
+        typer.Option(min=1, help="1 gives all trials all rounds.", show_default="as many as fit"),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Without it, the file's first.")] = None,
     jobs: Jobs = None,
@@ -140,14 +169,13 @@ def tune(
     """Choose settings for every method of a comparison, on validation data alone.
 
     Learning rates and ranks are flags; a section [tune], common or a method's own, lists values of
-    any setting. All methods get as many trials. The test data are never read. Writes
-    OUT/tuned.toml, a file for `fedalt compare`.
+    any setting. All methods get as many trials and rounds: all trials begin with few rounds, the
+    better half goes on with twice as many. The test data are never read. Writes OUT/tuned.toml, a
+    file for `fedalt compare`. The same command goes on with what was stopped.
     """
     hush_libraries()
-    from fedalt.cli.jobs import run_jobs
-    from fedalt.runs.compare import jobs_of, read_comparison
-    from fedalt.runs.folder import open_run
-    from fedalt.runs.tune import best_of, trials_in, trials_of, write_tuned
+    from fedalt.runs import tune as search
+    from fedalt.runs.compare import read_comparison
 
     entries, seeds = read_comparison(file)
     _tell_advice(entries, quiet=quiet)
@@ -155,27 +183,51 @@ def tune(
         **({"lr": numbers_of(lr, float, "--lr")} if lr else {}),
         **({"rank": numbers_of(rank, int, "--rank")} if rank else {}),
     }
-    trials = trials_of(entries, flags, trials_in(file), rounds)
+    wanted, halvings = search.numbers_in(file)
     at = seeds[0] if seed is None else seed
-    runs = jobs_of([trial.entry for trial in trials], [at], out)
-    if run_jobs(runs, jobs, quiet=quiet):
+    trials = search.trials_of(entries, flags, wanted, at)
+    length = rounds or search.rounds_of(entries)
+    plan = search.stages_of(len(trials) // len(entries), length, stages or halvings)
+    note(search.budget_of(plan), quiet=quiet)
+    _tell_too_short(entries, plan, quiet=quiet)
+    score = partial(_losses, seed=at, out=out, jobs=jobs, quiet=quiet)
+    losses = search.halve(trials, plan, score)
+    chosen = search.best_of(trials, losses)
+    if nothing := [entry.label for entry in entries if entry.label not in chosen]:
+        note(f"no trial of {', '.join(nothing)} has succeeded, so there is nothing to choose")
         raise typer.Exit(1)
-    losses = [loss for job in runs if (loss := open_run(job.path).best_loss()) is not None]
-    if len(losses) < len(runs):
-        raise typer.BadParameter("no client has validation data to choose by")
-    chosen = best_of(trials, losses)
-    lines = write_tuned(out, file, trials, losses)
+    lines = search.write_tuned(out, file, trials, losses, plan)
     if as_json:
         show_json({"tuned": str(out / "tuned.toml"), "trials": lines})
         return
-    _show_trials(trials, losses, list(chosen.values()))
+    _show_trials(trials, losses, plan, list(chosen.values()))
     if edges := [trial.label for trial in chosen.values() if trial.at_edge(trials)]:
         note(f"chosen at the edge of what was tried: {', '.join(edges)}", quiet=quiet)
     note(f"`fedalt compare {out / 'tuned.toml'} --out ...` compares with these", quiet=quiet)
 
 
+def _losses(
+    trials: "Sequence[Trial]", rounds: int, *, seed: int, out: Path, jobs: int | None, quiet: bool
+) -> list[float]:
+    """The validation losses of trials that have gone on to so many rounds; inf where one failed."""
+    from fedalt.cli.jobs import run_jobs
+    from fedalt.runs.compare import jobs_of
+    from fedalt.runs.tune import validation_loss
+
+    runs = jobs_of([trial.after(rounds) for trial in trials], [seed], out)
+    failed = run_jobs(runs, jobs, quiet=quiet, grows=True)
+    losses = [inf if job in failed else validation_loss(job.path, rounds) for job in runs]
+    known = [loss for loss in losses if loss is not None]
+    if len(known) < len(losses):
+        raise typer.BadParameter("no client has validation data to choose by")
+    return known
+
+
 def _show_trials(
-    trials: "Sequence[Trial]", losses: Sequence[float], chosen: "Sequence[Trial]"
+    trials: "Sequence[Trial]",
+    losses: "Sequence[Losses]",
+    stages: "Sequence[Stage]",
+    chosen: "Sequence[Trial]",
 ) -> None:
     """All trials as a table, the chosen ones in bold."""
     from rich.text import Text
@@ -183,12 +235,29 @@ def _show_trials(
     from fedalt.report.sheet import Sheet
 
     rows = []
-    for trial, loss in zip(trials, losses, strict=True):
+    for trial, of_trial in zip(trials, losses, strict=True):
         tried = ", ".join(f"{name} = {value}" for name, value in trial.values.items())
         style = "bold" if trial in chosen else ""
-        cells = (shown(trial.label), shown(tried), f"{loss:.3f}")
-        rows.append([Text(cell, style=style) for cell in cells])
-    console().print(Sheet(("method", "tried", "validation loss"), rows))
+        numbers = ["failed" if loss == inf else f"{loss:.3f}" for loss in of_trial]
+        numbers += ["–"] * (len(stages) - len(numbers))
+        rows.append(
+            [Text(cell, style=style) for cell in (shown(trial.label), shown(tried), *numbers)]
+        )
+    heads = [f"loss, {stage.rounds} round{'s' * (stage.rounds > 1)}" for stage in stages]
+    console().print(Sheet(("method", "tried", *heads), rows, "validation loss, the lowest so far"))
+
+
+def _tell_too_short(entries: "Sequence[Entry]", stages: "Sequence[Stage]", *, quiet: bool) -> None:
+    """Which methods the first stage is too short for, although the whole is not."""
+    from fedalt.methods.notes import notes_on
+
+    first, last = stages[0].rounds, stages[-1].rounds
+    for entry in entries:
+        method = entry.settings.method
+        known = set(notes_on(method, last))
+        for sentence in notes_on(method, first) if first < last else ():
+            if sentence not in known:
+                note(f"note: the first stage, {entry.label}: {sentence}", quiet=quiet)
 
 
 def _tell_advice(entries: "Sequence[Entry]", *, quiet: bool) -> None:

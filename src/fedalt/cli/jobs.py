@@ -16,6 +16,7 @@ from fedalt.runs.compare import (
     rounds_done,
     run_all,
 )
+from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import is_finished
 
 _MINUTE = 60.0
@@ -26,15 +27,17 @@ def run_jobs(
     workers: int | None,
     *,
     quiet: bool,
+    grows: bool = False,
     finished: Callable[[Job], None] | None = None,
 ) -> list[Job]:
     """Bring all runs to their ends, so many at a time; those that failed. What is done stays.
 
-    `finished` hears of each run once it is, of those that have been before first of all.
+    Runs that `grows` may have had other numbers of rounds before, fewer or more. `finished` hears
+    of each run once it is, of those that have been before first of all.
     """
-    require_same(jobs)
+    require_same(jobs, grows=grows)
     require_data(jobs)
-    todo = [job for job in jobs if not ((job.path / "run.json").exists() and is_finished(job.path))]
+    todo = [job for job in jobs if not _is_done(job)]
     for job in jobs:
         if finished is not None and job not in todo:
             finished(job)
@@ -69,3 +72,12 @@ def run_jobs(
         note("stopped; the same command goes on")
         raise typer.Exit(130) from None
     return failed
+
+
+def _is_done(job: Job) -> bool:
+    """Whether a run has all its rounds, and its test if there is to be one."""
+    if not (job.path / "run.json").exists():
+        return False
+    rounds = job.settings.rounds
+    done = open_run(job.path).rounds_done() >= rounds.rounds
+    return done and (not rounds.test or is_finished(job.path))

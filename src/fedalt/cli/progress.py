@@ -55,7 +55,8 @@ class RoundLines:
     def on_event(self, event: Event) -> None:
         """Say that testing begins, which may take a while, and whose upload was refused."""
         if event.what == "test" and event.done == 1:
-            self.say(f"testing {event.column} after round {event.round + 1}/{self.rounds}")
+            after = f" after round {event.round + 1}/{self.rounds}" if event.round >= 0 else ""
+            self.say(f"testing {event.column}{after}")
         if event.what == "refuse":
             who = f"upload of client {event.client_id!r} rejected: " if event.client_id else ""
             reason = shown(event.reason)
@@ -109,7 +110,8 @@ class Bars:
         if event.loss is not None:
             client += f", loss {event.loss:.3f}"
         self.bars.update(self.now, description=client, completed=event.done, total=event.of)
-        self.bars.update(self.total, description=f"round {event.round + 1}/{self.rounds}")
+        if event.round >= 0:  # the base model's own score belongs to none
+            self.bars.update(self.total, description=f"round {event.round + 1}/{self.rounds}")
         if event.what == "train" and event.done == event.of:
             self._count(event.client_id, event.column)
 

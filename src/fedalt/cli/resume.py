@@ -11,17 +11,24 @@ from fedalt.cli.output import hush_libraries, note, show_run, warn
 
 def resume(
     path: RunPath,
+    rounds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Let the run end after so many rounds, such as more than it had."),
+    ] = None,
     report_to: ReportTo = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Continue a run that was stopped."""
+    """Continue a run that was stopped, or make it longer."""
     hush_libraries()
     from fedalt.cli.training import introduce, train
     from fedalt.report.trackers import require_trackers
     from fedalt.runs.folder import open_run
+    from fedalt.runs.length import set_rounds
     from fedalt.runs.lifecycle import is_finished, reopen
 
+    if rounds is not None:
+        set_rounds(path, rounds)
     if is_finished(path):
         open_run(path).require_whole()
         note(f"{path} is finished: all its rounds are done and tested", quiet=quiet)

@@ -12,7 +12,7 @@ from fedalt.report.trackers import TrackerName, tracking
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import resume_run
 from fedalt.runs.settings import lora_of, method_name
-from fedalt.runs.setup import Prepared
+from fedalt.runs.setup import Prepared, base_arm
 from fedalt.training.group import TrainingError
 
 
@@ -40,6 +40,8 @@ def introduce(prepared: Prepared, out: Path, advice: str = "", *, quiet: bool = 
         else f"texts are padded, one client after the other: {packs.why_not}",
         quiet=quiet,
     )
+    if settings.rounds.test and settings.scoring.base and base_arm(prepared.parts) is None:
+        note("no column base: the classifier's head begins with random numbers", quiet=quiet)
     warn(prepared.warnings, quiet=quiet)
 
 

@@ -175,6 +175,9 @@ class Scoring:
         bool, setting("Generate answers to the test data, for exact match and ROUGE.")
     ] = True
     beams: Annotated[int, setting("Beams of generation; 1 is greedy.", ge=1)] = 1
+    base: Annotated[
+        bool, setting("Score the base model without any adapter on the test data, too.", flag=None)
+    ] = True
     max_new_tokens: Annotated[int, setting("Longest generated answer, in tokens.", ge=1)] = 80
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from fedalt.engine.schedule import Column, HeldOut
+from fedalt.engine.schedule import ArmColumn, HeldOut
 
 T = TypeVar("T")
 
@@ -13,7 +13,7 @@ T = TypeVar("T")
 class Train:
     """Train clients in a round, by the arm of a column."""
 
-    column: Column
+    column: ArmColumn
     round: int
 
 
@@ -21,7 +21,7 @@ class Train:
 class Score:
     """Score what clients serve after a round; `whole` and `show` as in `ClientWork.score`."""
 
-    column: Column
+    column: ArmColumn
     round: int
     split: HeldOut
     whole: bool

@@ -15,7 +15,16 @@ from fedalt.engine.firewall import Firewall
 from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.record_lines import round_line, score_line, train_line
 from fedalt.engine.round import run_round
-from fedalt.engine.schedule import Arm, Event, HeldOut, Journal, Line, Progress, Schedule
+from fedalt.engine.schedule import (
+    UNTRAINED,
+    Arm,
+    Event,
+    HeldOut,
+    Journal,
+    Line,
+    Progress,
+    Schedule,
+)
 from fedalt.engine.screening import Screening
 from fedalt.engine.states import server_of
 from fedalt.engine.uploads import Upload
@@ -23,7 +32,10 @@ from fedalt.engine.uploads import Upload
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run needs; `start` draws what clients begin with, `executor` shares the work."""
+    """All that a run needs; `start` draws what clients begin with, `executor` shares the work.
+
+    `base` serves the base model as it is; None where that has no score.
+    """
 
     arms: Sequence[Arm]
     clients: Sequence[str]
@@ -34,6 +46,7 @@ class Run:
     on_event: Callable[[Event], None]
     firewall: Firewall
     executor: Executor = field(default_factory=InProcess)
+    base: Arm | None = None
 
     def to_the_end(self) -> Progress:
         """Go on from where the journal stands until the test data is scored."""
@@ -46,6 +59,7 @@ class Run:
                 at = progress.chosen(arm.column, self.schedule.select)
                 show = lines.append if arm.column == "own" else None
                 self.score(arm, at, "test", whole=True, show=show)
+            self.score_base("test")
             if lines:
                 self.journal.keep_examples(lines)
             progress = replace(progress, tested=True)
@@ -63,7 +77,7 @@ class Run:
                 best = progress.best_with(arm.column, round_, losses)
                 progress = replace(progress, best=best)
         self.journal.record(round_line(round_, len(cohort), began))
-        progress = replace(progress, rounds_done=round_ + 1)
+        progress = replace(progress, rounds_done=round_ + 1, tested=False)
         self.journal.commit(progress)
         return progress
 
@@ -125,9 +139,15 @@ class Run:
             self.on_event(Event(what, round_, arm.column, scored.client_id, at, of))
         return losses
 
+    def score_base(self, split: HeldOut) -> None:
+        """Score the base model without any adapter, if it has a score: no round changes that."""
+        if self.base is not None:
+            self.score(self.base, UNTRAINED, split, whole=True)
+
     def work(self, job: Train | Score) -> Callable[[Sequence[str]], Sequence[Any]]:
         """Does a job for any group of clients, in whichever process."""
-        (arm,) = (arm for arm in self.arms if arm.column == job.column)
+        arms = [*self.arms, *([self.base] if self.base else [])]
+        (arm,) = (arm for arm in arms if arm.column == job.column)
         match job:
             case Train():
                 return self._work(arm, job.round, job.round).train

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Protocol
+from typing import ClassVar, Final, Literal, Protocol
 
 from fedalt.core.settings import Schedule as Schedule
 from fedalt.engine.robust import central_loss
@@ -11,15 +11,21 @@ from fedalt.engine.states import States
 from fedalt.methods.contract import AnyMethod
 
 Column = Literal["own", "shared", "local"]
+ArmColumn = Literal["own", "local", "base"]
 HeldOut = Literal["validation", "test"]
 Line = Mapping[str, object]
+
+UNTRAINED: Final = -1  # the round of a score before any training
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One method of a run: the one asked for ("own"), or the local-only baseline ("local")."""
+    """One method of a run: the one asked for ("own"), or the local-only baseline ("local").
 
-    column: Column
+    "base" is never trained: its clients serve the base model as it is.
+    """
+
+    column: ArmColumn
     method: AnyMethod
 
 

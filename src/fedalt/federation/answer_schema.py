@@ -101,8 +101,8 @@ COSTS: Final = Metrics(TRAINING, counts=re.compile(rf"{TRAINED}[a-z0-9_]{{1,40}}
 class Asked:
     """What a call asked for, without the broadcast: what its answer is held against.
 
-    `trains` are the columns that train, `scores` those that are scored, each with its round; the
-    shared part is one of them on test data, where there is one.
+    `trains` are the columns that train, `scores` those that are scored, each with its round; on
+    test data the shared part and the base model are among them, where there are such scores.
     """
 
     client: str
@@ -120,8 +120,15 @@ def asked_of(call: Call, digest: str, agreement: Agreement, columns: Collection[
     own = scores.get("own")
     if own is not None and call.split == "test" and _has_shared(call, agreement):
         scores["shared"] = own
+    if own is not None and call.split == "test" and has_base(agreement):
+        scores["base"] = NEVER
     trains = tuple(columns) if call.train else ()
     return Asked(call.client, call.round, call.accepted, digest, trains, scores, call.split)
+
+
+def has_base(agreement: Agreement) -> bool:
+    """Whether clients test the base model, too; not a classifier's, whose head may be drawn."""
+    return agreement.settings.scoring.base and not agreement.start.heads
 
 
 def _has_shared(call: Call, agreement: Agreement) -> bool:

@@ -28,7 +28,7 @@ from fedalt.engine.schedule import Arm, Event
 from fedalt.engine.states import client_of
 from fedalt.federation.accepted import Accepted, claim, read_accepted
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.answer_schema import asked_of, check_answer
+from fedalt.federation.answer_schema import asked_of, check_answer, has_base
 from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
 from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.client_states import keep
@@ -37,7 +37,7 @@ from fedalt.federation.owner_messages import Say, silent, what_was_done, what_wa
 from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.settings import SettingsError
-from fedalt.runs.setup import Parts, Prepared, prepare, trainer_of
+from fedalt.runs.setup import Parts, Prepared, base_arm, prepare, trainer_of
 
 OnEvent = Callable[[Event], None]
 
@@ -132,6 +132,8 @@ class Client:
         for arm in self.parts.arms:
             if arm.column in call.score:
                 scores += self.score(arm, call, call.score[arm.column])
+        if call.split == "test" and "own" in call.score and has_base(self.agreement):
+            scores += self.score_base(call)
         if call.train:
             for arm in self.parts.arms:
                 sent, cost = self._train(arm, call)
@@ -191,6 +193,11 @@ class Client:
             Score(column, call.split, round_, metrics)
             for column, metrics in scored[0].metrics.items()
         ]
+
+    def score_base(self, call: Call) -> list[Score]:
+        """Score the base model as it is, if it has a score."""
+        base = base_arm(self.parts)
+        return [] if base is None else self.score(base, call, NEVER)
 
     def _train(self, arm: Arm, call: Call) -> tuple[Message, Cost]:
         """The client's half of a round; its new state stays here, its upload is returned."""

@@ -121,6 +121,10 @@ def evaluate(config: ClientConfig, split: HeldOut, round_: int | None = None) ->
                 score_line(split, at, place.name, score.column, score.metrics)
                 for score in member.score(arm, call, at)
             ]
+        lines += [
+            score_line(split, score.round, place.name, score.column, score.metrics)
+            for score in member.score_base(call)
+        ]
     return lines
 
 

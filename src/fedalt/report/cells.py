@@ -5,7 +5,8 @@ from importlib.metadata import version
 
 from fedalt.report.comparison import Results
 from fedalt.report.effort import cost_of
-from fedalt.report.table import scores_of
+from fedalt.report.table import Scored, scores_of
+from fedalt.runs.base_scores import base_rows
 from fedalt.runs.cells import Cell
 from fedalt.runs.compare import Entry, Job
 from fedalt.runs.folder import open_run
@@ -46,4 +47,14 @@ def results_of(
         {label: [cell.scores["own"] for cell in group] for label, group in of.items()},
         {label: [cell.costs for cell in group] for label, group in of.items()},
         view,
+        base_rows(_bases({label: group[0] for label, group in of.items()})),
     )
+
+
+def _bases(cells: Mapping[str, Cell]) -> dict[tuple[str, ...], Scored]:
+    """Scores of base models by the labels of the methods that share them."""
+    scores = {label: cell.scores["base"] for label, cell in cells.items() if "base" in cell.scores}
+    bases: dict[tuple[str, ...], Scored] = {}
+    for of in scores.values():
+        bases[tuple(label for label in scores if scores[label] == of)] = of
+    return bases

@@ -23,7 +23,7 @@ from fedalt.runs.compare import Entry, folder_of
 from fedalt.runs.folder import open_run
 from fedalt.runs.record import StoreError
 from fedalt.runs.settings import method_name, read_settings, settings_of_method
-from fedalt.runs.view import Metric, View
+from fedalt.runs.view import USUAL, Metric, View
 
 RESULTS = "results.jsonl"
 
@@ -41,6 +41,12 @@ class _View(TypedDict):
     steps: Literal["equal", "rounds"]
 
 
+class _Base(TypedDict):
+    base: str
+    client: str
+    metrics: dict[str, float]
+
+
 class _Costs(TypedDict):
     method: str
     seed: int
@@ -54,9 +60,12 @@ class _Costs(TypedDict):
 def read_results(path: Path) -> Results:
     """The results that `fedalt compare` wrote into a folder. Raises StoreError."""
     file = path / RESULTS
-    read: list[dict[str, Any]] = read_lines(file, _Metric | _Costs | _View)
-    views = [View(**line) for line in read if "method" not in line]
+    read: list[dict[str, Any]] = read_lines(file, _Metric | _Costs | _View | _Base)
+    views = [View(**line) for line in read if "steps" in line and "method" not in line]
     lines = [line for line in read if "method" in line]
+    base: dict[str, dict[str, dict[str, float]]] = {}
+    for line in (line for line in read if "base" in line):
+        base.setdefault(line["base"], {})[line["client"]] = line["metrics"]
     labels = list(dict.fromkeys(line["method"] for line in lines))
     seeds = list(dict.fromkeys(line["seed"] for line in lines))
     scores: dict[str, list[dict[str, dict[str, float]]]] = {
@@ -83,7 +92,7 @@ def read_results(path: Path) -> Results:
         Entry(label, read_settings(own if own.exists() else runs[label].with_suffix(".toml")))
         for label, own in files.items()
     ]
-    return Results(entries, seeds, scores, costs, *views[:1])
+    return Results(entries, seeds, scores, costs, views[0] if views else USUAL, base)
 
 
 def comparison_page(path: Path) -> Page:

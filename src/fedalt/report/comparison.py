@@ -3,25 +3,21 @@
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from fedalt.core.files import atomic_write
 from fedalt.methods.notes import notes_on
 from fedalt.report.costs import HEADS, cost_cells, steps_told
 from fedalt.report.gaps import (
     ABOUT_GAPS,
-    SIGNIFICANT,
     Gap,
     gaps_csv,
     gaps_markdown,
     gaps_over,
-    p_value,
     told_apart,
 )
 from fedalt.report.grid import Cell, Grid, grid_csv, grid_markdown
@@ -47,22 +43,34 @@ MOST_COLUMNS = 12  # more clients than this are shown by task, if their names te
 
 @dataclass(frozen=True)
 class Results:
-    """What finished runs found: for each method the test scores of every seed, and what it took."""
+    """What finished runs found: for each method the test scores of every seed, and what it took.
+
+    `base`: scores of the base model as it is, by the name of its row.
+    """
 
     entries: Sequence[Entry]
     seeds: Sequence[int]
     scores: Mapping[str, Sequence[Scored]]
     costs: Mapping[str, Sequence[Cost]]
     view: View = USUAL
+    base: Mapping[str, Scored] = field(default_factory=dict)
 
     def tables(self) -> dict[str, Table]:
         """Clients by methods: the metric that was asked for, and losses."""
-        metrics: dict[str, Metric] = {"scores": self.view.metric, "losses": "loss"}
-        return {name: joined(self.scores, metric=metric) for name, metric in metrics.items()}
+        return {name: joined(self.scores, metric=of) for name, of in self.metrics().items()}
+
+    def metrics(self) -> dict[str, Metric]:
+        """What each table is of."""
+        return {"scores": self.view.metric, "losses": "loss"}
 
     def lines(self) -> Iterator[dict[str, Any]]:
-        """The view; a line per method, seed, client and metric; one of costs for each run."""
+        """The view; one for each base model and client; for each method, seed, client and metric.
+
+        At the end one of costs for each run.
+        """
         yield asdict(self.view)
+        for base, clients in self.base.items():
+            yield from ({"base": base, "client": c, "metrics": m} for c, m in clients.items())
         for label, seeds in self.scores.items():
             for seed, clients in zip(self.seeds, seeds, strict=True):
                 at = {"method": label, "seed": seed}
@@ -95,7 +103,7 @@ def grid_of(table: Table) -> Grid:
 
 def grids_of(results: Results) -> dict[str, Grid]:
     """The grid of each table, with every method's gaps to local-only and to the best."""
-    gaps, grids = gaps_of(results), {}
+    gaps, metrics, grids = gaps_of(results), results.metrics(), {}
     for name, table in results.tables().items():
         families = {row.metric for row in table.clients}
         alone, best = _alone(results), _best(table)
@@ -111,7 +119,8 @@ def grids_of(results: Results) -> dict[str, Grid]:
             }
             for over, head in heads.items()
         }
-        grids[name] = replace(grid_of(table), gaps=own if len(table.columns) > 1 else {})
+        grid = replace(grid_of(table), gaps=own if len(table.columns) > 1 else {})
+        grids[name] = _with_base(grid, metrics[name], results.base)
     if grids["scores"].of_losses:  # then there is nothing but losses
         del grids["scores"]
     return grids
@@ -187,12 +196,10 @@ def budget_of(results: Results) -> Iterator[str]:
     for entry in results.entries:
         for note in notes_on(entry.settings.method, entry.settings.rounds.rounds):
             yield f"{entry.label}: {note}."
-    trained = "; ".join(
-        f"{label} {_parts(costs[0].trained)}"
-        for label, costs in results.costs.items()
-        if costs[0].trained
-    )
-    if trained:
+    if results.base:
+        yield "base: the base model without any adapter, scored once; it takes part in no test."
+    parts = {label: _parts(costs[0].trained) for label, costs in results.costs.items()}
+    if trained := "; ".join(f"{label} {part}" for label, part in parts.items() if part):
         yield f"What a client trains at any time, in numbers by part: {trained}."
     yield (
         "Bold: best of its column, and told from all others by Wilcoxon's signed-rank test over "
@@ -201,11 +208,6 @@ def budget_of(results: Results) -> Iterator[str]:
         "steps those of all rounds, + those before it serves. Bytes are means per client and "
         "round, seconds are those of training, peak memory is the process's."
     )
-
-
-def beats(first: Values, second: Values) -> bool:
-    """Whether paired scores tell two methods apart: one of each client, its mean over seeds."""
-    return len(first) == len(second) and p_value(np.subtract(first, second)) < SIGNIFICANT
 
 
 def gaps_of(results: Results) -> list[Gap]:
@@ -240,6 +242,16 @@ def _headed(results: Results) -> Iterator[str]:
     if results.view.metric != "score":
         of = f"{len(table.clients)} of {len(clients)} clients have it"
         yield f"The first table is of {heading(results.view.metric)}: {of}."
+
+
+def _with_base(grid: Grid, metric: Metric, base: Mapping[str, Scored]) -> Grid:
+    """The grid with a row for each base model, which takes part in no test."""
+    rows = dict(grid.rows)
+    for label, scores in base.items():
+        own = grid_of(joined({label: [scores]}, metric=metric))
+        cells = dict(zip(own.columns, own.rows[label], strict=True))
+        rows.setdefault(label, tuple(cells.get(column, Cell(())) for column in grid.columns))
+    return replace(grid, rows=rows)
 
 
 def _parts(trained: Mapping[str, int]) -> str:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from fedalt.report.similarity import Similarity
 
 MOST_POINTS = 800  # to point at in one chart
-_COLUMNS = ["own", "shared", "local"]
-_COLOURS = [ACCENT, "#8a8f98", SECOND]
+_COLUMNS = ["own", "shared", "local", "base"]
+_COLOURS = [ACCENT, "#8a8f98", SECOND, "#5b8c3e"]
 
 
 def score_dots(table: Table) -> alt.LayerChart:

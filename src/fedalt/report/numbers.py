@@ -15,6 +15,14 @@ def numbers_of(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     yield from ((shown(name), value) for name, value in _numbers_of(line))
 
 
+def step_of(line: Mapping[str, Any]) -> int:
+    """The round of a line as trackers count it, from 0; scores before any training are there, too.
+
+    TensorBoard does not forget what has a step below 0.
+    """
+    return max(int(line["round"]), 0)
+
+
 def _numbers_of(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
     match line["kind"]:
         case "round":

@@ -151,7 +151,8 @@ def _key(record: Record, table: Scores | None) -> list[tuple[str, str]]:
 
 def _scores(record: Record, table: Scores) -> Section:
     losses = run_table(record.lines, record.split or "test", losses=True)
-    heads = "own is the client's own model, shared the part that all have, local training alone."
+    heads = "own is the client's own model, shared the part that all have, local training alone"
+    heads += ", base the base model as it is." if "base" in table.columns else "."
     parts: list[Part] = [
         Notes([heads]),
         score_table(table, f"Scores on {record.split} data"),

@@ -20,7 +20,7 @@ from fedalt.runs.view import Metric
 Line = Mapping[str, Any]
 Fold = Callable[[Iterable[float]], float]
 
-COLUMNS = ("own", "shared", "local")
+COLUMNS = ("own", "shared", "local", "base")
 YARDSTICK = "local"
 _MARKUP = re.compile(r"([\\|`*\[\]])")  # an underscore within a word is none
 
@@ -185,7 +185,10 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
         for line in lines
         if line["kind"] == "score" and line["split"] == split
     }
-    after = ", ".join(f"{column} after round {round_}" for column, round_ in rounds.items())
+    after = ", ".join(
+        f"{column} after round {round_}" if round_ >= 0 else f"{column} without any training"
+        for column, round_ in rounds.items()
+    )
     sentences = [f"scored on {split} data: {after}"]
     sent = [line for line in lines if line["kind"] == "train" and line["column"] == "own"]
     if sent:

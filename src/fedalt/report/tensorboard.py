@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedalt.report.numbers import numbers_of
+from fedalt.report.numbers import numbers_of, step_of
 
 
 @contextmanager
@@ -43,6 +43,7 @@ class TensorBoard:
 
         for tag, number in numbers_of(line):
             summary = Summary(value=[Summary.Value(tag=tag, simple_value=number)])
-            self.writer.add_event(Event(wall_time=time.time(), step=line["round"], summary=summary))
+            event = Event(wall_time=time.time(), step=step_of(line), summary=summary)
+            self.writer.add_event(event)
         if line["kind"] == "round":
             self.writer.flush()

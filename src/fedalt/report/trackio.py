@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fedalt.core.reading import read_text
-from fedalt.report.numbers import numbers_of
+from fedalt.report.numbers import numbers_of, step_of
 
 PROJECT = "fedalt"
 _WRITER = Path(__file__).with_name("trackio_writer.py")
@@ -83,7 +83,7 @@ class Trackio:
     def on_record(self, line: Mapping[str, Any]) -> None:
         """Add the numbers of a line; the last line of a round sends it."""
         if numbers := dict(numbers_of(line)):
-            self.rows.setdefault(line["round"], {}).update(numbers)
+            self.rows.setdefault(step_of(line), {}).update(numbers)
         if line["kind"] == "round":
             self.end()
 

@@ -8,6 +8,7 @@ import tomllib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from fedalt.data.records import Columns
 from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.runs.folder import StoreError, open_run
-from fedalt.runs.lifecycle import is_finished
 from fedalt.runs.preflight import require_known
 from fedalt.runs.settings import (
     DataSettings,
@@ -65,8 +65,10 @@ class Job:
 
     @property
     def settings(self) -> Settings:
-        """The entry's settings with this seed; the local-only baseline is an entry of its own."""
-        return replace(self.entry.settings, seed=self.seed, local_baseline=False)
+        """The entry's settings with this seed; local-only and base are rows of their own."""
+        settings = self.entry.settings
+        scoring = replace(settings.scoring, base=False)
+        return replace(settings, seed=self.seed, scoring=scoring, local_baseline=False)
 
 
 def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
@@ -107,13 +109,15 @@ def jobs_of(entries: Sequence[Entry], seeds: Sequence[int], out: Path) -> list[J
     ]
 
 
-def require_same(jobs: Sequence[Job]) -> None:
-    """Refuse runs that are there already with other settings. StoreError."""
+def require_same(jobs: Sequence[Job], *, grows: bool = False) -> None:
+    """Refuse runs that have other settings; with `grows` their rounds may differ. StoreError."""
+    free = [("scoring", "base"), *([("rounds", "rounds")] if grows else [])]  # trains nothing else
     for job in jobs:
         if not (job.path / "run.json").exists():
             continue
-        then = read_table(job.path / "settings.toml")
-        now = settings_table(job.settings)
+        then, now = read_table(job.path / "settings.toml"), settings_table(job.settings)
+        for table, (section, key) in product((then, now), free):
+            table.get(section, {}).pop(key, None)
         for section in sorted({*then, *now}):
             if then.get(section) != now.get(section):
                 raise StoreError(
@@ -199,15 +203,13 @@ def default_workers(jobs: Sequence[Job]) -> int:
 
 def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], None]) -> str | None:
     """One run to its end; its last words if it did not get there."""
-    words = ["resume", str(job.path)]
+    words = ["resume", str(job.path), "--rounds", str(job.settings.rounds.rounds)]
     if not (job.path / "run.json").exists():
         config = write_settings(job)
         half = job.path / "settings.toml"
         if half.exists() and read_text(half) == to_toml(job.settings):
             half.unlink()  # it was killed between its first file and its second
         words = ["run", str(config), "--out", str(job.path)]
-    elif is_finished(job.path):
-        return None
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     log = job.path.with_suffix(".log")
     with open_private(log, "ab") as file:
@@ -259,7 +261,9 @@ def _grid(
     if not isinstance(shared, dict) or not isinstance(own, dict):
         raise SettingsError(f"{place}: tune: expected a section of settings with lists of values")
     known = ("lr", *Lora.__dataclass_fields__, *METHODS.entries[method["name"]].settings)
-    grid = {key: values for key, values in {**shared, **own}.items() if key != "trials"}
+    grid = {
+        key: values for key, values in {**shared, **own}.items() if key not in ("trials", "stages")
+    }
     for name, values in grid.items():
         where = f"{place}: [tune] {name}"
         if name not in known:

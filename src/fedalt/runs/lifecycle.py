@@ -165,6 +165,7 @@ def evaluate(
         for arm in prepared.parts.arms:
             at = _round(prepared.parts.settings, progress, arm.column, round_)
             run.score(arm, at, split, whole=True)
+        run.score_base(split)
     return lines
 
 
@@ -173,9 +174,8 @@ def score_clients(
 ) -> list[Line]:
     """Score some clients on their test data after a round; use it within `locked`."""
     lines: list[Line] = []
-    journal = _Journal(folder, notes=lines)
-    run = replace(_run(prepared, journal, NullObserver()), clients=clients)
-    run.score(arm, round_, "test", whole=True)
+    run = _run(prepared, _Journal(folder, notes=lines), NullObserver())
+    replace(run, clients=clients).score(arm, round_, "test", whole=True)
     return lines
 
 
@@ -267,6 +267,7 @@ def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
         journal=journal,
         on_event=observer.on_event,
         firewall=settings.firewall,
+        base=setup.base_arm(parts),
     )
 
 

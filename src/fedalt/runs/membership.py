@@ -4,13 +4,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from fedalt.engine.generators import run_generators
-from fedalt.engine.schedule import Line
+from fedalt.engine.schedule import UNTRAINED, Line
 from fedalt.engine.states import client_of, server_of
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import method_name
-from fedalt.runs.setup import Prepared, facts_of, prepare, settings_of_run, trainer_of
+from fedalt.runs.setup import (
+    Prepared,
+    base_arm,
+    facts_of,
+    prepare,
+    settings_of_run,
+    trainer_of,
+)
 
 
 def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
@@ -42,6 +49,8 @@ def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
                 after, _ = run_generators(steps, execute)[client_id]
                 write.put(f"clients/{client_id}", after)
             lines += score_clients(prepared, folder, arm, at, clients)
+        if (base := base_arm(prepared.parts)) is not None:
+            lines += score_clients(prepared, folder, base, UNTRAINED, clients)
         joined = {
             client_id: {**about, "data": str(data), "epochs": _epochs(prepared)}
             for client_id, about in facts_of(prepared)["clients"].items()

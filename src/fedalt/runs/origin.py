@@ -18,6 +18,7 @@ from fedalt.core.reading import StoreError, read_json
 from fedalt.core.settings import DataSettings, ModelSettings
 from fedalt.data.folder import open_data
 from fedalt.data.prompts import Template, read_template
+from fedalt.data.records import Columns
 from fedalt.models.base import load_base
 from fedalt.runs.cells import Cell, named
 from fedalt.runs.compare import Entry, Job, settings_table
@@ -29,11 +30,11 @@ Tables = dict[str, dict[str, Any]]
 
 # Places, and what changes speed and rounding only.
 _LEFT_OUT: Final[Mapping[str, tuple[str, ...]]] = {
-    "data": ("path", "template", "client_field"),
+    "data": ("path", "template", "client_column", "prompt_column", "answer_column"),
     "model": ("name", "device"),
     "training": ("processes", "pass_tokens", "gradient_checkpointing"),
     "rounds": ("test",),
-    "scoring": ("batch_size",),
+    "scoring": ("base", "batch_size"),
     "firewall": ("quarantine_bytes",),
 }
 _PRINTS: Final = {"data": ("fingerprint", "template"), "model": ("fingerprint",)}
@@ -133,7 +134,7 @@ def note_origin(job: Job, rehearsal: Sequence[float]) -> None:
 
 def _content(data: DataSettings, model: ModelSettings) -> tuple[Tables, bool]:
     """Fingerprints of what the settings name, and whether the data are for a classifier."""
-    folder = open_data(data.path, client_field=data.client_field)
+    folder = open_data(data.path, Columns.of(data))
     template = Template() if data.template is None else read_template(data.template)
     fingerprint = load_base(
         model.name,

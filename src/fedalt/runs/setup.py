@@ -31,6 +31,7 @@ from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.schedule import Arm
 from fedalt.methods import METHODS
 from fedalt.methods.local import LocalOnly
+from fedalt.methods.lora import Lora
 from fedalt.models.base import Base, load_base
 from fedalt.models.checks import require_known_ids
 from fedalt.runs.folder import RunFolder, StoreError
@@ -41,6 +42,7 @@ from fedalt.runs.settings import (
     method_name,
     read_settings,
     rooted,
+    settings_of,
     to_toml,
 )
 from fedalt.training.orders import Fit
@@ -164,6 +166,17 @@ def arms_of(settings: Settings) -> tuple[Arm, ...]:
     return own, Arm("local", LocalOnly(lora=lora_of(settings.method)))
 
 
+def base_arm(parts: Parts) -> Arm | None:
+    """What scores the base model as it is: clients that never train, whose B is zero.
+
+    None where that is not wanted, and for a classifier whose head begins with random numbers.
+    """
+    drawn = parts.start.heads.keys() - parts.start.given.keys()
+    if drawn or not parts.settings.scoring.base:
+        return None
+    return Arm("base", LocalOnly(lora=Lora(rank=1)))
+
+
 def trainer_of(prepared: Prepared) -> LocalTrainer:
     """Trains and scores the clients of a prepared run."""
     settings = prepared.parts.settings
@@ -218,7 +231,9 @@ def settings_of_run(folder: RunFolder) -> tuple[Settings, tuple[str, ...]]:
     """
     file = folder.path / "settings.toml"
     settings = read_settings(file)
-    then = rooted(folder.facts().get("settings", {}), folder.path)
+    begun = rooted(folder.facts().get("settings", {}), folder.path)
+    # Settings that the version that began the run did not know had their defaults.
+    then = tomllib.loads(to_toml(settings_of(begun, str(folder.path / "run.json"))))
     now = tomllib.loads(to_toml(settings))
     told = []
     for section in sorted({*then, *now}):

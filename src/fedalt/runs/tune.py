@@ -1,21 +1,37 @@
-"""The trials of a small search over any settings of methods, as many for every method."""
+"""Successive halving over any settings of methods: the same trials and rounds for every method.
+
+All trials of a method begin with few rounds. The better half, by the loss on validation data, goes
+on with twice as many, and so on until the last ones have all rounds. With a single stage it is a
+grid. Test data are never read.
+"""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from math import inf, isfinite
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
 from fedalt.core.files import atomic_write
+from fedalt.engine.robust import central_loss
 from fedalt.methods.lora import Lora
 from fedalt.runs.compare import Entry
+from fedalt.runs.folder import open_run
 from fedalt.runs.settings import SettingsError, lora_of, read_table
 
 _SIZES = tuple(Lora.__dataclass_fields__)
+Losses = Sequence[float]  # of a trial after each stage that it took part in; inf where it failed
+
+
+class Stage(NamedTuple):
+    """So many trials of every method have so many rounds at its end, those of before included."""
+
+    trials: int
+    rounds: int
 
 
 @dataclass(frozen=True)
@@ -30,21 +46,26 @@ class Trial:
     entry: Entry
 
     @staticmethod
-    def of(entry: Entry, values: Mapping[str, Any], rounds: int | None) -> "Trial":
-        """The entry with these values and, without rounds, with its own."""
+    def of(entry: Entry, values: Mapping[str, Any]) -> "Trial":
+        """The entry with these values."""
         settings = entry.settings
         sizes = {name: values[name] for name in _SIZES if name in values}
         own = {name: value for name, value in values.items() if name not in (*_SIZES, "lr")}
         lora = replace(lora_of(settings.method), **sizes)
-        schedule = replace(settings.rounds, test=False, select="best")
         tried = replace(
             settings,
             method=replace(settings.method, lora=lora, **own),  # type: ignore[type-var]
             training=replace(settings.training, lr=values.get("lr", settings.training.lr)),
-            rounds=schedule if rounds is None else replace(schedule, rounds=rounds),
+            rounds=replace(settings.rounds, test=False, select="best"),
         )
         label = " ".join([entry.label, *(f"{name}={value}" for name, value in values.items())])
         return Trial(entry.label, values, Entry(label, tried))
+
+    def after(self, rounds: int) -> Entry:
+        """What is run to have so many rounds."""
+        settings = self.entry.settings
+        schedule = replace(settings.rounds, rounds=rounds)
+        return replace(self.entry, settings=replace(settings, rounds=schedule))
 
     def facts(self) -> dict[str, Any]:
         """What identifies the trial."""
@@ -63,12 +84,9 @@ class Trial:
 
 
 def trials_of(
-    entries: Sequence[Entry],
-    flags: Mapping[str, Sequence[Any]],
-    trials: int | None,
-    rounds: int | None,
+    entries: Sequence[Entry], flags: Mapping[str, Sequence[Any]], trials: int | None, seed: int
 ) -> list[Trial]:
-    """As many trials of every method: all its combinations, or so many of them, drawn once.
+    """As many trials of every method: all its combinations, or so many of them, drawn by the seed.
 
     `flags` are tried by every method, over what its own grid says of the same setting. Raises
     SettingsError where nothing is to be tried or methods would have different numbers of trials.
@@ -92,45 +110,134 @@ def trials_of(
     if count > min(sizes.values()):
         raise SettingsError(f"[tune] trials = {count}, but the methods' combinations are {told}")
     return [
-        Trial.of(entry, values, rounds)
+        Trial.of(entry, values)
         for entry in entries
-        for values in _drawn(every[entry.label], count)
+        for values in _drawn(every[entry.label], count, seed)
     ]
 
 
-def _drawn(combinations: Sequence[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+def _drawn(combinations: Sequence[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
     """So many of them, in their order, the same ones every time."""
-    chosen = sorted(Random(0).sample(range(len(combinations)), count))
+    chosen = sorted(Random(seed).sample(range(len(combinations)), count))
     return [combinations[at] for at in chosen]
 
 
-def trials_in(file: Path) -> int | None:
-    """How many trials a comparison's file asks for, if it says so. Raises SettingsError."""
-    trials = read_table(file).get("tune", {}).get("trials")
-    if trials is not None and (type(trials) is not int or trials < 1):
-        raise SettingsError(f"{file}: [tune] trials: expected a whole number above 0")
-    return trials
+def numbers_in(file: Path) -> tuple[int | None, int | None]:
+    """The trials and the stages that a comparison's file asks for, if any. Raises SettingsError."""
+    table = read_table(file).get("tune", {})
+    numbers = table.get("trials"), table.get("stages")
+    for name, number in zip(("trials", "stages"), numbers, strict=True):
+        if number is not None and (type(number) is not int or number < 1):
+            raise SettingsError(f"{file}: [tune] {name}: expected a whole number above 0")
+    return numbers
 
 
-def best_of(trials: Sequence[Trial], losses: Sequence[float]) -> dict[str, Trial]:
-    """The trial of each method with the lowest validation loss, the first of several, by label."""
+def rounds_of(entries: Sequence[Entry]) -> int:
+    """How many rounds every method has. Raises SettingsError where they differ."""
+    rounds = {entry.label: entry.settings.rounds.rounds for entry in entries}
+    if len(set(rounds.values())) > 1:
+        told = ", ".join(f"{label} {number}" for label, number in rounds.items())
+        raise SettingsError(f"methods have different numbers of rounds ({told}); give --rounds")
+    return next(iter(rounds.values()))
+
+
+def stages_of(trials: int, rounds: int, wanted: int | None = None) -> list[Stage]:
+    """Half as many trials and twice as many rounds from stage to stage, up to all rounds.
+
+    At least two of several trials get there, for a choice between models of full length. Without a
+    number there are as many stages as that allows. Raises SettingsError for more.
+    """
+    most = min(max(trials // 2, 1).bit_length(), rounds.bit_length())
+    count = most if wanted is None else wanted
+    if count > most:
+        raise SettingsError(
+            f"stages = {count}, but {trials} trials of {rounds} rounds have at most {most}"
+        )
+    return [Stage(-(-trials // 2**at), rounds // 2 ** (count - 1 - at)) for at in range(count)]
+
+
+def budget_of(stages: Sequence[Stage]) -> str:
+    """What every method gets, in a sentence."""
+    first, *others = stages
+    words = [f"{first.trials} trials of {_rounds(first.rounds)}"]
+    words += [f"the best {stage.trials} of them up to {_rounds(stage.rounds)}" for stage in others]
+    before = [0, *(stage.rounds for stage in stages)]
+    total = sum(stage.trials * (stage.rounds - b) for stage, b in zip(stages, before, strict=False))
+    return f"every method: {', '.join(words)}; {_rounds(total)} in all"
+
+
+def _rounds(number: int) -> str:
+    return f"{number} round{'s' * (number > 1)}"
+
+
+def halve(
+    trials: Sequence[Trial],
+    stages: Sequence[Stage],
+    score: Callable[[Sequence[Trial], int], Sequence[float]],
+) -> list[Losses]:
+    """The losses of each trial, stage by stage; `score` brings trials to so many rounds.
+
+    A trial that failed does not go on.
+    """
+    losses: list[list[float]] = [[] for _ in trials]
+    staying = list(range(len(trials)))
+    for stage in stages:
+        by_label: dict[str, list[int]] = {}
+        for at in sorted(staying, key=lambda at: losses[at]):
+            if losses[at][-1:] != [inf]:
+                by_label.setdefault(trials[at].label, []).append(at)
+        staying = sorted(at for ranked in by_label.values() for at in ranked[: stage.trials])
+        scores = score([trials[at] for at in staying], stage.rounds)
+        for at, loss in zip(staying, scores, strict=True):
+            losses[at].append(loss)
+    return list(losses)
+
+
+def validation_loss(run: Path, rounds: int) -> float | None:
+    """The lowest validation loss of a run's first so many rounds; None without any.
+
+    By its record, because the run itself may have gone on since.
+    """
+    by_round: dict[int, list[float]] = {}
+    for line in open_run(run).lines():
+        if line["kind"] == "score" and line["split"] == "validation" and line["column"] == "own":
+            by_round.setdefault(line["round"], []).append(line["metrics"]["loss"])
+    of_round = {at: central_loss(losses) for at, losses in by_round.items()}
+    return min((loss for at, loss in of_round.items() if at < rounds), default=None)
+
+
+def best_of(trials: Sequence[Trial], losses: Sequence[Losses]) -> dict[str, Trial]:
+    """Each method's trial of full length with the lowest loss, the first of several, by label.
+
+    A method of which no trial succeeded is left out.
+    """
     chosen: dict[str, Trial] = {}
-    for trial, _ in sorted(zip(trials, losses, strict=True), key=lambda pair: pair[1]):
-        chosen.setdefault(trial.label, trial)
+    pairs = zip(trials, losses, strict=True)
+    for trial, of_trial in sorted(pairs, key=lambda pair: (-len(pair[1]), pair[1][-1])):
+        if isfinite(of_trial[-1]):
+            chosen.setdefault(trial.label, trial)
     return chosen
 
 
 def write_tuned(
-    out: Path, file: Path, trials: Sequence[Trial], losses: Sequence[float]
+    out: Path,
+    file: Path,
+    trials: Sequence[Trial],
+    losses: Sequence[Losses],
+    stages: Sequence[Stage],
 ) -> list[dict[str, Any]]:
     """Write OUT/tune.jsonl and OUT/tuned.toml, the comparison's file with the best values."""
     lines = [
-        {**trial.facts(), "validation_loss": loss}
-        for trial, loss in zip(trials, losses, strict=True)
+        {
+            **trial.facts(),
+            "rounds": stages[len(of_trial) - 1].rounds,
+            "validation_loss": None if of_trial[-1] == inf else of_trial[-1],
+        }
+        for trial, of_trial in zip(trials, losses, strict=True)
     ]
+    write_toml(out / "tuned.toml", tuned_table(file, best_of(trials, losses)))
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
     atomic_write(out / "tune.jsonl", text.encode())
-    write_toml(out / "tuned.toml", tuned_table(file, best_of(trials, losses)))
     return lines
 
 

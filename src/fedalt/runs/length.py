@@ -1,0 +1,29 @@
+"""How long a run is: its number of rounds may change while it stands."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from fedalt.core.files import atomic_write
+from fedalt.runs.folder import StoreError, locked, open_run
+from fedalt.runs.record import require_clients
+from fedalt.runs.settings import to_toml
+from fedalt.runs.setup import settings_of_run
+
+
+def set_rounds(path: Path, rounds: int) -> None:
+    """Let a run end after so many rounds, at least as many as are done. Raises StoreError.
+
+    What is done is what a run of that length begins with; if it was tested, it is tested again
+    after the new last round. A round that was the last one has been validated, whatever
+    `evaluate_every` says.
+    """
+    folder = open_run(path)
+    require_clients(path)
+    settings, _ = settings_of_run(folder)
+    with locked(path):
+        done = folder.progress().rounds_done
+        if rounds < done:
+            raise StoreError(f"{path} has {done} rounds already; it cannot end after {rounds}")
+        if rounds != settings.rounds.rounds:
+            changed = replace(settings, rounds=replace(settings.rounds, rounds=rounds))
+            atomic_write(path / "settings.toml", to_toml(changed).encode())

@@ -16,7 +16,7 @@ from fedalt.adapters.plan import HEAD
 from fedalt.core.tree import Name
 from fedalt.engine.schedule import UNTRAINED
 from fedalt.report.compared_page import read_results
-from fedalt.report.comparison import draw_grid
+from fedalt.report.grid import draw_grid
 from fedalt.report.table import describe, run_table
 from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import evaluate, reopen, start_run
@@ -143,10 +143,10 @@ def test_a_comparison_scores_it_once_for_all_runs(tmp_path, capsys, monkeypatch)
     assert "| base |" in (out / "table.md").read_text()
     results = read_results(out)
     assert results.base == told
-    assert list(results.grids()["losses"].rows) == ["fedit", "local", "base"]
-    cells = results.grids()["losses"].rows["base"]
+    assert list(grids_of(results)["losses"].rows) == ["fedit", "local", "base"]
+    cells = grids_of(results)["losses"].rows["base"]
     assert cells[0].seeds == (alone["a"]["loss"],)
-    assert draw_grid(results.grids()["losses"], "losses").rows[-1][0] == "base"
+    assert draw_grid(grids_of(results)["losses"], "losses").rows[-1][0] == "base"
 
     monkeypatch.setattr("fedalt.runs.base_scores._score", None)  # what is there is not scored again
     of_before = runs[0] / "settings.toml"

@@ -30,6 +30,7 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedlease import FedLEASE
 from fedalt.methods.fedlora_optimizer import FedLoRAOptimizer
+from fedalt.methods.ifca_lora import IFCALoRA
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.methods.pf2lora import PF2LoRA
@@ -86,6 +87,9 @@ ROWS: dict[str, AnyMethod] = {
     "fedlora optimizer, columns": FedLoRAOptimizer(
         lora=SMALL, a_axis="column", global_rounds=2, weighting="examples"
     ),
+    "ifca lora": IFCALoRA(lora=SMALL),
+    "ifca lora, by examples": IFCALoRA(lora=SMALL, groups=2, weighting="examples"),
+    "ifca lora, one group": IFCALoRA(lora=SMALL, groups=1),
 }
 ALL = ("a", "b", "c")
 COHORTS = [ALL, ("a", "c"), ("b",), ALL]

@@ -26,5 +26,6 @@ METHODS: Final = Methods(
         "fdlora": Entry("fdlora", "FDLoRA"),
         "pf2lora": Entry("pf2lora", "PF2LoRA"),
         "fedlora_optimizer": Entry("fedlora_optimizer", "FedLoRAOptimizer"),
+        "ifca_lora": Entry("ifca_lora", "IFCALoRA"),
     }
 )

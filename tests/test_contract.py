@@ -33,6 +33,7 @@ from fedalt.methods.fedlora_optimizer import FedLoRAOptimizer
 from fedalt.methods.ifca_lora import IFCALoRA
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
+from fedalt.methods.lora_fair import LoRAFAIR
 from fedalt.methods.pf2lora import PF2LoRA
 from fedalt.methods.shared_factors import SharedFactors
 from fedalt.methods.unequal_ranks import UnequalRanks
@@ -90,6 +91,8 @@ ROWS: dict[str, AnyMethod] = {
     "ifca lora": IFCALoRA(lora=SMALL),
     "ifca lora, by examples": IFCALoRA(lora=SMALL, groups=2, weighting="examples"),
     "ifca lora, one group": IFCALoRA(lora=SMALL, groups=1),
+    "lora-fair": LoRAFAIR(lora=SMALL),
+    "lora-fair, by examples": LoRAFAIR(lora=SMALL, ridge=1.0, weighting="examples"),
 }
 ALL = ("a", "b", "c")
 COHORTS = [ALL, ("a", "c"), ("b",), ALL]

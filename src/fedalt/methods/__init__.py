@@ -27,5 +27,6 @@ METHODS: Final = Methods(
         "pf2lora": Entry("pf2lora", "PF2LoRA"),
         "fedlora_optimizer": Entry("fedlora_optimizer", "FedLoRAOptimizer"),
         "ifca_lora": Entry("ifca_lora", "IFCALoRA"),
+        "lora_fair": Entry("lora_fair", "LoRAFAIR"),
     }
 )

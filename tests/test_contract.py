@@ -30,6 +30,7 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedlease import FedLEASE
 from fedalt.methods.fedlora_optimizer import FedLoRAOptimizer
+from fedalt.methods.hilora import HiLoRA
 from fedalt.methods.ifca_lora import IFCALoRA
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
@@ -93,6 +94,11 @@ ROWS: dict[str, AnyMethod] = {
     "ifca lora, one group": IFCALoRA(lora=SMALL, groups=1),
     "lora-fair": LoRAFAIR(lora=SMALL),
     "lora-fair, by examples": LoRAFAIR(lora=SMALL, ridge=1.0, weighting="examples"),
+    "hilora": HiLoRA(lora=SMALL),
+    "hilora, all stages": HiLoRA(lora=SMALL, root_rounds=1, cluster_rounds=1),
+    "hilora, leaves at once": HiLoRA(
+        lora=SMALL, root_rounds=1, cluster_rounds=0, max_clusters=1, weighting="examples"
+    ),
 }
 ALL = ("a", "b", "c")
 COHORTS = [ALL, ("a", "c"), ("b",), ALL]

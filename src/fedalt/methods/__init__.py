@@ -28,5 +28,6 @@ METHODS: Final = Methods(
         "fedlora_optimizer": Entry("fedlora_optimizer", "FedLoRAOptimizer"),
         "ifca_lora": Entry("ifca_lora", "IFCALoRA"),
         "lora_fair": Entry("lora_fair", "LoRAFAIR"),
+        "hilora": Entry("hilora", "HiLoRA"),
     }
 )

@@ -1,10 +1,13 @@
 """The weighted mean of clients' products B A, by group, which is never formed as a matrix."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from fedalt.core.tree import Name
+import torch
+
+from fedalt.core.tree import Name, Tree, cast
 from fedalt.methods.contract import Message
-from fedalt.methods.low_rank_sums import Pair, weighted_stack
+from fedalt.methods.low_rank_sums import Pair, core_svd, strongest, weighted_stack
+from fedalt.methods.rank_rows import fill_up
 
 
 class ProductTotals:
@@ -30,3 +33,18 @@ class ProductTotals:
             weight = self._weights[group]
             pairs = self._sums[group].items()
             yield group, {name: Pair(pair.b / weight, pair.a) for name, pair in pairs}
+
+
+def as_adapter(products: Mapping[Name, Pair], before: Tree) -> Tree:
+    """The strongest directions U S V^T of each product as B = U and A = S V^T, in float32.
+
+    Slot and rank are those of `before`, the adapter in whose place they come. Rows that there is no
+    direction for have its A, and a B of zero: so they change nothing and can be trained.
+    """
+    found: Tree = {}
+    rest = {n: t if n.factor == "A" else torch.zeros_like(t) for n, t in before.items()}
+    sites = {name.site: product for name, product in products.items()}
+    for name in (name for name in before if name.factor == "B"):
+        u, s, v = strongest(core_svd(sites[name.site]), before[name].shape[1])
+        found[name], found[name._replace(factor="A")] = u, (v * s).T
+    return fill_up(cast(found, torch.float32), rest)

@@ -30,6 +30,7 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedlease import FedLEASE
 from fedalt.methods.fedlora_optimizer import FedLoRAOptimizer
+from fedalt.methods.fedtree_lora import FedTreeLoRA
 from fedalt.methods.hilora import HiLoRA
 from fedalt.methods.ifca_lora import IFCALoRA
 from fedalt.methods.local import LocalOnly
@@ -99,6 +100,10 @@ ROWS: dict[str, AnyMethod] = {
     "hilora, leaves at once": HiLoRA(
         lora=SMALL, root_rounds=1, cluster_rounds=0, max_clusters=1, weighting="examples"
     ),
+    "fedtree-lora": FedTreeLoRA(lora=SMALL),
+    "fedtree-lora, wide": FedTreeLoRA(lora=SMALL, warm_up=1, width=3, one_group=-1.0),
+    "fedtree-lora, one group": FedTreeLoRA(lora=SMALL, warm_up=1, width=1, weighting="examples"),
+    "fedtree-lora, warm-up only": FedTreeLoRA(lora=SMALL, warm_up=9),
 }
 ALL = ("a", "b", "c")
 COHORTS = [ALL, ("a", "c"), ("b",), ALL]

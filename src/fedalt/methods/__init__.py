@@ -29,5 +29,6 @@ METHODS: Final = Methods(
         "ifca_lora": Entry("ifca_lora", "IFCALoRA"),
         "lora_fair": Entry("lora_fair", "LoRAFAIR"),
         "hilora": Entry("hilora", "HiLoRA"),
+        "fedtree_lora": Entry("fedtree_lora", "FedTreeLoRA"),
     }
 )

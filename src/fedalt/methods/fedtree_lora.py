@@ -138,7 +138,7 @@ class FedTreeLoRA:
 
 
 def slots_of(tree: Tree) -> Sequence[str]:
-    """The slots that are bound: the group's mean and, if there are any in some layer, the others'."""
+    """The slots that are bound: the group's mean and, if some layer has any, that of others."""
     return (EXPERT, EXTERNAL) if select(tree, EXTERNAL) else (EXPERT,)
 
 

@@ -1,4 +1,4 @@
-"""Means of clients' adapters where every layer has groups of its own: of a group, and of the rest."""
+"""Means of adapters where every layer has groups of its own: of each group, and of the rest."""
 
 from fedalt.core.tree import Tree
 from fedalt.methods.contract import Ledger, Message

@@ -116,4 +116,5 @@ def corrected(mean: Pair, product: Pair, ridge: float) -> Tensor:
     gram = a @ a.T
     residual = product.b @ (product.a @ a.T) - b @ gram
     eye = torch.eye(len(a), dtype=torch.float64)
-    return (b + torch.linalg.solve(gram + ridge * eye, residual.T).T).float()
+    correction: Tensor = torch.linalg.solve(gram + ridge * eye, residual.T).T
+    return (b + correction).float()

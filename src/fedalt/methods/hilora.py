@@ -67,8 +67,8 @@ class HiLoRA:
     """The method; clients that sit out a round do not count in its means.
 
     `max_clusters` limits the eigengap, `orthogonality` >= 0 is g, `memory` in [0, 1) is how much of
-    a client's B is that of the rounds before. g is the paper's, all else is our choice: there, each
-    stage ends when it has converged.
+    a client's B is that of the rounds before. g is what readers give, all else is our choice: in
+    the paper, a stage ends when it has converged.
     """
 
     lora: Lora = Lora()

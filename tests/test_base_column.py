@@ -16,6 +16,7 @@ from fedalt.adapters.plan import HEAD
 from fedalt.core.tree import Name
 from fedalt.engine.schedule import UNTRAINED
 from fedalt.report.compared_page import read_results
+from fedalt.report.comparison import grids_of
 from fedalt.report.grid import draw_grid
 from fedalt.report.table import describe, run_table
 from fedalt.runs.folder import open_run

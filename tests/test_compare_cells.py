@@ -242,8 +242,8 @@ def test_every_method_can_be_rehearsed(name):
 
 def test_clients_whom_settings_name_take_part_in_a_rehearsal():
     ranks = {"zoe": 1, "yan": 3}
-    own = rehearse(settings(name="hetlora_mean", ranks=ranks), classifier=False)
-    assert difference(own, rehearse(settings(name="hetlora_mean"), classifier=False))
+    own = rehearse(settings(name="owner_mean", ranks=ranks), classifier=False)
+    assert difference(own, rehearse(settings(name="owner_mean"), classifier=False))
 
 
 def test_a_classifier_is_rehearsed_as_one_and_searches_with_its_labels():

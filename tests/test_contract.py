@@ -32,11 +32,15 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.fedlease import FedLEASE
 from fedalt.methods.fedlora_optimizer import FedLoRAOptimizer
+from fedalt.methods.fedtree_lora import FedTreeLoRA
 from fedalt.methods.flora import FLoRA
 from fedalt.methods.fslora import FSLoRA
 from fedalt.methods.hetlora import HetLoRA
+from fedalt.methods.hilora import HiLoRA
+from fedalt.methods.ifca_lora import IFCALoRA
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
+from fedalt.methods.lora_fair import LoRAFAIR
 from fedalt.methods.pf2lora import PF2LoRA
 from fedalt.methods.shared_factors import SharedFactors
 from fedalt.methods.unequal_ranks import UnequalRanks
@@ -100,6 +104,20 @@ ROWS: dict[str, AnyMethod] = {
     "fedlora optimizer, columns": FedLoRAOptimizer(
         lora=SMALL, a_axis="column", global_rounds=2, weighting="examples"
     ),
+    "ifca lora": IFCALoRA(lora=SMALL),
+    "ifca lora, by examples": IFCALoRA(lora=SMALL, groups=2, weighting="examples"),
+    "ifca lora, one group": IFCALoRA(lora=SMALL, groups=1),
+    "lora-fair": LoRAFAIR(lora=SMALL),
+    "lora-fair, by examples": LoRAFAIR(lora=SMALL, ridge=1.0, weighting="examples"),
+    "hilora": HiLoRA(lora=SMALL),
+    "hilora, all stages": HiLoRA(lora=SMALL, root_rounds=1, cluster_rounds=1),
+    "hilora, leaves at once": HiLoRA(
+        lora=SMALL, root_rounds=1, cluster_rounds=0, max_clusters=1, weighting="examples"
+    ),
+    "fedtree-lora": FedTreeLoRA(lora=SMALL),
+    "fedtree-lora, wide": FedTreeLoRA(lora=SMALL, warm_up=1, width=3, one_group=-1.0),
+    "fedtree-lora, one group": FedTreeLoRA(lora=SMALL, warm_up=1, width=1, weighting="examples"),
+    "fedtree-lora, warm-up only": FedTreeLoRA(lora=SMALL, warm_up=9),
 }
 ALL = ("a", "b", "c")
 COHORTS = [ALL, ("a", "c"), ("b",), ALL]

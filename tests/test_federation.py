@@ -119,6 +119,8 @@ def _assert_close_trees(one: Tree, other: Tree) -> None:
 # Ranks of their own, for the methods that are about them; groups early enough to be seen.
 SETTINGS: dict[str, dict[str, object]] = {
     "fedlease": {"warm_up": 1},
+    "hilora": {"root_rounds": 1, "cluster_rounds": 1},
+    "fedtree_lora": {"warm_up": 1, "width": 3, "one_group": -1.0},
     **{name: {"ranks": {"a": 1, "b": 2}} for name in ("flexlora", "florist", "owner_mean")},
     **{name: {"ranks": {"a": 1, "b": 2}} for name in ("hetlora", "fedilora", "flora", "fslora")},
 }

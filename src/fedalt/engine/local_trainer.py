@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from math import inf, isfinite
-from typing import Any, Final
+from typing import Any
 
 import torch
 from scipy.optimize import minimize
@@ -21,12 +21,10 @@ from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.training.group import Share, Trained, Training, TrainingError
 from fedalt.training.loop import fit_together, passes, train_together
-from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Search
+from fedalt.training.orders import MOST_SPARED, Embed, Fit, Fitted, Found, Moments, Search
 
 OnStep = Callable[[str, int, int, float], None]
 OnFit = Callable[[str, Trained], None]
-
-_MOST_SPARED: Final = 32
 
 
 @dataclass(frozen=True)
@@ -72,8 +70,8 @@ class LocalTrainer:
         """Execute orders of several clients: the answer to each; `on_fit` hears what fits took.
 
         Fits that can share their passes through the base model do. Batches and dropout depend on
-        run, client, order number and `when`, a round or what else trains, not on the method: all
-        methods train on the same batches. `states` hold the carried optimiser state, if that is
+        run, client, number of the fit and `when`, a round or what else trains, not on the method:
+        all methods train on the same batches. `states` hold the carried optimiser state, if that is
         wanted.
         """
         answers: dict[int, Any] = {}
@@ -146,9 +144,12 @@ class LocalTrainer:
         return embed(self.base, order.plan, order.tree, prompts, self.scoring.batch_size)
 
     def _search(self, client_id: str, order: Search) -> Found:
-        """Nelder and Mead's simplex; the best numbers it looked at, which it may have left."""
+        """Nelder and Mead's simplex; the best numbers it looked at, which it may have left.
+
+        Where there are no numbers to find there is one point to look at.
+        """
         scoring = replace(self.scoring, generate=False)
-        spared = self._spared(client_id, order.spare)
+        spared = self._spared(client_id, order.spare, order.most)
         # Without options there is nothing but the loss to compute; a classifier's name its labels.
         examples = [replace(e, options=()) if e.label is None else e for e in spared]
         seen: list[Found] = []
@@ -161,15 +162,20 @@ class LocalTrainer:
             seen.append(Found(point, loss + order.penalty(point) if isfinite(loss) else inf))
             return seen[-1].objective
 
+        if not order.start:
+            objective(())
+            return seen[0]
         bounds = [(-order.bound, order.bound)] * len(order.start)
         limit = {"maxfev": order.evaluations}
         minimize(objective, order.start, method="Nelder-Mead", bounds=bounds, options=limit)
         return min(seen, key=lambda look: look.objective)
 
-    def _spared(self, client_id: str, share: float) -> Sequence[Example]:
+    def _spared(
+        self, client_id: str, share: float, most: int | None = MOST_SPARED
+    ) -> Sequence[Example]:
         """The share of a client's training examples that searches look at, one at least."""
         drawn = self._drawn(client_id, "spared")
-        return drawn[: max(1, min(int(share * len(drawn)), _MOST_SPARED))]
+        return drawn[: max(1, int(share * len(drawn)))][:most]
 
     def _drawn(self, client_id: str, purpose: str) -> Sequence[Example]:
         """All training examples of a client in an order that is the same every time."""

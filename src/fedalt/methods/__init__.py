@@ -31,6 +31,10 @@ METHODS: Final = Methods(
         "fdlora": Entry("fdlora", "FDLoRA"),
         "pf2lora": Entry("pf2lora", "PF2LoRA"),
         "fedlora_optimizer": Entry("fedlora_optimizer", "FedLoRAOptimizer"),
+        "ifca_lora": Entry("ifca_lora", "IFCALoRA"),
+        "lora_fair": Entry("lora_fair", "LoRAFAIR"),
+        "hilora": Entry("hilora", "HiLoRA"),
+        "fedtree_lora": Entry("fedtree_lora", "FedTreeLoRA"),
     }
 )
 # What a method was called before.

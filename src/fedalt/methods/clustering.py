@@ -82,10 +82,24 @@ def cluster(far: Tensor, most: int, least_silhouette: float | None = None) -> Cl
     best = max(silhouettes, key=lambda clusters: silhouettes[clusters], default=1)
     if best == 1 or (least_silhouette is not None and silhouettes[best] < least_silhouette):
         return Clustering((0,) * clients, silhouettes)
-    return Clustering(_numbered(labels[best], far), silhouettes)
+    return Clustering(numbered(labels[best], far), silhouettes)
 
 
-def _numbered(labels: Sequence[int], far: Tensor) -> tuple[int, ...]:
+def spread_out(far: Tensor, most: int) -> list[int]:
+    """Which of the clients, at most so many, lie far apart: (N, N) distances `far`.
+
+    The first is the one that is nearest to all, each further one the one farthest from those before
+    it (Gonzalez, "Clustering to Minimize the Maximum Intercluster Distance", 1985). Fewer where the
+    next one would be the same as one before, to the precision of float32.
+    """
+    chosen = [int(far.sum(1).argmin())]
+    same = torch.finfo(torch.float32).eps
+    while len(chosen) < most and float((gaps := far[chosen].amin(0)).max()) > same:
+        chosen.append(int(gaps.argmax()))
+    return chosen
+
+
+def numbered(labels: Sequence[int], far: Tensor) -> tuple[int, ...]:
     """The labels, given anew in an order that depends on sizes and distances alone."""
 
     def rank(label: int) -> tuple[int, float]:

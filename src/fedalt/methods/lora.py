@@ -27,11 +27,11 @@ class Lora:
 
         return Slot(name, self.rank, self.alpha)
 
-    def plan(self, slot: str) -> "Plan":
-        """Plain LoRA: one slot of this size."""
-        from fedalt.adapters.plan import single
+    def plan(self, *slots: str) -> "Plan":
+        """Plain LoRA: one slot of this size, or the sum of several."""
+        from fedalt.adapters.plan import Plan, Sum
 
-        return single(self.slot(slot), self.dropout)
+        return Plan(tuple(map(self.slot, slots)), Sum((1.0,) * len(slots)), self.dropout)
 
 
 def weight_of(fitted: "Fitted", weighting: Weighting) -> float:

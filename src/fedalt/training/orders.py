@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from torch import Tensor
 
 from fedalt.adapters.plan import Plan
 from fedalt.core.tree import Name, Tree
+
+MOST_SPARED: Final = 32  # training examples kept from training so that a search can look at them
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,8 @@ class Search:
 
     Minimises loss(tree_of(numbers)) + penalty(numbers) from `start`, each number within +-`bound`,
     in at most `evaluations` looks at the loss. `spare` is the share of the training examples to
-    look at, at most 32 of them. The answer is a `Found`, never worse than `start`.
+    look at, at most `most` of them. The answer is a `Found`, never worse than `start`. A search of
+    no numbers is one look: see `look_at`.
     """
 
     plan: Plan
@@ -134,6 +137,7 @@ class Search:
     bound: float
     evaluations: int
     spare: float
+    most: int | None = MOST_SPARED
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,14 @@ class Found:
 
     numbers: tuple[float, ...]
     objective: float
+
+
+def look_at(plan: Plan, tree: Tree) -> Search:
+    """An order: the loss of this tree on all of the client's training examples.
+
+    It is the `objective` of the answer, infinity where it is not finite.
+    """
+    return Search(plan, lambda _: tree, lambda _: 0.0, (), 0.0, 1, spare=1.0, most=None)
 
 
 Order = Fit | Embed | Search

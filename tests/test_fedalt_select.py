@@ -19,6 +19,7 @@ from fedalt.methods.fedalt_select import (
 from fedalt.methods.kin import closeness, mean_of_factors, similarities, sum_of_products
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
+from fedalt.runs.checkpoints import FileLedger
 from fedalt.training.orders import Fitted
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
@@ -212,6 +213,20 @@ def test_an_absent_client_is_still_heard():
         found = product(states["server"].sent["c"], INDIVIDUAL, site)
         torch.testing.assert_close(found, u[:, :2] * s[:2] @ v[:2], rtol=1e-5, atol=1e-5)
     assert EVERYBODY.without(states["server"], "c") is None  # it has become part of a and b
+
+
+def test_this_rounds_uploads_are_summed_up_although_a_ledger_on_disk_shows_them_later(tmp_path):
+    on_disk = in_memory = Server()
+    for round_ in range(3):
+        uploads = [
+            (each, Message(pair([[1.0 + round_], [float(at)]], [[1.0, 2.0]])))
+            for at, each in enumerate("ab")
+        ]
+        on_disk = replace(on_disk, latest=FileLedger(tmp_path, round_))
+        on_disk, in_memory = (EVERYBODY.aggregate(s, uploads) for s in (on_disk, in_memory))
+    assert trees.equal(on_disk.sent["a"], in_memory.sent["a"])
+    on_disk = EVERYBODY.aggregate(replace(on_disk, latest=FileLedger(tmp_path, 3)), uploads[:1])
+    assert trees.equal(on_disk.sent["a"], in_memory.sent["a"])  # b is heard from the disk
 
 
 def test_what_is_sent_is_an_adapter_up_and_one_down_or_nothing():

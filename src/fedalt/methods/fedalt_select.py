@@ -110,10 +110,12 @@ class FedALTSelect:
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """Compare the latest uploads of those who have been alone long enough, and sum up kin."""
         latest, uploads = server.latest, dict(server.uploads)
+        fresh: dict[str, Message] = {}  # a ledger on disk shows them from the next round on
         for client_id, upload in replies:
-            latest = latest.put(client_id, upload)
+            latest, fresh[client_id] = latest.put(client_id, upload), upload
             uploads[client_id] = uploads.get(client_id, 0) + 1
-        heard = {client: latest[client].tree for client in uploads if uploads[client] >= self.alone}
+        ready = [client for client, count in uploads.items() if count >= self.alone]
+        heard = {client: (fresh.get(client) or latest[client]).tree for client in ready}
         sent: dict[str, Tree] = {}
         for client, similar in similarities(heard).items():
             if kin := closeness(similar, tau=self.tau, width=self.width):

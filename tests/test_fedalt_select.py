@@ -1,30 +1,30 @@
 """The oracles of FedALT-select: who is heard and how much, exact sums, and when silence is kept."""
 
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
-from federation import SITES, START, pull, served, simulate
+from federation import SITES, pull, served, simulate
 
 from fedalt.adapters.plan import HEAD, Sum
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name, select
-from fedalt.methods.contract import MemoryLedger, Message
+from fedalt.methods.contract import Message
 from fedalt.methods.fedalt_select import (
     INDIVIDUAL,
     REST_OF_WORLD,
     FedALTSelect,
     Server,
 )
-from fedalt.methods.kin import kin_weights, similarities, sum_of_products
+from fedalt.methods.kin import closeness, mean_of_factors, similarities, sum_of_products
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
+from fedalt.runs.checkpoints import FileLedger
 from fedalt.training.orders import Fitted
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 METHOD = FedALTSelect(lora=LORA)
-EVERYBODY = FedALTSelect(lora=LORA, tau=-1.0, width=0.001, power=0.0)  # all heard alike
+EVERYBODY = FedALTSelect(lora=LORA, tau=-1.0, width=1e-9)  # all count as much as oneself
 P = sum(LORA.rank * (d_in + d_out) for d_in, d_out in SITES.values())
 
 
@@ -41,14 +41,16 @@ def product(tree, slot, site):
 
 
 class Watch:
-    """Carries orders out as told and keeps them by client."""
+    """Carries orders out as told and keeps them, and what came of them, by client."""
 
     def __init__(self, carry_out=pull):
-        self.orders, self.carry_out = {}, carry_out
+        self.orders, self.ends, self.carry_out = {}, {}, carry_out
 
     def __call__(self, client_id, number, order):
+        fitted = self.carry_out(client_id, number, order)
         self.orders.setdefault(client_id, []).append(order)
-        return self.carry_out(client_id, number, order)
+        self.ends.setdefault(client_id, []).append(fitted.tree)
+        return fitted
 
 
 def test_similarity_is_the_cosine_of_products_and_not_of_factors():
@@ -59,62 +61,30 @@ def test_similarity_is_the_cosine_of_products_and_not_of_factors():
         "c": pair([[1.0], [1.0]], [[1.0, 0.0]]),
         "d": pair([[-3.0], [0.0]], [[1.0, 0.0]]),
     }
-    found = similarities(adapters, {}, 0.9)
+    found = similarities(adapters)
     assert found["a"] == pytest.approx({"b": 1.0, "c": 0.5**0.5, "d": -1.0})
     assert found["c"] == pytest.approx({"a": 0.5**0.5, "b": 0.5**0.5, "d": -(0.5**0.5)})
 
 
-def test_similarity_is_a_mean_over_sites_and_over_rounds():
-    def two(first, second):
-        here = pair([[1.0], [0.0]], [[1.0, 0.0]])
-        there = pair([[1.0], [0.0]], [[1.0, 0.0]], site="t")
-        (one, other) = (
-            pair([[up], [1 - up]], [[1.0, 0.0]], site=site)
-            for site, up in (("s", first), ("t", second))
-        )
-        return {"a": {**here, **there}, "b": {**one, **other}}
-
-    first = similarities(two(1.0, 0.0), {}, 0.75)  # the same on one site, at right angles on one
-    assert first["a"]["b"] == pytest.approx(0.5)
-    second = similarities(two(1.0, 1.0), first, 0.75)
-    assert second["a"]["b"] == pytest.approx(0.75 * 0.5 + 0.25 * 1.0)
-    untrained = {**two(1.0, 1.0), "new": pair([[0.0], [0.0]], [[1.0, 0.0]])}
-    assert "new" not in similarities(untrained, first, 0.75)
+def test_similarity_is_a_mean_over_sites_and_what_nobody_has_trained_has_none():
+    here, there = (pair([[1.0], [0.0]], [[1.0, 0.0]], site=site) for site in "st")
+    across = pair([[0.0], [1.0]], [[1.0, 0.0]], site="t")
+    untrained = pair([[0.0], [0.0]], [[1.0, 0.0]], site="t")
+    adapters = {"a": here | there, "b": here | across, "new": here | untrained}
+    assert similarities(adapters) == {"a": {"b": 0.5}, "b": {"a": 0.5}}
 
 
 @pytest.mark.parametrize(
     ("similar", "expected"),
     [
-        ({"b": 0.6, "c": 0.4, "d": 0.1}, {"b": 2 / 3, "c": 1 / 3}),  # 0.4 and 0.2 above tau
-        ({"b": 0.25, "c": 0.1}, {"b": 0.25}),  # 0.05 above it: a quarter of the width
-        ({"b": 0.3, "c": 0.3}, {"b": 0.25, "c": 0.25}),  # half of the width, shared
+        ({"b": 0.4, "c": 0.3, "d": 0.1}, {"b": 1.0, "c": 0.5}),
+        ({"b": 0.9, "c": 0.25}, {"b": 1.0, "c": 0.25}),  # nobody counts more than the client itself
         ({"b": 0.2, "c": -0.5}, {}),
         ({}, {}),
     ],
 )
-def test_weights_by_hand(similar, expected):
-    found = kin_weights(similar, tau=0.2, width=0.2, power=1.0)
-    assert found == pytest.approx(expected)
-
-
-def test_a_higher_power_listens_to_the_nearest_and_none_to_all_alike():
-    similar = {"b": 0.6, "c": 0.4}
-    assert kin_weights(similar, tau=0.2, width=0.2, power=2.0) == pytest.approx(
-        {"b": 0.8, "c": 0.2}
-    )
-    assert kin_weights(similar, tau=0.2, width=0.2, power=0.0) == pytest.approx(
-        {"b": 0.5, "c": 0.5}
-    )
-
-
-def test_total_weight_grows_with_the_evidence_and_never_jumps():
-    totals = [
-        sum(kin_weights({"b": s / 100, "c": 0.1}, tau=0.2, width=0.35, power=1.0).values())
-        for s in range(101)
-    ]
-    assert totals[:21] == [0.0] * 21
-    assert all(0 <= after - before < 0.03 for before, after in pairwise(totals))
-    assert totals[55] == pytest.approx(1.0)
+def test_closeness_by_hand(similar, expected):
+    assert closeness(similar, tau=0.2, width=0.2) == pytest.approx(expected)
 
 
 def test_the_sum_of_products_is_exact_as_long_as_the_rank_holds_it():
@@ -133,6 +103,14 @@ def test_the_sum_of_products_is_exact_as_long_as_the_rank_holds_it():
     torch.testing.assert_close(cut, s[0] * u[:, :1] @ v[:1], rtol=0, atol=1e-6)
 
 
+def test_the_mean_of_factors_is_another_matrix_than_that_of_products():
+    adapters = {"a": pair([[2.0]], [[1.0]]), "b": pair([[4.0]], [[3.0]])}
+    found = mean_of_factors(adapters, {"a": 0.25, "b": 0.25}, REST_OF_WORLD)
+    assert product(found, REST_OF_WORLD, "s").item() == 0.5 * 3 * 2  # not 0.25 (2 + 12)
+    found = sum_of_products(adapters, {"a": 0.25, "b": 0.25}, REST_OF_WORLD, 1)
+    assert product(found, REST_OF_WORLD, "s").item() == pytest.approx(0.25 * (2 + 12))
+
+
 def of_groups(client_id, number, order):
     """A and b learn one thing, c another that shares nothing with it."""
     tree = dict(order.tree)
@@ -147,100 +125,119 @@ def of_groups(client_id, number, order):
     return Fitted(tree, 10)
 
 
-def test_kin_are_heard_strangers_are_not_and_who_has_none_is_exactly_local_only():
-    method = replace(METHOD, memory=0.0)
+def test_kin_share_a_start_and_who_has_none_is_exactly_local_only():
     watch = Watch(of_groups)
-    states, _ = simulate(method, ["abc"] * 3, train=watch)
-    rows = states["server"].rows
-    assert rows.keys() == {"a", "b"}
-    for one, other in ("ab", "ba"):
-        theirs = select(states[f"clients/{other}"].individual, INDIVIDUAL)
-        for site in SITES:
-            expected = product(theirs, INDIVIDUAL, site)
-            found = product(rows[one], REST_OF_WORLD, site)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    states, _ = simulate(METHOD, ["abc"] * 4, train=watch)
+    sent = states["server"].sent
+    assert sent.keys() == {"a", "b"}
+    for site in SITES:  # a and b are nearly the same, so both start in the middle
+        middle = sum(product(states[f"clients/{k}"].individual, INDIVIDUAL, site) for k in "ab") / 2
+        u, s, v = torch.linalg.svd(middle, full_matrices=False)
+        for one in "ab":
+            found = product(sent[one], INDIVIDUAL, site)
+            torch.testing.assert_close(found, u[:, :2] * s[:2] @ v[:2], rtol=1e-5, atol=1e-6)
     alone = Watch(of_groups)
-    yardstick, _ = simulate(LocalOnly(lora=LORA), ["abc"] * 3, train=alone)
+    yardstick, _ = simulate(LocalOnly(lora=LORA), ["abc"] * 4, train=alone)
     for ours, theirs in zip(watch.orders["c"], alone.orders["c"], strict=True):
         assert ours.plan == theirs.plan
         assert ours.train == theirs.train
         assert trees.equal(ours.tree, theirs.tree)
-    mine = served(method, states, "c", of_groups)["c"]
+    mine = served(METHOD, states, "c", of_groups)["c"]
     local = served(LocalOnly(lora=LORA), yardstick, "c", of_groups)["c"]
     assert mine.plan == local.plan
     assert trees.equal(mine.tree, local.tree)
 
 
+def test_the_less_alike_the_less_is_shared():
+    b = 0.75  # cosine with (1, 0) is 0.8
+    adapters = {"a": pair([[1.0], [0.0]], [[1.0]]), "b": pair([[1.0], [b]], [[1.0]])}
+    method = FedALTSelect(lora=Lora(rank=1), tau=0.4, width=0.8, alone=1)
+    server = method.aggregate(Server(), [(k, Message(tree)) for k, tree in adapters.items()])
+    found = product(server.sent["a"], INDIVIDUAL, "s")  # closeness 1/2: two thirds own, a third b
+    torch.testing.assert_close(found, torch.tensor([[1.0], [b / 3]]).double(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("alone", [1, 3])
 def test_nobody_listens_in_the_first_rounds(alone):
     watch = Watch()
-    simulate(replace(EVERYBODY, alone=alone), ["abc"] * 4, train=watch)
-    for orders in watch.orders.values():
-        heard = [len(order.plan.slots) == 2 for order in orders]
-        assert heard == [at >= alone for at in range(4)]
+    simulate(replace(EVERYBODY, alone=alone), ["abc"] * 5, train=watch)
+    for client, orders in watch.orders.items():
+        begun, before = (order.tree for order in orders[1:]), watch.ends[client]
+        goes_on = [trees.equal(*pair) for pair in zip(begun, before, strict=False)]
+        assert goes_on == [at < alone for at in range(1, 5)]
 
 
-def test_the_rest_of_world_is_frozen_and_stands_beside_an_adapter_of_full_strength():
-    watch = Watch()
-    states, _ = simulate(replace(EVERYBODY, gain=0.5), ["abc"] * 3, train=watch)
-    order = watch.orders["a"][-1]
-    assert order.plan.combine == Sum((1.0, 0.5))
-    assert {name.slot for name in order.train} == {INDIVIDUAL, HEAD}
-    row = select(order.tree, REST_OF_WORLD)
-    assert trees.equal(states["clients/a"].row, row)
-    for site in SITES:  # of the round before: the mean of the products of b and c, cut to rank 2
-        uploads = [select(watch.orders[each][-1].tree, INDIVIDUAL) for each in "bc"]
-        dense = sum(product(upload, INDIVIDUAL, site) for upload in uploads) / 2
-        u, s, v = torch.linalg.svd(dense, full_matrices=False)
-        expected = u[:, :2] * s[:2] @ v[:2]
-        found = product(row, REST_OF_WORLD, site)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+def test_a_newcomer_is_alone_for_as_long_before_it_listens_and_is_heard():
+    states, _ = simulate(EVERYBODY, ["ab", "ab", "abn"])
+    assert states["server"].sent.keys() == {"a", "b"}
+    without_n, _ = simulate(EVERYBODY, ["ab", "ab", "ab"])
+    assert trees.equal(states["server"].sent["a"], without_n["server"].sent["a"])
+    states, _ = simulate(EVERYBODY, ["abn"], states)
+    assert states["server"].sent.keys() == {"a", "b", "n"}
 
 
-def test_a_client_serves_the_pair_that_it_trained():
+def test_a_client_serves_what_it_trained_and_not_its_next_start():
     states, _ = simulate(EVERYBODY, ["abc"] * 3)
-    row, kept = states["server"].rows["a"], states["clients/a"].row
-    assert not trees.equal(row, kept)  # the others have gone on
+    trained = states["clients/a"].individual
     serving = served(EVERYBODY, states, "a")["a"]
-    assert trees.equal(select(serving.tree, REST_OF_WORLD), kept)
-    shared = EVERYBODY.shared(states["clients/a"], Message(row))
-    assert trees.equal(select(shared.tree, REST_OF_WORLD), kept)
+    assert trees.equal(select(serving.tree, INDIVIDUAL), trained)
+    next_start = EVERYBODY.broadcast(states["server"], "a")
+    assert not trees.equal(next_start.tree, trained)
+    shared = EVERYBODY.shared(states["clients/a"], next_start)
+    assert trees.equal(select(shared.tree, INDIVIDUAL), next_start.tree)
 
 
-def test_an_absent_client_is_still_heard_and_one_that_leaves_is_not():
+def test_a_rest_of_world_beside_the_adapter_is_frozen_and_as_strong_as_the_closest_of_kin():
+    near = {"a": [1.0, 0.0], "b": [0.8, 0.6], "c": [0.6, 0.8]}  # cosines with a: 0.8 and 0.6
+    uploads = [(k, Message(pair([[x], [y]], [[1.0]]))) for k, (x, y) in near.items()]
+    method = FedALTSelect(lora=Lora(rank=2), tau=0.5, width=0.6, alone=1, beside=True)
+    message = method.broadcast(method.aggregate(Server(), uploads), "a")
+    # closeness 1/2 and 1/6: in all 1/2, of which three quarters b and one quarter c
+    expected = torch.tensor([[0.75 * 0.8 + 0.25 * 0.6], [0.75 * 0.6 + 0.25 * 0.8]]).double() / 2
+    found = product(message.tree, REST_OF_WORLD, "s")
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    watch = Watch()
+    states, _ = simulate(replace(EVERYBODY, beside=True), ["abc"] * 4, train=watch)
+    order = watch.orders["a"][-1]
+    assert order.plan.combine == Sum((1.0, 1.0))
+    assert {name.slot for name in order.train} == {INDIVIDUAL, HEAD}
+    assert trees.equal(states["clients/a"].row, select(order.tree, REST_OF_WORLD))
+
+
+def test_an_absent_client_is_still_heard():
     states, _ = simulate(EVERYBODY, ["abc", "abc", "ab"])
-    server = states["server"]
-    without_c, _ = simulate(EVERYBODY, ["ab"] * 3)
-    left = EVERYBODY.without(server, "c")
-    assert left.rows.keys() == left.similar.keys() == {"a", "b"}
-    assert not trees.equal(server.rows["a"], left.rows["a"])
-    b = states["clients/b"].individual
+    uploads = [states[f"clients/{each}"].individual for each in "abc"]
     for site in SITES:
-        found, expected = product(left.rows["a"], REST_OF_WORLD, site), product(b, INDIVIDUAL, site)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert "c" not in left.latest
-    assert without_c["server"].rows.keys() == left.rows.keys()
+        dense = sum(product(upload, INDIVIDUAL, site) for upload in uploads) / 3
+        u, s, v = torch.linalg.svd(dense, full_matrices=False)
+        found = product(states["server"].sent["c"], INDIVIDUAL, site)
+        torch.testing.assert_close(found, u[:, :2] * s[:2] @ v[:2], rtol=1e-5, atol=1e-5)
+    assert EVERYBODY.without(states["server"], "c") is None  # it has become part of a and b
+
+
+def test_this_rounds_uploads_are_summed_up_although_a_ledger_on_disk_shows_them_later(tmp_path):
+    on_disk = in_memory = Server()
+    for round_ in range(3):
+        uploads = [
+            (each, Message(pair([[1.0 + round_], [float(at)]], [[1.0, 2.0]])))
+            for at, each in enumerate("ab")
+        ]
+        on_disk = replace(on_disk, latest=FileLedger(tmp_path, round_))
+        on_disk, in_memory = (EVERYBODY.aggregate(s, uploads) for s in (on_disk, in_memory))
+    assert trees.equal(on_disk.sent["a"], in_memory.sent["a"])
+    on_disk = EVERYBODY.aggregate(replace(on_disk, latest=FileLedger(tmp_path, 3)), uploads[:1])
+    assert trees.equal(on_disk.sent["a"], in_memory.sent["a"])  # b is heard from the disk
 
 
 def test_what_is_sent_is_an_adapter_up_and_one_down_or_nothing():
-    _, costs = simulate(EVERYBODY, ["ab"] * 2)
-    first, later = costs[0], costs[2]
-    assert first.download_bytes < 600
+    _, costs = simulate(EVERYBODY, ["ab"] * 3)
+    first, later = costs[0], costs[4]
+    assert first.download_bytes == 0
     assert 0 < later.download_bytes - 4 * P < 4000
     assert 0 < later.upload_bytes - 4 * P < 4000
 
 
-def test_adapters_that_nobody_has_trained_say_nothing():
-    start = START.adapter(LORA.slot(INDIVIDUAL))
-    server = EVERYBODY.aggregate(Server(latest=MemoryLedger()), [("a", Message(start))])
-    assert server.similar == {}
-    assert server.rows == {}
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [{"tau": 1.0}, {"width": 0.0}, {"memory": 1.0}, {"power": -1.0}, {"alone": 0}, {"gain": -0.5}],
-)
+@pytest.mark.parametrize("wrong", [{"tau": 1.0}, {"width": 0.0}, {"alone": 0}])
 def test_impossible_settings_are_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value}, but it "):

@@ -139,5 +139,5 @@ def test_leaving_a_method_of_averages_is_refused(model, tmp_path, capsys):
     run = start_run(prepare(settings), tmp_path / "run")
     before = adapters_of(run.path)
     assert call("leave", run.path, "--client", "a") == 2
-    assert "stores only averages" in capsys.readouterr().err
+    assert "fedit averages uploads" in capsys.readouterr().err
     assert adapters_of(run.path) == before

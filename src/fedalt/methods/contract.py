@@ -49,7 +49,10 @@ class Ledger(Protocol):
         """The client's latest upload."""
 
     def put(self, client_id: str, message: Message) -> "Ledger":
-        """A ledger in which the client's entry is this message."""
+        """A ledger in which the client's entry is this message, from the next round on.
+
+        Before that, one on disk still has the entry of the round before.
+        """
 
     def clients(self) -> Sequence[str]:
         """Every client with an entry, sorted."""

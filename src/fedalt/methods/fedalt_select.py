@@ -1,32 +1,33 @@
-"""FedALT-select: an individual adapter at full strength, plus the products of similar clients.
+"""FedALT-select: clients train together with those like them, and alone where nobody is.
 
-Our own composition after FedALT (arXiv 2503.11880), not a published method. Client k trains A_k and
-B_k against a frozen rest of world R_k that is its own, chosen by the server, on every site:
+Our own composition after FedALT (arXiv 2503.11880), not a published method. Client k trains one
+adapter at full strength, y = W0 x + s B_k A_k x. After each round the server folds the client's
+rest of world, which is the clients like it and no others, into the adapter it starts from next:
 
-    y    = W0 x + s B_k A_k x + g s R_k x                        g fixed; gradient flows through R_k
-    S_kj = mean over sites of <B_k A_k, B_j A_j> / (|B_k A_k| |B_j A_j|),
-           over rounds  S <- m S + (1 - m) S_new                       <,> by traces of r x r blocks
-    w_kj = trust_k (S_kj - tau)+^p / sum_i (S_ki - tau)+^p
-           trust_k = (max_j S_kj - tau) / width, cut to [0, 1]
-    R_k  = sum_j w_kj B_j A_j, an exact sum of products, cut to its r strongest directions
+    S_kj = mean over sites of <B_k A_k, B_j A_j> / (|B_k A_k| |B_j A_j|)   by traces of r x r blocks
+    c_kj = (S_kj - tau) / width, cut to [0, 1]          c_kk = 1
+    B_k A_k <- sum_j c_kj B_j A_j / sum_j c_kj          an exact sum of products, cut to rank r
 
-1. Silence is an answer: who is like nobody has trust 0, gets nothing, and trains plain LoRA alone.
-2. A client serves the pair it has trained, not its adapter with the next rest of world.
-3. Nobody listens in the first `alone` rounds, when all adapters still point where the common start
-   points. What is passed on are individual adapters: whole models would come back as echoes.
+So similarity decides how much is shared: clients all alike share one start, as in FedAvg.
+
+1. Silence is an answer: who is like nobody is sent nothing and trains what local-only trains.
+2. A client serves the adapter that it has trained, which begins where all its kin begin and ends
+   on its own data; it never serves the start of a round that has not been.
+3. Nobody listens or is heard before it has trained `alone` rounds: until then all adapters still
+   point where the common start points.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedalt.adapters.plan import HEAD, Plan, Sum, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
-from fedalt.methods.defaults import at_once
-from fedalt.methods.kin import Similar, kin_weights, similarities, sum_of_products
+from fedalt.methods.defaults import at_once, kept_in_averages
+from fedalt.methods.kin import closeness, mean_of_factors, similarities, sum_of_products
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
 
@@ -36,19 +37,18 @@ REST_OF_WORLD = "rest_of_world"
 
 @dataclass(frozen=True)
 class Server:
-    """How many rounds are done, S by client and other client, each R_k there is, the uploads."""
+    """Each client's latest upload, how often it has uploaded, and what those with kin are sent."""
 
     TAG: ClassVar = "fedalt-select/server"
 
-    rounds: int = 0
-    similar: Similar = field(default_factory=dict)
-    rows: Mapping[str, Tree] = field(default_factory=dict)
     latest: Ledger = field(default_factory=MemoryLedger)
+    uploads: Mapping[str, int] = field(default_factory=dict)
+    sent: Mapping[str, Tree] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Client:
-    """The client's adapter, a classifier's head, and the R_k both were trained against, if any."""
+    """The client's adapter, a classifier's head, and a rest of world beside them, if any."""
 
     TAG: ClassVar = "fedalt-select/client"
 
@@ -61,27 +61,28 @@ class Client:
 class FedALTSelect:
     """The method; clients that sit out a round are heard with their latest upload.
 
-    `tau` in [-1, 1) is the similarity from which on a client is heard, tau + `width` the one from
-    which on the best of the heard gets full trust; `power` >= 0 is p: 0 weighs all the heard alike.
-    `memory` in [0, 1) is m. `alone` >= 1 rounds are plain LoRA. `gain` >= 0 is g. The defaults are
-    those of the one run that has been made (see the log of experiments).
+    `tau` in [-1, 1) is the similarity from which on clients hear each other, tau + `width` that
+    from which on they count as much as the client itself. `alone` >= 1 rounds are plain LoRA.
+
+    Two choices to compare with: `mean` of "factors" in the place of products, and a rest of world
+    that stands `beside` the adapter, frozen and of full strength (of the closest of its kin), in
+    the place of one that is folded into it.
     """
 
     lora: Lora = Lora()
-    tau: float = 0.2
-    width: float = 0.35
-    power: float = 1.0
-    memory: float = 0.5
-    alone: int = 1
-    gain: float = 1.0
+    tau: float = 0.3
+    width: float = 0.3
+    alone: int = 2
+    mean: Literal["products", "factors"] = "products"
+    beside: bool = False
 
     server_state = Server
     client_state = Client
     averages = False
+    without = kept_in_averages  # what was folded in has become part of others' adapters
 
     def __post_init__(self) -> None:
-        check(self, tau="[-1, 1)", memory="[0, 1)", alone="[1, inf)")
-        check(self, width="(0, inf)", power="[0, inf)", gain="[0, inf)")
+        check(self, tau="[-1, 1)", width="(0, inf)", alone="[1, inf)")
 
     def init_server(self, start: Start) -> Server:
         """Nobody has been heard yet."""
@@ -92,59 +93,59 @@ class FedALTSelect:
         return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
-        """The client's own rest of world; nothing where there is none."""
-        return Message(server.rows.get(client_id, {}))
+        """Where the client shall start, or its rest of world; nothing where it has no kin."""
+        return Message(server.sent.get(client_id, {}))
 
     def local(self, client: Client, message: Message) -> Local[Client]:
-        """Train the individual adapter against the frozen rest of world, and send it back."""
-        tree = merge(client.individual, message.tree, client.head)
-        trained = names_of(tree, INDIVIDUAL, HEAD)
-        fitted: Fitted = yield Fit(self._plan(message.tree), tree, trained)
-        individual = select(fitted.tree, INDIVIDUAL)
-        return Client(individual, select(fitted.tree, HEAD), message.tree), Message(individual)
+        """Train the individual adapter from where it shall start, and send it back."""
+        individual = select(message.tree, INDIVIDUAL) or client.individual
+        begun = replace(client, individual=individual, row=select(message.tree, REST_OF_WORLD))
+        serving = self._serving(begun)
+        fitted: Fitted = yield Fit(
+            serving.plan, serving.tree, names_of(serving.tree, INDIVIDUAL, HEAD)
+        )
+        individual, head = select(fitted.tree, INDIVIDUAL), select(fitted.tree, HEAD)
+        return Client(individual, head, begun.row), Message(individual)
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        """Compare the latest uploads, and sum up for every client those of its kin."""
-        latest = server.latest
+        """Compare the latest uploads of those who have been alone long enough, and sum up kin."""
+        latest, uploads = server.latest, dict(server.uploads)
+        fresh: dict[str, Message] = {}  # a ledger on disk shows them from the next round on
         for client_id, upload in replies:
-            latest = latest.put(client_id, upload)
-        adapters = {client: latest[client].tree for client in latest.clients()}
-        similar = similarities(adapters, server.similar, self.memory)
-        return self._heard(Server(server.rounds + 1, similar, latest=latest), adapters)
+            latest, fresh[client_id] = latest.put(client_id, upload), upload
+            uploads[client_id] = uploads.get(client_id, 0) + 1
+        ready = [client for client, count in uploads.items() if count >= self.alone]
+        heard = {client: (fresh.get(client) or latest[client]).tree for client in ready}
+        sent: dict[str, Tree] = {}
+        for client, similar in similarities(heard).items():
+            if kin := closeness(similar, tau=self.tau, width=self.width):
+                sent[client] = self._mean(heard, kin if self.beside else {client: 1.0, **kin})
+        return Server(latest, uploads, sent)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
-        """The individual adapter with the rest of world that it was trained against."""
-        tree = merge(client.individual, client.row, client.head)
-        return at_once(Serving(self._plan(client.row), tree))
+        """What the client has trained."""
+        return at_once(self._serving(client))
 
     def shared(self, client: Client, message: Message) -> Serving | None:
-        """That rest of world alone, if there is one."""
-        plan = single(self.lora.slot(REST_OF_WORLD), self.lora.dropout)
-        return Serving(plan, merge(client.row, client.head)) if client.row else None
+        """What the client would begin the next round with, if it has kin."""
+        if not message.tree:
+            return None
+        slot = self.lora.slot(REST_OF_WORLD if self.beside else INDIVIDUAL)
+        return Serving(single(slot, self.lora.dropout), merge(message.tree, client.head))
 
-    def without(self, server: Server, client_id: str) -> Server:
-        """All rests of world once more, without this client's upload."""
-        latest = server.latest.without(client_id)
-        similar = {
-            client: {other: s for other, s in row.items() if other != client_id}
-            for client, row in server.similar.items()
-            if client != client_id
-        }
-        adapters = {client: latest[client].tree for client in similar}
-        return self._heard(replace(server, similar=similar, latest=latest), adapters)
+    def _mean(self, adapters: Mapping[str, Tree], kin: Mapping[str, float]) -> Tree:
+        """What the closeness of its kin makes of them: a client's start, or its rest of world."""
+        total = sum(kin.values()) / (max(kin.values()) if self.beside else 1.0)
+        weights = {client: near / total for client, near in kin.items()}
+        slot = REST_OF_WORLD if self.beside else INDIVIDUAL
+        if self.mean == "factors":
+            return mean_of_factors(adapters, weights, slot)
+        return sum_of_products(adapters, weights, slot, self.lora.rank)
 
-    def _heard(self, server: Server, adapters: Mapping[str, Tree]) -> Server:
-        """The server with everybody's rest of world, made of these adapters."""
-        rows: dict[str, Tree] = {}
-        for client, row in server.similar.items() if server.rounds >= self.alone else ():
-            weights = kin_weights(row, tau=self.tau, width=self.width, power=self.power)
-            if weights:
-                rows[client] = sum_of_products(adapters, weights, REST_OF_WORLD, self.lora.rank)
-        return replace(server, rows=rows)
-
-    def _plan(self, row: Tree) -> Plan:
+    def _serving(self, client: Client) -> Serving:
+        tree = merge(client.individual, client.row, client.head)
         slot = self.lora.slot(INDIVIDUAL)
-        if not row:
-            return single(slot, self.lora.dropout)
+        if not client.row:
+            return Serving(single(slot, self.lora.dropout), tree)
         slots = (slot, self.lora.slot(REST_OF_WORLD))
-        return Plan(slots, Sum((1.0, self.gain)), self.lora.dropout)
+        return Serving(Plan(slots, Sum((1.0, 1.0)), self.lora.dropout), tree)

@@ -7,43 +7,27 @@ from torch.nn.functional import pad
 
 from fedalt.core.tree import Name, Tree
 from fedalt.methods.clustering import distances, has_direction
+from fedalt.methods.contract import Message
 from fedalt.methods.low_rank_sums import Pair, core_svd, factors, strongest, weighted_stack
+from fedalt.methods.mean import weighted_mean
 
-Similar = Mapping[str, Mapping[str, float]]
 
-
-def similarities(adapters: Mapping[str, Tree], before: Similar, memory: float) -> Similar:
+def similarities(adapters: Mapping[str, Tree]) -> dict[str, dict[str, float]]:
     """Of each client to each other one, the mean over sites of the cosine of B A, in [-1, 1].
 
-    `before` counts `memory` in [0, 1) where it knows the pair. Clients whose B A is zero on a site
-    point nowhere and are left out.
+    Clients whose B A is zero on a site point nowhere and are left out.
     """
     known = {client: tree for client, tree in adapters.items() if has_direction(tree, "BA")}
     cosines = (1 - distances(known, "BA")).tolist() if known else []
     return {
-        client: {
-            other: memory * before.get(client, {}).get(other, s) + (1 - memory) * s
-            for other, s in zip(known, row, strict=True)
-            if other != client
-        }
+        client: {other: s for other, s in zip(known, row, strict=True) if other != client}
         for client, row in zip(known, cosines, strict=True)
     }
 
 
-def kin_weights(
-    similar: Mapping[str, float], *, tau: float, width: float, power: float
-) -> dict[str, float]:
-    """Weights of the others by their similarity s: (s - tau)^power of those above tau.
-
-    Their sum is the trust in them, (largest s - tau) / width, at most 1; empty where nobody is
-    above tau.
-    """
-    above = {client: s - tau for client, s in similar.items() if s > tau}
-    if not above:
-        return {}
-    trust = min(max(above.values()) / width, 1.0)
-    total = sum(s**power for s in above.values())
-    return {client: trust * s**power / total for client, s in above.items()}
+def closeness(similar: Mapping[str, float], *, tau: float, width: float) -> dict[str, float]:
+    """(s - tau) / width of each other one with a similarity s above tau, at most 1."""
+    return {other: min((s - tau) / width, 1.0) for other, s in similar.items() if s > tau}
 
 
 def sum_of_products(
@@ -63,3 +47,15 @@ def sum_of_products(
         tree[Name(name.site, target, "A")] = pad(pair.a, (0, 0, 0, missing)).to(torch.float32)
         tree[Name(name.site, target, "B")] = pad(pair.b, (0, missing)).to(torch.float32)
     return tree
+
+
+def mean_of_factors(
+    adapters: Mapping[str, Tree], weights: Mapping[str, float], target: str
+) -> Tree:
+    """The same with A and B averaged each for itself; the sum of the weights counts in B."""
+    total = sum(weights.values())
+    mean = weighted_mean((k, Message(adapters[k], {"weight": w})) for k, w in weights.items())
+    return {
+        name._replace(slot=target): tensor * total if name.factor == "B" else tensor
+        for name, tensor in mean.items()
+    }

@@ -78,8 +78,8 @@ def leave(path: Path, client_id: str) -> None:
                 without[at] = method.without(server, client_id)
         if None in without.values():
             raise StoreError(
-                f"{method_name(method)} stores only averages, so the contribution of "
-                f"{client_id!r} cannot be removed"
+                f"{method_name(method)} averages uploads, so the contribution of {client_id!r} "
+                "cannot be removed"
             )
         folder.add_facts({"leaving": client_id})  # from here on until the end nothing else goes on
         for round_, server in without.items():

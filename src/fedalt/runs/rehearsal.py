@@ -95,7 +95,7 @@ def _small(settings: Settings, place: Path) -> Settings:
             carry_optimizer=training.carry_optimizer,
         ),
         rounds=replace(rounds, rounds=min(rounds.rounds, _ROUNDS), select="last", test=True),
-        scoring=Scoring(options=settings.scoring.options, generate=False),
+        scoring=Scoring(options=settings.scoring.options, generate=False, base=False),
         seed=0,
         local_baseline=False,
     )

@@ -215,7 +215,7 @@ def test_an_absent_client_is_still_heard():
     assert EVERYBODY.without(states["server"], "c") is None  # it has become part of a and b
 
 
-def test_this_rounds_uploads_are_summed_up_although_a_ledger_on_disk_shows_them_later(tmp_path):
+def test_this_rounds_uploads_are_summed_up_from_a_ledger_on_disk_too(tmp_path):
     on_disk = in_memory = Server()
     for round_ in range(3):
         uploads = [

@@ -49,10 +49,7 @@ class Ledger(Protocol):
         """The client's latest upload."""
 
     def put(self, client_id: str, message: Message) -> "Ledger":
-        """A ledger in which the client's entry is this message, from the next round on.
-
-        Before that, one on disk still has the entry of the round before.
-        """
+        """A ledger in which the client's entry is this message."""
 
     def clients(self) -> Sequence[str]:
         """Every client with an entry, sorted."""

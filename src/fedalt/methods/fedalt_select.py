@@ -110,12 +110,10 @@ class FedALTSelect:
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
         """Compare the latest uploads of those who have been alone long enough, and sum up kin."""
         latest, uploads = server.latest, dict(server.uploads)
-        fresh: dict[str, Message] = {}  # a ledger on disk shows them from the next round on
         for client_id, upload in replies:
-            latest, fresh[client_id] = latest.put(client_id, upload), upload
+            latest = latest.put(client_id, upload)
             uploads[client_id] = uploads.get(client_id, 0) + 1
-        ready = [client for client, count in uploads.items() if count >= self.alone]
-        heard = {client: (fresh.get(client) or latest[client]).tree for client in ready}
+        heard = {client: latest[client].tree for client in uploads if uploads[client] >= self.alone}
         sent: dict[str, Tree] = {}
         for client, similar in similarities(heard).items():
             if kin := closeness(similar, tau=self.tau, width=self.width):

@@ -152,30 +152,40 @@ class FileStates:
 
 @dataclass(frozen=True)
 class FileLedger:
-    """The latest upload of every client, a folder of files each."""
+    """The latest upload of every client, a folder of files each.
+
+    Of this round it has those alone that were put into it, the `fresh` ones: what else lies there
+    is what an attempt that was cut short has left.
+    """
 
     folder: Path
     round: int
     writer: Writer = field(default_factory=AtOnce)
     left: frozenset[str] = frozenset()
     kept: Kept | None = None
+    fresh: frozenset[str] = frozenset()
 
     def __contains__(self, client_id: object) -> bool:
-        """Whether this client uploaded before this round."""
+        """Whether this client has uploaded."""
         if client_id in self.left:
             return False
-        return newest(self._place(str(client_id)), self.round - 1, self.kept) is not None
+        before = newest(self._place(str(client_id)), self.round - 1, self.kept)
+        return client_id in self.fresh or before is not None
 
     def __getitem__(self, client_id: str) -> Message:
-        """The client's newest upload from before this round."""
-        path = newest(self._place(client_id), self.round - 1, self.kept)
+        """The client's newest upload."""
+        if client_id in self.fresh:
+            self.writer.finish()
+        at = self.round if client_id in self.fresh else self.round - 1
+        path = newest(self._place(client_id), at, self.kept)
         if path is None or client_id in self.left:
             raise KeyError(client_id)
         return read(Message, path, of=_reader(self.kept))
 
     def clients(self) -> list[str]:
-        """Every client that uploaded before this round, sorted."""
+        """Every client that has uploaded, sorted."""
         there = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        there |= self.fresh
         if self.kept is not None:
             there |= self.kept.digests.folders(self.folder)
         return sorted(name for name in there if name in self)
@@ -188,7 +198,7 @@ class FileLedger:
         """Write this round's upload; it counts once the round is committed."""
         path = self._place(client_id) / _file(self.round)
         self.writer.write(partial(_write, path, message, self.kept))
-        return self
+        return replace(self, fresh=self.fresh | {client_id}, left=self.left - {client_id})
 
     def _place(self, client_id: str) -> Path:
         """The client's folder; an id that leads elsewhere is refused."""

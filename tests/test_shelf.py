@@ -41,7 +41,9 @@ def base():
 @torch.no_grad()
 def test_each_row_gets_what_its_client_computes_alone(base, plans, rows):
     trees = [random_serving_tree(base, plan, seed) for seed, plan in enumerate(plans)]
-    factors = [joint(plan, tree, list(base.adapted.sites)) for plan, tree in zip(plans, trees, strict=True)]
+    factors = [
+        joint(plan, tree, list(base.adapted.sites)) for plan, tree in zip(plans, trees, strict=True)
+    ]
     assert len({each.kind for each in factors}) == 1
     shelf = Shelf(factors[0].kind, base.adapted.sites, torch.zeros(()))
     places = []

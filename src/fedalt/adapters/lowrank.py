@@ -213,7 +213,7 @@ class Joined:
         return x, h, logits
 
     def mixed(self, x: Tensor, keep: Tensor | None, combination: Combination) -> Tensor:
-        """z = s w h (C, N, R), of which B makes what is added to the base layer's output."""
+        """The mixed h: s w h (C, N, R), which B turns into what is added to the base output."""
         _, h, logits = self.down(x, keep)
         shares = combination.shares(logits, h)
         if combination.watch is not None and logits is not None:

@@ -145,9 +145,7 @@ class Shelf:
 
     def joined(self, site: str, places: slice, dtype: torch.dtype) -> Joined:
         """The factors at some places."""
-        return Joined(
-            self._down[site][places].to(dtype), self._up[site][places].to(dtype).mT
-        )
+        return Joined(self._down[site][places].to(dtype), self._up[site][places].to(dtype).mT)
 
 
 @dataclass(frozen=True)

@@ -89,14 +89,14 @@ def export(
 ) -> None:
     """Write a client's model as a folder that transformers and PEFT load."""
     hush_libraries()
-    from fedalt.export.card import card
+    from fedalt.export.card import asked_as, card
     from fedalt.export.folders import export_individual, export_personal
     from fedalt.flower.client_model import clients_of, served
 
     of = served(path, client, column, round_)
     readme = card(of, client or clients_of(path)[0], what)
     if what == "personal":
-        export_personal(of.serving, of.parts.base, out, readme=readme)
+        export_personal(of.serving, of.parts.base, out, readme=readme, asked=asked_as(of))
         note(f"`fedalt.load({str(out)!r})` loads it in Python")
     else:
         export_individual(of.serving, of.parts.base, out, readme=readme)

@@ -47,6 +47,15 @@ Trained with {method_name(of.parts.settings.method)} on {name} by fedalt {versio
 """
 
 
+def asked_as(of: Served) -> dict[str, object]:
+    """The same for a server: the form of a prompt, its template, and the longest answer."""
+    return {
+        "form": of.form,
+        "template": of.template.text,
+        "max_new_tokens": of.parts.settings.scoring.max_new_tokens,
+    }
+
+
 def _loading(of: Served, base: str, what: What) -> str:
     classifies = bool(of.parts.base.adapted.heads)
     asks = "" if classifies else "import torch\n"

@@ -67,11 +67,19 @@ def export_individual(
     return folder
 
 
-def export_personal(serving: Serving, base: Base, folder: Path, *, readme: str = "") -> Path:
+def export_personal(
+    serving: Serving,
+    base: Base,
+    folder: Path,
+    *,
+    readme: str = "",
+    asked: Mapping[str, object] | None = None,
+) -> Path:
     """Write all slots, mixer or router, head and tokenizer: `fedalt.load` and PEFT load the folder.
 
     The base model is not copied; it is named by hub id or absolute path, and the built-in one by
-    "fedalt:tiny". Raises ValueError, also where the folder holds something.
+    "fedalt:tiny". `asked` tells a server how the model wants to be asked. Raises ValueError, also
+    where the folder holds something.
     """
     _require_fit(serving, base)
     plan = serving.plan
@@ -91,6 +99,7 @@ def export_personal(serving: Serving, base: Base, folder: Path, *, readme: str =
         weights=list(plan.combine.weights) if isinstance(plan.combine, Sum) else None,
         router=asdict(plan.combine) if isinstance(plan.combine, Router) else None,
         dropout=plan.dropout,
+        asked=None if asked is None else dict(asked),
     )
     tensors = {
         f"{name.site}.{SLOTS}.{key_of(name)}": tensor

@@ -3,12 +3,12 @@
     python benchmarks/serving.py --write        # 8 and 64 clients, 16 requests at once
 
 The built-in base model, questions of the built-in suite for its clients in turn, and for each
-client FedALT's plan with rank 8: two adapters and a mixer. `served` is the engine of `fedalt serve`,
-`alone` asks one question after the other as `fedalt generate` does; both write the same answers,
-which is counted. `PEFT` is `adapter_names` of PEFT's generate with one plain adapter of rank 8 for
-each client, in batches of as many questions as are served at once, all of whose answers are as long
-as they may be. Variants take turns; figures are medians of written tokens a second. `adapters` is
-what the clients' adapters take in memory; the base model takes 17 MB for all of them.
+client FedALT's plan with rank 8: two adapters and a mixer. `served` is the engine of
+`fedalt serve`, `alone` asks one question after the other as `fedalt generate` does; how many of
+their answers are the same is counted. `PEFT` is `adapter_names` of PEFT's generate with one plain
+adapter of rank 8 for each client, in batches of as many questions as are served at once, all of
+whose answers are as long as they may be. Variants take turns; figures are medians of written tokens
+a second. `adapters` is what the clients' adapters take in memory beside the base model.
 
     python benchmarks/serving.py --load 600 --url http://127.0.0.1:8000   # against a running server
 

@@ -244,6 +244,10 @@ def test_what_serving_says_runs(here, capsys):
                     assert "error" not in json.loads(said)
                 assert server.end() == 0
     answers = capsys.readouterr().out.splitlines()
+    for words in commands_of((DOCS / "export.md").read_text()):
+        assert call(*words) == 0, capsys.readouterr().err
+    assert (here / "loras" / "ben" / "adapter_config.json").exists()
+    assert (here / "anna-merged" / "model.safetensors").exists()
     assert len(curls) == 2
     assert (here / "exports" / "ben").is_dir()
     assert answers[-1] == answers[-4]  # the run's and the exports' answers

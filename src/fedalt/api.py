@@ -118,7 +118,7 @@ class Run:
         from fedalt.flower.client_model import served
 
         of = served(self.path, client, base=self._base)
-        readme = card(of, client, "personal")
+        readme = card(of, client, "fedalt")
         base = of.parts.base
         export_personal(of.serving, base, Path(out), readme=readme, asked=asked_as(of))
         return Path(out)

@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 
 from fedalt.cli.chat import chat
-from fedalt.cli.client import export, generate
+from fedalt.cli.client import generate
 from fedalt.cli.compare import compare, tune
 from fedalt.cli.data import app as data
 from fedalt.cli.demo import demo
 from fedalt.cli.errors import report as report_fault
+from fedalt.cli.export import export
 from fedalt.cli.federation import app as federation
 from fedalt.cli.federation import client, server, simulate
 from fedalt.cli.flags import ServeCommand, SettingsCommand

@@ -61,7 +61,7 @@ def export_individual(
         for name, tensor in select(serving.tree, chosen.name).items()
     }
     tensors = as_peft_reads(model, config, tensors)
-    with _new_folder(folder) as unfinished:
+    with new_folder(folder) as unfinished:
         _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
         _write_identity(unfinished, base)
     return folder
@@ -86,7 +86,7 @@ def export_personal(
     if not isinstance(plan.combine, Sum | Mixer | Router):
         raise ValueError(
             "this client weighs its adapters anew for every prompt, which no folder can hold; "
-            "--what individual writes its own adapter, --column shared the shared part"
+            "--format individual writes its own adapter, --column shared the shared part"
         )
     config = FedALTConfig(
         **_for_any_type(base),
@@ -106,7 +106,7 @@ def export_personal(
         for name, tensor in serving.tree.items()
         if name.slot != HEAD
     }
-    with _new_folder(folder) as unfinished:
+    with new_folder(folder) as unfinished:
         _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
         base.tokenizer.save_pretrained(unfinished)
     return folder
@@ -189,7 +189,7 @@ def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], read
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name once it is complete and is removed if it never is."""
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

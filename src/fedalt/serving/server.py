@@ -9,7 +9,7 @@ from typing import Final
 
 import uvicorn
 
-from fedalt.serving.engine import Engine
+from fedalt.serving.engine import ClosedError, Engine
 from fedalt.serving.http import Service, app_of
 from fedalt.serving.models import open_models
 from fedalt.serving.settings import ServeSettings
@@ -74,6 +74,8 @@ def _look(service: Service, ended: threading.Event, say: Callable[[str], None]) 
     while not ended.wait(_LOOK):
         try:
             models = service.models.newer(service.engine.between_steps)
+        except ClosedError:
+            return
         except (ValueError, OSError) as error:
             if str(error) != told:
                 told = str(error)

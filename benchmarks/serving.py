@@ -8,7 +8,7 @@ client FedALT's plan with rank 8: two adapters and a mixer. `served` is the engi
 their answers are the same is counted. `PEFT` is `adapter_names` of PEFT's generate with one plain
 adapter of rank 8 for each client, in batches of as many questions as are served at once, all of
 whose answers are as long as they may be. Variants take turns; figures are medians of written tokens
-a second. `adapters` is what the clients' adapters take in memory beside the base model.
+a second of one core. `adapters` is what the clients' adapters take in memory beside the base model.
 
     python benchmarks/serving.py --load 600 --url http://127.0.0.1:8000   # against a running server
 
@@ -212,6 +212,7 @@ def main() -> None:
     if options.load:
         asyncio.run(load(options.url, options.load, options.rows))
         return
+    torch.set_num_threads(1)
     rows = []
     for count in options.clients:
         rows.append(measure(count, options.requests, options.tokens, options.rows, options.turns))

@@ -235,8 +235,12 @@ def test_what_serving_says_runs(here, capsys):
             words = [*words, "--rounds", "1", "--max-new-tokens", "4", "--no-local-baseline"]
         if words[0] != "serve":
             assert call(*words) == 0, capsys.readouterr().err
+        elif "--token-file" in words:
+            Path("token").write_text("secret\n")
+            with serving(Path(words[1]), *words[2:]) as server:
+                assert len(list(server.client("secret").models.list())) == 3
         elif not words[1].startswith("clinics"):
-            with serving(Path(words[1]), *words[2:-2]) as server:
+            with serving(Path(words[1])) as server:
                 local = "http://127.0.0.1:8000"
                 exec(python.replace(local, server.url), {})  # the document's own lines
                 for line in curls:

@@ -240,24 +240,25 @@ def test_a_new_best_round_is_taken_over_and_a_signal_lets_answers_end(
     with serving(run, "--max-tokens", 40) as server:
         client = server.client()
         assert (
-            ask(client, "a", "ask 1a", 30)
-            == answers(served(run, "a"), ["ask 1a"], Scoring(max_new_tokens=30))[0]
+            ask(client, "a", "ask 1a", 20)
+            == answers(served(run, "a"), ["ask 1a"], Scoring(max_new_tokens=20))[0]
         )
         settings = run / "settings.toml"
         settings.write_text(settings.read_text().replace("rounds = 1", "rounds = 3"))
         assert call("resume", run, "--quiet") == 0
         server.wait_for("another round is the best now")
-        after = answers(served(run, "a"), ["ask 1a"], Scoring(max_new_tokens=30))[0]
-        assert ask(client, "a", "ask 1a", 30) == after
+        after = answers(served(run, "a"), ["ask 1a"], Scoring(max_new_tokens=20))[0]
+        assert ask(client, "a", "ask 1a", 20) == after
         assert (
             httpx.get(server.url + "/health", headers={"Host": "evil.example"}).status_code == 421
         )
-        stream = ask(client, "a", "ask 1a", 40, stream=True)
-        next(iter(stream))
+        whole = answers(served(run, "a"), ["ask 1a"], Scoring(max_new_tokens=25))[0]
+        stream = ask(client, "a", "ask 1a", 25, stream=True)
+        first = next(iter(stream))
         server.process.terminate()
-        text = "".join(part.choices[0].delta.content for part in stream)
-        assert server.process.wait(60) == 0
-        assert len(text) > 20
+        text = "".join(part.choices[0].delta.content for part in (first, *stream))
+        assert text == whole
+        assert server.process.wait(120) == 0
 
 
 def test_exported_models_are_served_together(finished_run, models, tmp_path):

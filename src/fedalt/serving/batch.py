@@ -7,7 +7,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from fedalt.adapters.lowrank import Combination
 from fedalt.adapters.reach import read
@@ -73,6 +72,7 @@ class Together:
         self._shelf = Shelf(
             kind, base.adapted.sites, torch.empty(0, dtype=model.dtype).to(model.device)
         )
+        self._taken = frozenset(signature(model.forward).parameters)
         self._columns = Columns()
         self._places: list[int] = []
         self._shares: list[Tensor] = []
@@ -118,7 +118,8 @@ class Together:
     ) -> Tensor:
         rows = self._shelf.rows(places, shares if shares.shape[1] and self._weighed else None)
         with self._base.adapted.pointed_at(rows) as model:
-            known = _known(model, position_ids=positions, logits_to_keep=1)
+            options = {"position_ids": positions, "logits_to_keep": 1}
+            known = {name: options[name] for name in options.keys() & self._taken}
             logits: Tensor = model(
                 input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **known
             ).logits
@@ -162,9 +163,3 @@ class Alone:
         group = Group(self._base, [] if adapters.serving is None else [adapters.serving])
         with group.bound([(0, [0])], None if shares is None else [shares]) as model:
             return read(model, torch.tensor([ids], device=model.device))[:, -1]
-
-
-def _known(model: PreTrainedModel, **options: object) -> dict[str, Any]:
-    """The options that this model's forward pass takes."""
-    taken = signature(model.forward).parameters
-    return {name: value for name, value in options.items() if name in taken}

@@ -29,7 +29,7 @@ class ApiError(Exception):
 
 
 async def told(_: Request, error: Exception) -> JSONResponse:
-    """The response to any error that a route raises on purpose."""
+    """The response to any error."""
     if isinstance(error, RequestValidationError):
         error = _of_form(error)
     elif isinstance(error, HTTPException):
@@ -38,7 +38,8 @@ async def told(_: Request, error: Exception) -> JSONResponse:
         error = ApiError(
             error.status_code, text, "not_found" if error.status_code == 404 else "bad"
         )
-    assert isinstance(error, ApiError)
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, "this is a fault in fedalt", "internal_error")
     return error.response()
 
 

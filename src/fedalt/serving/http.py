@@ -138,7 +138,7 @@ async def _answered(
 def app_of(service: Service, token: str | None) -> Guard:
     """The application."""
     app = FastAPI(title="fedalt", openapi_url=None)
-    for error in (ApiError, RequestValidationError, HTTPException):
+    for error in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(error, told)
     guard = Guard(app, token, service.settings)
 

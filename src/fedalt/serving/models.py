@@ -33,6 +33,7 @@ class Model:
 
     def chat(self, base: Base, turns: Sequence[Turn]) -> tuple[int, ...]:
         """The ids that a conversation is asked with. Raises DataError."""
+        _require_signs(*(turn.content for turn in turns))
         if self.form == "messages":
             return self._ids(base, Chat(tuple(turns), ""))
         if [turn.role for turn in turns] != ["user"]:
@@ -44,12 +45,22 @@ class Model:
 
     def text(self, base: Base, text: str) -> tuple[int, ...]:
         """The ids of a text that is gone on with as it is. Raises DataError."""
+        _require_signs(text)
         return self._ids(base, Completion(text, ""))
 
     def _ids(self, base: Base, record: Record) -> tuple[int, ...]:
         ids = encode_prompt(record, base.tokenizer, self.template, max_length=_UNCUT)
         require_known_ids(base.tokenizer, ids, rows_of_embedding(base.adapted.model), "the prompt")
         return ids
+
+
+def _require_signs(*texts: str) -> None:
+    """JSON can name halves of signs, which no tokenizer takes."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"character {error.start + 1} is half a sign of Unicode") from None
 
 
 def nothing_new(_: Act) -> Mapping[str, Model] | None:

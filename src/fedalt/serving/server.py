@@ -62,9 +62,10 @@ def _listen(settings: ServeSettings) -> socket.socket:
     try:
         return socket.create_server((settings.host, settings.port), family=family)
     except OSError as error:
+        why = str(error.strerror).partition(" (")[0]  # Python adds what the sentence says anyway
         raise ValueError(
-            f"cannot listen at {settings.host} port {settings.port}: {error.strerror}; --port and "
-            "--host name another place"
+            f"cannot listen at {settings.host} port {settings.port}: {why}; --port and --host name "
+            "another place"
         ) from None
 
 

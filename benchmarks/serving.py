@@ -71,8 +71,8 @@ def mixed(servings: Sequence[Serving], pad: int) -> Callable[[Asked, int, int], 
     network = AutoModelForCausalLM.from_pretrained(location("tiny"), dtype=torch.float32)
     config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear")
     model: Any = get_peft_model(network, config, "0")
-    for name in range(1, len(servings)):
-        model.add_adapter(str(name), config)
+    for number in range(1, len(servings)):
+        model.add_adapter(str(number), config)
     tensors = model.state_dict()
     for at, serving in enumerate(servings):
         for name, tensor in serving.tree.items():

@@ -225,6 +225,7 @@ def test_the_comparison_of_the_documents_runs(here, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_what_serving_says_runs(here, capsys):
     text = (DOCS / "serving.md").read_text()
     (python,) = blocks_of(text, "python")

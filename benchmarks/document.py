@@ -1,4 +1,4 @@
-"""Tables of the benchmarks, on the screen and, where asked for, in docs/benchmarks.md."""
+"""Tables of the benchmarks, on the screen and, where asked for, in a document."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,12 +16,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def write(name: str, text: str) -> None:
+def write(name: str, text: str, place: Path = DOCUMENT) -> None:
     """Put a text between the comments `<!-- name -->` and `<!-- end name -->` of the document."""
     begin, end = f"<!-- {name} -->", f"<!-- end {name} -->"
-    document = DOCUMENT.read_text()
+    document = place.read_text()
     if not re.search(f"{begin}.*{end}", document, re.DOTALL):
-        raise SystemExit(f"{DOCUMENT} has no place for {name!r}: {begin} ... {end}")
+        raise SystemExit(f"{place} has no place for {name!r}: {begin} ... {end}")
     before, _, rest = document.partition(begin)
     after = rest.partition(end)[2]
-    DOCUMENT.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")
+    place.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}")

@@ -10,6 +10,7 @@ from fedalt.federation.rules import Rules
 from fedalt.flower.places import ClientPlace, ServerPlace
 from fedalt.methods import METHODS
 from fedalt.runs.settings import all_declared
+from fedalt.serving.settings import ServeSettings
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 _HEAD = """\
@@ -42,6 +43,13 @@ client's `client.toml` has `[client]`. Relative paths are relative to the folder
 """
 
 
+_SERVER = """
+## A server
+
+Flags of `fedalt serve` ([serving.md](serving.md)); it has no file of settings.
+"""
+
+
 def page() -> str:
     """The whole page."""
     sections = list(dict.fromkeys(section for section, _ in all_declared()))
@@ -57,6 +65,7 @@ def page() -> str:
     parts.append(_FEDERATION)
     for section, cls in (("server", ServerPlace), ("rules", Rules), ("client", ClientPlace)):
         parts.append(_table(section, declared_in(cls), flags=False))
+    parts += [_SERVER, _table("serve", declared_in(ServeSettings), flags=True)]
     return "".join(parts)
 
 

@@ -197,13 +197,13 @@ def test_generate_needs_no_data_folder(run_flags, tmp_path, capsys):
     assert "no such file or folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("what", ["personal", "individual"])
+@pytest.mark.parametrize("what", ["fedalt", "individual"])
 def test_export_writes_a_folder(finished_run, tmp_path, capsys, what):
     out = tmp_path / "mine"
-    assert call("export", finished_run, "--client", "b", "--out", out, "--what", what) == 0
+    assert call("export", finished_run, "--client", "b", "--out", out, "--format", what) == 0
     assert capsys.readouterr().out == f"{out}\n"
     assert (out / "adapter_model.safetensors").is_file()
-    assert call("export", finished_run, "--client", "b", "--out", out, "--what", what) == 2
+    assert call("export", finished_run, "--client", "b", "--out", out, "--format", what) == 2
 
 
 def test_a_column_that_a_run_does_not_have_is_named(run_flags, tmp_path, capsys):

@@ -18,6 +18,7 @@ import click
 import pytest
 import typer.main
 from commands import call
+from serving import serving
 
 from fedalt.cli import app
 from fedalt.methods import METHODS
@@ -31,6 +32,7 @@ each_document = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 
 # Commands of a federation wait for each other: tests/test_flower.py runs them as processes.
 TOGETHER = ("server", "client")
+ENDLESS = ("serve",)
 
 
 def blocks_of(text: str, language: str = "") -> list[str]:
@@ -163,8 +165,9 @@ def test_settings_and_python_in_blocks_can_be_read(document):
 def test_every_command_of_the_readme_runs_in_its_order(here, capsys, monkeypatch):
     commands = commands_of((ROOT / "README.md").read_text())
     elsewhere = commands_of((DOCS / "comparing.md").read_text())
-    story = [words for words in commands if words not in elsewhere and words[0] not in TOGETHER]
-    assert len(story) == len(commands) - 3
+    apart = (*TOGETHER, *ENDLESS)
+    story = [words for words in commands if words not in elsewhere and words[0] not in apart]
+    assert len(story) == len(commands) - 4
     assert {words[0] for words in story} >= {
         *("data", "run", "resume", "evaluate", "generate", "export", "join", "leave"),
         *("watch", "report", "chat", "track", "federation"),
@@ -219,6 +222,40 @@ def test_the_comparison_of_the_documents_runs(here, capsys):
     (of_comparison,) = [words for words in reports if words[1] == "runs/comparison"]
     assert call(*of_comparison) == 0, capsys.readouterr().err
     assert "<html" in Path("runs/comparison/report.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_serving_says_runs(here, capsys):
+    text = (DOCS / "serving.md").read_text()
+    (python,) = blocks_of(text, "python")
+    shell = [block for block in blocks_of(text) if block.startswith("curl")]
+    curls = [line for block in shell for line in block.replace("\\\n", "").splitlines()]
+    for words in commands_of(text):
+        if words[0] == "run":
+            words = [*words, "--rounds", "1", "--max-new-tokens", "4", "--no-local-baseline"]
+        if words[0] != "serve":
+            assert call(*words) == 0, capsys.readouterr().err
+        elif "--token-file" in words:
+            Path("token").write_text("secret\n")
+            with serving(Path(words[1]), *words[2:]) as server:
+                assert len(list(server.client("secret").models.list())) == 3
+        elif not words[1].startswith("clinics"):
+            with serving(Path(words[1])) as server:
+                local = "http://127.0.0.1:8000"
+                exec(python.replace(local, server.url), {})  # the document's own lines
+                for line in curls:
+                    said = subprocess.check_output(shlex.split(line.replace(local, server.url)))
+                    assert "error" not in json.loads(said)
+                assert server.end() == 0
+    answers = capsys.readouterr().out.splitlines()
+    for words in commands_of((DOCS / "export.md").read_text()):
+        assert call(*words) == 0, capsys.readouterr().err
+    assert (here / "loras" / "ben" / "adapter_config.json").exists()
+    assert (here / "anna-merged" / "model.safetensors").exists()
+    assert len(curls) == 2
+    assert (here / "exports" / "ben").is_dir()
+    assert answers[-1] == answers[-4]  # the run's and the exports' answers
 
 
 @pytest.mark.slow

@@ -26,6 +26,7 @@ FLOORS = {
     "federation": 9,
     "flower": 10,
     "api": 11,
+    "serving": 11,
     "cli": 12,
     "__main__": 13,
     "": 14,  # the package's own __init__: it may offer anything, and nothing here may import it

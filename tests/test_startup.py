@@ -37,6 +37,7 @@ def modules_after(*words: object, allowed: tuple[str, ...] = ()) -> list[str]:
         ("run", "--help"),
         ("federation", "--help"),
         ("compare", "--help"),
+        ("serve", "--help"),
     ],
     ids=" ".join,
 )

@@ -113,13 +113,14 @@ class Run:
 
     def export(self, client: str, out: str | Path) -> Path:
         """Write a client's model as a folder, which `fedalt.load` reads. Raises ValueError."""
-        from fedalt.export.card import card
+        from fedalt.export.card import asked_as, card
         from fedalt.export.folders import export_personal
         from fedalt.flower.client_model import served
 
         of = served(self.path, client, base=self._base)
-        readme = card(of, client, "personal")
-        export_personal(of.serving, of.parts.base, Path(out), readme=readme)
+        readme = card(of, client, "fedalt")
+        base = of.parts.base
+        export_personal(of.serving, base, Path(out), readme=readme, asked=asked_as(of))
         return Path(out)
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -132,10 +133,20 @@ class Bound:
         return out.reshape(*x.shape[:-1], -1)
 
 
+class Adapters(Protocol):
+    """What the wrapped layers of a model can be pointed at."""
+
+    def adapt(self, site: str, x: Tensor, y: Tensor) -> Tensor:
+        """The base layer's output y (batch, ..., d_out) and what is added to it for an input x."""
+
+    def project(self, site: str, x: Tensor) -> Tensor:
+        """What a classifier's head makes of x (batch, ..., d_in)."""
+
+
 class Binding:
     """The one mutable cell that all wrapped layers of a model look at."""
 
-    current: Bound | None = None
+    current: Adapters | None = None
 
 
 def with_client_axis(

@@ -8,7 +8,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedalt.adapters.binding import Binding, Bound, DropoutSeeds, Watch, with_client_axis
+from fedalt.adapters.binding import (
+    Adapters,
+    Binding,
+    Bound,
+    DropoutSeeds,
+    Watch,
+    with_client_axis,
+)
 from fedalt.adapters.last_token import pick_last_tokens
 from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Plan, Shape, Similarity
@@ -142,8 +149,7 @@ class AdaptedModel:
             )
         if rows is not None and len(rows) != clients:
             raise ValueError(f"numbers of texts of {len(rows)} clients for {clients} clients")
-        before = self._binding.current
-        self._binding.current = Bound(
+        bound = Bound(
             plan,
             full,
             clients,
@@ -155,9 +161,15 @@ class AdaptedModel:
             watch=watch,
             unwatched=self._partial,
         )
+        with packed(packing), self.pointed_at(bound) as model:
+            yield model
+
+    @contextmanager
+    def pointed_at(self, adapters: Adapters) -> Iterator[PreTrainedModel]:
+        """Within this context the wrapped layers ask these adapters. Nests."""
+        before, self._binding.current = self._binding.current, adapters
         try:
-            with packed(packing):
-                yield self.model
+            yield self.model
         finally:
             self._binding.current = before
 

@@ -160,33 +160,65 @@ def _products(rows: Tensor, other: Tensor, spans: Sequence[int] | None) -> Tenso
     return out
 
 
-class _Joined:
-    """The factors side by side: a (C, R, d_in), b (C, d_out, R), g (C, rows, d_in) or None."""
+@dataclass(frozen=True)
+class Joined:
+    """The factors side by side: `ag` (C, R + rows, d_in), all A and below them G; b (C, d_out, R).
 
-    def __init__(
-        self,
+    Without a mixer or router there are no rows of G.
+    """
+
+    ag: Tensor
+    b: Tensor
+    spans: Sequence[int] | None = None
+
+    @classmethod
+    def of(
+        cls,
         factors: Sequence[Tensor],
         slots: int,
         dtype: torch.dtype,
         spans: Sequence[int] | None,
-    ) -> None:
+    ) -> "Joined":
+        """From the A of each slot, the B of each and, where there is one, G."""
         cast = [factor.to(dtype) for factor in factors]
-        self.a = torch.cat(cast[:slots], 1) if slots > 1 else cast[0]
-        self.b = torch.cat(cast[slots : 2 * slots], 2) if slots > 1 else cast[1]
-        self.g = cast[2 * slots] if len(cast) > 2 * slots else None
-        self.spans = spans
+        a, b, g = cast[:slots], cast[slots : 2 * slots], cast[2 * slots :]
+        return cls(
+            torch.cat([*a, *g], 1) if len(a) + len(g) > 1 else a[0],
+            torch.cat(b, 2) if slots > 1 else b[0],
+            spans,
+        )
+
+    @property
+    def a(self) -> Tensor:
+        """(C, R, d_in)."""
+        return self.ag[:, : self.b.shape[2]]
+
+    @property
+    def g(self) -> Tensor | None:
+        """(C, rows, d_in)."""
+        rank = self.b.shape[2]
+        return self.ag[:, rank:] if self.ag.shape[1] > rank else None
 
     def down(self, x: Tensor, keep: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
         """The dropped input, h (C, N, R) and the logits (C, N, rows of g)."""
+        g = self.g
         if keep is not None:
             dropped = x * keep.to(x.dtype)
             h = times(dropped, self.a.mT, self.spans)
-            return dropped, h, None if self.g is None else times(x, self.g.mT, self.spans)
-        if self.g is None:
-            return x, times(x, self.a.mT, self.spans), None
-        joined = times(x, torch.cat([self.a, self.g], 1).mT, self.spans)
-        h, logits = joined.split([self.a.shape[1], self.g.shape[1]], -1)
+            return dropped, h, None if g is None else times(x, g.mT, self.spans)
+        both = times(x, self.ag.mT, self.spans)
+        if g is None:
+            return x, both, None
+        h, logits = both.split([self.b.shape[2], g.shape[1]], -1)
         return x, h, logits
+
+    def mixed(self, x: Tensor, keep: Tensor | None, combination: Combination) -> Tensor:
+        """The mixed h: s w h (C, N, R), which B turns into what is added to the base output."""
+        _, h, logits = self.down(x, keep)
+        shares = combination.shares(logits, h)
+        if combination.watch is not None and logits is not None:
+            combination.watch(shares)
+        return h * combination.to_rows(shares * h.new_tensor(combination.scalings))
 
 
 class _AddLowRank(torch.autograd.Function):
@@ -200,12 +232,8 @@ class _AddLowRank(torch.autograd.Function):
         spans: Sequence[int] | None,
         *factors: Tensor,
     ) -> Tensor:
-        joined = _Joined(factors, len(combination.ranks), y.dtype, spans)
-        _, h, logits = joined.down(x.to(y.dtype), keep)
-        shares = combination.shares(logits, h)
-        if combination.watch is not None and logits is not None:
-            combination.watch(shares)
-        z = h * combination.to_rows(shares * h.new_tensor(combination.scalings))
+        joined = Joined.of(factors, len(combination.ranks), y.dtype, spans)
+        z = joined.mixed(x.to(y.dtype), keep, combination)
         ctx.save_for_backward(x, keep, *factors)
         ctx.combination, ctx.dtype, ctx.spans = combination, y.dtype, spans
         return _plus_times(y, z, joined.b.mT, spans)
@@ -218,7 +246,7 @@ class _AddLowRank(torch.autograd.Function):
         spans: Sequence[int] | None = ctx.spans
         slots = len(combination.ranks)
         _, needs_x, _, _, _, *needs = ctx.needs_input_grad
-        joined = _Joined(factors, slots, ctx.dtype, spans)
+        joined = Joined.of(factors, slots, ctx.dtype, spans)
         x = saved_x.to(ctx.dtype)
         dropped, h, logits = joined.down(x, keep)
         rows = combination.to_rows(combination.amounts(logits, h))

@@ -8,19 +8,21 @@ from typing import Annotated
 import typer
 
 from fedalt.cli.chat import chat
-from fedalt.cli.client import export, generate
+from fedalt.cli.client import generate
 from fedalt.cli.compare import compare, tune
 from fedalt.cli.data import app as data
 from fedalt.cli.demo import demo
 from fedalt.cli.errors import report as report_fault
+from fedalt.cli.export import export
 from fedalt.cli.federation import app as federation
 from fedalt.cli.federation import client, server, simulate
-from fedalt.cli.flags import SettingsCommand
+from fedalt.cli.flags import ServeCommand, SettingsCommand
 from fedalt.cli.membership import join, leave
 from fedalt.cli.methods import methods
 from fedalt.cli.report import report
 from fedalt.cli.resume import evaluate, resume
 from fedalt.cli.run import run
+from fedalt.cli.serve import serve
 from fedalt.cli.track import track
 from fedalt.cli.watch import watch
 from fedalt.report.docstrings import docstring
@@ -41,6 +43,7 @@ for command in (
     *(simulate, server, client, watch, track, report),
 ):
     app.command(help=docstring(command))(command)
+app.command(help=docstring(serve), cls=ServeCommand)(serve)
 app.add_typer(data, name="data")
 app.add_typer(federation, name="federation")
 app.command(help=docstring(methods))(methods)

@@ -1,4 +1,4 @@
-"""`fedalt generate` and `export`: what one client gets out of a run."""
+"""`fedalt generate`: what a client's model answers, and the flags that name a client's model."""
 
 import sys
 from collections.abc import Iterator
@@ -71,38 +71,6 @@ def generate(
                 typer.echo(json.dumps({"prompt": text, "answer": answer}))
             else:
                 tell(answer)
-
-
-def export(
-    path: Model,
-    out: Annotated[Path, typer.Option("--out", help="The folder to write.")],
-    what: Annotated[
-        Literal["personal", "individual"],
-        typer.Option(
-            help="The whole personalised model, for `fedalt.load` and PEFT with fedalt, or the "
-            "client's individual adapter as a LoRA, for PEFT alone."
-        ),
-    ] = "personal",
-    client: ClientId = None,
-    column: AsColumn = "own",
-    round_: Round = None,
-) -> None:
-    """Write a client's model as a folder that transformers and PEFT load."""
-    hush_libraries()
-    from fedalt.export.card import card
-    from fedalt.export.folders import export_individual, export_personal
-    from fedalt.flower.client_model import clients_of, served
-
-    of = served(path, client, column, round_)
-    readme = card(of, client or clients_of(path)[0], what)
-    if what == "personal":
-        export_personal(of.serving, of.parts.base, out, readme=readme)
-        note(f"`fedalt.load({str(out)!r})` loads it in Python")
-    else:
-        export_individual(of.serving, of.parts.base, out, readme=readme)
-        note(f"`peft.PeftModel.from_pretrained(base, {str(out)!r})` loads it in Python")
-    note(f"{out / 'README.md'} shows how to prompt it")
-    typer.echo(str(out))
 
 
 def _asked() -> Iterator[list[str]]:

@@ -1,7 +1,7 @@
 """Arguments and flags that several commands have, and a flag for every declared setting."""
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING
 from functools import cache
 from pathlib import Path
@@ -41,6 +41,7 @@ PANELS: Final = {
     "training": "Training",
     "rounds": "Rounds",
     "scoring": "Scoring",
+    "serve": "Server",
 }
 _GIVEN: Final = "fedalt.settings"
 
@@ -53,7 +54,22 @@ class SettingsCommand(TyperCommand):
         own = super().get_params(ctx)
         arguments = [param for param in own if isinstance(param, click.Argument)]
         others = [param for param in own if not isinstance(param, click.Argument)]
-        return [*arguments, *setting_flags(), *others]
+        return [*arguments, *self.flags(), *others]
+
+    def flags(self) -> Sequence[TyperOption]:
+        """Those of a run's settings."""
+        return setting_flags()
+
+
+class ServeCommand(SettingsCommand):
+    """The same with the settings of a server."""
+
+    def flags(self) -> Sequence[TyperOption]:
+        """Those of a server's settings."""
+        from fedalt.core.declared import declared_in
+        from fedalt.serving.settings import ServeSettings
+
+        return [_flag("serve", item) for item in declared_in(ServeSettings)]
 
 
 def given(context: typer.Context) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The README of an exported folder: what it is, how it loads, and how it wants to be asked."""
 
 import json
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
@@ -14,19 +15,27 @@ from fedalt.runs.answers import Served
 from fedalt.runs.settings import method_name
 from fedalt.runs.setup import question
 
-What = Literal["personal", "individual"]
+What = Literal["fedalt", "individual", "peft", "merged"]
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
-def card(of: Served, client_id: str, what: What) -> str:
+def card(of: Served, client_id: str, what: What, note: str = "") -> str:
     """Markdown whose Python code runs in the folder and asks as the client was trained.
+
+    `note` is what a reader should know of this way to write the model.
 
     A model that has learnt to answer within a template answers worse outside it.
     """
     name, base = shown(of.parts.base.name), location(of.parts.base.name)
     on_hub = name != BUILT_IN and not Path(base).exists()
     about = f"library_name: peft\n{f'base_model: {json.dumps(name)}' if on_hub else ''}".strip()
-    whole = "the whole personalised model, all adapters and what weighs them"
-    lone = "the client's individual adapter alone, as a LoRA that PEFT loads without fedalt"
+    kinds = {
+        "fedalt": "the whole personalised model, all adapters and what weighs them",
+        "individual": "the client's individual adapter alone, as a LoRA that PEFT loads without "
+        "fedalt",
+        "peft": "all of the client's adapters as one LoRA, which PEFT loads without fedalt",
+        "merged": "the base model with the client's adapters merged into its weights",
+    }
     return f"""---
 {about}
 tags:
@@ -38,24 +47,39 @@ tags:
 # The model of client {client_id}
 
 Trained with {method_name(of.parts.settings.method)} on {name} by fedalt {version("fedalt")}: \
-{whole if what == "personal" else lone}.
-
+{kinds[what]}.
+{f"{chr(10)}{note[:1].upper()}{note[1:]}.{chr(10)}" if note else ""}
 ```python
 {_loading(of, base, what)}
 {_asking(of)}
 ```
-"""
+{_vllm(of, client_id, base, what)}"""
+
+
+def asked_as(of: Served) -> dict[str, object]:
+    """The same for a server: the form of a prompt, its template, and the longest answer."""
+    return {
+        "form": of.form,
+        "template": of.template.text,
+        "max_new_tokens": of.parts.settings.scoring.max_new_tokens,
+    }
 
 
 def _loading(of: Served, base: str, what: What) -> str:
     classifies = bool(of.parts.base.adapted.heads)
     asks = "" if classifies else "import torch\n"
     names = ["AutoTokenizer"] if classifies else ["AutoTokenizer", "GenerationConfig"]
-    if what == "personal":
+    if what == "fedalt":
         return f"""import fedalt
 {asks}from transformers import {", ".join(names)}
 
 model = fedalt.load(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+"""
+    if what == "merged":
+        return f"""{asks}from transformers import {", ".join(["AutoModelForCausalLM", *names])}
+
+model = AutoModelForCausalLM.from_pretrained(".").eval()
 tokenizer = AutoTokenizer.from_pretrained(".")
 """
     kind, more, lasting = "CausalLM", "", ""
@@ -71,6 +95,26 @@ from transformers import {imported}
 base = AutoModelFor{kind}.from_pretrained({base!r}{more})
 {lasting}model = PeftModel.from_pretrained(base, ".").eval()
 tokenizer = AutoTokenizer.from_pretrained({base!r})
+"""
+
+
+def _vllm(of: Served, client_id: str, base: str, what: What) -> str:
+    """How vLLM serves a plain adapter; it knows some ranks only."""
+    if what != "peft" or of.parts.base.adapted.heads:
+        return ""
+    rank = sum(slot.rank for slot in of.serving.plan.slots)
+    most = next((known for known in _VLLM_RANKS if known >= rank), rank)
+    words = [
+        "vllm serve",
+        shlex.quote(base),
+        f"--enable-lora --max-lora-rank {most} --lora-modules",
+    ]
+    return f"""
+vLLM serves it, if it serves the base model (not tried here):
+
+```
+{" ".join([*words, shlex.quote(f"{client_id}=.")])}
+```
 """
 
 

@@ -61,24 +61,32 @@ def export_individual(
         for name, tensor in select(serving.tree, chosen.name).items()
     }
     tensors = as_peft_reads(model, config, tensors)
-    with _new_folder(folder) as unfinished:
+    with new_folder(folder) as unfinished:
         _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
         _write_identity(unfinished, base)
     return folder
 
 
-def export_personal(serving: Serving, base: Base, folder: Path, *, readme: str = "") -> Path:
+def export_personal(
+    serving: Serving,
+    base: Base,
+    folder: Path,
+    *,
+    readme: str = "",
+    asked: Mapping[str, object] | None = None,
+) -> Path:
     """Write all slots, mixer or router, head and tokenizer: `fedalt.load` and PEFT load the folder.
 
     The base model is not copied; it is named by hub id or absolute path, and the built-in one by
-    "fedalt:tiny". Raises ValueError, also where the folder holds something.
+    "fedalt:tiny". `asked` tells a server how the model wants to be asked. Raises ValueError, also
+    where the folder holds something.
     """
     _require_fit(serving, base)
     plan = serving.plan
     if not isinstance(plan.combine, Sum | Mixer | Router):
         raise ValueError(
             "this client weighs its adapters anew for every prompt, which no folder can hold; "
-            "--what individual writes its own adapter, --column shared the shared part"
+            "--format individual writes its own adapter, --column shared the shared part"
         )
     config = FedALTConfig(
         **_for_any_type(base),
@@ -91,13 +99,14 @@ def export_personal(serving: Serving, base: Base, folder: Path, *, readme: str =
         weights=list(plan.combine.weights) if isinstance(plan.combine, Sum) else None,
         router=asdict(plan.combine) if isinstance(plan.combine, Router) else None,
         dropout=plan.dropout,
+        asked=None if asked is None else dict(asked),
     )
     tensors = {
         f"{name.site}.{SLOTS}.{key_of(name)}": tensor
         for name, tensor in serving.tree.items()
         if name.slot != HEAD
     }
-    with _new_folder(folder) as unfinished:
+    with new_folder(folder) as unfinished:
         _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
         base.tokenizer.save_pretrained(unfinished)
     return folder
@@ -180,7 +189,7 @@ def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], read
 
 
 @contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name once it is complete and is removed if it never is."""
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -43,7 +43,7 @@ def as_peft_reads(
         if other is None:
             raise ValueError(
                 f"PEFT reads {key.removeprefix(PREFIX)!r} of a {model.config.model_type} model by "
-                "another name, so no plain LoRA can hold this adapter; --what personal writes all "
+                "another name, so no plain LoRA can hold this adapter; --format fedalt writes all "
                 "of the client's model, which fedalt.load reads"
             )
         readable[other] = tensor

@@ -32,7 +32,7 @@ def load(path: str | Path, *, device: str | None = None) -> PeftModel:
     """
     register()
     folder = Path(path)
-    config = _read_config(folder)
+    config = read_config(folder)
     keys = _keys_in(folder)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -54,7 +54,8 @@ def load(path: str | Path, *, device: str | None = None) -> PeftModel:
     return model.eval()
 
 
-def _read_config(folder: Path) -> FedALTConfig:
+def read_config(folder: Path) -> FedALTConfig:
+    """The configuration of an exported folder. Raises ValueError."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {str(folder)!r} to load")
     file = folder / CONFIG_NAME

@@ -39,7 +39,8 @@ class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no 
     the fields of a router to their values; without both a mixer decides. `labels` are a
     classifier's, in the order of its outputs, and `pad_token_id` what it skips to find a text's
     last token. `quantise` is how the base model is kept, "8bit" or "4bit", and
-    `base_identity` the table of what it is known by. The fields before all these mean what they
+    `base_identity` the table of what it is known by. `asked` is how a text becomes a prompt and how
+    long an answer is, for a server. The fields before all these mean what they
     mean in PEFT's own LoRA.
     """
 
@@ -54,6 +55,7 @@ class FedALTConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes have no 
     pad_token_id: int | None = None
     quantise: str | None = None
     base_identity: dict[str, Any] | None = None
+    asked: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()

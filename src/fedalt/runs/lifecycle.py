@@ -205,7 +205,7 @@ def serving(
         method, states = arms[wanted].method, folder.states(wanted, at + 1)
         client = client_of(method, parts.start, states, client_id)
         message = method.broadcast(server_of(method, parts.start, states), client_id)
-        own, shared = servings(method, client, message, client_id, _Again(path, parts, at))
+        own, shared = servings(method, client, message, client_id, DeployAgain(path, parts, at))
     if column != "shared":
         return own
     if shared is None:
@@ -285,7 +285,7 @@ def _round(settings: Settings, progress: Progress, column: str, wanted: int | No
 
 
 @dataclass(frozen=True)
-class _Again:
+class DeployAgain:
     """Executes what a client orders before it serves, as was done when it was scored.
 
     Most methods order nothing: the client data are opened when one does.
@@ -296,5 +296,6 @@ class _Again:
     round: int
 
     def __call__(self, orders: Sequence[Given]) -> Sequence[Any]:
+        """What the orders give."""
         prepared = reopen(self.path, base=self.parts.base)
         return trainer_of(prepared).before_serving(self.round)(orders)

@@ -1,0 +1,96 @@
+"""A client's whole model as one plain adapter, which every tool for LoRA reads.
+
+Slots side by side are one slot of the sum of their ranks. That is exact where their weights are
+fixed numbers. A mixer or router weighs them anew for every token; in its place stands what it does
+on average at each site, and what that costs is measured.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fedalt.adapters.plan import HEAD, Plan, Similarity, Slot, Sum, single
+from fedalt.core import tree as trees
+from fedalt.core.settings import Scoring
+from fedalt.core.tree import Name, Tree
+from fedalt.data.examples import Example
+from fedalt.evaluation.scoring import score_together
+from fedalt.methods.contract import Serving
+from fedalt.models.base import Base
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """One slot that does what all of them do.
+
+    `losses` are those of the model with its mixer or router, and of this one, in nats on examples
+    that the weights do not come from; None where nothing differs.
+    """
+
+    serving: Serving
+    losses: tuple[float, float] | None = None
+
+    @property
+    def note(self) -> str:
+        """A sentence for the user, "" where nothing differs."""
+        if self.losses is None:
+            return ""
+        before, after = self.losses
+        return (
+            "the weights of the adapters, which differ from token to token, are replaced by their "
+            f"mean at each site: a loss of {after:.3f} nats a token instead of {before:.3f} on the "
+            f"client's held-out examples ({after - before:+.3f})"
+        )
+
+
+def with_fixed_weights(
+    serving: Serving, base: Base, known: Sequence[Example], held_out: Sequence[Example]
+) -> Fixed:
+    """The serving as one slot; mean weights come from the `known` examples.
+
+    Raises ValueError for weights that depend on the prompt, and where examples are needed and there
+    are none.
+    """
+    plan = serving.plan
+    if isinstance(plan.combine, Similarity):
+        raise ValueError(
+            "this client weighs its adapters anew for every prompt, which no folder can hold; "
+            "--format individual writes its own adapter, --column shared the shared part"
+        )
+    if isinstance(plan.combine, Sum):
+        return Fixed(_stacked(serving, dict.fromkeys(base.adapted.sites, plan.combine.weights)))
+    if not known or not held_out:
+        raise ValueError(
+            "the mean weights of the adapters and what they cost are measured on the client's "
+            "examples, and there are none"
+        )
+    losses = Scoring(generate=False)
+    (seen,) = score_together(base, [(serving, known)], losses, watch=len(known))
+    assert seen.weighing is not None
+    if unseen := base.adapted.sites.keys() - seen.weighing.weights.keys():
+        raise ValueError(
+            f"{min(unseen)} does not see all tokens, so the mean weights of its adapters are not "
+            "known; --format fedalt writes the mixer too"
+        )
+    fixed = _stacked(serving, seen.weighing.weights)
+    before, after = (
+        score_together(base, [(each, held_out)], losses)[0].metrics["loss"]
+        for each in (serving, fixed)
+    )
+    return Fixed(fixed, (before, after))
+
+
+def _stacked(serving: Serving, weights: "dict[str, tuple[float, ...]]") -> Serving:
+    """One slot whose B holds the weights of each site."""
+    slots = serving.plan.slots
+    rank = sum(slot.rank for slot in slots)
+    plan: Plan = single(Slot("all", rank, float(rank)), serving.plan.dropout)
+    tree: Tree = dict(trees.select(serving.tree, HEAD))
+    for site, of_site in weights.items():
+        pairs = list(zip(slots, of_site, strict=True))
+        a = [serving.tree[Name(site, slot.name, "A")] for slot in slots]
+        b = [serving.tree[Name(site, slot.name, "B")] * (slot.scaling * w) for slot, w in pairs]
+        tree[Name(site, "all", "A")] = torch.cat(a)
+        tree[Name(site, "all", "B")] = torch.cat(b, 1)
+    return Serving(plan, tree)

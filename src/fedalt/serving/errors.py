@@ -1,0 +1,57 @@
+"""Errors as OpenAI's API tells them."""
+
+from typing import Any
+
+from fastapi import Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+
+class ApiError(Exception):
+    """A request that gets no answer: the HTTP status, a sentence, and a word for programs."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param = status, message, code, param
+
+    def response(self) -> JSONResponse:
+        """What the client gets."""
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+        return JSONResponse({"error": self.body()}, self.status, headers=headers.get(self.status))
+
+    def body(self) -> dict[str, Any]:
+        """The error alone."""
+        kind = (
+            "invalid_request_error" if self.status < 500 and self.status != 429 else "server_error"
+        )
+        return {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+
+
+async def told(_: Request, error: Exception) -> JSONResponse:
+    """The response to any error."""
+    if isinstance(error, RequestValidationError):
+        error = _of_form(error)
+    elif isinstance(error, HTTPException):
+        words = {404: "there is no such path here", 405: "this path takes another method"}
+        text = words.get(error.status_code, str(error.detail))
+        error = ApiError(
+            error.status_code, text, "not_found" if error.status_code == 404 else "bad"
+        )
+    elif not isinstance(error, ApiError):
+        error = ApiError(500, "this is a fault in fedalt", "internal_error")
+    return error.response()
+
+
+def _of_form(error: RequestValidationError) -> ApiError:
+    """The first thing that is wrong with a request; its values are not repeated."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        at, why = first["loc"][-1], first.get("ctx", {}).get("error", "")
+        return ApiError(400, f"the request is no JSON, at character {at}: {why}", "invalid_json")
+    names = [str(part) for part in first["loc"][1:]]
+    field = names[0] if names else None
+    place = ".".join(name for name in names if not name[:1].isupper()) or "the request"
+    if first["type"] == "value_error":
+        return ApiError(400, f"{place}: {first['ctx']['error']}", "invalid_value", field)
+    return ApiError(400, f"{place}: {first['msg']}", "invalid_value", field)

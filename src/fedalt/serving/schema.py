@@ -1,0 +1,116 @@
+"""What a request may say, in OpenAI's words; what this server cannot do is refused by name."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from fedalt.data.records import Turn
+
+_Stop = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+# Fields that change nothing here, and others with the values that ask for nothing special.
+_IGNORED: Final = frozenset(
+    ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
+)
+_NEUTRAL: Final[Mapping[str, object]] = {
+    "n": 1,
+    "best_of": 1,
+    "echo": False,
+    "logprobs": False,
+    "frequency_penalty": 0,
+    "presence_penalty": 0,
+    "logit_bias": {},
+    "tools": [],
+    "tool_choice": "none",
+    "parallel_tool_calls": True,
+    "response_format": {"type": "text"},
+}
+
+
+class StreamOptions(BaseModel):
+    """What a stream tells beside the answer."""
+
+    include_usage: bool = False
+
+
+class Asked(BaseModel):
+    """What every request may say."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    max_tokens: int | None = Field(default=None, ge=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    seed: int | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @property
+    def stops(self) -> list[str]:
+        """The stop sequences."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def unsupported(self) -> str | None:
+        """The first field that asks for what this server does not do."""
+        for name, value in (self.model_extra or {}).items():
+            neutral = value is None or (name in _NEUTRAL and value == _NEUTRAL[name])
+            if name not in _IGNORED and not neutral:
+                return name
+        return None
+
+
+class Part(BaseModel):
+    """A part of a message."""
+
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    """A message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part]
+
+    @property
+    def turn(self) -> Turn:
+        """As a client's records have it."""
+        if isinstance(self.content, str):
+            return Turn(self.role, self.content)
+        return Turn(self.role, "".join(part.text for part in self.content))
+
+
+class ChatAsked(Asked):
+    """A request to `/v1/chat/completions`."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    @property
+    def most(self) -> int | None:
+        """The longest answer, in tokens."""
+        return self.max_completion_tokens or self.max_tokens
+
+
+class TextAsked(Asked):
+    """A request to `/v1/completions`."""
+
+    prompt: str
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _one_of_one(cls, value: Any) -> Any:
+        """A list of one prompt is that prompt."""
+        return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+    @property
+    def most(self) -> int | None:
+        """The longest answer, in tokens."""
+        return self.max_tokens

@@ -148,6 +148,11 @@ def settings_of(table: Table, source: str) -> Settings:
             f"{source}: [rounds] robust: {method_name(settings.method)!r} does more with uploads "
             f"than to average them; methods that only do that are {able}"
         )
+    if settings.privacy.unit is not None:
+        from fedalt.runs.privacy import require_private  # brings what computes
+
+        parts = settings.method, settings.privacy, settings.rounds, settings.firewall
+        require_private(*parts, source)
     return settings
 
 

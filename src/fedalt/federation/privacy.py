@@ -4,37 +4,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from fedalt.core.settings import Privacy
 from fedalt.engine.privacy import Release
-from fedalt.engine.states import States
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import Answer
-from fedalt.methods.contract import AnyMethod
 from fedalt.runs.budget import RunBudget, budget_of
 from fedalt.runs.folder import RunFolder
 
 SPENT: Final = "epsilon"  # the metric with which a client says what it has spent
 
 
-def server_budget(folder: RunFolder, agreement: Agreement) -> RunBudget | None:
-    """What the server counts: nothing where clients add the noise themselves."""
+def begin_private(
+    folder: RunFolder, agreement: Agreement, round_: int, cohort: Sequence[str]
+) -> tuple[dict[str, object], Release | None]:
+    """Count a round before anyone is called; what the record says of it, and its noise.
+
+    Where clients add the noise themselves the server counts nothing. Raises PrivacyError.
+    """
     settings = agreement.settings
     if settings.privacy.unit != "client":
-        return None
-    return budget_of(folder.path, settings, agreement.clients, lambda _: 1, folder.rounds_done())
-
-
-def begin_private(
-    budget: RunBudget | None,
-    method: AnyMethod,
-    states: States,
-    round_: int,
-    cohort: Sequence[str],
-) -> tuple[dict[str, object], Release | None]:
-    """Count a round before anyone is called; what the record says of it, and its noise."""
-    if budget is None:
         return {}, None
-    return budget.begin(cohort), budget.release(method, states, round_)
+    begun, clients = folder.rounds_done(), agreement.clients
+    budget = budget_of(folder.path, settings, clients, lambda _: 1, begun)
+    assert budget is not None
+    spent = budget.begin(cohort)
+    return spent, budget.release(settings.method, folder.states("own", round_), round_)
 
 
 def client_budget(
@@ -57,7 +50,7 @@ def own_spending(budget: RunBudget | None, client_id: str) -> Mapping[str, float
     return {SPENT: float(spent)} if isinstance(spent, float) else {}
 
 
-def told_by(privacy: Privacy, answers: Iterable[Answer]) -> dict[str, object]:
+def told_by(agreement: Agreement, answers: Iterable[Answer]) -> dict[str, object]:
     """What a round's answers tell of privacy, the most of all clients, for the record."""
     spent = [
         cost.metrics[SPENT]
@@ -65,4 +58,4 @@ def told_by(privacy: Privacy, answers: Iterable[Answer]) -> dict[str, object]:
         for cost in answer.costs
         if cost.column == "own" and SPENT in cost.metrics
     ]
-    return {SPENT: max(spent), "delta": privacy.delta} if spent else {}
+    return {SPENT: max(spent), "delta": agreement.settings.privacy.delta} if spent else {}

@@ -34,11 +34,10 @@ from fedalt.engine.states import server_of
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call, Split
-from fedalt.federation.privacy import begin_private, server_budget, told_by
+from fedalt.federation.privacy import begin_private, told_by
 from fedalt.federation.round_collector import Called, RoundCollector, Say
 from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Transport
-from fedalt.runs.budget import RunBudget
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, create, open_run, require_settings
 from fedalt.runs.settings import method_name, to_toml
@@ -58,7 +57,6 @@ class Server:
     rules: Rules
     screening: Screening
     say: Say
-    budget: RunBudget | None = None
 
     def to_the_end(self) -> None:
         """Go on from where the folder stands until the test data are scored and all know it."""
@@ -90,7 +88,7 @@ class Server:
         score = dict.fromkeys(self._columns, round_ - 1) if scored else {}
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
-        spent, release = begin_private(self.budget, method, self._states(round_), round_, cohort)
+        spent, release = begin_private(self.folder, self.agreement, round_, cohort)
 
         def train(server: Any, cohort: Sequence[str]) -> Iterator[Upload]:
             call = self._calling(progress, round_, score, server)
@@ -103,7 +101,7 @@ class Server:
         if not outcome.aggregated:
             self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
         rejected = self._record(collector, outcome.clients)
-        spent |= told_by(self.agreement.settings.privacy, collector.answers.values())
+        spent |= told_by(self.agreement, collector.answers.values())
         self.folder.record(round_line(round_, len(cohort), began) | spent)
         progress = self._with_best(progress, collector, score, rejected)
         progress = replace(progress, rounds_done=round_ + 1)
@@ -270,8 +268,7 @@ def open_server(
     arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
     if not (folder / "run.json").exists():
         create(folder, settings, _facts(agreement, arms))
-    place = agreement, arms, run := open_run(folder), transport, rules, screening, say
-    server = Server(*place, server_budget(run, agreement))
+    server = Server(agreement, arms, open_run(folder), transport, rules, screening, say)
     if (terms := server.folder.facts().get("terms")) != agreement.digest:
         raise StoreError(
             f"{folder} belongs to other terms than terms.toml (and its template.txt, if it has "

@@ -11,6 +11,7 @@ from typing import Any
 from rich.text import Text
 
 from fedalt.core.foreign import shown
+from fedalt.report.privacy import spent_privacy
 from fedalt.report.sheet import Sheet
 
 Values = tuple[float, ...]  # one number per seed
@@ -194,18 +195,6 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
             f"a client uploads {shown_size(up)} and downloads {shown_size(down)} per round (mean)"
         )
     return sentences + spent_privacy(lines)
-
-
-def spent_privacy(lines: Iterable[Line]) -> list[str]:
-    """A sentence on the privacy that a run's rounds have spent, if they keep count of it."""
-    counted = [line for line in lines if line["kind"] == "round" and "delta" in line]
-    if not counted:
-        return []
-    last = counted[-1]
-    rounds, delta = f"{len(counted)} rounds", last["delta"]
-    if last["epsilon"] is None:
-        return [f"privacy: without noise {rounds} promise nothing (epsilon is infinite)"]
-    return [f"privacy: epsilon {last['epsilon']:.3g} at delta {delta:g} spent in {rounds}"]
 
 
 def verdict(table: Table, ours: str, other: str) -> str:

@@ -66,9 +66,9 @@ class RunBudget:
         limit, delta = self.privacy.epsilon, self.privacy.delta
         if limit is not None and after > limit * (1 + 1e-9):
             raise PrivacyError(
-                f"round {ledger['begun']} of those begun would spend epsilon {after:.3g}, but "
-                f"[privacy] allows {limit:g} at delta {delta:g}; rounds that were cut short count "
-                "too; with fewer rounds in [rounds] what has been trained can be tested"
+                f"the next round would spend epsilon {after:.3g}, but [privacy] allows {limit:g} at "
+                f"delta {delta:g}; {ledger['begun']} rounds have begun, and those that were cut "
+                "short count too; with fewer rounds in [rounds] a run ends here and is tested"
             )
         pairs = {who: sorted(of.items()) for who, of in spent.items()}
         content = {"begun": ledger["begun"] + 1, "noise": dict(self._noise), "spent": pairs}

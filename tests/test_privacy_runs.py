@@ -7,12 +7,17 @@ import pytest
 from runs_for_tests import save_model, settings_for, write_clients
 from test_federation import CLIENTS, Wire, assert_close, place, states_of
 
+from fedalt.core.codec import decode
+from fedalt.core.reading import StoreError
 from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.run import Run
+from fedalt.federation.call_checks import told_outside
+from fedalt.federation.messages import Call
 from fedalt.report.table import describe
 from fedalt.runs.budget import LEDGER
 from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import reopen, resume_run, start_run
+from fedalt.runs.membership import leave
 from fedalt.runs.setup import prepare
 
 PRIVACY = {
@@ -35,7 +40,11 @@ def rounds_of(folder):
 def test_apart_is_as_in_one_process(tmp_path, model, unit):
     sections = {"rounds": ROUNDS, "privacy": PRIVACY[unit], "training": {"local_epochs": 2}}
     there, settings = place(tmp_path, model, **sections)
-    there.host(Wire(there.members())).to_the_end()
+    wire = Wire(there.members())
+    there.host(wire).to_the_end()
+    # Nothing that clients are told follows from losses, which have no noise.
+    kept = [decode(Call, data).keep for _, data in wire.sent]
+    assert any(kept) == (unit == "example")
     start_run(prepare(settings), tmp_path / "run")
     for who in CLIENTS:
         name, mine = states_of(tmp_path / f"state-{who}", who, settings.method.client_state)
@@ -87,10 +96,17 @@ def test_the_settings_of_a_private_run_may_not_be_changed(tmp_path, model):
     settings = settings_for(model, data, rounds=schedule, privacy=PRIVACY["client"])
     folder = tmp_path / "run"
     start_run(prepare(settings), folder)
+    with pytest.raises(StoreError, match="noise that protects the others too"):
+        leave(folder, "a")
     text = (folder / "settings.toml").read_text()
     (folder / "settings.toml").write_text(text.replace("clip = 0.5", "clip = 5.0"))
-    with pytest.raises(ValueError, match=r"\[privacy\] clip was 0.5 when the run began"):
+    with pytest.raises(StoreError, match=r"\[privacy\] clip was 0.5 when the run began"):
         reopen(folder)
+
+
+def test_the_server_hears_why_a_client_will_not_train():
+    error = PrivacyError("the next round would spend epsilon 9, but [privacy] allows 8")
+    assert told_outside(error, "a", []) == str(error)
 
 
 def test_a_seed_is_warned_of(tmp_path, model):

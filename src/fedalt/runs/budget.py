@@ -66,8 +66,8 @@ class RunBudget:
         limit, delta = self.privacy.epsilon, self.privacy.delta
         if limit is not None and after > limit * (1 + 1e-9):
             raise PrivacyError(
-                f"the next round would spend epsilon {after:.3g}, but [privacy] allows {limit:g} at "
-                f"delta {delta:g}; {ledger['begun']} rounds have begun, and those that were cut "
+                f"the next round would spend epsilon {after:.3g}, but [privacy] allows {limit:g} "
+                f"at delta {delta:g}; {ledger['begun']} rounds have begun, and those that were cut "
                 "short count too; with fewer rounds in [rounds] a run ends here and is tested"
             )
         pairs = {who: sorted(of.items()) for who, of in spent.items()}

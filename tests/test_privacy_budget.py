@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from scipy.special import ndtr
@@ -60,6 +61,16 @@ def test_noise_is_solved_for_a_budget():
             noise = noise_for(spent, budget, DELTA)
             assert epsilon(spent, noise, DELTA) <= budget
             assert epsilon(spent, noise * 0.997, DELTA) > budget
+
+
+def test_who_is_in_no_cohort_asks_for_no_noise(tmp_path):
+    assert noise_for({1.0: 0}, 1.0, DELTA) == 0.0
+    settings = plan("client", rounds={"participation": 0.1, "rounds": 2})
+    solved = replace(settings, privacy=Privacy(unit="client", clip=1.0, epsilon=1.0))
+    whole = budget_of(tmp_path, solved, [f"c{at}" for at in range(10)], lambda _: 1, 0)
+    assert 0 in {sum(of.values()) for of in whole.planned.values()}
+    first = settings.rounds.cohort([f"c{at}" for at in range(10)], 0, 0)
+    assert whole.begin(first)["noise"] > 1
 
 
 def test_nothing_spent_is_nothing_and_no_noise_is_infinite():

@@ -53,6 +53,8 @@ def _epsilon(spent: Sequence[tuple[float, int]], noise: float, delta: float) -> 
 
 def noise_for(spent: Spent, budget: float, delta: float) -> float:
     """The least noise multiplier, to a thousandth, with which that does not exceed the budget."""
+    if not any(spent.values()):
+        return 0.0
     low, high = 0.0, 1.0
     while epsilon(spent, high, delta) > budget:
         low, high = high, 2 * high

@@ -1,6 +1,7 @@
 """Privacy of clients: bounded changes, noise that stays in the sum, and who is refused."""
 
 import math
+import tomllib
 from itertools import pairwise
 
 import pytest
@@ -16,7 +17,7 @@ from fedalt.engine.privacy_checks import adds_up, fits_of
 from fedalt.engine.states import client_of, server_of
 from fedalt.methods import METHODS
 from fedalt.methods.fedalt import rest_of_world
-from fedalt.runs.settings import settings_of
+from fedalt.runs.settings import settings_of, to_toml
 
 ADMITTED = [
     name for name, method in METHODS.items() if method.averages or name == "fedalt"
@@ -186,6 +187,8 @@ def test_a_good_section_is_taken():
     example = {"unit": "example", "noise": 1.0, "clip": 0.5, "delta": 1e-6}
     assert settings(example, rounds={"select": "best"}).privacy.noise == 1.0
     assert settings({}).privacy.unit is None
+    assert "[privacy]" not in to_toml(settings({}))
+    assert settings_of(tomllib.loads(to_toml(settings(GOOD))), "again") == settings(GOOD)
 
 
 @pytest.mark.parametrize(

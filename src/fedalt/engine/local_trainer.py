@@ -15,6 +15,7 @@ from fedalt.core.seeds import generator, seed_of
 from fedalt.data.examples import Example, Split
 from fedalt.data.task import Task
 from fedalt.engine.generators import Execute, Given
+from fedalt.engine.privacy import Protection
 from fedalt.engine.states import States
 from fedalt.evaluation import Scores, Scoring, embed, in_groups, score, score_together
 from fedalt.methods.contract import Serving
@@ -66,20 +67,25 @@ class LocalTrainer:
         states: States | None = None,
         on_step: OnStep | None = None,
         on_fit: OnFit | None = None,
+        protection: Protection | None = None,
     ) -> list[Any]:
         """Execute orders of several clients: the answer to each; `on_fit` hears what fits took.
 
         Fits that can share their passes through the base model do. Batches and dropout depend on
         run, client, number of the fit and `when`, a round or what else trains, not on the method:
         all methods train on the same batches. `states` hold the carried optimiser state, if that is
-        wanted.
+        wanted. `protection` decides whether they train by DP-SGD.
         """
         answers: dict[int, Any] = {}
         fits: list[tuple[int, _ClientFit]] = []
         for at, (client_id, number, order) in enumerate(orders):
             match order:
                 case Fit():
-                    fits.append((at, self._client_fit(client_id, when, number, order, states)))
+                    fit = self._client_fit(client_id, when, number, order, states)
+                    if protection is not None:
+                        clipping = protection.clipping(client_id, when, number, order)
+                        fit = replace(fit, share=replace(fit.share, clipping=clipping))
+                    fits.append((at, fit))
                 case Embed():
                     answers[at] = self._embed(client_id, order)
                 case Search():

@@ -33,7 +33,7 @@ def score_line(split: str, round_: int, client_id: str, column: str, metrics: Me
     return {"kind": "score", **about, "metrics": dict(metrics)}
 
 
-def round_line(round_: int, cohort: int, began: float) -> Line:
+def round_line(round_: int, cohort: int, began: float) -> dict[str, object]:
     """What is recorded of a round: its seconds since `began`, the most memory held so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {

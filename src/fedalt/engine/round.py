@@ -8,6 +8,7 @@ from fedalt.adapters.start import Start
 from fedalt.core.codec import encode
 from fedalt.engine.blame import aggregate
 from fedalt.engine.dry_run import DryRuns
+from fedalt.engine.privacy import Release
 from fedalt.engine.screening import Screening
 from fedalt.engine.states import States, server_of
 from fedalt.engine.uploads import Metrics, Upload, UploadStore
@@ -48,19 +49,20 @@ def run_round(
     cohort: Sequence[str],
     train: Train,
     screening: Screening,
+    release: Release | None = None,
 ) -> Outcome:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
 
     `train` puts the clients' new states where `states` are; those of rejected uploads are dropped
-    again. Without an accepted upload the server keeps its state. Nothing counts before the caller
-    commits the round.
+    again. Without an accepted upload the server keeps its state. `release` has the noise of the
+    uploads' sum, where there is any. Nothing counts before the caller commits the round.
     """
     states.begin()
     server = server_of(method, start, states)
     forms_of, broadcast_size = DryRuns(method, start), _Sizes()
     costs = []
     with states.spooling() as folder:
-        uploads = UploadStore(folder, states, screening)
+        uploads = UploadStore(folder, states, screening, release)
         for upload in train(server, cohort):
             broadcast = method.broadcast(server, upload.client_id)
             data = encoded(upload.message)
@@ -80,6 +82,8 @@ def run_round(
         rejected = uploads.rejected
     if after is not None:
         states.put("server", after)
+        if release is not None:
+            release.settle()
     clients = [ClientRound(*cost, refused=rejected.get(cost[0])) for cost in costs]
     return Outcome(clients, after is not None)
 

@@ -13,6 +13,7 @@ from fedalt.engine.client_work import ClientWork
 from fedalt.engine.executor import Executor, InProcess, Score, Train
 from fedalt.engine.firewall import Firewall
 from fedalt.engine.local_trainer import LocalTrainer
+from fedalt.engine.privacy import Budget
 from fedalt.engine.record_lines import round_line, score_line, train_line
 from fedalt.engine.round import run_round
 from fedalt.engine.schedule import (
@@ -34,7 +35,8 @@ from fedalt.engine.uploads import Upload
 class Run:
     """All that a run needs; `start` draws what clients begin with, `executor` shares the work.
 
-    `base` serves the base model as it is; None where that has no score.
+    `base` serves the base model as it is; None where that has no score. `budget` is that of
+    privacy, of the arm that is asked for.
     """
 
     arms: Sequence[Arm]
@@ -47,6 +49,7 @@ class Run:
     firewall: Firewall
     executor: Executor = field(default_factory=InProcess)
     base: Arm | None = None
+    budget: Budget | None = None
 
     def to_the_end(self) -> Progress:
         """Go on from where the journal stands until the test data is scored."""
@@ -70,13 +73,14 @@ class Run:
         began = time.monotonic()
         cohort = self.schedule.cohort(self.clients, round_, self.trainer.seed)
         last = round_ + 1 == self.schedule.rounds
+        spent = {} if self.budget is None else self.budget.begin(cohort)
         for arm in self.arms:
             self._train(arm, round_, cohort)
             if last or (round_ + 1) % self.schedule.evaluate_every == 0:
                 losses = self.score(arm, round_, "validation", whole=False)
                 best = progress.best_with(arm.column, round_, losses)
                 progress = replace(progress, best=best)
-        self.journal.record(round_line(round_, len(cohort), began))
+        self.journal.record(round_line(round_, len(cohort), began) | spent)
         progress = replace(progress, rounds_done=round_ + 1, tested=False)
         self.journal.commit(progress)
         return progress
@@ -93,7 +97,9 @@ class Run:
             self.on_event(Event("refuse", round_, arm.column, client_id, 1, 1, reason=reason))
 
         screening = Screening(self.firewall, self.schedule.robust, self.schedule.trim)
-        outcome = run_round(arm.method, self.start, states, cohort, train, screening)
+        budget = self._budget(arm)
+        release = None if budget is None else budget.release(arm.method, states, round_)
+        outcome = run_round(arm.method, self.start, states, cohort, train, screening, release)
         for client in outcome.clients:
             self.journal.record(train_line(round_, arm.column, client))
             if client.refused is not None:
@@ -165,5 +171,11 @@ class Run:
         states = self.journal.states(arm.column, at)
         if server is None:
             server = server_of(arm.method, self.start, states)
-        sent = partial(arm.method.broadcast, server)
-        return ClientWork(arm, self.start, self.trainer, states, round_, sent, self.on_event)
+        sent, budget = partial(arm.method.broadcast, server), self._budget(arm)
+        protection = None if budget is None else budget.protection
+        place = arm, self.start, self.trainer, states, round_
+        return ClientWork(*place, sent, self.on_event, protection)
+
+    def _budget(self, arm: Arm) -> Budget | None:
+        """The local-only baseline sends nothing, and has nothing to hide."""
+        return self.budget if arm.column == "own" else None

@@ -9,6 +9,7 @@ from typing import ClassVar
 from fedalt.core.codec import encode, read
 from fedalt.core.files import open_private
 from fedalt.engine.firewall import Size, size_of
+from fedalt.engine.privacy import Release
 from fedalt.engine.robust import centre
 from fedalt.engine.screening import Screening
 from fedalt.engine.states import States
@@ -48,12 +49,13 @@ class Spooled:
 class UploadStore:
     """The uploads of a round in an empty `folder`, accepted unless they are rejected.
 
-    They are spooled, and come back, sorted by client.
+    They are spooled, and come back, sorted by client. `release` has the noise of their sum.
     """
 
     folder: Path
     states: States
     screening: Screening
+    release: Release | None = None
     accepted: dict[str, Spooled] = field(default_factory=dict)
     rejected: dict[str, str] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=count)
@@ -77,6 +79,11 @@ class UploadStore:
     def control(self, message: Message) -> Spooled:
         """Spool a message that is no client's, to try the method with."""
         return self._write(message, b"")
+
+    def replies(self, mix: Mapping[str, Spooled]) -> Iterator[tuple[str, Message]]:
+        """Some of the uploads as the method gets them."""
+        plain = replies(mix, self.screening)
+        return plain if self.release is None else self.release.noised(mix, plain)
 
     def _write(self, message: Message, data: bytes) -> Spooled:
         file = self.folder / f"{next(self._numbers):06d}.safetensors"

@@ -93,8 +93,10 @@ def metrics_of(agreement: Agreement, split: Split) -> Metrics:
     return Metrics(LIKELIHOOD | written, OPTIONS)
 
 
-# How many numbers of a slot and factor were trained.
-COSTS: Final = Metrics(TRAINING, counts=re.compile(rf"{TRAINED}[a-z0-9_]{{1,40}} [A-Za-z]{{1,20}}"))
+# How many numbers of a slot and factor were trained, and what was spent of privacy.
+COSTS: Final = Metrics(
+    TRAINING, {"epsilon": LOSS}, re.compile(rf"{TRAINED}[a-z0-9_]{{1,40}} [A-Za-z]{{1,20}}")
+)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,9 @@ from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.client_states import keep
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
+from fedalt.federation.privacy import client_budget, own_spending
 from fedalt.methods.contract import Message
+from fedalt.runs.budget import RunBudget
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.settings import SettingsError
 from fedalt.runs.setup import Parts, Prepared, base_arm, prepare, trainer_of
@@ -60,6 +62,7 @@ class Client:
     accepted: Accepted
     on_event: OnEvent = ignore
     say: Say = silent
+    budget: RunBudget | None = None
 
     def answer(self, data: bytes) -> bytes:
         """What to send back: to the same call the same bytes, to a bad one why it is refused.
@@ -201,14 +204,18 @@ class Client:
 
     def _train(self, arm: Arm, call: Call) -> tuple[Message, Cost]:
         """The client's half of a round; its new state stays here, its upload is returned."""
+        budget = self.budget if arm.column == "own" else None
+        spent = own_spending(budget, self.client_id)  # before anything is computed
         (upload,) = self._work(arm, call, call.round, call.round).train([self.client_id])
-        return upload.message, Cost(arm.column, upload.metrics, upload.seconds)
+        return upload.message, Cost(arm.column, {**upload.metrics, **spent}, upload.seconds)
 
     def _work(self, arm: Arm, call: Call, round_: int, at: int) -> ClientWork:
         """The client's work in a round, on its states as round `at` finds them."""
         states, message = self._states(arm.column, at), self._message(arm, call)
-        start, on_event = self.parts.start, self.on_event
-        return ClientWork(arm, start, self.trainer, states, round_, lambda _: message, on_event)
+        budget = self.budget if arm.column == "own" else None
+        protection = None if budget is None else budget.protection
+        place = arm, self.parts.start, self.trainer, states, round_
+        return ClientWork(*place, lambda _: message, self.on_event, protection)
 
     def _message(self, arm: Arm, call: Call) -> Message:
         """What the server sent, or, for the baseline, what a server without clients would send."""
@@ -263,8 +270,11 @@ def open_client(
     _require_fitting(prepared, agreement, client_id, data)
     make_private_folder(folder)
     accepted = claim(folder, agreement, client_id)
-    trainer = trainer_of(prepared)
-    return Client(agreement, client_id, prepared.parts, trainer, folder, accepted, on_event, say)
+    examples, _ = prepared.task.training_size(client_id)
+    begun = accepted.round != NEVER
+    budget = client_budget(folder, agreement, client_id, examples, begun=begun)
+    place = prepared.parts, trainer_of(prepared), folder, accepted
+    return Client(agreement, client_id, *place, on_event, say, budget)
 
 
 def _require_fitting(prepared: Prepared, agreement: Agreement, client_id: str, data: Path) -> None:

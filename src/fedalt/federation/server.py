@@ -34,6 +34,7 @@ from fedalt.engine.states import server_of
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call, Split
+from fedalt.federation.privacy import begin_private, told_by
 from fedalt.federation.round_collector import Called, RoundCollector, Say
 from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Transport
@@ -87,6 +88,7 @@ class Server:
         score = dict.fromkeys(self._columns, round_ - 1) if scored else {}
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
+        spent, release = begin_private(self.folder, self.agreement, round_, cohort)
 
         def train(server: Any, cohort: Sequence[str]) -> Iterator[Upload]:
             call = self._calling(progress, round_, score, server)
@@ -94,12 +96,13 @@ class Server:
             collector.gather({who: call(who, train=who in cohort) for who in clients}, cohort)
             return collector.uploads()
 
-        states = self._states(round_)
-        outcome = run_round(method, self.agreement.start, states, cohort, train, self.screening)
+        place = method, self.agreement.start, self._states(round_), cohort, train
+        outcome = run_round(*place, self.screening, release)
         if not outcome.aggregated:
             self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
         rejected = self._record(collector, outcome.clients)
-        self.folder.record(round_line(round_, len(cohort), began))
+        spent |= told_by(self.agreement, collector.answers.values())
+        self.folder.record(round_line(round_, len(cohort), began) | spent)
         progress = self._with_best(progress, collector, score, rejected)
         progress = replace(progress, rounds_done=round_ + 1)
         self.folder.commit(progress)
@@ -151,7 +154,9 @@ class Server:
     ) -> Callable[..., Call]:
         """Makes calls of one kind, with what a server in this state sends."""
         accepted = last_accepted(self.folder.lines())
-        keep = {column: best[0] for column, best in progress.best.items()}
+        # Which round is the best follows from losses without noise.
+        private = self.agreement.settings.privacy.unit == "client"
+        keep = {} if private else {column: best[0] for column, best in progress.best.items()}
 
         def call(client_id: str, *, train: bool = False, last: bool = False) -> Call:
             return Call(

@@ -11,6 +11,8 @@ from fedalt.core.reading import FormError, StoreError, parse, read_bytes, read_j
 from fedalt.flower.places import Federation, ServerPlace
 from fedalt.flower.processes import is_running
 from fedalt.flower.revocation import revoked
+from fedalt.report.privacy import spent_privacy
+from fedalt.runs.folder import RunFolder
 from fedalt.runs.quarantine import refusals
 
 _SHOWN: Final = 5  # lines of one sort
@@ -57,6 +59,7 @@ def shown(place: ServerPlace, federation: Federation) -> str:
         lines.append(f"  {client_id}: {state}{waits}; last answer {when}")
         if client_id in status["unable"] and not ended:
             lines.append(f"    it could not: {status['unable'][client_id]}")
+    lines += [f"  {sentence}" for sentence in spent_privacy(RunFolder(folder).lines())]
     uploads = refusals(folder)
     lines.append(f"  refused uploads: {len(uploads)}")
     lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in uploads[-_SHOWN:]]

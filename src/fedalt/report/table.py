@@ -14,6 +14,7 @@ from fedalt.core.foreign import shown
 from fedalt.report.headline import LABELS, metrics_of, values_of
 from fedalt.report.headline import Scored as Scored
 from fedalt.report.headline import Values as Values
+from fedalt.report.privacy import spent_privacy
 from fedalt.report.sheet import Sheet
 from fedalt.runs.view import Metric
 
@@ -196,7 +197,7 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
         sentences.append(
             f"a client uploads {shown_size(up)} and downloads {shown_size(down)} per round (mean)"
         )
-    return sentences
+    return sentences + spent_privacy(lines)
 
 
 def verdict(table: Table, ours: str, other: str) -> str:

@@ -23,7 +23,7 @@ from fedalt.runs.quarantine import quarantine
 from fedalt.runs.record import StoreError
 
 T = TypeVar("T")
-_AREAS = ("clients", "server", "moments")
+_AREAS = ("clients", "server", "moments", "noise")
 _STATE = re.compile(r"([0-9]+)\.safetensors")
 
 

@@ -19,6 +19,7 @@ from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.models.identity import what_differs
 from fedalt.runs import setup
+from fedalt.runs.budget import budget_of_run
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import (
     RunFolder,
@@ -256,11 +257,10 @@ def _executor(
 
 
 def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
-    parts, settings = prepared.parts, prepared.parts.settings
-    left = journal.folder.left()
+    parts, settings, left = prepared.parts, prepared.parts.settings, journal.folder.left()
     return Run(
         arms=parts.arms,
-        clients=[client_id for client_id in prepared.task.clients if client_id not in left],
+        clients=[who for who in prepared.task.clients if who not in left],
         schedule=settings.rounds,
         trainer=trainer_of(prepared),
         start=parts.start,
@@ -268,6 +268,7 @@ def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
         on_event=observer.on_event,
         firewall=settings.firewall,
         base=setup.base_arm(parts),
+        budget=budget_of_run(prepared, journal.folder),
     )
 
 

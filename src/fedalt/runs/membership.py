@@ -69,6 +69,11 @@ def leave(path: Path, client_id: str) -> None:
     require_client(folder, client_id)
     settings, _ = settings_of_run(folder)
     method = settings.method
+    if settings.privacy.unit == "client":
+        raise StoreError(
+            f"{path} is private ([privacy] unit = 'client'): what {client_id!r} has put in carries "
+            "noise that protects the others too, so it cannot be taken out"
+        )
     with locked(path):
         rounds = kept_rounds(folder.progress(leaving=client_id), "own")
         without = {}

@@ -1,6 +1,6 @@
 """What is found before a run begins: mistakes in its settings, and what a user should know."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from fedalt.core.foreign import listed
 from fedalt.data.examples import Split
@@ -60,6 +60,7 @@ def warnings_of(
     validated = any(of["validation"] for of in counts.values())
     if settings.rounds.select == "best" and not validated:
         sentences.append("no client has validation data: the last round is tested, not the best")
+    sentences += _of_privacy(settings, counts)
     total = sum(sum(of.values()) for of in counts.values())
     if limit < (wanted := settings.data.max_length):
         sentences.append(f"the base model takes {limit} tokens at most, not max_length={wanted}")
@@ -69,3 +70,23 @@ def warnings_of(
     if answers:
         sentences.append(f"{answers} of {total} answers lose their end at max_length={limit}")
     return sentences
+
+
+def _of_privacy(settings: Settings, counts: Mapping[str, Mapping[Split, int]]) -> Iterator[str]:
+    """What a user should know of a private run's promise."""
+    privacy = settings.privacy
+    if privacy.unit is None:
+        return
+    if privacy.seed is not None:
+        yield (
+            f"[privacy] seed = {privacy.seed}: whoever knows it can take the noise out again: "
+            "this run is NOT private; leave the seed out for noise that nobody can foresee"
+        )
+    if privacy.noise == 0:
+        yield "[privacy] noise = 0: nothing is hidden, and epsilon is infinite"
+    many = len(counts) if privacy.unit == "client" else max(of["train"] for of in counts.values())
+    if privacy.delta > 1 / many:
+        yield (
+            f"[privacy] delta = {privacy.delta:g} is more than 1 in {many} {privacy.unit}s: one of "
+            "them could be shown openly within that promise"
+        )

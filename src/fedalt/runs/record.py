@@ -80,6 +80,9 @@ class _Round(TypedDict):
     cohort: int
     seconds: float
     peak_memory_bytes: int
+    epsilon: NotRequired[float | None]
+    delta: NotRequired[float]
+    noise: NotRequired[float]
 
 
 class _Kind(TypedDict):

@@ -29,6 +29,7 @@ from fedalt.core.settings import (
     DataSettings,
     Firewall,
     ModelSettings,
+    Privacy,
     Schedule,
     Scoring,
     Training,
@@ -59,6 +60,7 @@ class Settings:
     rounds: Schedule = field(default_factory=Schedule)
     scoring: Scoring = field(default_factory=Scoring)
     firewall: Firewall = field(default_factory=Firewall)
+    privacy: Privacy = field(default_factory=Privacy)
     seed: Annotated[int, setting("Random seed.")] = 0
     local_baseline: Annotated[
         bool, setting("Also train every client alone: the local-only baseline.")
@@ -82,6 +84,7 @@ _SECTIONS: Final[Mapping[str, Any]] = {
     "rounds": Schedule,
     "scoring": Scoring,
     "firewall": Firewall,
+    "privacy": Privacy,
 }
 _TOP: Final = {item.name: item for item in declared_in(Settings)}
 _LORA: Final = tuple(item.name for item in declared_in(Lora))
@@ -93,7 +96,7 @@ def all_declared() -> Iterator[tuple[str, Declared]]:
     yield from (("model", item) for item in declared_in(ModelSettings))
     yield from (("method", item) for cls in (_MethodName, Lora) for item in declared_in(cls))
     yield from (("", item) for item in _TOP.values())
-    for section in ("training", "rounds", "scoring", "firewall"):
+    for section in ("training", "rounds", "scoring", "firewall", "privacy"):
         yield from ((section, item) for item in declared_in(_SECTIONS[section]))
 
 
@@ -146,6 +149,11 @@ def settings_of(table: Table, source: str) -> Settings:
             f"{source}: [rounds] robust: {method_name(settings.method)!r} does more with uploads "
             f"than to average them; methods that only do that are {able}"
         )
+    if settings.privacy.unit is not None:
+        from fedalt.runs.privacy import require_private  # brings what computes
+
+        parts = settings.method, settings.privacy, settings.rounds, settings.firewall
+        require_private(*parts, source)
     return settings
 
 
@@ -156,6 +164,8 @@ def to_toml(settings: Settings) -> str:
     sections = {name: asdict(getattr(settings, name)) for name in _SECTIONS}
     # Left out, it would be what the base model recommends when the file is run again.
     sections["model"]["targets"] = settings.model.targets or DEFAULT_TARGETS
+    if settings.privacy.unit is None:  # so that folders of before it was there stay as they are
+        del sections["privacy"]
     top = {name: getattr(settings, name) for name in _TOP}
     table = {**top, **sections, "method": method}
     return tomli_w.dumps({key: _plain(value) for key, value in table.items()})

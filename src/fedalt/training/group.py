@@ -16,6 +16,7 @@ from fedalt.core.tree import Name, Tree
 from fedalt.data.examples import Example
 from fedalt.models.base import Base
 from fedalt.training.batches import collate, epoch_order
+from fedalt.training.clipping import Clipping, private_gradients, require_clippable
 from fedalt.training.flat import Flat
 from fedalt.training.loss import client_means, token_losses
 from fedalt.training.orders import Fit, Moments, as_it_is
@@ -32,10 +33,23 @@ class TrainingError(ValueError):
 
 @dataclass(frozen=True)
 class Share:
-    """One client's part of a fit of several: its order, its data, and its own seed."""
+    """One client's part of a fit of several: its order, its data, and its own seed.
+
+    With a `clipping` it trains by DP-SGD.
+    """
 
     order: Fit
     examples: Sequence[Example]
+    seed: int
+    clipping: Clipping | None = None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """Texts that share a row of the bound tree, whose order it is, and the seed of its dropout."""
+
+    order: Fit
+    texts: Sequence[Example]
     seed: int
 
 
@@ -59,8 +73,14 @@ class Client:
 
     def __init__(self, index: int, share: Share, training: Training) -> None:
         self.index, self.order, self.seed = index, share.order, share.seed
+        self.clipping, self.expected = share.clipping, min(training.batch_size, len(share.examples))
+        self.loss, self.tokens = 0.0, 0
         lengths = [len(example.ids) for example in share.examples]
         epochs = training.local_epochs if share.order.epochs is None else share.order.epochs
+        if share.clipping is not None:
+            require_clippable(share.order)
+            self.batches = share.clipping.batches(share.examples, training.batch_size, epochs)
+            return
         self.batches = [
             [share.examples[at] for at in indices]
             for epoch in range(epochs)
@@ -68,7 +88,6 @@ class Client:
                 lengths, training.batch_size, generator(share.seed, "order", epoch)
             )
         ]
-        self.loss, self.tokens = 0.0, 0
 
     def batch(self, at: int) -> list[Example]:
         """The examples of a step; after the last one those of the first."""
@@ -152,8 +171,10 @@ class Group:
         whole = {**self.flat.tree, **self.beside}
         try:
             with ExitStack() as bindings:
+                if self.clients[0].clipping is not None:
+                    return self._clipped(whole, done, bindings)
                 if own is None:
-                    losses = self._losses(whole, done, bindings)
+                    losses = self._losses(whole, self._rows(done), bindings)
                     names, leaves = list(self.flat.tree), list(self.flat.tree.values())
                     grads = torch.autograd.grad(losses.sum(), leaves, materialize_grads=True)
                     return losses.detach().tolist(), dict(zip(names, grads, strict=True))
@@ -162,7 +183,7 @@ class Group:
 
                 def loss_of(tree: Tree, which: int) -> Tensor:
                     stacked = {name: tensor[None] for name, tensor in tree.items()}
-                    return self._losses(stacked, done + which, bindings)[0]
+                    return self._losses(stacked, self._rows(done + which), bindings)[0]
 
                 stepped = own(single, sorted(client.order.train), loss_of)
         except (torch.OutOfMemoryError, RuntimeError) as error:
@@ -175,39 +196,70 @@ class Group:
         gradients = {name: gradient.detach()[None] for name, gradient in stepped.gradients.items()}
         return [float(stepped.loss.detach())], gradients
 
-    def _losses(self, whole: Tree, at: int, bindings: ExitStack) -> Tensor:
-        """Mean loss of each client's batch, (C,), and its penalty.
+    def _rows(self, at: int) -> list[_Row]:
+        """Each client's batch of a step."""
+        return [
+            _Row(client.order, client.batch(at), client.dropout_seed(at)) for client in self.clients
+        ]
+
+    def _clipped(self, whole: Tree, done: int, bindings: ExitStack) -> tuple[list[float], Tree]:
+        """Each client's loss, and the noisy sum of its texts' clipped gradients; see clipping.py.
+
+        A batch without a text has no loss: the mean so far stands for it.
+        """
+        clippings = [client.clipping for client in self.clients if client.clipping is not None]
+        rows = [
+            (at, _Row(client.order, [text], seed_of(client.dropout_seed(done), number)))
+            for at, client in enumerate(self.clients)
+            for number, text in enumerate(client.batch(done))
+        ]
+        owners = torch.tensor(
+            [at for at, _ in rows], dtype=torch.long, device=self.base.adapted.device
+        )
+        gradients, losses = private_gradients(
+            whole,
+            list(self.flat.tree),
+            owners,
+            clippings,
+            [client.expected for client in self.clients],
+            lambda tree: self._losses(tree, [row for _, row in rows], bindings),
+        )
+        means = [client.loss / max(done, 1) for client in self.clients]
+        for at in {at for at, _ in rows}:
+            means[at] = float(losses[owners == at].mean())
+        return means, gradients
+
+    def _losses(self, whole: Tree, rows: Sequence[_Row], bindings: ExitStack) -> Tensor:
+        """Mean loss of each row's texts, (rows,), and its penalty; `whole` is (rows, ...).
 
         The model stays bound until the backward pass is over: a checkpointed layer runs once more
         in it.
         """
         adapted = self.base.adapted
-        batches = [client.batch(at) for client in self.clients]
+        batches = [row.texts for row in rows]
         pack = all(packs(self.base, batch) for batch in batches)
         batch = collate(batches, self.base.pad_id, adapted.device, pack=pack)
-        dropout = DropoutSeeds(tuple(client.dropout_seed(at) for client in self.clients))
-        order = self.clients[0].order
+        dropout = DropoutSeeds(tuple(row.seed for row in rows))
+        order = rows[0].order
         bound = whole
         if order.compose is not as_it_is or order.penalty is not None:
             trees_alone = [
-                {name: tensor[row] for name, tensor in whole.items()}
-                for row in range(len(self.clients))
+                {name: tensor[at] for name, tensor in whole.items()} for at in range(len(rows))
             ]
         if order.compose is not as_it_is:
             composed = [
-                client.order.compose(tree)
-                for client, tree in zip(self.clients, trees_alone, strict=True)
+                row.order.compose(tree) for row, tree in zip(rows, trees_alone, strict=True)
             ]
             bound = {name: torch.stack([tree[name] for tree in composed]) for name in composed[0]}
         model = bindings.enter_context(
             adapted.bound(order.plan, bound, dropout, packing=batch.packing)
         )
-        losses = client_means(token_losses(model, batch), batch, len(self.clients))
+        losses = client_means(token_losses(model, batch), batch, len(rows))
         if order.penalty is None:
             return losses
         penalties = [
-            client.order.penalty(tree)  # type: ignore[misc]
-            for client, tree in zip(self.clients, trees_alone, strict=True)
+            row.order.penalty(tree)  # type: ignore[misc]
+            for row, tree in zip(rows, trees_alone, strict=True)
         ]
         return losses + torch.stack(penalties)
 

@@ -1,0 +1,142 @@
+"""Whether a method's rounds can be private, found by playing it on two sites of a few numbers."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from fedalt.adapters.plan import Shape
+from fedalt.adapters.start import Start
+from fedalt.core import tree as trees
+from fedalt.core.seeds import generator
+from fedalt.core.settings import Privacy
+from fedalt.core.tree import Tree
+from fedalt.methods.contract import AnyMethod, Message
+from fedalt.training.clipping import require_clippable
+from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments
+
+_CLIENTS: Final = ("a", "b", "c")
+_TOY: Final = Start({"one": Shape(4, 3), "two": Shape(3, 5)}, {}, seed=0, clients=len(_CLIENTS))
+_MOST_ROUNDS: Final = 6  # played; what a method does later it has done before
+
+
+@dataclass(frozen=True)
+class Fits:
+    """The most that a client trains in a round: fits, epochs (None: the run's), spared examples."""
+
+    count: int
+    epochs: int | None
+    spare: float
+
+    def count_in(self, number: int, fit: Fit) -> bool:
+        """Whether the fit of this number in a client's round is one of those."""
+        longer = fit.epochs is not None and (self.epochs is None or fit.epochs > self.epochs)
+        return number < self.count and not longer and fit.spare <= self.spare
+
+
+def adds_up(method: AnyMethod) -> bool:
+    """Whether what a method sends is the sum of everybody's latest upload, times its weight."""
+    try:
+        first, second, third = (_Play(method, number).round(("a", "b"))[0] for number in range(3))
+        server = method.aggregate(method.init_server(_TOY), first.items())
+        server = method.aggregate(server, [("a", second["a"]), ("c", third["a"])])
+        latest = [second["a"], first["b"], third["a"]]
+        summed: Tree = {}
+        for upload in latest:
+            trees.accumulate(summed, upload.tree, float(upload.facts["weight"]))
+        sent = method.broadcast(server, "a").tree
+        gaps = trees.subtract(trees.cast(sent, torch.float64), summed)
+    except Exception:  # whatever a method makes of what it does not expect
+        return False
+    return bool(gaps) and all(bool((gap.abs() < 1e-6).all()) for gap in gaps.values())
+
+
+def weighs_alike(method: AnyMethod) -> bool:
+    """Whether all uploads weigh 1, however many examples are behind them."""
+    few, many = (_Play(method, 0, examples=count).round(("a",))[0]["a"] for count in (1, 7))
+    return few.facts.get("weight") == many.facts.get("weight") == 1.0
+
+
+def fits_of(method: AnyMethod, rounds: int) -> Fits:
+    """What a client trains in a round at most. Raises ValueError where DP-SGD does not cover it.
+
+    That is a step or a penalty of a method's own, and an upload that depends on what else it has
+    asked its data.
+    """
+    play, other = (_Play(method, 0, asked=value) for value in (0.0, 1.0))
+    fits: list[list[Fit]] = []
+    for _ in range(min(rounds, _MOST_ROUNDS)):
+        uploads, ordered = play.round(_CLIENTS)
+        unlike, _ = other.round(_CLIENTS)
+        if any(not trees.equal(uploads[who].tree, unlike[who].tree) for who in uploads):
+            raise ValueError(
+                "what this method uploads depends on more of a client's texts than their gradients"
+            )
+        fits += ordered
+    every = [fit for of_client in fits for fit in of_client]
+    for fit in every:
+        require_clippable(fit)
+    epochs = max((fit.epochs for fit in every if fit.epochs is not None), default=None)
+    return Fits(max(map(len, fits)), epochs, max(fit.spare for fit in every))
+
+
+class _Play:
+    """A federation of three clients whose training moves all that trains by random numbers."""
+
+    def __init__(
+        self, method: AnyMethod, seed: int, *, asked: float = 0.0, examples: int = 3
+    ) -> None:
+        self.method, self.asked, self.examples = method, asked, examples
+        self.stream = generator("privacy", seed)
+        self.server = method.init_server(_TOY)
+        self.states = {who: method.init_client(_TOY, who) for who in _CLIENTS}
+
+    def round(self, cohort: Sequence[str]) -> tuple[dict[str, Message], list[list[Fit]]]:
+        """The uploads of a round, and the fits that each client has ordered."""
+        uploads: dict[str, Message] = {}
+        fits: list[list[Fit]] = []
+        for who in cohort:
+            ordered: list[Fit] = []
+            fits.append(ordered)
+            sent = self.method.broadcast(self.server, who)
+            steps = self.method.local(self.states[who], sent)
+            self.states[who], uploads[who] = self._played(steps, ordered)
+        self.server = self.method.aggregate(self.server, sorted(uploads.items()))
+        return uploads, fits
+
+    def _played(self, steps: Any, fits: list[Fit]) -> Any:
+        answer: Any = None
+        while True:
+            try:
+                order = steps.send(answer)
+            except StopIteration as end:
+                return end.value
+            match order:
+                case Fit():
+                    fits.append(order)
+                    answer = Fitted(self._moved(order), self.examples, Moments())
+                case Embed():
+                    answer = torch.full((order.examples, 2), self.asked)
+                case _:
+                    answer = Found(tuple(x + self.asked for x in order.start), self.asked)
+
+    def _moved(self, fit: Fit) -> Tree:
+        return {
+            name: tensor + torch.randn(tensor.shape, generator=self.stream) * (name in fit.train)
+            for name, tensor in sorted(fit.tree.items())
+        }
+
+
+def faults(method: AnyMethod, privacy: Privacy, rounds: int) -> Iterator[str]:
+    """Why a method's rounds cannot be private in this way."""
+    if privacy.unit == "client":
+        if not (method.averages or adds_up(method)):
+            yield "its server does more with uploads than to add them up or to average them"
+        elif not weighs_alike(method):
+            yield 'an upload\'s weight tells how many examples a client has; weighting = "uniform"'
+    else:
+        try:
+            fits_of(method, rounds)
+        except ValueError as error:
+            yield str(error)

@@ -1,0 +1,61 @@
+"""Who keeps the ledger of privacy in a federation: the server, or a client for its own texts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from fedalt.engine.privacy import Release
+from fedalt.federation.agreement import Agreement
+from fedalt.federation.messages import Answer
+from fedalt.runs.budget import RunBudget, budget_of
+from fedalt.runs.folder import RunFolder
+
+SPENT: Final = "epsilon"  # the metric with which a client says what it has spent
+
+
+def begin_private(
+    folder: RunFolder, agreement: Agreement, round_: int, cohort: Sequence[str]
+) -> tuple[dict[str, object], Release | None]:
+    """Count a round before anyone is called; what the record says of it, and its noise.
+
+    Where clients add the noise themselves the server counts nothing. Raises PrivacyError.
+    """
+    settings = agreement.settings
+    if settings.privacy.unit != "client":
+        return {}, None
+    begun, clients = folder.rounds_done(), agreement.clients
+    budget = budget_of(folder.path, settings, clients, lambda _: 1, begun)
+    assert budget is not None
+    spent = budget.begin(cohort)
+    return spent, budget.release(settings.method, folder.states("own", round_), round_)
+
+
+def client_budget(
+    folder: Path, agreement: Agreement, client_id: str, examples: int, *, begun: bool
+) -> RunBudget | None:
+    """What a client counts of its own examples; `begun`: whether a round of it has counted.
+
+    Where clients are what is protected it only bounds its upload, and the server counts.
+    """
+    return budget_of(
+        folder, agreement.settings, agreement.clients, lambda _: examples, int(begun), (client_id,)
+    )
+
+
+def own_spending(budget: RunBudget | None, client_id: str) -> Mapping[str, float]:
+    """Count a client's round before it begins, where it counts; what it tells the server of it."""
+    if budget is None or budget.privacy.unit == "client":
+        return {}
+    spent = budget.begin((client_id,))[SPENT]
+    return {SPENT: float(spent)} if isinstance(spent, float) else {}
+
+
+def told_by(agreement: Agreement, answers: Iterable[Answer]) -> dict[str, object]:
+    """What a round's answers tell of privacy, the most of all clients, for the record."""
+    spent = [
+        cost.metrics[SPENT]
+        for answer in answers
+        for cost in answer.costs
+        if cost.column == "own" and SPENT in cost.metrics
+    ]
+    return {SPENT: max(spent), "delta": agreement.settings.privacy.delta} if spent else {}

@@ -1,0 +1,37 @@
+"""Which settings of [privacy] make sense together with the others of a run."""
+
+from fedalt.core.declared import SettingsError
+from fedalt.core.settings import Firewall, Privacy, Schedule
+from fedalt.engine.accounting import require_accounting
+from fedalt.engine.privacy_checks import faults
+from fedalt.methods import METHODS
+from fedalt.methods.contract import AnyMethod
+
+
+def require_private(
+    method: AnyMethod, privacy: Privacy, schedule: Schedule, firewall: Firewall, source: str
+) -> None:
+    """Raise SettingsError where [privacy] asks for what these rounds cannot give."""
+    if privacy.unit is None:
+        return
+    place = f"{source}: [privacy] unit = {privacy.unit!r}"
+    require_accounting()
+    name = METHODS.name_of(method)
+    if METHODS.is_local_only(method):
+        raise SettingsError(f"{place}: {name!r} sends nothing, so there is nothing to protect")
+    for fault in faults(method, privacy, schedule.rounds):
+        raise SettingsError(f"{place}: {name!r}: {fault}")
+    if privacy.unit == "example":
+        return
+    if schedule.robust is not None:
+        raise SettingsError(f"{place}: [rounds] robust is no sum, for which the noise would do")
+    if firewall.norm_limit is not None:
+        raise SettingsError(
+            f"{place}: [firewall] norm_limit rejects uploads by what others have sent, which no "
+            "noise hides; clip bounds every upload already"
+        )
+    if schedule.select == "best":
+        raise SettingsError(
+            f"{place}: [rounds] select = 'best' chooses by validation losses, which no noise "
+            'hides; write select = "last"'
+        )

@@ -1,0 +1,118 @@
+"""Private runs from end to end, in both engines: the same numbers, the same ledger."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from runs_for_tests import save_model, settings_for, write_clients
+from test_federation import CLIENTS, Wire, assert_close, place, states_of
+
+from fedalt.core.codec import decode
+from fedalt.core.reading import StoreError
+from fedalt.engine.privacy import PrivacyError
+from fedalt.engine.run import Run
+from fedalt.federation.call_checks import told_outside
+from fedalt.federation.messages import Call
+from fedalt.report.table import describe
+from fedalt.runs.budget import LEDGER
+from fedalt.runs.folder import open_run
+from fedalt.runs.lifecycle import reopen, resume_run, start_run
+from fedalt.runs.membership import leave
+from fedalt.runs.setup import prepare
+
+PRIVACY = {
+    "client": {"unit": "client", "epsilon": 50.0, "clip": 0.5, "seed": 3},
+    "example": {"unit": "example", "epsilon": 50.0, "clip": 0.5, "seed": 3},
+}
+ROUNDS = {"rounds": 2, "select": "last", "participation": 0.7}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+def rounds_of(folder):
+    return [line for line in open_run(folder).lines() if line["kind"] == "round"]
+
+
+@pytest.mark.parametrize("unit", PRIVACY)
+def test_apart_is_as_in_one_process(tmp_path, model, unit):
+    sections = {"rounds": ROUNDS, "privacy": PRIVACY[unit], "training": {"local_epochs": 2}}
+    there, settings = place(tmp_path, model, **sections)
+    wire = Wire(there.members())
+    there.host(wire).to_the_end()
+    # Nothing that clients are told follows from losses, which have no noise.
+    kept = [decode(Call, data).keep for _, data in wire.sent]
+    assert any(kept) == (unit == "example")
+    start_run(prepare(settings), tmp_path / "run")
+    for who in CLIENTS:
+        name, mine = states_of(tmp_path / f"state-{who}", who, settings.method.client_state)
+        wanted, theirs = states_of(tmp_path / "run", who, settings.method.client_state)
+        assert name == wanted
+        assert_close(mine, theirs)
+    apart, whole = rounds_of(tmp_path / "server"), rounds_of(tmp_path / "run")
+    spent = [line["epsilon"] for line in whole]
+    assert 0 < spent[0] <= spent[1] <= 50.0
+    assert spent[1] > 49.5  # the noise was solved for exactly these rounds
+    # In a federation only those who answered a round tell what they have spent of their own.
+    assert max(line["epsilon"] for line in apart) == pytest.approx(spent[1])
+    (sentence,) = (each for each in describe(open_run(tmp_path / "run").lines()) if "priv" in each)
+    assert sentence.endswith("at delta 1e-05 spent in 2 rounds")
+
+
+def test_private_rounds_go_on_after_a_kill_and_the_kill_counts(tmp_path, model, monkeypatch):
+    data = write_clients(tmp_path / "data")
+    schedule = {"rounds": 3, "select": "last", "test": False}
+    budget = {**PRIVACY["client"], "epsilon": 8.0}
+    settings = settings_for(model, data, rounds=schedule, privacy=budget)
+    prepared, folder = prepare(settings), tmp_path / "run"
+    plain, seen = Run._train, []
+
+    def killed(self, arm, round_, cohort):
+        plain(self, arm, round_, cohort)
+        seen.append(round_)
+        if len(seen) == 4:  # two arms a round: both have trained in the second
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "_train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        start_run(prepared, folder)
+    monkeypatch.setattr(Run, "_train", plain)
+    assert json.loads((folder / LEDGER).read_text())["begun"] == 2
+    with pytest.raises(PrivacyError, match="those that were cut short count too"):
+        resume_run(reopen(folder), folder)
+    begun = [line["epsilon"] for line in rounds_of(folder)]
+    assert len(begun) == 2  # the first, and the second once more
+    assert begun[1] == pytest.approx(8.0, rel=0.01)
+    text = (folder / "settings.toml").read_text()
+    (folder / "settings.toml").write_text(text.replace("rounds = 3", "rounds = 2"))
+    resume_run(reopen(folder), folder)  # what has been trained can be had
+
+
+def test_the_settings_of_a_private_run_may_not_be_changed(tmp_path, model):
+    data = write_clients(tmp_path / "data")
+    schedule = {"rounds": 1, "select": "last", "test": False}
+    settings = settings_for(model, data, rounds=schedule, privacy=PRIVACY["client"])
+    folder = tmp_path / "run"
+    start_run(prepare(settings), folder)
+    with pytest.raises(StoreError, match="noise that protects the others too"):
+        leave(folder, "a")
+    text = (folder / "settings.toml").read_text()
+    (folder / "settings.toml").write_text(text.replace("clip = 0.5", "clip = 5.0"))
+    with pytest.raises(StoreError, match=r"\[privacy\] clip was 0.5 when the run began"):
+        reopen(folder)
+
+
+def test_the_server_hears_why_a_client_will_not_train():
+    error = PrivacyError("the next round would spend epsilon 9, but [privacy] allows 8")
+    assert told_outside(error, "a", []) == str(error)
+
+
+def test_a_seed_is_warned_of(tmp_path, model):
+    data = write_clients(tmp_path / "data")
+    settings = settings_for(model, data, rounds=ROUNDS, privacy=PRIVACY["client"])
+    (warning,) = (each for each in prepare(settings).warnings if "[privacy] seed" in each)
+    assert warning.startswith("[privacy] seed = 3: whoever knows it can take the noise out")
+    secret = replace(settings, privacy=replace(settings.privacy, seed=None))
+    assert not any("[privacy] seed" in each for each in prepare(secret).warnings)

@@ -21,7 +21,7 @@ from fedalt.cli.output import console, note
 from fedalt.core.foreign import shown
 from fedalt.engine.schedule import Event, Line
 from fedalt.report.live_drawing import shown_time
-from fedalt.runs.lifecycle import NullObserver, Observer
+from fedalt.runs.observer import NullObserver, Observer
 from fedalt.runs.setup import Prepared
 
 _ROOM = 80  # columns that bars take; where there are fewer, lines say as much

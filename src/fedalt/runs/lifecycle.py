@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedalt.core.files import writing_behind
 from fedalt.engine.client_work import servings
@@ -30,30 +30,10 @@ from fedalt.runs.folder import (
     open_run,
     require_unused,
 )
+from fedalt.runs.observer import NullObserver, Observer
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, to_toml
 from fedalt.runs.setup import Parts, Prepared, facts_of, trainer_of
-
-
-class Observer(Protocol):
-    """Somebody who observes a run: its events, and its record as it is written."""
-
-    def on_event(self, event: Event) -> None:
-        """Something moved on."""
-
-    def on_record(self, line: Line) -> None:
-        """A line was added to rounds.jsonl."""
-
-
-@dataclass(frozen=True)
-class NullObserver:
-    """An observer who does nothing."""
-
-    def on_event(self, event: Event) -> None:
-        """Ignore it."""
-
-    def on_record(self, line: Line) -> None:
-        """Ignore it."""
 
 
 def new_run(prepared: Prepared, path: Path) -> RunFolder:

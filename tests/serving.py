@@ -53,7 +53,7 @@ class Server:
     def end(self, how: signal.Signals = signal.SIGTERM) -> int:
         """Its exit code, after a signal."""
         self.process.send_signal(how)
-        code = self.process.wait(120)
+        code = self.process.wait(240)
         self._thread.join(10)
         return code
 

@@ -7,6 +7,7 @@ from typing import Final
 
 from fedalt.core.codec import CodecError, decode
 from fedalt.core.foreign import shown
+from fedalt.engine.changes import ReferenceLackedError
 from fedalt.engine.firewall import Refused, quoted
 from fedalt.engine.schedule import Schedule
 from fedalt.federation.agreement import Agreement
@@ -128,7 +129,7 @@ def told_outside(
     fedalt has given it.
     """
     match error:
-        case CallRefused() | Refused() | TrainingError():
+        case CallRefused() | Refused() | ReferenceLackedError() | TrainingError():
             text = str(error)
         case OSError():  # a full disk; where that is, is nobody else's business
             file = None if error.filename is None else Path(str(error.filename))

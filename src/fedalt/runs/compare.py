@@ -31,7 +31,7 @@ from fedalt.runs.settings import (
 )
 from fedalt.training.recommended import recommended
 
-_OVERRIDES = ("data", "model", "training", "rounds", "scoring")
+_OVERRIDES = ("data", "model", "training", "rounds", "scoring", "traffic")
 _LABEL = re.compile(r"[\w][\w .,=+()-]*")
 
 

@@ -14,6 +14,7 @@ from fedalt.engine.generators import Given
 from fedalt.engine.run import Run
 from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress
 from fedalt.engine.states import client_of, server_of
+from fedalt.engine.traffic import Coding
 from fedalt.engine.workers import Work, workers
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
@@ -204,7 +205,9 @@ def serving(
         at = _round(parts.settings, folder.progress(), wanted, round_)
         method, states = arms[wanted].method, folder.states(wanted, at + 1)
         client = client_of(method, parts.start, states, client_id)
-        message = method.broadcast(server_of(method, parts.start, states), client_id)
+        server = server_of(method, parts.start, states)
+        coding = Coding(method, parts.start, parts.settings.traffic)
+        message = coding.downlink(states, server).message(client_id)
         own, shared = servings(method, client, message, client_id, _Again(path, parts, at))
     if column != "shared":
         return own
@@ -267,6 +270,7 @@ def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
         journal=journal,
         on_event=observer.on_event,
         firewall=settings.firewall,
+        traffic=settings.traffic,
     )
 
 

@@ -80,6 +80,7 @@ class _Round(TypedDict):
     cohort: int
     seconds: float
     peak_memory_bytes: int
+    download_error: NotRequired[float]
 
 
 class _Kind(TypedDict):

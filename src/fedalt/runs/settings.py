@@ -30,6 +30,7 @@ from fedalt.core.settings import (
     ModelSettings,
     Schedule,
     Scoring,
+    Traffic,
     Training,
 )
 from fedalt.data.encodings import EncodingError, decoded
@@ -58,6 +59,7 @@ class Settings:
     rounds: Schedule = field(default_factory=Schedule)
     scoring: Scoring = field(default_factory=Scoring)
     firewall: Firewall = field(default_factory=Firewall)
+    traffic: Traffic = field(default_factory=Traffic)
     seed: Annotated[int, setting("Random seed.")] = 0
     local_baseline: Annotated[
         bool, setting("Also train every client alone: the local-only baseline.")
@@ -81,6 +83,7 @@ _SECTIONS: Final[Mapping[str, Any]] = {
     "rounds": Schedule,
     "scoring": Scoring,
     "firewall": Firewall,
+    "traffic": Traffic,
 }
 _TOP: Final = {item.name: item for item in declared_in(Settings)}
 _LORA: Final = tuple(item.name for item in declared_in(Lora))
@@ -92,7 +95,7 @@ def all_declared() -> Iterator[tuple[str, Declared]]:
     yield from (("model", item) for item in declared_in(ModelSettings))
     yield from (("method", item) for cls in (_MethodName, Lora) for item in declared_in(cls))
     yield from (("", item) for item in _TOP.values())
-    for section in ("training", "rounds", "scoring", "firewall"):
+    for section in ("training", "rounds", "scoring", "firewall", "traffic"):
         yield from ((section, item) for item in declared_in(_SECTIONS[section]))
 
 

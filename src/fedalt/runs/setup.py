@@ -40,6 +40,7 @@ from fedalt.runs.settings import (
     method_name,
     read_settings,
     rooted,
+    settings_of,
     to_toml,
 )
 from fedalt.training.orders import Fit
@@ -218,6 +219,8 @@ def settings_of_run(folder: RunFolder) -> tuple[Settings, tuple[str, ...]]:
     file = folder.path / "settings.toml"
     settings = read_settings(file)
     then = rooted(folder.facts().get("settings", {}), folder.path)
+    if then:  # what an older version did not know had its default
+        then = tomllib.loads(to_toml(settings_of(then, str(file))))
     now = tomllib.loads(to_toml(settings))
     told = []
     for section in sorted({*then, *now}):

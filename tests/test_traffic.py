@@ -1,4 +1,4 @@
-"""Changes in the place of whole messages: the same on both sides, whatever was missed or refused."""
+"""Changes in the place of whole messages: both sides read the same, whatever was missed."""
 
 import copy
 from dataclasses import replace
@@ -57,9 +57,7 @@ def test_errors_are_part_of_the_next_change_so_that_they_do_not_add_up(kind):
         read = message_of(change, received)
         summed = trees.add(summed, trees.subtract(read.tree, received.tree))
         received = Known.of(read.tree)
-        assert received == states["clients/a/sent"] or trees.equal(
-            received.tree, states["clients/a/sent"].tree
-        )
+        assert received.digest == states["clients/a/sent"].digest
         for name, tensor in upload.tree.items():
             bound = step[name] / LEVELS.get(kind, 256) * 1.01 + 1e-6
             assert (read.tree[name] - tensor).abs().max() <= bound
@@ -186,14 +184,12 @@ def test_one_client_a_million_times_larger_passes_where_sums_are_exact_or_nobody
 
 
 def test_a_total_in_float32_leaves_room_for_the_others_below_the_limit():
-    factor = 2.0**12
+    factor, float32 = 2.0**12, Traffic(download="float32")
     exact, _ = simulate(FEDALT, [ALL], train=large(factor))
-    rounded, costs = simulate(
-        FEDALT, [ALL], train=large(factor), traffic=Traffic(download="float32")
-    )
+    rounded, costs = simulate(FEDALT, [ALL], train=large(factor), traffic=float32)
     assert not any(cost.refused for cost in costs)
     theirs = served(FEDALT, exact, ["b"])["b"].tree
-    ours = served(FEDALT, rounded, ["b"], traffic=Traffic(download="float32"))["b"].tree
+    ours = served(FEDALT, rounded, ["b"], traffic=float32)["b"].tree
     largest = max(tensor.abs().max() for tensor in trees.select(ours, "individual").values())
     for name, tensor in trees.select(ours, "rest_of_world").items():
         # Half a unit in the last place of the total, shared by the other two.

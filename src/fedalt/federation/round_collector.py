@@ -41,8 +41,8 @@ Called = dict[str, list[Asked]]  # of each client, the calls that it has not ans
 class RoundCollector:
     """The round in progress; what it holds can be had again from the disk and the transport.
 
-    `columns` are those of the run's arms, `folder` and `states` the run's. Uploads stay on disk: `answers`
-    hold all but them, `uploaded` are their clients, `downloads` the sizes of the calls in bytes.
+    `columns` are those of the run's arms, `folder` and `states` the run's. Uploads stay on disk:
+    `answers` hold all but them, `uploaded` are their clients, `downloads` the calls' bytes.
     """
 
     agreement: Agreement
@@ -154,8 +154,8 @@ class RoundCollector:
 
         What tells the call apart, and its size, stay.
         """
-        call = self._calls[client_id]
-        if self._sent is not None and client_id not in self._in_vain:
+        call, in_full = self._calls[client_id], client_id in self._in_vain
+        if self._sent is not None and not in_full:
             call = replace(call, message=self._sent(client_id))
         data = encode(call)
         self._digests[client_id] = digest(data)

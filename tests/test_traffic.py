@@ -206,3 +206,13 @@ def test_a_late_upload_counts_less_in_a_mean():
         store.spool(Upload("a", message, 0.0, counts=0.5), message, b"")
         store.spool(Upload("b", message, 0.0), message, b"")
         assert [spooled.size.weight for spooled in store.accepted.values()] == [2.0, 4.0]
+
+
+def test_published_anew_it_is_the_state_itself_in_full():
+    states, _ = simulate(FEDALT, [ALL, ALL], traffic=INT8)
+    coding, server = Coding(FEDALT, START, INT8, ALL), server_of(FEDALT, START, states)
+    assert coding.publish(states, server) < 2.0**-24
+    downlink = coding.downlink(states, server)
+    assert isinstance(downlink.sent("a"), Message)
+    for name, tensor in downlink.sent("a").tree.items():
+        assert torch.equal(tensor, server.total[name].float())

@@ -204,7 +204,7 @@ class Traffic:
         ),
     ] = "float32"
     download: Annotated[
-        Literal["exact", "float32", "bf16", "int8"],
+        Literal["exact", "float32", "bf16", "int8", "int4"],
         setting(
             "What the server sends as the method has it, or in float32, or its change since the "
             "round before in fewer bits a number.",

@@ -45,7 +45,8 @@ from fedalt.methods.contract import AnyMethod, Message
 
 # How many times the usual norm an upload may have where readers subtract from a sum that is sent
 # rounded: its own part of it must leave room for the others'.
-ROOM: Final[Mapping[str, float]] = {"float32": 2.0**14, "bf16": 64.0, "int8": 64.0}
+ROOM: Final[Mapping[str, float]] = {"float32": 2.0**14, "bf16": 64.0, "int8": 64.0, "int4": 8.0}
+_CHANGES: Final = ("bf16", "int8", "int4")  # of what clients have, the others are whole messages
 
 
 @dataclass(frozen=True)
@@ -169,7 +170,7 @@ class Coding:
                 states.put(key, known)
                 up[client_id] = known.digest
         down = dict(sent.digests.down)
-        if self.settings.download in ("bf16", "int8"):
+        if self.settings.download in _CHANGES:
             down |= {client_id: sent.known(client_id).digest for client_id in heard}
         if (up, down) != (sent.digests.up, sent.digests.down):
             states.put("server/digests", Digests(down, up))
@@ -253,7 +254,7 @@ class Downlink:
         return self._float32[0][1]
 
     def _published(self, client_id: str) -> Published | None:
-        if self.coding.settings.download not in ("bf16", "int8"):
+        if self.coding.settings.download not in _CHANGES:
             return None
         common = self._load("server/published")
         if common is not None and common.apart:

@@ -22,7 +22,7 @@ from fedalt.engine.generators import Execute, Given, run_generators
 from fedalt.engine.round import ClientRound, Outcome, run_round
 from fedalt.engine.schedule import Arm
 from fedalt.engine.screening import Screening
-from fedalt.engine.states import client_of, server_of
+from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding, Downlink, Traffic
 from fedalt.methods.contract import AnyMethod, Ledger, Serving
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
@@ -175,8 +175,7 @@ def servings(
 ) -> tuple[Serving, Serving | None]:
     """What a client would serve now, and the shared part alone if there is one."""
     client = client_of(method, start, states, client_id)
-    coding, server = Coding(method, start, traffic), server_of(method, start, states)
-    message = coding.downlink(states, server).message(client_id)
+    message = Coding(method, start, traffic).downlink(states).message(client_id)
     return client_work.servings(method, client, message, client_id, one_by_one(train))
 
 

@@ -17,7 +17,6 @@ from fedalt.engine.record_lines import round_line, score_line, train_line
 from fedalt.engine.round import run_round
 from fedalt.engine.schedule import Arm, Event, HeldOut, Journal, Line, Progress, Schedule
 from fedalt.engine.screening import Screening
-from fedalt.engine.states import server_of
 from fedalt.engine.traffic import Coding, Downlink, Traffic
 from fedalt.engine.uploads import Upload
 
@@ -151,9 +150,7 @@ class Run:
     def _work(self, arm: Arm, round_: int, at: int, downlink: Downlink | None = None) -> ClientWork:
         """The clients' work in a round, on their states as round `at` finds them."""
         states, coding = self.journal.states(arm.column, at), self._coding(arm)
-        if downlink is None:
-            downlink = coding.downlink(states, server_of(arm.method, self.start, states))
-        sent, on_event = downlink.message, self.on_event
+        sent, on_event = (downlink or coding.downlink(states)).message, self.on_event
         return ClientWork(arm, self.start, self.trainer, states, round_, sent, on_event, coding)
 
     def _coding(self, arm: Arm) -> Coding:

@@ -39,7 +39,7 @@ from fedalt.engine.changes import (
 )
 from fedalt.engine.dry_run import Form, play
 from fedalt.engine.firewall import Refused, check_shapes
-from fedalt.engine.states import States
+from fedalt.engine.states import States, server_of
 from fedalt.engine.uploads import Spooled
 from fedalt.methods.contract import AnyMethod, Message
 
@@ -204,8 +204,10 @@ class Coding:
             states.put("server/published", Published(Known({}, ""), apart=True))
         return far
 
-    def downlink(self, states: States, server: Any) -> "Downlink":
-        """What clients get of a server's state, which is the one that `states` are read as of."""
+    def downlink(self, states: States, server: Any = None) -> "Downlink":
+        """What clients get of a server's state: of the one in `states` if none is given."""
+        if server is None:
+            server = server_of(self.method, self.start, states)
         return Downlink(self, states, server)
 
 

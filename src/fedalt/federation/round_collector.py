@@ -76,8 +76,7 @@ class RoundCollector:
     ) -> None:
         """Call clients as they come online until all have answered, or it has taken too long.
 
-        `cohort` are those that are to train; `sent` says how each call's message is sent, else it
-        is in full.
+        `cohort` are those that are to train; `sent` is how each call's message is sent.
         """
         self._calls, self._sent = calls, sent
         self._resume()
@@ -154,9 +153,9 @@ class RoundCollector:
 
         What tells the call apart, and its size, stay.
         """
-        call, in_full = self._calls[client_id], client_id in self._in_vain
-        if self._sent is not None and not in_full:
-            call = replace(call, message=self._sent(client_id))
+        call, sent = self._calls[client_id], self._sent
+        if sent is not None and client_id not in self._in_vain:
+            call = replace(call, message=sent(client_id))
         data = encode(call)
         self._digests[client_id] = digest(data)
         self.downloads[client_id] = self._in_vain.get(client_id, 0) + len(data)

@@ -28,7 +28,6 @@ from fedalt.engine.record_lines import (
 from fedalt.engine.round import ClientRound, run_round
 from fedalt.engine.schedule import Arm, Progress
 from fedalt.engine.screening import Screening
-from fedalt.engine.states import server_of
 from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement, facts_of
@@ -245,9 +244,7 @@ class Server:
 
     def _downlink_after(self, round_: int) -> Downlink:
         """What the server sends after a round."""
-        states = self._states(round_ + 1)
-        server = server_of(self.arms[0].method, self.agreement.start, states)
-        return self._coding.downlink(states, server)
+        return self._coding.downlink(self._states(round_ + 1))
 
     @property
     def _coding(self) -> Coding:

@@ -13,7 +13,7 @@ from fedalt.engine.executor import Executor
 from fedalt.engine.generators import Given
 from fedalt.engine.run import Run
 from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress
-from fedalt.engine.states import client_of, server_of
+from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding
 from fedalt.engine.workers import Work, workers
 from fedalt.methods.contract import Serving
@@ -198,16 +198,13 @@ def serving(
     arms = {arm.column: arm for arm in parts.arms}
     wanted: Column = "local" if column == "local" else "own"
     if wanted not in arms:
-        raise StoreError(
-            f"{path} has no column 'local': it was run without the local-only baseline"
-        )
+        raise StoreError(f"{path} has no column 'local': it ran without the local-only baseline")
     with locked(path):
         at = _round(parts.settings, folder.progress(), wanted, round_)
         method, states = arms[wanted].method, folder.states(wanted, at + 1)
         client = client_of(method, parts.start, states, client_id)
-        server = server_of(method, parts.start, states)
         coding = Coding(method, parts.start, parts.settings.traffic)
-        message = coding.downlink(states, server).message(client_id)
+        message = coding.downlink(states).message(client_id)
         own, shared = servings(method, client, message, client_id, _Again(path, parts, at))
     if column != "shared":
         return own

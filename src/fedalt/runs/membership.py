@@ -6,7 +6,7 @@ from pathlib import Path
 from fedalt.adapters.start import Start
 from fedalt.engine.generators import run_generators
 from fedalt.engine.schedule import Line
-from fedalt.engine.states import client_of, server_of
+from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
@@ -37,7 +37,7 @@ def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
             execute = trainer_of(prepared).joining(at)
             read, write = folder.states(arm.column, at + 1), folder.states(arm.column, at)
             coding = Coding(arm.method, prepared.parts.start, prepared.parts.settings.traffic)
-            downlink = coding.downlink(read, server_of(arm.method, prepared.parts.start, read))
+            downlink = coding.downlink(read)
             for client_id in clients:
                 client = client_of(arm.method, prepared.parts.start, read, client_id)
                 steps = {client_id: arm.method.local(client, downlink.message(client_id))}

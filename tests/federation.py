@@ -3,7 +3,6 @@
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +23,8 @@ from fedalt.engine.privacy import Protection, Release
 from fedalt.engine.round import ClientRound, Outcome, run_round
 from fedalt.engine.schedule import Arm
 from fedalt.engine.screening import Screening
-from fedalt.engine.states import client_of, server_of
+from fedalt.engine.states import client_of
+from fedalt.engine.traffic import Coding, Downlink, Traffic
 from fedalt.methods.contract import AnyMethod, Ledger, Serving
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
 
@@ -33,6 +33,7 @@ SITES = {"block.0.q": Shape(5, 4), "block.1.q": Shape(5, 3)}
 HEADS = {Name("classifier", HEAD, "weight"): (2, 3), Name("classifier", HEAD, "bias"): (2,)}
 START = Start(SITES, HEADS, seed=7)
 USUAL = Screening()
+IN_FULL = Traffic()
 EXAMPLES = {"a": 10, "b": 30, "c": 60}
 
 
@@ -134,18 +135,19 @@ def run_groups(
     screening: Screening = USUAL,
     protection: Protection | None = None,
     release: Release | None = None,
+    traffic: Traffic = IN_FULL,
 ) -> Outcome:
     """A round in which groups of clients train together."""
+    coding = Coding(method, start, traffic, sorted(EXAMPLES))
 
-    def train(server: Any, _: Sequence[str]) -> Iterator[Any]:
+    def train(downlink: Downlink, _: Sequence[str]) -> Iterator[Any]:
         trainer: Any = Answers(execute)
-        sent = partial(method.broadcast, server)
         place = Arm("own", method), start, trainer, states, 0
-        work = ClientWork(*place, sent, lambda _: None, protection)
+        work = ClientWork(*place, downlink.message, lambda _: None, protection, coding)
         return chain.from_iterable(map(work.train, groups))
 
     cohort = list(chain.from_iterable(groups))
-    return run_round(method, start, states, cohort, train, screening, release)
+    return run_round(method, start, states, cohort, train, screening, release, coding)
 
 
 def simulate(
@@ -154,32 +156,43 @@ def simulate(
     states: MemoryStates | None = None,
     train: Any = pull,
     screening: Screening = USUAL,
+    traffic: Traffic = IN_FULL,
 ) -> tuple[MemoryStates, list[ClientRound]]:
     """Run a round for every cohort; the states afterwards and what each client's round cost."""
     states = MemoryStates() if states is None else states
     costs: list[ClientRound] = []
     for cohort in cohorts:
         groups = [sorted(cohort)]
-        outcome = run_groups(method, START, states, groups, one_by_one(train), screening)
+        outcome = run_groups(method, START, states, groups, one_by_one(train), screening, traffic)
         costs += outcome.clients
     return states, costs
 
 
 def servings(
-    method: AnyMethod, start: Start, states: MemoryStates, client_id: str, train: Any = pull
+    method: AnyMethod,
+    start: Start,
+    states: MemoryStates,
+    client_id: str,
+    train: Any = pull,
+    traffic: Traffic = IN_FULL,
 ) -> tuple[Serving, Serving | None]:
     """What a client would serve now, and the shared part alone if there is one."""
     client = client_of(method, start, states, client_id)
-    message = method.broadcast(server_of(method, start, states), client_id)
+    message = Coding(method, start, traffic).downlink(states).message(client_id)
     return client_work.servings(method, client, message, client_id, one_by_one(train))
 
 
 def served(
-    method: AnyMethod, states: MemoryStates, clients: Sequence[str], train: Any = pull
+    method: AnyMethod,
+    states: MemoryStates,
+    clients: Sequence[str],
+    train: Any = pull,
+    traffic: Traffic = IN_FULL,
 ) -> dict[str, Serving]:
     """What every client would serve."""
     return {
-        client_id: servings(method, START, states, client_id, train)[0] for client_id in clients
+        client_id: servings(method, START, states, client_id, train, traffic)[0]
+        for client_id in clients
     }
 
 

@@ -19,6 +19,7 @@ from federation import (
 from fedalt.adapters.plan import HEAD, MIXER, ROUTER
 from fedalt.core import tree as trees
 from fedalt.engine.states import client_of, server_of
+from fedalt.engine.traffic import Traffic
 from fedalt.methods import METHODS
 from fedalt.methods.contract import AnyMethod
 from fedalt.methods.fdlora import FDLoRA
@@ -143,6 +144,15 @@ def test_a_resumed_run_equals_a_straight_one(method):
     first, _ = simulate(method, COHORTS[:2], ByteStates())
     resumed, _ = simulate(method, COHORTS[2:], copy.deepcopy(first))
     assert_same_servings(served(method, straight, ALL), served(method, resumed, ALL))
+
+
+@each_method
+def test_changes_in_int8_are_read_by_everyone(method):
+    int8 = Traffic(upload="int8", download="int8")
+    states, costs = simulate(method, COHORTS, ByteStates(), traffic=int8)
+    assert not any(cost.refused for cost in costs)
+    for serving in served(method, states, [*ALL, "newcomer"], traffic=int8).values():
+        assert all(tensor.isfinite().all() for tensor in serving.tree.values())
 
 
 @each_method

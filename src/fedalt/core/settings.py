@@ -156,6 +156,11 @@ class Schedule:
         chosen = torch.randperm(len(clients), generator=stream)[:size].tolist()
         return sorted(clients[index] for index in chosen)
 
+    def called(self, clients: Sequence[str], round_: int, cohort: Sequence[str]) -> Sequence[str]:
+        """Whom the server calls in a round: the cohort, or all, to score the round before too."""
+        scored = round_ > 0 and round_ % self.evaluate_every == 0
+        return clients if scored else cohort
+
 
 @declared
 class Scoring:
@@ -248,3 +253,24 @@ class Privacy:
                 f"epsilon is the budget that noise is solved for, noise is given instead of it: "
                 f"exactly one is expected, but {both}"
             )
+
+
+@declared
+class Traffic:
+    """How messages become shorter on their way, see docs/traffic.md."""
+
+    upload: Annotated[
+        Literal["float32", "bf16", "int8", "int4"],
+        setting(
+            "Uploads in full, or their change since the last accepted one in fewer bits a number.",
+            flag=None,
+        ),
+    ] = "float32"
+    download: Annotated[
+        Literal["exact", "float32", "bf16", "int8", "int4"],
+        setting(
+            "What the server sends as the method has it, or in float32, or its change since the "
+            "round before in fewer bits a number.",
+            flag=None,
+        ),
+    ] = "exact"

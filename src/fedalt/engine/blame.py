@@ -25,13 +25,18 @@ class MethodFailed(ValueError):  # noqa: N818 - the method has, whatever was upl
 
 
 def aggregate(
-    method: AnyMethod, server: Any, uploads: UploadStore, forms_of: FormsOf
+    method: AnyMethod,
+    server: Any,
+    uploads: UploadStore,
+    forms_of: FormsOf,
+    drowning: Callable[[Any, Mapping[str, Spooled]], Mapping[str, str]] = lambda *_: {},
 ) -> Any | None:
     """The server's state after the accepted uploads; None if there are none.
 
     An upload that is too large beside the others is rejected, and so is one with which the method
-    fails: it raises, or comes to a state with NaN or infinity. Raises MethodFailed where no upload
-    can be blamed; errors of the disk or of memory are no upload's fault and pass.
+    fails: it raises, or comes to a state with NaN or infinity, or to one in which `drowning` finds
+    it too large to be sent. Raises MethodFailed where no upload can be blamed; errors of the disk
+    or of memory are no upload's fault and pass.
     """
     trial = _Trial(method, server, uploads, forms_of)
     blamed: dict[str, str] = {}
@@ -48,7 +53,9 @@ def aggregate(
         }
         try:
             after = trial.outcome(accepted) if accepted else None
-            break
+            if after is None or not (found := drowning(after, accepted)):
+                break
+            blamed |= found
         except (OSError, MemoryError):
             raise
         except Exception as error:  # whatever a method makes of what it does not expect
@@ -64,7 +71,7 @@ def aggregate(
                 client_id: f"the method cannot aggregate it: {why}"
                 for client_id, why in at_fault.items()
             }
-            uploads.states.drop("server")  # what the attempts have put into ledgers
+        uploads.states.drop("server")  # what the attempts have put into ledgers
     for client_id, reason in sorted({**rejected, **blamed}.items()):
         uploads.reject(client_id, reason)
     return after

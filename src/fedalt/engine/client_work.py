@@ -13,12 +13,14 @@ from typing import Any, ClassVar, Final
 
 from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
+from fedalt.engine.changes import Sent
 from fedalt.engine.example_log import example_log, mixer_facts
 from fedalt.engine.generators import Execute, run_generators
 from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.privacy import Protection
 from fedalt.engine.schedule import Arm, Event, HeldOut
 from fedalt.engine.states import States, client_of
+from fedalt.engine.traffic import Coding
 from fedalt.engine.uploads import Metrics, Upload
 from fedalt.methods.contract import AnyMethod, Local, Message, Serving
 from fedalt.training.group import Trained, TrainingError
@@ -45,7 +47,8 @@ class ClientWork:
     """Trains clients of an arm in a round, or scores what they serve after it.
 
     `states` are read as of the round before, or after, the one; `sent` is what the server sends a
-    client then. `protection` is what training does for privacy, where anything does.
+    client then. `protection` is what training does for privacy, where anything does. `coding` makes
+    uploads shorter, as changes of what the server is `expecting` them to be of.
     """
 
     arm: Arm
@@ -56,6 +59,8 @@ class ClientWork:
     sent: Callable[[str], Message]
     on_event: Callable[[Event], None]
     protection: Protection | None = None
+    coding: Coding | None = None
+    expecting: str | None = None
 
     def train(self, group: Sequence[str]) -> list[Upload]:
         """The clients train, as many as can in one pass; their new states are put, uploads come.
@@ -83,7 +88,12 @@ class ClientWork:
         for client_id, (state, _) in ends.items():
             self.states.put(f"clients/{client_id}", state)
         return [
-            Upload(client_id, message, seconds, training_metrics(fits[client_id]))
+            Upload(
+                client_id,
+                self._coded(client_id, message),
+                seconds,
+                training_metrics(fits[client_id]),
+            )
             for client_id, (_, message) in ends.items()
         ]
 
@@ -152,6 +162,11 @@ class ClientWork:
         if self.protection is None:
             return self.arm.method.local(client, sent)
         return self.protection.local(self.arm.method, client, sent, self.start)
+
+    def _coded(self, client_id: str, upload: Message) -> Sent:
+        if self.coding is None:
+            return upload
+        return self.coding.send(self.states, client_id, upload, self.expecting)
 
     def _client(self, client_id: str) -> object:
         return client_of(self.arm.method, self.start, self.states, client_id)

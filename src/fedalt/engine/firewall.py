@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from statistics import median
 from typing import Final
@@ -64,9 +64,24 @@ def check_upload(upload: Message, forms: Sequence[Form]) -> None:
         )
 
 
+def check_shapes(shapes: Mapping[Name, tuple[int, ...]], forms: Sequence[Form]) -> None:
+    """Refuse names and shapes that none of the forms has, before there are numbers to them."""
+    expected = _form_named(shapes.keys(), forms).tree
+    _check_names(shapes.keys(), expected.keys())
+    for name, tensor in expected.items():
+        if shapes[name] != tuple(tensor.shape):
+            raise Refused(
+                f"the upload has {_named(name)} as {shapes[name]}, expected {tuple(tensor.shape)}"
+            )
+
+
 def form_of(upload: Message, forms: Sequence[Form]) -> Form:
     """The form that an upload has by the names of its tensors, or the last."""
-    return [*forms, *(form for form in forms if form.tree.keys() == upload.tree.keys())][-1]
+    return _form_named(upload.tree.keys(), forms)
+
+
+def _form_named(names: Set[Name], forms: Sequence[Form]) -> Form:
+    return [*forms, *(form for form in forms if form.tree.keys() == names)][-1]
 
 
 def check_broadcast(message: Message, method: AnyMethod, start: Start, client: object) -> None:
@@ -135,11 +150,15 @@ def _outliers(what: str, values: Mapping[str, float], limit: float) -> dict[str,
     }
 
 
-def _check_tree(tree: Tree, expected: Tree) -> None:
-    if missing := expected.keys() - tree.keys():
+def _check_names(names: Set[Name], expected: Set[Name]) -> None:
+    if missing := expected - names:
         raise Refused(f"the upload lacks {len(missing)} expected tensors, {_first(missing)}")
-    if extra := tree.keys() - expected.keys():
+    if extra := names - expected:
         raise Refused(f"the upload has {len(extra)} unexpected tensors, {_first(extra)}")
+
+
+def _check_tree(tree: Tree, expected: Tree) -> None:
+    _check_names(tree.keys(), expected.keys())
     for name, wanted in expected.items():
         if tree[name].shape != wanted.shape or tree[name].dtype != wanted.dtype:
             raise Refused(

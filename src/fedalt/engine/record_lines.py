@@ -33,8 +33,11 @@ def score_line(split: str, round_: int, client_id: str, column: str, metrics: Me
     return {"kind": "score", **about, "metrics": dict(metrics)}
 
 
-def round_line(round_: int, cohort: int, began: float) -> dict[str, object]:
-    """What is recorded of a round: its seconds since `began`, the most memory held so far."""
+def round_line(round_: int, cohort: int, began: float, download_error: float | None = None) -> Line:
+    """What is recorded of a round: its seconds since `began`, the most memory held so far.
+
+    `download_error`, where what the server sends is rounded: how far that is from its state.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "kind": "round",
@@ -42,6 +45,7 @@ def round_line(round_: int, cohort: int, began: float) -> dict[str, object]:
         "cohort": cohort,
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        **({} if download_error is None else {"download_error": download_error}),
     }
 
 

@@ -2,21 +2,23 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
 
 from fedalt.adapters.start import Start
 from fedalt.core.codec import encode
 from fedalt.engine.blame import aggregate
+from fedalt.engine.changes import Sent
 from fedalt.engine.dry_run import DryRuns
 from fedalt.engine.privacy import Release
 from fedalt.engine.screening import Screening
 from fedalt.engine.states import States, server_of
+from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Metrics, Upload, UploadStore
-from fedalt.methods.contract import AnyMethod, Message
+from fedalt.methods.contract import AnyMethod
 
-# Trains a cohort on what a server in this state sends: the uploads, sorted by client. They come
-# one at a time, from an executor or from a federation's clients.
-Train = Callable[[Any, Sequence[str]], Iterable[Upload]]
+# Trains a cohort on what the server sends: the uploads, sorted by client. They come one at a time,
+# from an executor or from a federation's clients.
+Train = Callable[[Downlink, Sequence[str]], Iterable[Upload]]
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,14 @@ class ClientRound:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round came to: its clients, sorted, and whether the server's state is a new one."""
+    """What a round came to: its clients, sorted, and whether the server's state is a new one.
+
+    `download_error` is how far what is sent next is from that state, see `Coding.close`.
+    """
 
     clients: list[ClientRound]
     aggregated: bool
+    download_error: float | None = None
 
 
 def run_round(
@@ -50,45 +56,52 @@ def run_round(
     train: Train,
     screening: Screening,
     release: Release | None = None,
+    coding: Coding | None = None,
+    heard: Callable[[], Iterable[str]] = tuple,
 ) -> Outcome:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
 
     `train` puts the clients' new states where `states` are; those of rejected uploads are dropped
     again. Without an accepted upload the server keeps its state. `release` has the noise of the
-    uploads' sum, where there is any. Nothing counts before the caller commits the round.
+    uploads' sum, where there is any. Nothing counts before the caller commits the round. `heard`
+    tells afterwards who has received what the server sent, beside those who trained.
     """
+    coding = Coding(method, start) if coding is None else coding
     states.begin()
     server = server_of(method, start, states)
+    downlink = coding.downlink(states, server)
     forms_of, broadcast_size = DryRuns(method, start), _Sizes()
     costs = []
     with states.spooling() as folder:
         uploads = UploadStore(folder, states, screening, release)
-        for upload in train(server, cohort):
-            broadcast = method.broadcast(server, upload.client_id)
-            data = encoded(upload.message)
-            forms = forms_of(upload.client_id, broadcast)
-            reason = screening.reason(upload.message, len(data), forms)
-            if reason is None:
-                uploads.spool(upload, data)
+        for upload in train(downlink, cohort):
+            client_id, data = upload.client_id, encoded(upload.message)
+            forms = forms_of(client_id, downlink.message(client_id))
+            open_ = partial(coding.open, states, client_id, upload.message, forms)
+            message, reason = screening.screened(open_, len(data), forms)
+            if message is not None:
+                uploads.spool(upload, message, data)
             else:
-                uploads.reject(upload.client_id, reason, data)
+                uploads.reject(client_id, reason, data)
             sent = upload.download_bytes
-            sent = broadcast_size(broadcast) if sent is None else sent
-            costs.append((upload.client_id, len(data), sent, upload.seconds, upload.metrics))
+            sent = broadcast_size(downlink.sent(client_id)) if sent is None else sent
+            costs.append((client_id, len(data), sent, upload.seconds, upload.metrics))
         if cohort:
-            after = aggregate(method, server, uploads, forms_of)
+            after = aggregate(method, server, uploads, forms_of, coding.drowning)
         else:  # a round in which nobody takes part is a round too
             after = method.aggregate(server, ())
-        rejected = uploads.rejected
-    if after is not None:
-        states.put("server", after)
-        if release is not None:
-            release.settle()
-    clients = [ClientRound(*cost, refused=rejected.get(cost[0])) for cost in costs]
-    return Outcome(clients, after is not None)
+        if after is not None:
+            states.put("server", after)
+            if release is not None:
+                release.settle()
+        received = {cost[0] for cost in costs} | set(heard())
+        sends = server if after is None else after
+        error = coding.close(states, downlink, sends, uploads.accepted, received)
+    clients = [ClientRound(*cost, refused=uploads.rejected.get(cost[0])) for cost in costs]
+    return Outcome(clients, after is not None, error)
 
 
-def encoded(message: Message) -> bytes:
+def encoded(message: Sent) -> bytes:
     """The message as bytes; one without tensors and facts is not sent at all."""
     return encode(message) if message.tree or message.facts else b""
 
@@ -97,10 +110,10 @@ class _Sizes:
     """Sizes of broadcasts; one that is the same for every client is encoded once."""
 
     def __init__(self) -> None:
-        self._last: Message | None = None
+        self._last: Sent | None = None
         self._bytes = 0
 
-    def __call__(self, message: Message) -> int:
+    def __call__(self, message: Sent) -> int:
         last = self._last
         if last is None or last.tree is not message.tree or last.facts != message.facts:
             self._last, self._bytes = message, len(encoded(message))

@@ -27,7 +27,7 @@ from fedalt.engine.schedule import (
     Schedule,
 )
 from fedalt.engine.screening import Screening
-from fedalt.engine.states import server_of
+from fedalt.engine.traffic import Coding, Downlink, Traffic
 from fedalt.engine.uploads import Upload
 
 
@@ -47,6 +47,7 @@ class Run:
     journal: Journal
     on_event: Callable[[Event], None]
     firewall: Firewall
+    traffic: Traffic = field(default_factory=Traffic)
     executor: Executor = field(default_factory=InProcess)
     base: Arm | None = None
     budget: Budget | None = None
@@ -74,22 +75,25 @@ class Run:
         cohort = self.schedule.cohort(self.clients, round_, self.trainer.seed)
         last = round_ + 1 == self.schedule.rounds
         spent = {} if self.budget is None else self.budget.begin(cohort)
+        error = None
         for arm in self.arms:
-            self._train(arm, round_, cohort)
+            of_arm = self._train(arm, round_, cohort)
+            error = of_arm if arm.column == "own" else error
             if last or (round_ + 1) % self.schedule.evaluate_every == 0:
                 losses = self.score(arm, round_, "validation", whole=False)
                 best = progress.best_with(arm.column, round_, losses)
                 progress = replace(progress, best=best)
-        self.journal.record(round_line(round_, len(cohort), began) | spent)
+        self.journal.record({**round_line(round_, len(cohort), began, error), **spent})
         progress = replace(progress, rounds_done=round_ + 1, tested=False)
         self.journal.commit(progress)
         return progress
 
-    def _train(self, arm: Arm, round_: int, cohort: Sequence[str]) -> None:
+    def _train(self, arm: Arm, round_: int, cohort: Sequence[str]) -> float | None:
+        """A round of an arm; how far what is sent next is from the server's state."""
         states = self.journal.states(arm.column, round_)
 
-        def train(server: Any, cohort: Sequence[str]) -> chain[Upload]:
-            job, work = Train(arm.column, round_), self._work(arm, round_, round_, server)
+        def train(downlink: Downlink, cohort: Sequence[str]) -> chain[Upload]:
+            job, work = Train(arm.column, round_), self._work(arm, round_, round_, downlink)
             groups = self.trainer.groups(cohort)
             return chain.from_iterable(self.executor.share(job, groups, work.train))
 
@@ -99,13 +103,17 @@ class Run:
         screening = Screening(self.firewall, self.schedule.robust, self.schedule.trim)
         budget = self._budget(arm)
         release = None if budget is None else budget.release(arm.method, states, round_)
-        outcome = run_round(arm.method, self.start, states, cohort, train, screening, release)
+        called = self.schedule.called(self.clients, round_, cohort)
+        coding, heard = self._coding(arm), lambda: called
+        place = arm.method, self.start, states, cohort, train, screening
+        outcome = run_round(*place, release, coding, heard)
         for client in outcome.clients:
             self.journal.record(train_line(round_, arm.column, client))
             if client.refused is not None:
                 reject(client.client_id, client.refused)
         if not outcome.aggregated:
             reject("", "no upload was accepted; the server's state stays as it was")
+        return outcome.download_error
 
     def score(
         self,
@@ -166,16 +174,17 @@ class Run:
                     watch=arm.column == "own",
                 )
 
-    def _work(self, arm: Arm, round_: int, at: int, server: Any = None) -> ClientWork:
+    def _work(self, arm: Arm, round_: int, at: int, downlink: Downlink | None = None) -> ClientWork:
         """The clients' work in a round, on their states as round `at` finds them."""
-        states = self.journal.states(arm.column, at)
-        if server is None:
-            server = server_of(arm.method, self.start, states)
-        sent, budget = partial(arm.method.broadcast, server), self._budget(arm)
+        states, coding = self.journal.states(arm.column, at), self._coding(arm)
+        sent, budget = (downlink or coding.downlink(states)).message, self._budget(arm)
         protection = None if budget is None else budget.protection
         place = arm, self.start, self.trainer, states, round_
-        return ClientWork(*place, sent, self.on_event, protection)
+        return ClientWork(*place, sent, self.on_event, protection, coding)
 
     def _budget(self, arm: Arm) -> Budget | None:
         """The local-only baseline sends nothing, and has nothing to hide."""
         return self.budget if arm.column == "own" else None
+
+    def _coding(self, arm: Arm) -> Coding:
+        return Coding(arm.method, self.start, self.traffic, self.clients)

@@ -1,6 +1,6 @@
 """The rules by which a server accepts or rejects the uploads of a round."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedalt.engine.dry_run import Form
@@ -17,17 +17,21 @@ class Screening:
     robust: Robust | None = None
     trim: float = 0.1
 
-    def reason(self, message: Message, size: int, forms: Sequence[Form]) -> str | None:
-        """Why an upload of `size` bytes is rejected: its size, form or numbers; None if it is not.
+    def screened(
+        self, open_: Callable[[], Message], size: int, forms: Sequence[Form]
+    ) -> tuple[Message | None, str]:
+        """An upload of `size` bytes; None and why if its size, form or numbers are rejected.
 
-        `forms` are those that the method's uploads may have, see `dry_run`.
+        `open_` makes a message of those bytes once they are few enough; `forms` are those that the
+        method's uploads may have, see `dry_run`.
         """
         try:
             check_size(size, self.firewall.max_upload_bytes)
+            message = open_()
             check_upload(message, forms)
         except Refused as error:
-            return str(error)
-        return None
+            return None, str(error)
+        return message, ""
 
     def outliers(self, sizes: Mapping[str, Size]) -> dict[str, str]:
         """Who of a round's clients is rejected for an upload too large beside the others'."""

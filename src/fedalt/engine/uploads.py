@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from fedalt.core.codec import encode, read
 from fedalt.core.files import open_private
-from fedalt.engine.firewall import Size, size_of
+from fedalt.engine.changes import Sent
+from fedalt.engine.firewall import WEIGHT, Size, size_of
 from fedalt.engine.privacy import Release
 from fedalt.engine.robust import centre
 from fedalt.engine.screening import Screening
@@ -23,17 +24,19 @@ class Upload:
     """What comes of a client's training: its message, its part of its group's seconds, metrics.
 
     `download_bytes` is the size of what it was sent, None where that is the method's broadcast
-    alone; `source` is the file of the answer that it came in, if there is one.
+    alone; `source` is the file of the answer that it came in, if there is one. A late one may count
+    less: `counts` is a factor of its weight.
     """
 
     TAG: ClassVar = "upload"
 
     client_id: str
-    message: Message
+    message: Sent
     seconds: float
     metrics: Metrics = field(default_factory=dict)
     download_bytes: int | None = None
     source: str = ""
+    counts: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,12 @@ class UploadStore:
     rejected: dict[str, str] = field(default_factory=dict)
     _numbers: Iterator[int] = field(default_factory=count)
 
-    def spool(self, upload: Upload, data: bytes) -> None:
-        """Write an upload, whose encoded message is `data`, into a file."""
-        spooled = self._write(upload.message, data)
+    def spool(self, upload: Upload, message: Message, data: bytes) -> None:
+        """Write an upload, which was sent as `data` and read as a message, into a file."""
+        if upload.counts != 1 and WEIGHT in message.facts:
+            weight = float(message.facts[WEIGHT]) * upload.counts
+            message = replace(message, facts={**message.facts, WEIGHT: weight})
+        spooled = self._write(message, data if message is upload.message else b"")
         source = Path(upload.source) if upload.source else spooled.file
         self.accepted[upload.client_id] = replace(spooled, source=source)
 

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from fedalt.core.tree import on
+from fedalt.engine.changes import whole
 from fedalt.engine.client_work import TRAINED
 from fedalt.engine.dry_run import Form
 from fedalt.engine.firewall import Refused, quoted
@@ -138,7 +139,8 @@ def _has_shared(call: Call, agreement: Agreement) -> bool:
     method = agreement.settings.method
     with torch.device("meta"):
         client = method.init_client(agreement.start, call.client)
-        sent = Message(on(call.message.tree, "meta"), call.message.facts)
+        message = whole(call.message)
+        sent = Message(on(message.tree, "meta"), message.facts)
         return method.shared(client, sent) is not None
 
 
@@ -148,6 +150,8 @@ def check_answer(answer: Answer, asked: Asked, agreement: Agreement) -> None:
     A client without examples of a split scores nothing, others score all that was asked for.
     """
     _check_sender(answer, asked, agreement)
+    if answer.lacks and not answer.error:
+        raise Refused("it lacks what the call is a change of, and does not say so")
     if answer.error:
         _check_error(answer, asked)
         return

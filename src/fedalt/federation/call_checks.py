@@ -7,6 +7,7 @@ from typing import Final
 
 from fedalt.core.codec import CodecError, decode
 from fedalt.core.foreign import shown
+from fedalt.engine.changes import ReferenceLackedError
 from fedalt.engine.firewall import Refused, quoted
 from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.schedule import Schedule
@@ -129,7 +130,7 @@ def told_outside(
     fedalt has given it.
     """
     match error:
-        case CallRefused() | Refused() | TrainingError() | PrivacyError():
+        case CallRefused() | Refused() | ReferenceLackedError() | TrainingError() | PrivacyError():
             text = str(error)
         case OSError():  # a full disk; where that is, is nobody else's business
             file = None if error.filename is None else Path(str(error.filename))

@@ -15,23 +15,26 @@ client rolls back to its previous state, so that both always agree on what was u
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
 from fedalt.core.codec import CodecError, atomic_write, decode, encode
 from fedalt.core.files import make_private_folder
 from fedalt.core.reading import read_bytes
+from fedalt.engine.changes import ReferenceLackedError, Sent, whole
 from fedalt.engine.client_work import ClientWork
 from fedalt.engine.firewall import check_broadcast
 from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.schedule import Arm, Event
 from fedalt.engine.states import client_of
+from fedalt.engine.traffic import Coding
 from fedalt.federation.accepted import Accepted, claim, read_accepted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import asked_of, check_answer, has_base
 from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
 from fedalt.federation.client_settings import require_model, settings_here
-from fedalt.federation.client_states import keep
+from fedalt.federation.client_states import keep, received
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
 from fedalt.federation.privacy import client_budget, own_spending
@@ -85,6 +88,7 @@ class Client:
             since = NEVER if known is None else known.round
             self._require_counted(call)
             check_call(call, self.agreement, self.client_id, self._columns, since)
+            call = self._received(call)
             done = self._execute(call, answer)
             check_answer(
                 done, asked_of(call, call_digest, self.agreement, self._columns), self.agreement
@@ -105,7 +109,9 @@ class Client:
         self.say(f"{place}: this client could not answer: {named}; the server asks it again")
         if not isinstance(error, ValueError | OSError):
             _log.error("%s: %s", self.client_id, error, exc_info=True)
-        return encode(replace(answer, upload=None, scores=(), costs=(), error=self._told(error)))
+        lacks = isinstance(error, ReferenceLackedError)
+        answer = replace(answer, upload=None, scores=(), costs=(), lacks=lacks)
+        return encode(replace(answer, error=self._told(error)))
 
     def _told(self, error: Exception) -> str:
         """What the server is told of an error, without paths of this machine."""
@@ -163,6 +169,16 @@ class Client:
                 "backup, or let the server's operator take the client out"
             )
 
+    def _received(self, call: Call) -> Call:
+        """The call with its message as it was before it was shortened."""
+        (own,) = (arm for arm in self.parts.arms if arm.column == "own")
+        try:
+            return received(self.accepted, call, self._coding(own))
+        except CodecError as error:
+            raise CallRefused(
+                f"client {self.client_id!r}: the call's message cannot be read: {error}"
+            ) from error
+
     def _require_fitting(self, call: Call) -> None:
         """Refuse a broadcast before anything is computed with it."""
         (own,) = (arm for arm in self.parts.arms if arm.column == "own")
@@ -170,7 +186,7 @@ class Client:
         for round_ in {call.accepted, min(scored, call.accepted)}:
             states = self._states(own.column, round_ + 1)
             client = client_of(own.method, self.parts.start, states, self.client_id)
-            check_broadcast(call.message, own.method, self.parts.start, client)
+            check_broadcast(whole(call.message), own.method, self.parts.start, client)
 
     def _settle(self, call: Call) -> None:
         """Drop what the server did not accept, and remember what it did."""
@@ -202,7 +218,7 @@ class Client:
         base = base_arm(self.parts)
         return [] if base is None else self.score(base, call, NEVER)
 
-    def _train(self, arm: Arm, call: Call) -> tuple[Message, Cost]:
+    def _train(self, arm: Arm, call: Call) -> tuple[Sent, Cost]:
         """The client's half of a round; its new state stays here, its upload is returned."""
         budget = self.budget if arm.column == "own" else None
         spent = own_spending(budget, self.client_id)  # before anything is computed
@@ -215,12 +231,16 @@ class Client:
         budget = self.budget if arm.column == "own" else None
         protection = None if budget is None else budget.protection
         place = arm, self.parts.start, self.trainer, states, round_
-        return ClientWork(*place, lambda _: message, self.on_event, protection)
+        work = partial(ClientWork, *place, lambda _: message, self.on_event)
+        return work(protection, self._coding(arm), call.expected or None)
+
+    def _coding(self, arm: Arm) -> Coding:
+        return Coding(arm.method, self.parts.start, self.agreement.settings.traffic)
 
     def _message(self, arm: Arm, call: Call) -> Message:
         """What the server sent, or, for the baseline, what a server without clients would send."""
         if arm.column == "own":
-            return call.message
+            return whole(call.message)
         return arm.method.broadcast(arm.method.init_server(self.parts.start), self.client_id)
 
     @property

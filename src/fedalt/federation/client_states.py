@@ -8,12 +8,19 @@ The broadcasts are dropped together with the states of their rounds.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+import torch
+
 from fedalt.core.codec import CodecError, atomic_write, read
 from fedalt.core.reading import StoreError, read_json
+from fedalt.core.tree import Tree, cast
+from fedalt.engine.changes import Known, ReferenceLackedError, message_of, whole
+from fedalt.engine.firewall import quoted
+from fedalt.engine.traffic import Coding
 from fedalt.federation.accepted import Accepted
 from fedalt.federation.messages import Call
 from fedalt.methods.contract import Message
@@ -33,7 +40,7 @@ def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
     """
     folder, after = accepted.folder, call.score.get("own", call.round - 1)
     if not call.last and after >= 0:
-        FileStates(folder, after, kept=accepted.kept).put(BROADCAST, call.message)
+        FileStates(folder, after, kept=accepted.kept).put(BROADCAST, whole(call.message))
         accepted.write(accepted.round)
     if call.split == "test" and call.score:
         chosen = dict(call.score)
@@ -45,6 +52,37 @@ def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
             chosen = {column: best.get(column, after) for column in ("own", "local")}
     if min(chosen.values(), default=-1) >= 0:
         atomic_write(folder / CHOSEN, json.dumps(chosen).encode())
+
+
+def received(accepted: Accepted, call: Call, coding: Coding) -> Call:
+    """A call with its message, which may have come as the change of one that is kept here.
+
+    Raises ReferenceLackedError where it is not, CodecError for a change that cannot be read.
+    """
+    change = call.message
+    if isinstance(change, Message):
+        return call
+    for tree in _kept_trees(accepted, coding, call.client):
+        known = Known.of(tree)
+        if known.digest == change.reference:
+            return replace(call, message=message_of(change, known))
+    raise ReferenceLackedError(
+        f"client {call.client!r} has nothing with the digest {quoted(change.reference)}, of which "
+        "the call's message is a change"
+    )
+
+
+def _kept_trees(accepted: Accepted, coding: Coding, client_id: str) -> Iterator[Tree]:
+    """What the server may know this client to have: nothing, its last broadcasts, the first one."""
+    yield {}
+    kept = accepted.kept
+    rounds = [int(Path(name).stem) for name in kept.digests.names(accepted.folder / BROADCAST)]
+    for round_ in sorted(rounds, reverse=True):
+        message = FileStates(accepted.folder, round_ + 1, kept=kept).get(BROADCAST, Message)
+        if message is not None:
+            yield message.tree
+    first = coding.method.broadcast(coding.method.init_server(coding.start), client_id)
+    yield cast(first.tree, torch.float32)
 
 
 def round_to_serve(folder: Path, column: str, wanted: int | None) -> int:

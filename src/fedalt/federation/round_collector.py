@@ -12,12 +12,15 @@ from fedalt.core.codec import CodecError, atomic_write, decode, encode, read
 from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.core.reading import read_bytes
+from fedalt.engine.changes import Sent, whole
 from fedalt.engine.dry_run import DryRuns, Form, dry_run
 from fedalt.engine.firewall import Refused, check_size, check_upload
 from fedalt.engine.screening import Screening
+from fedalt.engine.traffic import Coding
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import Asked, asked_of, check_answer, check_trained
+from fedalt.federation.late import Late, counts, require_counting
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Lost, Transport
@@ -34,20 +37,18 @@ Say = Callable[[str], None]
 Called = dict[str, list[Asked]]  # of each client, the calls that it has not answered yet
 
 
-class Late(Exception):  # noqa: N818 - nobody's mistake
-    """An answer whose round is over, which the rules do not let count in this one."""
-
-
 @dataclass
 class RoundCollector:
     """The round in progress; what it holds can be had again from the disk and the transport.
 
-    `columns` are those of the run's arms, `folder` is the run's. Uploads stay on disk: `answers`
-    hold all but them, `uploaded` are their clients, `downloads` the sizes of the calls in bytes.
+    `columns` are those of the run's arms, `folder` and `states` the run's. Uploads stay on disk:
+    `answers` hold all but them, `uploaded` are their clients, `downloads` the calls' bytes.
     """
 
     agreement: Agreement
     columns: Collection[str]
+    coding: Coding
+    states: FileStates
     folder: Path
     transport: Transport
     rules: Rules
@@ -59,25 +60,33 @@ class RoundCollector:
     uploaded: set[str] = field(default_factory=set)
     downloads: dict[str, int] = field(default_factory=dict)
     _calls: Mapping[str, Call] = field(default_factory=dict)
+    _sent: Callable[[str], Sent] | None = None
+    _in_vain: dict[str, int] = field(default_factory=dict)  # bytes of a change that was no use
     _digests: dict[str, str] = field(default_factory=dict)
     _asked: dict[str, Asked] = field(default_factory=dict)
     _heard: dict[str, float] = field(default_factory=dict)  # when, in seconds of the epoch
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
     _shown: tuple[float, object] = (0.0, None)
 
-    def gather(self, calls: Mapping[str, Call], cohort: Collection[str] = ()) -> None:
+    def gather(
+        self,
+        calls: Mapping[str, Call],
+        sent: Callable[[str], Sent] | None = None,
+        cohort: Collection[str] = (),
+    ) -> None:
         """Call clients as they come online until all have answered, or it has taken too long.
 
-        `cohort` are those that are to train.
+        `cohort` are those that are to train; `sent` is how each call's message is sent.
         """
-        self._calls = calls
+        self._calls, self._sent = calls, sent
         self._resume()
         began, overdue, told = time.monotonic(), False, False
         limit = self.rules.deadline
         least = min(self.rules.minimum, len(cohort))
         while missing := self._missing():
             enough = len(self.uploaded) >= least
-            if enough and (overdue or missing <= self._unable.keys()):
+            filled = cohort and len(self.uploaded) >= (self.rules.buffer or len(cohort) + 1)
+            if filled or (enough and (overdue or missing <= self._unable.keys())):
                 self._tell(f"goes on without {', '.join(sorted(missing))}")
                 return
             if overdue and not told:
@@ -96,6 +105,10 @@ class RoundCollector:
             self._show(online, self._missing())
             overdue = limit is not None and time.monotonic() - began > limit
 
+    def heard(self) -> list[str]:
+        """Who has answered this round's call, and so has what it sent."""
+        return [who for who, answer in self.answers.items() if answer.round == self.round]
+
     def answer_file(self, client_id: str) -> Path:
         """Where a client's answer of this round lies as it came; empty if it was refused."""
         return self.folder / "incoming" / f"{self.round:04d}" / f"{client_id}.bin"
@@ -108,7 +121,9 @@ class RoundCollector:
             assert message is not None
             (own,) = (cost for cost in self.answers[client_id].costs if cost.column == "own")
             sent = self.downloads.get(client_id, 0)
-            yield Upload(client_id, message, own.seconds, own.metrics, sent, str(file))
+            rounds = self.round - self.answers[client_id].round
+            less = counts(rounds, self.rules, averages=self.agreement.settings.method.averages)
+            yield Upload(client_id, message, own.seconds, own.metrics, sent, str(file), less)
 
     @cached_property
     def _forms_of(self) -> DryRuns:
@@ -138,9 +153,12 @@ class RoundCollector:
 
         What tells the call apart, and its size, stay.
         """
-        data = encode(self._calls[client_id])
+        call, sent = self._calls[client_id], self._sent
+        if sent is not None and client_id not in self._in_vain:
+            call = replace(call, message=sent(client_id))
+        data = encode(call)
         self._digests[client_id] = digest(data)
-        self.downloads[client_id] = len(data)
+        self.downloads[client_id] = self._in_vain.get(client_id, 0) + len(data)
         return data
 
     def _digest(self, client_id: str) -> str:
@@ -171,13 +189,18 @@ class RoundCollector:
             self._tell(f"{client_id}: late: {late}")
             return
         except Refused as error:
-            states = FileStates(self.folder, self.round)
-            states.quarantine(client_id, str(error), came, self.screening.firewall.quarantine_bytes)
+            limit = self.screening.firewall.quarantine_bytes
+            self.states.quarantine(client_id, str(error), came, limit)
             self._tell(f"{client_id}: refused: {error}")
             if asked is not None and asked.round < self.round:
                 return  # its turn in this round is still to come
             about = self.agreement.name, self.agreement.digest, client_id, self.round, NEVER, ""
             self._keep(client_id, Answer(*about), b"")
+            return
+        if answer.lacks and client_id not in self._in_vain:
+            self._in_vain[client_id] = self.downloads[client_id]
+            del self._digests[client_id], self._asked[client_id]
+            self._tell(f"{client_id}: {shown(answer.error)}; it is sent the whole message")
             return
         if answer.error:
             answer = replace(answer, error=shown(answer.error))
@@ -209,7 +232,7 @@ class RoundCollector:
         check_size(len(data), self.screening.firewall.max_upload_bytes)
         late = asked is not None and asked.round < self.round
         if asked is not None and late:
-            self._require_counting(client_id, asked)
+            require_counting(asked, self._calls.get(client_id), self.rules)
         if client_id not in self._calls:
             raise Refused(f"nothing was asked in round {self.round}")
         try:
@@ -220,23 +243,12 @@ class RoundCollector:
         if answer.error and late:
             raise Late(f"in round {answer.round} it could not: {answer.error}")
         if answer.upload is not None:
-            forms = self._forms_of(client_id, self._calls[client_id].message)
-            check_upload(answer.upload, forms)
+            forms = self._forms_of(client_id, whole(self._calls[client_id].message))
+            check_upload(self.coding.open(self.states, client_id, answer.upload, forms), forms)
             check_trained(answer.costs, {"own": forms, "local": self._forms_alone})
         if late:
             self._tell(f"{client_id}: late: its upload of round {answer.round} counts in this one")
         return answer
-
-    def _require_counting(self, client_id: str, asked: Asked) -> None:
-        """Whether the rules let an answer to a call of an earlier round count; Late otherwise."""
-        over = f"its answer to the call of round {asked.round} came after that round had ended"
-        call = self._calls.get(client_id)
-        if self.rules.late == "drop":
-            raise Late(f"{over}; it is dropped")
-        if call is None or not call.train or not asked.trains:
-            raise Late(f"{over}, and it does not train in this one; it is dropped")
-        if asked.accepted != call.accepted:
-            raise Late(f"{over}, and another upload of it has counted since; it is dropped")
 
     def _resume(self) -> None:
         """What has come of this round before the process was killed, and who was heard before.

@@ -10,14 +10,12 @@ An answer is on disk before it counts, a round counts once progress.json is repl
 may be killed at any time and goes on where it was.
 """
 
-import platform
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from fedalt.core.codec import encode
 from fedalt.engine.record_lines import (
@@ -30,9 +28,9 @@ from fedalt.engine.record_lines import (
 from fedalt.engine.round import ClientRound, run_round
 from fedalt.engine.schedule import Arm, Progress
 from fedalt.engine.screening import Screening
-from fedalt.engine.states import server_of
+from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Upload
-from fedalt.federation.agreement import Agreement
+from fedalt.federation.agreement import Agreement, facts_of
 from fedalt.federation.messages import NEVER, Call, Split
 from fedalt.federation.privacy import begin_private, told_by
 from fedalt.federation.round_collector import Called, RoundCollector, Say
@@ -40,8 +38,8 @@ from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Transport
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, create, open_run, require_settings
-from fedalt.runs.settings import method_name, to_toml
-from fedalt.runs.setup import arms_of, trainable
+from fedalt.runs.settings import to_toml
+from fedalt.runs.setup import arms_of
 
 _FAREWELL: Final = 30.0  # seconds to hear from everyone that they know it has ended
 
@@ -84,25 +82,28 @@ class Server:
         began = time.monotonic()
         schedule, method = self.agreement.settings.rounds, self.arms[0].method
         cohort = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
+        clients = schedule.called(self._clients(), round_, cohort)
         scored = round_ > 0 and round_ % schedule.evaluate_every == 0
         score = dict.fromkeys(self._columns, round_ - 1) if scored else {}
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
         spent, release = begin_private(self.folder, self.agreement, round_, cohort)
 
-        def train(server: Any, cohort: Sequence[str]) -> Iterator[Upload]:
-            call = self._calling(progress, round_, score, server)
-            clients = self._clients() if scored else cohort
-            collector.gather({who: call(who, train=who in cohort) for who in clients}, cohort)
+        def train(downlink: Downlink, cohort: Sequence[str]) -> Iterator[Upload]:
+            call = self._calling(progress, round_, score, downlink)
+            calls = {who: call(who, train=who in cohort) for who in clients}
+            collector.gather(calls, downlink.sent, cohort)
             return collector.uploads()
 
-        place = method, self.agreement.start, self._states(round_), cohort, train
-        outcome = run_round(*place, self.screening, release)
+        start, states = self.agreement.start, self._states(round_)
+        place = method, start, states, cohort, train, self.screening
+        outcome = run_round(*place, release, self._coding, collector.heard)
         if not outcome.aggregated:
             self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
         rejected = self._record(collector, outcome.clients)
         spent |= told_by(self.agreement, collector.answers.values())
-        self.folder.record(round_line(round_, len(cohort), began) | spent)
+        line = round_line(round_, len(cohort), began, outcome.download_error)
+        self.folder.record({**line, **spent})
         progress = self._with_best(progress, collector, score, rejected)
         progress = replace(progress, rounds_done=round_ + 1)
         self.folder.commit(progress)
@@ -119,15 +120,17 @@ class Server:
     ) -> RoundCollector:
         """All clients' scores of a column's round each, recorded but not committed."""
         at = score.get("own", round_ - 1) if split == "test" else progress.rounds_done - 1
-        call = self._calling(progress, round_, score, self._server_after(at), split)
+        downlink = self._downlink_after(at)
+        call = self._calling(progress, round_, score, downlink, split)
         collector = self._collector(round_, called)
-        collector.gather({client_id: call(client_id) for client_id in self._clients()})
+        calls = {client_id: call(client_id) for client_id in self._clients()}
+        collector.gather(calls, downlink.sent)
         self._record(collector, ())
         return collector
 
     def _farewell(self, progress: Progress, called: Called) -> None:
         """Tell everyone who is there that nothing comes any more; nobody is waited for long."""
-        after = self._server_after(progress.rounds_done - 1)
+        after = self._downlink_after(progress.rounds_done - 1)
         call = self._calling(progress, progress.rounds_done + 2, {}, after)
         self.say("the federation has ended")
         online = self.transport.online()
@@ -149,10 +152,10 @@ class Server:
         progress: Progress,
         round_: int,
         score: Mapping[str, int],
-        server: Any,
+        downlink: Downlink,
         split: Split = "validation",
     ) -> Callable[..., Call]:
-        """Makes calls of one kind, with what a server in this state sends."""
+        """Makes calls of one kind, with what the server sends."""
         accepted = last_accepted(self.folder.lines())
         # Which round is the best follows from losses without noise.
         private = self.agreement.settings.privacy.unit == "client"
@@ -166,11 +169,12 @@ class Server:
                 round=round_,
                 accepted=accepted.get(client_id, NEVER),
                 train=train,
-                message=self.arms[0].method.broadcast(server, client_id),
+                message=downlink.message(client_id),
                 score=dict(score),
                 split=split,
                 keep=keep,
                 last=last,
+                expected=self._coding.expected(downlink.digests, client_id) if train else "",
             )
 
         return call
@@ -233,6 +237,8 @@ class Server:
         return RoundCollector(
             self.agreement,
             self._columns,
+            self._coding,
+            self._states(round_),
             self.folder.path,
             self.transport,
             self.rules,
@@ -242,9 +248,14 @@ class Server:
             called,
         )
 
-    def _server_after(self, round_: int) -> Any:
-        """The method's server after a round."""
-        return server_of(self.arms[0].method, self.agreement.start, self._states(round_ + 1))
+    def _downlink_after(self, round_: int) -> Downlink:
+        """What the server sends after a round."""
+        return self._coding.downlink(self._states(round_ + 1))
+
+    @property
+    def _coding(self) -> Coding:
+        start, traffic = self.agreement.start, self.agreement.settings.traffic
+        return Coding(self.arms[0].method, start, traffic, self._clients())
 
     def _states(self, round_: int) -> FileStates:
         return self.folder.states("own", round_)
@@ -269,7 +280,7 @@ def open_server(
     """The server in its folder, which is made if it is not there. Raises StoreError."""
     arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
     if not (folder / "run.json").exists():
-        create(folder, settings, _facts(agreement, arms))
+        create(folder, settings, facts_of(agreement, arms))
     server = Server(agreement, arms, open_run(folder), transport, rules, screening, say)
     if (terms := server.folder.facts().get("terms")) != agreement.digest:
         raise StoreError(
@@ -278,23 +289,3 @@ def open_server(
         )
     require_settings(folder, settings)
     return server
-
-
-def _facts(agreement: Agreement, arms: Sequence[Arm]) -> dict[str, object]:
-    """What run.json holds; the data are with the clients."""
-    packages = {name: version(name) for name in ("fedalt", "torch")}
-    return {
-        "terms": agreement.digest,
-        "versions": {"python": platform.python_version(), **packages},
-        "data": {
-            "fingerprint": "with the clients",
-            "kind": "classify" if agreement.labels else "generate",
-            "labels": list(agreement.labels),
-            "template": "",
-        },
-        "model": {"name": agreement.settings.model.name, "fingerprint": agreement.model},
-        "method": method_name(agreement.settings.method),
-        "trainable_numbers": {arm.column: trainable(arm, agreement.start) for arm in arms},
-        "clients": {client_id: {} for client_id in agreement.clients},
-        "warnings": [],
-    }

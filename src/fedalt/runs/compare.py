@@ -33,7 +33,7 @@ from fedalt.runs.settings import (
 from fedalt.runs.view import VIEW, view_of
 from fedalt.training.recommended import recommended
 
-_OVERRIDES = ("data", "model", "training", "rounds", "scoring")
+_OVERRIDES = ("data", "model", "training", "rounds", "scoring", "traffic")
 _LABEL = re.compile(r"[\w][\w .,=+()-]*")
 
 

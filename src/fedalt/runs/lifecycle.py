@@ -13,7 +13,8 @@ from fedalt.engine.executor import Executor
 from fedalt.engine.generators import Given
 from fedalt.engine.run import Run
 from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress
-from fedalt.engine.states import client_of, server_of
+from fedalt.engine.states import client_of
+from fedalt.engine.traffic import Coding
 from fedalt.engine.workers import Work, workers
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
@@ -178,14 +179,13 @@ def serving(
     arms = {arm.column: arm for arm in parts.arms}
     wanted: Column = "local" if column == "local" else "own"
     if wanted not in arms:
-        raise StoreError(
-            f"{path} has no column 'local': it was run without the local-only baseline"
-        )
+        raise StoreError(f"{path} has no column 'local': it ran without the local-only baseline")
     with locked(path):
         at = _round(parts.settings, folder.progress(), wanted, round_)
         method, states = arms[wanted].method, folder.states(wanted, at + 1)
         client = client_of(method, parts.start, states, client_id)
-        message = method.broadcast(server_of(method, parts.start, states), client_id)
+        coding = Coding(method, parts.start, parts.settings.traffic)
+        message = coding.downlink(states).message(client_id)
         own, shared = servings(method, client, message, client_id, DeployAgain(path, parts, at))
     if column != "shared":
         return own
@@ -249,6 +249,7 @@ def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
         firewall=settings.firewall,
         base=setup.base_arm(parts),
         budget=budget_of_run(prepared, journal.folder),
+        traffic=settings.traffic,
     )
 
 

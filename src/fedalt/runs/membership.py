@@ -3,13 +3,15 @@
 from dataclasses import replace
 from pathlib import Path
 
+from fedalt.adapters.start import Start
 from fedalt.engine.generators import run_generators
 from fedalt.engine.schedule import UNTRAINED, Line
-from fedalt.engine.states import client_of, server_of
+from fedalt.engine.states import client_of
+from fedalt.engine.traffic import Coding
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
 from fedalt.runs.record import require_clients
-from fedalt.runs.settings import method_name
+from fedalt.runs.settings import Settings, method_name
 from fedalt.runs.setup import (
     Prepared,
     base_arm,
@@ -41,11 +43,11 @@ def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
             at = progress.chosen(arm.column, prepared.parts.settings.rounds.select)
             execute = trainer_of(prepared).joining(at)
             read, write = folder.states(arm.column, at + 1), folder.states(arm.column, at)
-            server = server_of(arm.method, prepared.parts.start, read)
+            coding = Coding(arm.method, prepared.parts.start, prepared.parts.settings.traffic)
+            downlink = coding.downlink(read)
             for client_id in clients:
                 client = client_of(arm.method, prepared.parts.start, read, client_id)
-                message = arm.method.broadcast(server, client_id)
-                steps = {client_id: arm.method.local(client, message)}
+                steps = {client_id: arm.method.local(client, downlink.message(client_id))}
                 after, _ = run_generators(steps, execute)[client_id]
                 write.put(f"clients/{client_id}", after)
             lines += score_clients(prepared, folder, arm, at, clients)
@@ -87,11 +89,20 @@ def leave(path: Path, client_id: str) -> None:
                 "cannot be removed"
             )
         folder.add_facts({"leaving": client_id})  # from here on until the end nothing else goes on
+        coding = _coding_without(folder, settings, client_id)
         for round_, server in without.items():
-            folder.states("own", round_).put("server", server)
+            states = folder.states("own", round_)
+            states.put("server", server)
+            coding.publish(states, server)
         folder.forget_uploads(client_id)
         left = sorted({*folder.facts().get("left", []), client_id})
         folder.add_facts({"left": left, "leaving": None})
+
+
+def _coding_without(folder: RunFolder, settings: Settings, client_id: str) -> Coding:
+    """Publishes the server's states anew to those who stay; nothing of it begins from the start."""
+    staying = [who for who in folder.facts()["clients"] if who not in {client_id, *folder.left()}]
+    return Coding(settings.method, Start({}, {}, settings.seed), settings.traffic, staying)
 
 
 def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:

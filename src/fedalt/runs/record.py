@@ -83,6 +83,7 @@ class _Round(TypedDict):
     epsilon: NotRequired[float | None]
     delta: NotRequired[float]
     noise: NotRequired[float]
+    download_error: NotRequired[float]
 
 
 class _Kind(TypedDict):

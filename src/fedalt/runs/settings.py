@@ -32,6 +32,7 @@ from fedalt.core.settings import (
     Privacy,
     Schedule,
     Scoring,
+    Traffic,
     Training,
 )
 from fedalt.data.encodings import EncodingError, decoded
@@ -61,6 +62,7 @@ class Settings:
     scoring: Scoring = field(default_factory=Scoring)
     firewall: Firewall = field(default_factory=Firewall)
     privacy: Privacy = field(default_factory=Privacy)
+    traffic: Traffic = field(default_factory=Traffic)
     seed: Annotated[int, setting("Random seed.")] = 0
     local_baseline: Annotated[
         bool, setting("Also train every client alone: the local-only baseline.")
@@ -85,6 +87,7 @@ _SECTIONS: Final[Mapping[str, Any]] = {
     "scoring": Scoring,
     "firewall": Firewall,
     "privacy": Privacy,
+    "traffic": Traffic,
 }
 _TOP: Final = {item.name: item for item in declared_in(Settings)}
 _LORA: Final = tuple(item.name for item in declared_in(Lora))
@@ -96,7 +99,7 @@ def all_declared() -> Iterator[tuple[str, Declared]]:
     yield from (("model", item) for item in declared_in(ModelSettings))
     yield from (("method", item) for cls in (_MethodName, Lora) for item in declared_in(cls))
     yield from (("", item) for item in _TOP.values())
-    for section in ("training", "rounds", "scoring", "firewall", "privacy"):
+    for section in ("training", "rounds", "scoring", "firewall", "privacy", "traffic"):
         yield from ((section, item) for item in declared_in(_SECTIONS[section]))
 
 

@@ -22,7 +22,8 @@ from fedalt.core.container import unpack
 from fedalt.engine.firewall import Firewall
 from fedalt.engine.screening import Screening
 from fedalt.federation.agreement import Agreement, write_agreement
-from fedalt.federation.client import Client, open_client
+from fedalt.federation.client import Client
+from fedalt.federation.client_folder import open_client
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.rules import Rules
 from fedalt.federation.server import open_server

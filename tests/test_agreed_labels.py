@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForSequenceClassification
 from fedalt.data.folder import open_data
 from fedalt.data.records import DataError
 from fedalt.federation.agreement import Agreement, write_agreement
-from fedalt.federation.client import open_client
+from fedalt.federation.client_folder import open_client
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.membership import join
 from fedalt.runs.settings import SettingsError

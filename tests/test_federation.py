@@ -18,7 +18,8 @@ from fedalt.federation import client as member
 from fedalt.federation import client_states as kept
 from fedalt.federation import round_collector as desk
 from fedalt.federation.agreement import Agreement, write_agreement
-from fedalt.federation.client import Client, open_client
+from fedalt.federation.client import Client
+from fedalt.federation.client_folder import open_client
 from fedalt.federation.messages import Answer, Call
 from fedalt.federation.rules import Rules
 from fedalt.federation.server import Server, open_server

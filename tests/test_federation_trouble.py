@@ -15,7 +15,7 @@ from runs_for_tests import scores_of
 from fedalt.core.codec import decode, encode
 from fedalt.federation import client as member
 from fedalt.federation import round_collector as desk
-from fedalt.federation.client import open_client
+from fedalt.federation.client_folder import open_client
 from fedalt.federation.messages import Answer, Call
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config

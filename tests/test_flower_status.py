@@ -12,7 +12,7 @@ import pytest
 from machines import Machines, Wire, found
 from test_startup import modules_after
 
-from fedalt.federation.client import open_client
+from fedalt.federation.client_folder import open_client
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
 from fedalt.flower.participants import server_from

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Final, Literal
 
 from fedalt.core.codec import CodecError, atomic_write, decode, encode
-from fedalt.core.files import make_private_folder
 from fedalt.core.reading import read_bytes
 from fedalt.engine.changes import ReferenceLackedError, Sent, whole
 from fedalt.engine.client_work import ClientWork
@@ -29,20 +28,18 @@ from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.schedule import Arm, Event
 from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding
-from fedalt.federation.accepted import Accepted, claim, read_accepted
+from fedalt.federation.accepted import Accepted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import asked_of, check_answer, has_base
 from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
-from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.client_states import keep, received
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
-from fedalt.federation.privacy import client_budget, own_spending
+from fedalt.federation.privacy import own_spending
 from fedalt.methods.contract import Message
 from fedalt.runs.budget import RunBudget
 from fedalt.runs.checkpoints import FileStates
-from fedalt.runs.settings import SettingsError
-from fedalt.runs.setup import Parts, Prepared, base_arm, prepare, trainer_of
+from fedalt.runs.setup import Parts, base_arm
 
 OnEvent = Callable[[Event], None]
 
@@ -261,52 +258,3 @@ def is_last(data: bytes, answer: bytes) -> bool:
         return decode(Call, data).last and not decode(Answer, answer).error
     except CodecError:
         return False
-
-
-def open_client(
-    agreement: Agreement,
-    client_id: str,
-    data: Path,
-    folder: Path,
-    *,
-    model: str | None = None,
-    device: str | None = None,
-    on_event: OnEvent = ignore,
-    say: Say = silent,
-) -> Client:
-    """Load the model and read the data of one client; its folder is made if it is not there.
-
-    Raises SettingsError, DataError, ModelError or StoreError where something does not fit.
-    """
-    if client_id not in agreement.clients:
-        raise SettingsError(
-            f"client {client_id!r} is not in terms.toml of {agreement.name!r}, which names "
-            f"{', '.join(agreement.clients)}"
-        )
-    if folder.exists():  # before a model is loaded for nothing
-        read_accepted(folder).kept.digests.require_whole()
-    settings = settings_here(agreement, data, model, device)
-    prepared = prepare(settings, clients=agreement.clients, labels=agreement.labels)
-    _require_fitting(prepared, agreement, client_id, data)
-    make_private_folder(folder)
-    accepted = claim(folder, agreement, client_id)
-    examples, _ = prepared.task.training_size(client_id)
-    begun = accepted.round != NEVER
-    budget = client_budget(folder, agreement, client_id, examples, begun=begun)
-    place = prepared.parts, trainer_of(prepared), folder, accepted
-    return Client(agreement, client_id, *place, on_event, say, budget)
-
-
-def _require_fitting(prepared: Prepared, agreement: Agreement, client_id: str, data: Path) -> None:
-    """One client's data, of the agreed labels, for the agreed base model."""
-    if prepared.task.clients != (client_id,):
-        raise SettingsError(
-            f"{data} holds the clients {', '.join(prepared.task.clients)}, but this is the place "
-            f"of {client_id!r} alone: name its files {client_id}.train.jsonl and so on"
-        )
-    if tuple(prepared.task.labels) != agreement.labels:
-        raise SettingsError(
-            f"{data} has the labels {', '.join(prepared.task.labels) or '(none)'}, but the terms "
-            f"of {agreement.name!r} say {', '.join(agreement.labels) or '(none)'}"
-        )
-    require_model(prepared.parts, agreement)

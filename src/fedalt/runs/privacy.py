@@ -1,7 +1,7 @@
 """Which settings of [privacy] make sense together with the others of a run."""
 
 from fedalt.core.declared import SettingsError
-from fedalt.core.settings import Firewall, Privacy, Schedule
+from fedalt.core.settings import Firewall, Privacy, Schedule, Traffic
 from fedalt.engine.accounting import require_accounting
 from fedalt.engine.privacy_checks import faults
 from fedalt.methods import METHODS
@@ -9,7 +9,12 @@ from fedalt.methods.contract import AnyMethod
 
 
 def require_private(
-    method: AnyMethod, privacy: Privacy, schedule: Schedule, firewall: Firewall, source: str
+    method: AnyMethod,
+    privacy: Privacy,
+    schedule: Schedule,
+    firewall: Firewall,
+    traffic: Traffic,
+    source: str,
 ) -> None:
     """Raise SettingsError where [privacy] asks for what these rounds cannot give."""
     if privacy.unit is None:
@@ -29,6 +34,11 @@ def require_private(
         raise SettingsError(
             f"{place}: [firewall] norm_limit rejects uploads by what others have sent, which no "
             "noise hides; clip bounds every upload already"
+        )
+    if traffic.upload != "float32":
+        raise SettingsError(
+            f"{place}: [traffic] upload = {traffic.upload!r} rounds an upload after it was clipped, "
+            "so that it may move by more than clip; leave it out"
         )
     if schedule.select == "best":
         raise SettingsError(

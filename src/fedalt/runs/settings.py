@@ -155,8 +155,8 @@ def settings_of(table: Table, source: str) -> Settings:
     if settings.privacy.unit is not None:
         from fedalt.runs.privacy import require_private  # brings what computes
 
-        parts = settings.method, settings.privacy, settings.rounds, settings.firewall
-        require_private(*parts, source)
+        rules = settings.rounds, settings.firewall, settings.traffic
+        require_private(settings.method, settings.privacy, *rules, source)
     return settings
 
 

@@ -1,0 +1,63 @@
+"""A client of a federation in its folder: its model loaded, its data read, all of it checked."""
+
+from pathlib import Path
+
+from fedalt.core.files import make_private_folder
+from fedalt.federation.accepted import claim, read_accepted
+from fedalt.federation.agreement import Agreement
+from fedalt.federation.client import Client, OnEvent, ignore
+from fedalt.federation.client_settings import require_model, settings_here
+from fedalt.federation.messages import NEVER
+from fedalt.federation.owner_messages import Say, silent
+from fedalt.federation.privacy import client_budget
+from fedalt.runs.settings import SettingsError
+from fedalt.runs.setup import Prepared, prepare, trainer_of
+
+
+def open_client(
+    agreement: Agreement,
+    client_id: str,
+    data: Path,
+    folder: Path,
+    *,
+    model: str | None = None,
+    device: str | None = None,
+    on_event: OnEvent = ignore,
+    say: Say = silent,
+) -> Client:
+    """Load the model and read the data of one client; its folder is made if it is not there.
+
+    Raises SettingsError, DataError, ModelError or StoreError where something does not fit.
+    """
+    if client_id not in agreement.clients:
+        raise SettingsError(
+            f"client {client_id!r} is not in terms.toml of {agreement.name!r}, which names "
+            f"{', '.join(agreement.clients)}"
+        )
+    if folder.exists():  # before a model is loaded for nothing
+        read_accepted(folder).kept.digests.require_whole()
+    settings = settings_here(agreement, data, model, device)
+    prepared = prepare(settings, clients=agreement.clients, labels=agreement.labels)
+    _require_fitting(prepared, agreement, client_id, data)
+    make_private_folder(folder)
+    accepted = claim(folder, agreement, client_id)
+    examples, _ = prepared.task.training_size(client_id)
+    begun = accepted.round != NEVER
+    budget = client_budget(folder, agreement, client_id, examples, begun=begun)
+    place = prepared.parts, trainer_of(prepared), folder, accepted
+    return Client(agreement, client_id, *place, on_event, say, budget)
+
+
+def _require_fitting(prepared: Prepared, agreement: Agreement, client_id: str, data: Path) -> None:
+    """One client's data, of the agreed labels, for the agreed base model."""
+    if prepared.task.clients != (client_id,):
+        raise SettingsError(
+            f"{data} holds the clients {', '.join(prepared.task.clients)}, but this is the place "
+            f"of {client_id!r} alone: name its files {client_id}.train.jsonl and so on"
+        )
+    if tuple(prepared.task.labels) != agreement.labels:
+        raise SettingsError(
+            f"{data} has the labels {', '.join(prepared.task.labels) or '(none)'}, but the terms "
+            f"of {agreement.name!r} say {', '.join(agreement.labels) or '(none)'}"
+        )
+    require_model(prepared.parts, agreement)

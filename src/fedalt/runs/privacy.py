@@ -37,8 +37,8 @@ def require_private(
         )
     if traffic.upload != "float32":
         raise SettingsError(
-            f"{place}: [traffic] upload = {traffic.upload!r} rounds an upload after it was clipped, "
-            "so that it may move by more than clip; leave it out"
+            f"{place}: [traffic] upload = {traffic.upload!r} rounds what was clipped, so that an upload "
+            "may move by more than clip; leave it out"
         )
     if schedule.select == "best":
         raise SettingsError(

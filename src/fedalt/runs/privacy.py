@@ -35,10 +35,10 @@ def require_private(
             f"{place}: [firewall] norm_limit rejects uploads by what others have sent, which no "
             "noise hides; clip bounds every upload already"
         )
-    if traffic.upload != "float32":
+    if (form := traffic.upload) != "float32":
         raise SettingsError(
-            f"{place}: [traffic] upload = {traffic.upload!r} rounds what was clipped, so that an upload "
-            "may move by more than clip; leave it out"
+            f"{place}: [traffic] upload = {form!r} rounds what was clipped, so that an upload may "
+            "move by more than clip; leave it out"
         )
     if schedule.select == "best":
         raise SettingsError(

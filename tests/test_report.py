@@ -12,8 +12,9 @@ from report_records import SITES, append_lines, example_line, large_record, mixe
 from report_records import write_examples as examples_into
 from runs_for_tests import write_clients
 
+from fedalt.report.cells import collect
 from fedalt.report.compared_figures import gain_map, method_bars, ranked
-from fedalt.report.comparison import collect, write_results
+from fedalt.report.comparison import write_results
 from fedalt.report.page import render
 from fedalt.report.records import loss_rows, mixer_record, read_record, site_parts
 from fedalt.report.run_page import run_page

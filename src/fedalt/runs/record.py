@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, NotRequired, TypedDict
+from typing import Any, Final, Literal, NotRequired, TypedDict, cast
 
 from fedalt.core.digests import digest_of
 from fedalt.core.reading import FormError, StoreError, parse, read_json, read_text, require
@@ -219,11 +219,8 @@ def parse_line(text: str) -> dict[str, Any]:
 
 def summary_in(lines: Iterable[Mapping[str, Any]]) -> Summary | None:
     """The newest summary of a record; an older version's has none."""
-    summary: Any = None
-    for line in lines:
-        if line["kind"] == "summary":
-            summary = line
-    return summary
+    summaries = [line for line in lines if line["kind"] == "summary"]
+    return cast(Summary, summaries[-1]) if summaries else None
 
 
 def require_committed(record: Path, data: bytes, now: Standing) -> None:

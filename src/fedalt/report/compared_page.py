@@ -234,7 +234,7 @@ def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> l
         entry.label: [
             line
             for seed in results.seeds
-            if (run := path / entry.folder / f"seed-{seed}").exists()
+            if (run := path / folder_of(entry.label) / f"seed-{seed}").exists()
             for line in open_run(run).lines()
         ]
         for entry in results.entries

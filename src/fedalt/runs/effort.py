@@ -49,7 +49,7 @@ def effort_of(folder: RunFolder, settings: Settings) -> Effort:
                 parts[part] = max(parts.get(part, 0), int(count))
     if not steps:
         return Effort()
-    serving = _serving(folder, settings, sorted(steps))
+    serving = _serving(folder, settings, sorted(steps.keys() - folder.left()))
     for client, (_, parts) in serving.items():
         trained[client] = {**trained[client], **parts}
     numbers = {client: _by_slot(parts) for client, parts in trained.items()}

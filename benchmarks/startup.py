@@ -1,16 +1,17 @@
 """CPU seconds of commands that need no tensors, and their share of importing torch.
 
-    python benchmarks/startup.py [--turns 5]
+    python benchmarks/startup.py [--turns 5] [--run RUN]
 
 Every command runs in a process of its own, in turns with `import torch`. Printed are medians, and
 the ratio to torch: `fedalt --help` and `fedalt methods` should stay below 0.17, `import fedalt`
-below 0.1.
+below 0.1. With RUN, a finished run, its report is measured too, which replaces RUN/report.html.
 """
 
 import argparse
 import resource
 import subprocess
 import sys
+from pathlib import Path
 from statistics import median
 from typing import Final
 
@@ -37,12 +38,16 @@ def main() -> None:
     """Print the medians and the ratios."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--turns", type=int, default=5)
-    turns = range(parser.parse_args().turns)
-    for words in COMMANDS.values():
+    parser.add_argument("--run", type=Path)
+    args = parser.parse_args()
+    commands = dict(COMMANDS)
+    if args.run is not None:
+        commands["fedalt report RUN"] = ["-m", "fedalt", "report", str(args.run)]
+    for words in commands.values():
         cpu_of(words)  # compiled and in the cache of files
-    taken: dict[str, list[float]] = {name: [] for name in COMMANDS}
-    for _ in turns:
-        for name, words in COMMANDS.items():
+    taken: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(args.turns):
+        for name, words in commands.items():
             taken[name].append(cpu_of(words))
     torch = median(taken[TORCH])
     for name, seconds in taken.items():

@@ -88,7 +88,9 @@ def test_results_hold_a_line_for_every_method_seed_client_and_metric(place):
         if (line["client"], line["column"]) == ("b", "own")
     )
     assert scores["fedalt", 1, "b", "loss"]["value"] == own["loss"]
-    costs = {(e["method"], e["seed"]): e for e in lines if "client" not in e}
+    notes = {e["method"]: e["notes"] for e in lines if "notes" in e}
+    assert notes == {"fedalt": [], "FFA-LoRA, faster": []}
+    costs = {(e["method"], e["seed"]): e for e in lines if not {"client", "notes"} & e.keys()}
     assert costs["fedalt", 0]["upload_bytes"] > costs["FFA-LoRA, faster", 0]["upload_bytes"] > 0
 
 

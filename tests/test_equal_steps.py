@@ -4,8 +4,8 @@ import pytest
 
 from fedalt.methods import METHODS
 from fedalt.report.costs import steps_told
-from fedalt.report.effort import effort_of
 from fedalt.runs.cells import Cost
+from fedalt.runs.effort import effort_of
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.settings import SettingsError, settings_of
 from fedalt.runs.setup import prepare

@@ -32,7 +32,8 @@ from fedalt.methods import METHODS
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.fdlora import FUSED, INDIVIDUAL, MIDDLE, SHARED, Client, FDLoRA, Server
 from fedalt.methods.lora import Lora
-from fedalt.runs.lifecycle import is_finished, reopen, resume_run, start_run
+from fedalt.runs.length import is_finished
+from fedalt.runs.lifecycle import reopen, resume_run, start_run
 from fedalt.runs.setup import prepare, trainer_of
 from fedalt.training.orders import Found, Moments
 

@@ -6,12 +6,10 @@ import io
 import numpy as np
 import pytest
 
-from fedalt.report.comparison import Results, grid_of, grids_of
+from fedalt.report.comparison import Compared, Results, grid_of, grids_of
 from fedalt.report.gaps import Gap, gap_matrix, gaps_csv, gaps_over, holm, interval, p_values
 from fedalt.report.grid import grid_markdown
 from fedalt.report.table import joined
-from fedalt.runs.compare import Entry
-from fedalt.runs.settings import settings_of
 from fedalt.runs.view import View
 
 CLIENTS = [f"c{number}" for number in range(8)]
@@ -149,10 +147,7 @@ def test_gaps_are_written_unrounded():
 
 def results_of(scores, view):
     """Results of methods by name; without costs, which no gap needs."""
-    table = {"data": {"path": "/nowhere"}}
-    entries = [
-        Entry(name, settings_of({**table, "method": {"name": name}}, "a test")) for name in scores
-    ]
+    entries = [Compared(name, {"method": {"name": name}}, ()) for name in scores]
     return Results(entries, range(2), scores, {}, view)
 
 

@@ -12,8 +12,10 @@ from report_records import SITES, append_lines, example_line, large_record, mixe
 from report_records import write_examples as examples_into
 from runs_for_tests import write_clients
 
+from fedalt.report.cells import collect
 from fedalt.report.compared_figures import gain_map, method_bars, ranked
-from fedalt.report.comparison import collect, write_results
+from fedalt.report.comparison import write_results
+from fedalt.report.costs import cost_of
 from fedalt.report.page import render
 from fedalt.report.records import loss_rows, mixer_record, read_record, site_parts
 from fedalt.report.run_page import run_page
@@ -231,14 +233,60 @@ def test_clients_that_ask_alike_are_alike(run):
     assert all(found.cosines[i][j] == found.cosines[j][i] for i in range(3) for j in range(3))
 
 
+def test_a_page_has_the_similarity_of_the_record_and_asks_no_states(run):
+    line = {
+        "kind": "summary",
+        "round": 1,
+        "effort": {},
+        "similarity": {
+            "column": "own",
+            "round": 1,
+            "signal": "B",
+            "clients": ["a", "b", "c", "d"],
+            "distances": [0.5, 0.25, 1.5, 0.75, 1.0, 1.25],
+            "groups": {"a": 0, "c": 0, "d": 1},
+        },
+    }
+    shutil.rmtree(run / "clients")
+    append_lines(run, [line])
+    found = similarity(read_record(run))
+    cosines = {
+        (first, second): found.cosines[i][j]
+        for i, first in enumerate(found.names)
+        for j, second in enumerate(found.names)
+    }
+    a, b, c, d = ("a · group 0", "b", "c · group 0", "d · group 1")
+    assert cosines[a, c] == cosines[c, a] == 0.75
+    assert [cosines[a, b], cosines[a, d], cosines[b, c], cosines[b, d]] == [0.5, -0.5, 0.25, 0.0]
+    assert cosines[c, d] == -0.25
+    # a and c meet first, then b: (0.5 + 0.75) / 2, then d: (1.5 + 1.0 + 1.25) / 3.
+    assert sorted({row["height"] for row in found.branches}) == [0.25, 0.625, 1.25]
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**facts, "left": ["a", "c"]}))
+    recommit(run)
+    found = similarity(read_record(run))
+    assert sorted(found.names) == [b, d]
+    assert found.cosines == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_an_older_record_has_no_similarity_and_no_costs_until_the_run_is_resumed(run, capsys):
+    whole = open_run(run).lines()
+    without(run, "summary")
+    page = page_of(run)
+    assert "similarity" not in Tables(page).figures
+    assert f"`fedalt resume {run}` adds what is missing" in page
+    with pytest.raises(StoreError, match="has no summary of the run"):
+        cost_of(run)
+    assert call("resume", run, "--quiet") == 0
+    assert open_run(run).lines() == whole
+    assert "similarity" in Tables(page_of(run)).figures
+    assert cost_of(run).steps == 6  # two rounds of 12 records, in batches of 4
+
+
 def test_where_a_method_keeps_no_adapters_the_yardsticks_are_compared(run_flags, tmp_path):
     run = tmp_path / "fedit"
     assert call("run", *run_flags, "--method", "fedit", "--rounds", 1, "--out", run, "-q") == 0
-    found = similarity(read_record(run))
-    assert found.column == "local"
-    shutil.rmtree(run / "local")
-    with pytest.raises(StoreError, match=r"local/clients/a/0000.safetensors is missing"):
-        similarity(read_record(run))
+    assert similarity(read_record(run)).column == "local"
     alone = tmp_path / "alone"
     words = ["--method", "fedit", "--rounds", 1, "--no-yardstick", "--out", alone, "-q"]
     assert call("run", *run_flags, *words) == 0

@@ -9,8 +9,9 @@ from report_records import write_examples as examples_into
 from runs_for_tests import save_model, settings_for, write_clients
 
 from fedalt.engine.schedule import Event
+from fedalt.report.cells import collect
 from fedalt.report.compared_page import comparison_page
-from fedalt.report.comparison import collect, write_results
+from fedalt.report.comparison import write_results
 from fedalt.report.page import write_page
 from fedalt.report.records import read_record
 from fedalt.report.run_page import run_page

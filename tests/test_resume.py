@@ -20,8 +20,10 @@ from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import StoreError, locked, open_run
+from fedalt.runs.length import is_finished
 from fedalt.runs.lifecycle import reopen, resume_run, start_run
 from fedalt.runs.setup import prepare
+from fedalt.runs.standing import read_standing
 
 KILLS = 10
 
@@ -115,6 +117,26 @@ def test_a_run_interrupted_in_any_phase_goes_on(prepared, straight, tmp_path, wh
         start_run(prepared, run, StopsAt(what, chosen if what == "test" else round_))
     resume_run(reopen(run), run)
     assert adapters_of(run) == adapters_of(straight[0])
+    assert scores_of(run) == scores_of(straight[0])
+
+
+@dataclass(frozen=True)
+class StopsAtSummary(Slow):
+    """A watcher who interrupts the run when its last line is written and does not count yet."""
+
+    def on_record(self, line):
+        if line["kind"] == "summary":
+            raise KeyboardInterrupt
+
+
+def test_a_tested_run_without_its_summary_is_not_finished_and_gets_it(prepared, straight, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(KeyboardInterrupt):
+        start_run(prepared, run, StopsAtSummary())
+    assert read_standing(run).tested
+    assert not is_finished(run)
+    resume_run(prepared, run)
+    assert is_finished(run)
     assert scores_of(run) == scores_of(straight[0])
 
 

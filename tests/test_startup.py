@@ -1,11 +1,20 @@
 """Commands that need no tensors never import what works with them."""
 
+import shutil
 import subprocess
 import sys
 
 import pytest
+from federations import founded
+
+from fedalt.report.cells import collect
+from fedalt.report.comparison import write_results
+from fedalt.runs.compare import Entry, jobs_of
+from fedalt.runs.settings import read_settings
 
 HEAVY = ("torch", "transformers", "peft", "sklearn", "scipy", "numpy", "pandas")
+ARRAYS = ("scipy", "numpy", "pandas")  # which a page's gaps, tree and charts are made with
+NOTHING_HEAVY = ["code 0", "heavy []"]
 CHECK = """
 import sys
 sys.argv = ["fedalt", *sys.argv[1:]]
@@ -42,11 +51,11 @@ def modules_after(*words: object, allowed: tuple[str, ...] = ()) -> list[str]:
     ids=" ".join,
 )
 def test_help_and_lists_import_no_heavy_library(words):
-    assert modules_after(*words) == ["code 0", "heavy []"]
+    assert modules_after(*words) == NOTHING_HEAVY
 
 
 def test_watching_a_run_imports_no_heavy_library(finished_run):
-    assert modules_after("watch", finished_run, "--once") == ["code 0", "heavy []"]
+    assert modules_after("watch", finished_run, "--once") == NOTHING_HEAVY
 
 
 def test_tracking_a_run_imports_nothing_but_the_tracker(finished_run):
@@ -54,7 +63,29 @@ def test_tracking_a_run_imports_nothing_but_the_tracker(finished_run):
     said = modules_after(
         "track", finished_run, "--report-to", "tensorboard", allowed=("numpy", "pandas", "scipy")
     )
-    assert said == ["code 0", "heavy []"]
+    assert said == NOTHING_HEAVY
+
+
+def test_a_run_is_reported_without_tensors(finished_run, tmp_path):
+    page = tmp_path / "page.html"
+    assert modules_after("report", finished_run, "--out", page, allowed=ARRAYS) == NOTHING_HEAVY
+    assert 'data-figure="similarity"' in page.read_text()
+
+
+def test_a_comparison_is_reported_without_tensors(finished_run, tmp_path):
+    out = tmp_path / "compared"
+    shutil.copytree(finished_run, out / "fedalt" / "seed-0")
+    entries = [Entry("fedalt", read_settings(finished_run / "settings.toml"))]
+    write_results(out, collect(entries, (0,), jobs_of(entries, (0,), out)))
+    assert modules_after("report", out, allowed=ARRAYS) == NOTHING_HEAVY
+    assert "Learning curves" in (out / "report.html").read_text()
+
+
+def test_a_federations_folder_is_reported_without_tensors(tiny_model_dir, tmp_path):
+    made = founded(tmp_path, tiny_model_dir, rounds={"rounds": 1})
+    made.go_on()
+    assert modules_after("report", made.run, allowed=ARRAYS) == NOTHING_HEAVY
+    assert "made of what stays with the clients" in (made.run / "report.html").read_text()
 
 
 @pytest.mark.parametrize("module", ["fedalt.flower.gateway", "fedalt.flower.fleet_client"])

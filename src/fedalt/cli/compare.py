@@ -95,7 +95,7 @@ def _run(
 ) -> "tuple[Results, list[Job]]":
     """The results of all runs, brought to their ends, and those that failed."""
     from fedalt.cli.jobs import run_jobs
-    from fedalt.report.comparison import collect
+    from fedalt.report.cells import collect
     from fedalt.runs.base_scores import base_rows, base_scores
     from fedalt.runs.compare import jobs_of
 

@@ -37,7 +37,8 @@ def demo(
     hush_libraries()
     from fedalt.cli.jobs import run_jobs
     from fedalt.core.files import atomic_write
-    from fedalt.report.comparison import collect, write_results
+    from fedalt.report.cells import collect
+    from fedalt.report.comparison import write_results
     from fedalt.report.table import joined, to_json, to_markdown, verdict
     from fedalt.runs.compare import jobs_of, read_comparison
 

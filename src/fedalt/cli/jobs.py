@@ -17,7 +17,7 @@ from fedalt.runs.compare import (
     run_all,
 )
 from fedalt.runs.folder import open_run
-from fedalt.runs.lifecycle import is_finished
+from fedalt.runs.length import is_finished
 
 _MINUTE = 60.0
 

@@ -24,8 +24,8 @@ def resume(
     from fedalt.cli.training import introduce, train
     from fedalt.report.trackers import require_trackers
     from fedalt.runs.folder import open_run
-    from fedalt.runs.length import set_rounds
-    from fedalt.runs.lifecycle import is_finished, reopen
+    from fedalt.runs.length import is_finished, set_rounds
+    from fedalt.runs.lifecycle import reopen
 
     if rounds is not None:
         set_rounds(path, rounds)

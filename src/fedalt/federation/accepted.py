@@ -10,7 +10,8 @@ from fedalt.core.files import atomic_write
 from fedalt.core.reading import StoreError, read_json, read_sealed, sealed
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER
-from fedalt.runs.checkpoints import FileStates, Kept
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.kept import Kept
 
 ACCEPTED: Final = "accepted.json"
 FORMAT: Final = 3  # of a client's folder

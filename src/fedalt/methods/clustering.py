@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import torch
@@ -55,9 +56,9 @@ def distances(adapters: Mapping[str, Tree], signal: Signal) -> Tensor:
 
 
 def has_direction(adapter: Tree, signal: Signal) -> bool:
-    """Whether B (or B A) of an adapter is zero on no site, so that `distances` can compare it."""
+    """Whether `distances` can compare an adapter: its B (or B A) is finite, and zero on no site."""
     outer = [name for name in adapter if name.factor == "B"]
-    return all(bool(_products([adapter], name, signal) > 0) for name in outer)
+    return all(0 < _products([adapter], name, signal).item() < inf for name in outer)
 
 
 def cluster(far: Tensor, most: int, least_silhouette: float | None = None) -> Clustering:

@@ -3,15 +3,16 @@
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 
-from fedalt.report.comparison import Results
-from fedalt.report.effort import cost_of
+from fedalt.methods.notes import notes_on
+from fedalt.report.comparison import Compared, Results
+from fedalt.report.costs import cost_of
 from fedalt.report.table import Scored, scores_of
 from fedalt.runs.base_scores import base_rows
 from fedalt.runs.cells import Cell
-from fedalt.runs.compare import Entry, Job
+from fedalt.runs.compare import Entry, Job, settings_table
 from fedalt.runs.folder import open_run
 from fedalt.runs.origin import settings_in
-from fedalt.runs.view import View
+from fedalt.runs.view import USUAL, View
 
 
 def cell_of(job: Job, rehearsal: Sequence[float]) -> Cell:
@@ -32,6 +33,21 @@ def cell_of(job: Job, rehearsal: Sequence[float]) -> Cell:
     )
 
 
+def collect(
+    entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job], view: View = USUAL
+) -> Results:
+    """The results of methods whose runs have all been finished."""
+    runs = {(job.entry.label, job.seed): open_run(job.path) for job in jobs}
+    of = {entry.label: [runs[entry.label, seed] for seed in seeds] for entry in entries}
+    return Results(
+        [_compared(entry) for entry in entries],
+        seeds,
+        {label: [scores_of(run.lines(), "own") for run in group] for label, group in of.items()},
+        {label: [cost_of(run.path) for run in group] for label, group in of.items()},
+        view,
+    )
+
+
 def results_of(
     entries: Iterable[Entry],
     seeds: Sequence[int],
@@ -42,13 +58,19 @@ def results_of(
     whole = [entry for entry in entries if all((entry.label, seed) in cells for seed in seeds)]
     of = {entry.label: [cells[entry.label, seed] for seed in seeds] for entry in whole}
     return Results(
-        whole,
+        [_compared(entry) for entry in whole],
         seeds,
         {label: [cell.scores["own"] for cell in group] for label, group in of.items()},
         {label: [cell.costs for cell in group] for label, group in of.items()},
         view,
         base_rows(_bases({label: group[0] for label, group in of.items()})),
     )
+
+
+def _compared(entry: Entry) -> Compared:
+    settings = entry.settings
+    notes = notes_on(settings.method, settings.rounds.rounds)
+    return Compared(entry.label, settings_table(settings), tuple(notes))
 
 
 def _bases(cells: Mapping[str, Cell]) -> dict[tuple[str, ...], Scored]:

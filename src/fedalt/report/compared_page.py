@@ -7,22 +7,19 @@ from statistics import fmean
 from typing import Any, Literal, TypedDict
 
 from fedalt.core.reading import read_lines
-from fedalt.methods import METHODS
 from fedalt.report import compared_figures as figures
-from fedalt.report.comparison import Results, budget_of, gaps_of, grids_of
+from fedalt.report.comparison import Compared, Results, alone_in, budget_of, gaps_of, grids_of
 from fedalt.report.costs import HEADS, cost_cells
 from fedalt.report.gaps import ABOUT_GAPS, GAP_HEADS, gap_cells, shown_gaps
 from fedalt.report.grid import Grid, shown_cell
 from fedalt.report.headline import heading
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
-from fedalt.report.run_page import explained
-from fedalt.report.table import YARDSTICK
 from fedalt.report.table import Table as Scores
 from fedalt.runs.cells import Cost, cost_in
-from fedalt.runs.compare import Entry, folder_of
+from fedalt.runs.compare import folder_of
 from fedalt.runs.folder import open_run
 from fedalt.runs.record import StoreError
-from fedalt.runs.settings import method_name, read_settings, settings_of_method
+from fedalt.runs.settings import read_whole
 from fedalt.runs.view import USUAL, Metric, View
 
 RESULTS = "results.jsonl"
@@ -47,6 +44,11 @@ class _Base(TypedDict):
     metrics: dict[str, float]
 
 
+class _Notes(TypedDict):
+    method: str
+    notes: list[str]
+
+
 class _Costs(TypedDict):
     method: str
     seed: int
@@ -60,9 +62,10 @@ class _Costs(TypedDict):
 def read_results(path: Path) -> Results:
     """The results that `fedalt compare` wrote into a folder. Raises StoreError."""
     file = path / RESULTS
-    read: list[dict[str, Any]] = read_lines(file, _Metric | _Costs | _View | _Base)
+    read: list[dict[str, Any]] = read_lines(file, _Metric | _Costs | _View | _Base | _Notes)
     views = [View(**line) for line in read if "steps" in line and "method" not in line]
-    lines = [line for line in read if "method" in line]
+    notes = {line["method"]: line["notes"] for line in read if "notes" in line}
+    lines = [line for line in read if "method" in line and "notes" not in line]
     base: dict[str, dict[str, dict[str, float]]] = {}
     for line in (line for line in read if "base" in line):
         base.setdefault(line["base"], {})[line["client"]] = line["metrics"]
@@ -89,7 +92,11 @@ def read_results(path: Path) -> Results:
     # A run whose cell was found in a file of results has no folder, only settings beside its place.
     files = {label: run / "settings.toml" for label, run in runs.items()}
     entries = [
-        Entry(label, read_settings(own if own.exists() else runs[label].with_suffix(".toml")))
+        Compared(
+            label,
+            read_whole(own if own.exists() else runs[label].with_suffix(".toml")),
+            notes.get(label),
+        )
         for label, own in files.items()
     ]
     return Results(entries, seeds, scores, costs, views[0] if views else USUAL, base)
@@ -99,10 +106,7 @@ def comparison_page(path: Path) -> Page:
     """The page of a comparison's folder. Raises StoreError."""
     results = read_results(path)
     scores = results.tables()["scores"]
-    alone = (
-        entry.label for entry in results.entries if method_name(entry.settings.method) == YARDSTICK
-    )
-    yardstick = next(alone, None)
+    yardstick = next(iter(alone_in(results)), None)
     best = next(iter(figures.ranked(scores)))
     budget = list(budget_of(results))
     sections = [
@@ -165,19 +169,14 @@ def _costs(costs: Mapping[str, Sequence[Cost]], scores: Scores) -> Section:
     return Section("costs", "What it costs", [*drawn, _cost_table(costs)])
 
 
-def _methods(entries: Sequence[Entry]) -> Facts:
+def _methods(entries: Sequence[Compared]) -> Facts:
     """What each method is, and which of its own settings are not its usual ones."""
     items = []
     for entry in entries:
-        method = entry.settings.method
-        usual = METHODS.entries[method_name(method)].settings
-        other = [
-            f"{name} = {getattr(method, name)}"
-            for name in settings_of_method(method)
-            if getattr(method, name) != usual[name]
-        ]
+        usual, here = entry.method.settings, entry.settings["method"]
+        other = [f"{name} = {here[name]}" for name in usual if here[name] != usual[name]]
         unlike = f" Here with {', '.join(other)}." if other else ""
-        items.append((entry.label, f"{explained(method_name(method))}{unlike}"))
+        items.append((entry.label, f"{entry.method.title}{unlike}"))
     return Facts(items)
 
 
@@ -235,7 +234,7 @@ def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> l
         entry.label: [
             line
             for seed in results.seeds
-            if (run := path / entry.folder / f"seed-{seed}").exists()
+            if (run := path / folder_of(entry.label) / f"seed-{seed}").exists()
             for line in open_run(run).lines()
         ]
         for entry in results.entries

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Final
 
 from fedalt.core.files import atomic_write
-from fedalt.methods.notes import notes_on
+from fedalt.methods import METHODS
+from fedalt.methods.entries import Entry as MethodEntry
 from fedalt.report.costs import HEADS, cost_cells, steps_told
 from fedalt.report.gaps import (
     ABOUT_GAPS,
@@ -23,22 +24,53 @@ from fedalt.report.gaps import (
 from fedalt.report.grid import Cell, Grid, grid_csv, grid_markdown
 from fedalt.report.headline import heading
 from fedalt.report.table import (
-    YARDSTICK,
     Row,
     Scored,
     Table,
     Values,
     joined,
-    scores_of,
     to_csv,
 )
 from fedalt.runs.cells import Cost
-from fedalt.runs.compare import Entry, Job
-from fedalt.runs.folder import open_run
-from fedalt.runs.settings import lora_of, method_name
 from fedalt.runs.view import USUAL, Metric, View
 
 MOST_COLUMNS = 12  # more clients than this are shown by task, if their names tell tasks
+
+
+# What all methods of a comparison mostly have in common, by section and key of their settings.
+_BUDGET: Final = {
+    "rounds": ("rounds", "rounds"),
+    "local epochs": ("training", "local_epochs"),
+    "batch size": ("training", "batch_size"),
+    "learning rate": ("training", "lr"),
+    "rank": ("method", "rank"),
+    "participation": ("rounds", "participation"),
+    "tested round": ("rounds", "select"),
+    "model": ("model", "name"),
+    "data": ("data", "path"),
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A method as a comparison's tables need it: its settings as a whole file has them.
+
+    `notes` are sentences that have to be said beside its scores, None where they are not on record.
+    """
+
+    label: str
+    settings: Mapping[str, Mapping[str, Any]]
+    notes: Sequence[str] | None
+
+    @property
+    def method(self) -> MethodEntry:
+        """What METHODS lists it by."""
+        return METHODS.entries[self.settings["method"]["name"]]
+
+    def budget(self) -> dict[str, Any]:
+        """What it may use, by the words for it."""
+        facts = {words: self.settings[part][key] for words, (part, key) in _BUDGET.items()}
+        return {**facts, "data": Path(facts["data"]).name}
 
 
 @dataclass(frozen=True)
@@ -48,7 +80,7 @@ class Results:
     `base`: scores of the base model as it is, by the name of its row.
     """
 
-    entries: Sequence[Entry]
+    entries: Sequence[Compared]
     seeds: Sequence[int]
     scores: Mapping[str, Sequence[Scored]]
     costs: Mapping[str, Sequence[Cost]]
@@ -66,7 +98,7 @@ class Results:
     def lines(self) -> Iterator[dict[str, Any]]:
         """The view; one for each base model and client; for each method, seed, client and metric.
 
-        At the end one of costs for each run.
+        At the end one of costs for each run, and one of notes for each method.
         """
         yield asdict(self.view)
         for base, clients in self.base.items():
@@ -80,6 +112,7 @@ class Results:
         for label, costs in self.costs.items():
             for seed, cost in zip(self.seeds, costs, strict=True):
                 yield {"method": label, "seed": seed, **asdict(cost)}
+        yield from ({"method": entry.label, "notes": entry.notes} for entry in self.entries)
 
 
 def grid_of(table: Table) -> Grid:
@@ -106,7 +139,7 @@ def grids_of(results: Results) -> dict[str, Grid]:
     gaps, metrics, grids = gaps_of(results), results.metrics(), {}
     for name, table in results.tables().items():
         families = {row.metric for row in table.clients}
-        alone, best = _alone(results), _best(table)
+        alone, best = alone_in(results), _best(table)
         heads = {**{label: f"gap to {label}" for label in alone}, best: f"gap to the best, {best}"}
         own = {
             f"{head} (95 %)": {
@@ -124,23 +157,6 @@ def grids_of(results: Results) -> dict[str, Grid]:
     if grids["scores"].of_losses:  # then there is nothing but losses
         del grids["scores"]
     return grids
-
-
-def collect(
-    entries: Sequence[Entry], seeds: Sequence[int], jobs: Sequence[Job], view: View = USUAL
-) -> Results:
-    """The results of methods whose runs have all been finished."""
-    from fedalt.report.effort import cost_of  # reads clients' last states, so it needs PyTorch
-
-    runs = {(job.entry.label, job.seed): open_run(job.path) for job in jobs}
-    of = {entry.label: [runs[entry.label, seed] for seed in seeds] for entry in entries}
-    return Results(
-        entries,
-        seeds,
-        {label: [scores_of(run.lines(), "own") for run in group] for label, group in of.items()},
-        {label: [cost_of(run.path) for run in group] for label, group in of.items()},
-        view,
-    )
 
 
 def write_results(out: Path, results: Results) -> None:
@@ -166,36 +182,21 @@ def write_results(out: Path, results: Results) -> None:
 
 def budget_of(results: Results) -> Iterator[str]:
     """What all methods have in common, where one differs, and how to read the cells."""
-
-    def facts(entry: Entry) -> dict[str, Any]:
-        settings = entry.settings
-        training, rounds = settings.training, settings.rounds
-        return {
-            "rounds": rounds.rounds,
-            "local epochs": training.local_epochs,
-            "batch size": training.batch_size,
-            "learning rate": training.lr,
-            "rank": lora_of(settings.method).rank,
-            "participation": rounds.participation,
-            "tested round": rounds.select,
-            "model": settings.model.name,
-            "data": settings.data.path.name,
-        }
-
     first, *others = results.entries
-    common = facts(first)
+    common = first.budget()
     words = ", ".join(f"{key} {value}" for key, value in common.items())
     seeds = ", ".join(map(str, results.seeds))
     yield f"{words}; seeds {seeds}; cells are means ± standard deviations over seeds."
     yield from steps_told(results.costs, results.view.steps)
     yield from _headed(results)
     for entry in others:
-        own = {key: value for key, value in facts(entry).items() if value != common[key]}
+        own = {key: value for key, value in entry.budget().items() if value != common[key]}
         if own:
             yield f"{entry.label}: {', '.join(f'{key} {value}' for key, value in own.items())}."
     for entry in results.entries:
-        for note in notes_on(entry.settings.method, entry.settings.rounds.rounds):
-            yield f"{entry.label}: {note}."
+        yield from (f"{entry.label}: {note}." for note in entry.notes or ())
+    if any(entry.notes is None for entry in results.entries):
+        yield "Notes on single methods are not on record here; `fedalt compare` writes them."
     if results.base:
         yield "base: the base model without any adapter, scored once; it takes part in no test."
     parts = {label: _parts(costs[0].trained) for label, costs in results.costs.items()}
@@ -214,16 +215,15 @@ def gaps_of(results: Results) -> list[Gap]:
     """Each method's gaps to local-only, if that is there, and to the best of each table's means."""
     gaps: dict[tuple[str, str, str], Gap] = {}
     for table in results.tables().values():
-        for over in dict.fromkeys([*_alone(results), _best(table)]):
+        for over in dict.fromkeys([*alone_in(results), _best(table)]):
             for gap in gaps_over(table, over):
                 gaps.setdefault((gap.family, gap.over, gap.method), gap)
     return list(gaps.values())
 
 
-def _alone(results: Results) -> list[str]:
-    return [
-        entry.label for entry in results.entries if method_name(entry.settings.method) == YARDSTICK
-    ]
+def alone_in(results: Results) -> list[str]:
+    """The methods whose clients train alone."""
+    return [entry.label for entry in results.entries if entry.method.local_only]
 
 
 def _best(table: Table) -> str:

@@ -2,12 +2,35 @@
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Literal
 
-from fedalt.runs.cells import Cost
+from fedalt.runs.cells import Cost, cost_in
+from fedalt.runs.folder import open_run
+from fedalt.runs.record import StoreError, summary_in
 
 HEADS = ("trainable", "rank", "steps", "upload kB", "download kB", "seconds", "peak MB")
+
+
+def cost_of(path: Path) -> Cost:
+    """What a finished run took, by its record. Raises StoreError where that has no summary."""
+    lines = open_run(path).lines()
+    if (summary := summary_in(lines)) is None:
+        raise StoreError(
+            f"{path / 'rounds.jsonl'} has no summary of the run, which is written once it has been "
+            f"tested; `fedalt resume {path}` adds what is missing"
+        )
+    trained = [line for line in lines if line["kind"] == "train"]
+    took = {
+        "upload_bytes": fmean(line["upload_bytes"] for line in trained),
+        "download_bytes": fmean(line["download_bytes"] for line in trained),
+        "seconds": sum(line["seconds"] for line in trained),
+        "peak_memory_bytes": max(
+            line["peak_memory_bytes"] for line in lines if line["kind"] == "round"
+        ),
+    }
+    return cost_in({**summary["effort"], **took})
 
 
 def cost_cells(costs: Sequence[Cost]) -> list[str]:

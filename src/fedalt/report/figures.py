@@ -3,11 +3,11 @@
 import json
 from collections.abc import Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 import altair as alt
 
 from fedalt.report.records import MixerRecord, Rows
+from fedalt.report.similarity import Similarity
 from fedalt.report.style import (
     ACCENT,
     INK,
@@ -22,9 +22,6 @@ from fedalt.report.style import (
     styled,
 )
 from fedalt.report.table import Table
-
-if TYPE_CHECKING:
-    from fedalt.report.similarity import Similarity
 
 MOST_POINTS = 800  # to point at in one chart
 _COLUMNS = ["own", "shared", "local", "base"]
@@ -128,7 +125,7 @@ def round_curve(rows: Rows, field: str, title: str) -> alt.LayerChart:
     return styled(line, 200)
 
 
-def similarity_map(similar: "Similarity") -> alt.LayerChart:
+def similarity_map(similar: Similarity) -> alt.LayerChart:
     """Cosines of all pairs of clients' adapters, in the order of the tree beside it."""
     names = similar.names
     rows: Rows = [
@@ -150,7 +147,7 @@ def similarity_map(similar: "Similarity") -> alt.LayerChart:
     )
 
 
-def similarity_tree(similar: "Similarity") -> alt.LayerChart:
+def similarity_tree(similar: Similarity) -> alt.LayerChart:
     """Average linkage of 1 - cosine: where two branches meet is how far apart they are."""
     names = list(similar.names)
     axis = alt.Axis(

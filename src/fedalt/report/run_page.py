@@ -25,6 +25,7 @@ from fedalt.report.records import (
     round_rows,
 )
 from fedalt.report.refused import refused
+from fedalt.report.similarity import similarity
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
 from fedalt.runs.record import is_federation
@@ -212,8 +213,6 @@ def _mixer(record: Record, absent: list[str]) -> list[Section]:
 
 
 def _similarity(record: Record, absent: list[str]) -> list[Section]:
-    from fedalt.report.similarity import similarity  # reads tensors, so it needs PyTorch
-
     similar = similarity(record)
     if isinstance(similar, str):
         absent.append(f"Similarity of clients: {similar}.")

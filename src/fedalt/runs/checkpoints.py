@@ -4,10 +4,8 @@ A state is read as the newest file up to a round and written as the file of the 
 what a crashed round has left behind is never read, only overwritten.
 """
 
-import os
-import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,60 +13,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from fedalt.core.codec import fields_of, read, write
-from fedalt.core.digests import Digests, digest_of
 from fedalt.core.files import AtOnce, Writer, make_private_folder
 from fedalt.core.reading import read_bytes
 from fedalt.methods.contract import Ledger, Message
+from fedalt.runs.kept import AREAS, Kept, file_of, rounds_in
 from fedalt.runs.quarantine import quarantine
 from fedalt.runs.record import StoreError
 
 T = TypeVar("T")
-_AREAS = ("clients", "server", "moments", "noise")
-_STATE = re.compile(r"([0-9]+)\.safetensors")
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The states in a folder that count, by digest, and after how many rounds they do.
-
-    What was written since is of the round in progress, number `rounds`; processes that share a run
-    write for each other, so such a file counts where it lies.
-    """
-
-    digests: Digests
-    rounds: int
-
-    def newest(self, folder: Path, round_: int) -> Path | None:
-        """The newest file of a state up to a round; it may be gone, which shows when it is read."""
-        rounds = _rounds(self.digests.names(folder))
-        if round_ >= self.rounds and (folder / _file(round_)).exists():
-            rounds.append(round_)
-        upto = [number for number in rounds if number <= round_]
-        return folder / _file(max(upto)) if upto else None
-
-    def settle(self, folder: Path, keep: list[int]) -> list[Path]:
-        """Let only those files count that are the newest of any of these rounds.
-
-        The others that are there are returned: they can be dropped once this is on disk.
-        """
-        stale = []
-        for area in _AREAS:
-            for parent, _, files in os.walk(folder / area):
-                where = Path(parent)
-                there = set(_rounds(files))
-                known = set(_rounds(self.digests.names(where)))
-                for number in there - known:
-                    if number >= self.rounds:  # another process of this run has written it
-                        file = where / _file(number)
-                        self.digests.note(file, digest_of(read_bytes(file)))
-                        known.add(number)
-                needed = {max((r for r in known if r <= limit), default=None) for limit in keep}
-                for number in known - needed:
-                    self.digests.forget(where / _file(number))
-                stale += [where / _file(number) for number in there - needed]
-                # What a killed process was writing.
-                stale += [where / name for name in files if name.endswith(".tmp")]
-        return stale
 
 
 @dataclass(frozen=True)
@@ -98,7 +50,7 @@ class FileStates:
 
     def put(self, key: str, value: object) -> None:
         """Write a value beside its older ones; a ledger's entries are in files already."""
-        path = self.folder / key / _file(self.round)
+        path = self.folder / key / file_of(self.round)
         ledgers = fields_of(type(value), Ledger)
         self.writer.write(partial(_write, path, value, self.kept, omit=ledgers))
         for name in ledgers:
@@ -106,13 +58,13 @@ class FileStates:
 
     def begin(self) -> None:
         """Forget what an attempt at this round that was cut short has left: it never counted."""
-        for area in _AREAS:
+        for area in AREAS:
             self.drop(area)
 
     def drop(self, key: str) -> None:
         """Forget what was written for this round under a key and below it."""
         self.writer.finish()  # a write that came later would count
-        for path in sorted((self.folder / key).rglob(_file(self.round))):
+        for path in sorted((self.folder / key).rglob(file_of(self.round))):
             if path.is_file():
                 path.unlink()
                 if self.kept is not None:
@@ -196,7 +148,7 @@ class FileLedger:
 
     def put(self, client_id: str, message: Message) -> "FileLedger":
         """Write this round's upload; it counts once the round is committed."""
-        path = self._place(client_id) / _file(self.round)
+        path = self._place(client_id) / file_of(self.round)
         self.writer.write(partial(_write, path, message, self.kept))
         return replace(self, fresh=self.fresh | {client_id}, left=self.left - {client_id})
 
@@ -213,13 +165,9 @@ def newest(folder: Path, round_: int, kept: Kept | None = None) -> Path | None:
         return kept.newest(folder, round_)
     if not folder.is_dir():
         return None
-    rounds = _rounds(file.name for file in folder.iterdir())
+    rounds = rounds_in(file.name for file in folder.iterdir())
     upto = [number for number in rounds if number <= round_]
-    return folder / _file(max(upto)) if upto else None
-
-
-def _file(round_: int) -> str:
-    return f"{round_:04d}.safetensors"
+    return folder / file_of(max(upto)) if upto else None
 
 
 def _write(path: Path, value: object, kept: Kept | None, omit: Collection[str] = ()) -> None:
@@ -231,8 +179,3 @@ def _write(path: Path, value: object, kept: Kept | None, omit: Collection[str] =
 
 def _reader(kept: Kept | None) -> Callable[[Path], bytes]:
     return read_bytes if kept is None else kept.digests.read
-
-
-def _rounds(files: Iterable[str]) -> list[int]:
-    """The rounds of which these files are states; other files are none."""
-    return [int(match[1]) for name in files if (match := _STATE.fullmatch(name))]

@@ -12,8 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedalt.core.files import atomic_write, make_private_folder, open_private
 from fedalt.core.reading import read_text
 from fedalt.data.folder import DataFolder, open_data
@@ -196,6 +194,8 @@ def default_workers(jobs: Sequence[Job]) -> int:
     The number of threads a run gets is part of what its bits depend on; only the last runs of
     `run_all` get more.
     """
+    import torch  # a comparison's page, which needs no tensors, names runs as this module does
+
     wanted = {job.settings.model.device for job in jobs}
     on_gpu = wanted != {"cpu"} and torch.cuda.is_available()
     return 1 if on_gpu else os.cpu_count() or 1

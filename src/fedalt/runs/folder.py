@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Final, NotRequired, TypedDict
 from fedalt.core.digests import Digests, digest_of
 from fedalt.core.files import AtOnce, Writer, atomic_write, make_private_folder, open_private
 from fedalt.core.reading import read_bytes, read_lines, read_text
+from fedalt.runs.memory import Memory
 from fedalt.runs.record import FORMAT, require_committed, require_run
 from fedalt.runs.record import StoreError as StoreError
 from fedalt.runs.standing import (
@@ -43,7 +44,6 @@ from fedalt.runs.standing import (
 if TYPE_CHECKING:  # whoever only reads a record does without torch
     from fedalt.engine.schedule import Line, Progress
     from fedalt.runs.checkpoints import FileStates
-    from fedalt.runs.memory import Memory
 
 EXAMPLES: Final = "examples.jsonl"
 _COLUMNS: Final = ("own", "local")
@@ -67,7 +67,7 @@ class RunFolder:
 
     path: Path
     writer: Writer = field(default_factory=AtOnce)
-    _memory: list["Memory"] = field(default_factory=list, repr=False, compare=False)
+    _memory: list[Memory] = field(default_factory=list, repr=False, compare=False)
 
     def progress(self, leaving: str | None = None) -> "Progress":
         """How far the run is; the record is cut back to what was committed with that.
@@ -205,10 +205,8 @@ class RunFolder:
     def _arm(self, column: str) -> Path:
         return self.path / "local" if column == "local" else self.path
 
-    def _remembered(self) -> "Memory":
+    def _remembered(self) -> Memory:
         """What is known of the folder, read anew if another process has committed since."""
-        from fedalt.runs.memory import Memory
-
         if not self._memory or self._memory[0].standing != read_standing(self.path):
             self._memory[:] = [Memory.of(self.path)]
         return self._memory[0]

@@ -1,4 +1,4 @@
-"""How long a run is: its number of rounds may change while it stands."""
+"""How long a run is, and whether it is at its end; its rounds may change while it stands."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +8,18 @@ from fedalt.runs.folder import StoreError, locked, open_run
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import to_toml
 from fedalt.runs.setup import settings_of_run
+from fedalt.runs.summary import is_summarised
+
+
+def is_finished(path: Path) -> bool:
+    """Whether all rounds of a run are done, tested and summarised."""
+    folder = open_run(path)
+    require_clients(path)
+    settings, _ = settings_of_run(folder)
+    with locked(path):
+        progress = folder.progress()
+        tested = is_summarised(folder, progress) or not settings.rounds.test
+    return tested and progress.rounds_done >= settings.rounds.rounds
 
 
 def set_rounds(path: Path, rounds: int) -> None:

@@ -35,6 +35,7 @@ from fedalt.runs.observer import NullObserver, Observer
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, to_toml
 from fedalt.runs.setup import Parts, Prepared, facts_of, trainer_of
+from fedalt.runs.summary import summarise
 
 
 def new_run(prepared: Prepared, path: Path) -> RunFolder:
@@ -94,17 +95,6 @@ def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
         raise StoreError(f"{path} began with another base model than {base.name!r} is now: {told}")
 
 
-def is_finished(path: Path) -> bool:
-    """Whether all rounds of a run are done and tested."""
-    folder = open_run(path)
-    require_clients(path)
-    settings, _ = setup.settings_of_run(folder)
-    with locked(path):
-        progress = folder.progress()
-    tested = progress.tested or not settings.rounds.test
-    return tested and progress.rounds_done >= settings.rounds.rounds
-
-
 def resume_run(prepared: Prepared, path: Path, observer: Observer = NullObserver()) -> RunFolder:
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
@@ -114,6 +104,7 @@ def resume_run(prepared: Prepared, path: Path, observer: Observer = NullObserver
         with _executor(prepared, path, observer) as executor, writing_behind() as writer:
             journal = _Journal(replace(folder, writer=writer), observer)
             replace(_run(prepared, journal, observer), executor=executor).to_the_end()
+        summarise(folder, prepared.parts.settings, observer.on_record)
     return folder
 
 

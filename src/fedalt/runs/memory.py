@@ -8,7 +8,7 @@ from typing import Any
 
 from fedalt.core.files import open_private
 from fedalt.core.reading import StoreError
-from fedalt.runs.checkpoints import Kept
+from fedalt.runs.kept import Kept
 from fedalt.runs.standing import RECORD, Standing, read_digests, read_standing, write_standing
 
 

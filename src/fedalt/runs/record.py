@@ -5,10 +5,10 @@ So it can be read while another process writes, on another machine too, and with
 
 import json
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal, NotRequired, TypedDict
+from typing import Any, Final, Literal, NotRequired, TypedDict, cast
 
 from fedalt.core.digests import digest_of
 from fedalt.core.reading import FormError, StoreError, parse, read_json, read_text, require
@@ -20,8 +20,10 @@ from fedalt.runs.standing import read_standing as read_standing
 __all__ = [
     "FORMAT",
     "Length",
+    "Similarity",
     "Standing",
     "StoreError",
+    "Summary",
     "committed_lines",
     "parse_line",
     "read_facts",
@@ -29,6 +31,7 @@ __all__ = [
     "read_standing",
     "require_committed",
     "require_run",
+    "summary_in",
 ]
 
 FORMAT: Final = 3
@@ -86,8 +89,35 @@ class _Round(TypedDict):
     download_error: NotRequired[float]
 
 
+class Similarity(TypedDict):
+    """How far apart clients' own adapters are: 1 - cosine, mean over sites, after a round.
+
+    `distances` are those of the pairs (0, 1), (0, 2), ..., (1, 2), ... of `clients`. `column` tells
+    whose adapters they are, "own" or the baseline's "local"; `signal` what was compared, products
+    B A or B alone; `groups` the group of each client, where the method makes groups.
+    """
+
+    column: str
+    round: int
+    signal: Literal["B", "BA"]
+    clients: list[str]
+    distances: list[float]
+    groups: dict[str, int]
+
+
+class Summary(TypedDict):
+    """What a run computes once it has been tested: `similarity` may say why there is none.
+
+    `round` is its last one, `effort` part of `cells.Cost`.
+    """
+
+    round: int
+    effort: dict[str, Any]
+    similarity: Similarity | str
+
+
 class _Kind(TypedDict):
-    kind: Literal["train", "score", "mixer", "round"]
+    kind: Literal["train", "score", "mixer", "round", "summary"]
 
 
 _LINES: Final[dict[str, Any]] = {
@@ -95,6 +125,7 @@ _LINES: Final[dict[str, Any]] = {
     "score": _Score,
     "mixer": _Mixer,
     "round": _Round,
+    "summary": Summary,
 }
 
 
@@ -188,6 +219,12 @@ def parse_line(text: str) -> dict[str, Any]:
     line: dict[str, Any] = parse(text, _Kind)
     require(line, _LINES[line["kind"]])
     return line
+
+
+def summary_in(lines: Iterable[Mapping[str, Any]]) -> Summary | None:
+    """The newest summary of a record; an older version's has none."""
+    summaries = [line for line in lines if line["kind"] == "summary"]
+    return cast(Summary, summaries[-1]) if summaries else None
 
 
 def require_committed(record: Path, data: bytes, now: Standing) -> None:

@@ -131,6 +131,18 @@ def read_table(file: Path) -> dict[str, Any]:
     return rooted(_parse(file), file.parent)
 
 
+def read_whole(file: Path) -> dict[str, Any]:
+    """What a file of settings says as a table with all defaults; nothing of torch is imported.
+
+    Checked but for the values of the method's own settings. Raises SettingsError.
+    """
+    table = read_table(file)
+    sections = {name: asdict(_section(name, table.get(name, {}), str(file))) for name in _SECTIONS}
+    method = table.get("method", {})
+    own = METHODS.entries[_name_of(method, f"{file}: [method]")].settings
+    return {**table, **sections, "method": {**asdict(Lora()), **own, **method}}
+
+
 def settings_of(table: Table, source: str) -> Settings:
     """Check a table of settings whose paths are absolute; errors begin with `source`."""
     if unknown := table.keys() - _SECTIONS.keys() - _TOP.keys() - {"method"}:
@@ -251,14 +263,7 @@ def _section(name: str, table: Table, source: str) -> Any:
 
 def _method(table: Table, source: str) -> AnyMethod:
     """The method that a section names, with its low-rank size and its own fields."""
-    place = f"{source}: [method]"
-    name = typed(table.get("name", _METHOD), str, f"{place} name")
-    if name not in METHODS:
-        renamed = f"; it is called {RENAMED[name]} now" if name in RENAMED else ""
-        raise SettingsError(
-            f"{place} name: there is no method {name!r}, only {', '.join(METHODS)}"
-            f"{renamed or close_to(name, METHODS)}"
-        )
+    name = _name_of(table, place := f"{source}: [method]")
     entry = METHODS.entries[name]
     own = set(entry.settings)
     if unknown := table.keys() - own - {"name", *_LORA}:
@@ -273,6 +278,18 @@ def _method(table: Table, source: str) -> AnyMethod:
     except ValueError as error:
         raise SettingsError(f"{place}: {error}") from error
     return method
+
+
+def _name_of(table: Table, place: str) -> str:
+    """The name of the method that a section names."""
+    name: str = typed(table.get("name", _METHOD), str, f"{place} name")
+    if name not in METHODS:
+        renamed = f"; it is called {RENAMED[name]} now" if name in RENAMED else ""
+        raise SettingsError(
+            f"{place} name: there is no method {name!r}, only {', '.join(METHODS)}"
+            f"{renamed or close_to(name, METHODS)}"
+        )
+    return name
 
 
 def _unknown(key: str, known: tuple[str, ...] | list[str], section: str) -> str:

@@ -1,10 +1,9 @@
-"""What a finished run's clients trained: steps in the rounds and before serving, every tensor."""
+"""What a run's clients trained: steps in the rounds and before serving, every tensor."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,9 +13,8 @@ from fedalt.adapters.start import Start
 from fedalt.engine.client_work import TRAINED
 from fedalt.engine.generators import Given, run_generators
 from fedalt.engine.states import server_of
-from fedalt.runs.cells import Cost
-from fedalt.runs.folder import RunFolder, open_run
-from fedalt.runs.settings import Settings, lora_of, read_settings
+from fedalt.runs.folder import RunFolder
+from fedalt.runs.settings import Settings, lora_of
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Search
 
 # What a layer or a head consists of; other factors, such as lengths of B, are another form of it.
@@ -25,23 +23,18 @@ _WHOLE = ("A", "B", "G", "weight", "bias")
 
 @dataclass(frozen=True)
 class Effort:
-    """`steps` are optimiser steps of a client in all its rounds, the mean over clients.
-
-    `serving_steps` are those that it takes once more each time before it serves. `trained` are
-    numbers by "slot factor" that it trains at any time, of the client with most; `least` and `most`
-    are the sums of the clients with fewest and most, `ranks` the smallest and the largest.
-    """
+    """The part of `runs.cells.Cost` that the record's other lines do not tell; see there."""
 
     steps: float = 0.0
     serving_steps: float = 0.0
     trained: Mapping[str, int] = field(default_factory=dict)
-    least: int = 0
-    most: int = 0
+    least_numbers: int = 0
+    trainable_numbers: int = 0
     ranks: tuple[int, int] = (0, 0)
 
 
 def effort_of(folder: RunFolder, settings: Settings) -> Effort:
-    """What the clients of a finished run trained, by its record and by their last states."""
+    """What the clients trained, by the run's record and by their last states."""
     steps: dict[str, float] = {}
     trained: dict[str, dict[str, int]] = {}
     for line in folder.lines():
@@ -54,46 +47,26 @@ def effort_of(folder: RunFolder, settings: Settings) -> Effort:
             if key.startswith(TRAINED):
                 part = key.removeprefix(TRAINED)
                 parts[part] = max(parts.get(part, 0), int(count))
-    serving = _serving(folder, settings, sorted(steps))
+    if not steps:
+        return Effort()
+    serving = _serving(folder, settings, sorted(steps.keys() - folder.left()))
     for client, (_, parts) in serving.items():
         trained[client] = {**trained[client], **parts}
-    totals = {client: _total(parts) for client, parts in trained.items()}
-    most = max(totals, key=lambda client: totals[client])
+    numbers = {client: _by_slot(parts) for client, parts in trained.items()}
+    most = max(numbers.values(), key=lambda slots: sum(slots.values()))
     given: Mapping[str, int] = getattr(settings.method, "ranks", {})
     ranks = [given.get(client, lora_of(settings.method).rank) for client in steps]
     return Effort(
         steps=fmean(steps.values()),
         serving_steps=fmean(count for count, _ in serving.values()) if serving else 0.0,
-        trained=trained[most],
-        least=min(totals.values()),
-        most=totals[most],
+        trained=most,
+        least_numbers=min(sum(slots.values()) for slots in numbers.values()),
+        trainable_numbers=sum(most.values()),
         ranks=(min(ranks), max(ranks)),
     )
 
 
-def cost_of(path: Path) -> Cost:
-    """What a finished run took."""
-    folder = open_run(path)
-    lines = folder.lines()
-    trained = [line for line in lines if line["kind"] == "train"]
-    effort = effort_of(folder, read_settings(path / "settings.toml"))
-    return Cost(
-        trainable_numbers=effort.most,
-        least_numbers=effort.least,
-        ranks=effort.ranks,
-        steps=effort.steps,
-        serving_steps=effort.serving_steps,
-        trained=by_slot(effort.trained),
-        upload_bytes=fmean(line["upload_bytes"] for line in trained),
-        download_bytes=fmean(line["download_bytes"] for line in trained),
-        seconds=sum(line["seconds"] for line in trained),
-        peak_memory_bytes=max(
-            line["peak_memory_bytes"] for line in lines if line["kind"] == "round"
-        ),
-    )
-
-
-def by_slot(trained: Mapping[str, int]) -> dict[str, int]:
+def _by_slot(trained: Mapping[str, int]) -> dict[str, int]:
     """Numbers by slot; a factor's parts count where the factor itself was not trained."""
     numbers: dict[str, int] = {}
     for key, count in trained.items():
@@ -101,10 +74,6 @@ def by_slot(trained: Mapping[str, int]) -> dict[str, int]:
         if factor in _WHOLE:
             numbers[slot] = numbers.get(slot, 0) + count
     return numbers
-
-
-def _total(parts: Mapping[str, int]) -> int:
-    return sum(by_slot(parts).values())
 
 
 def _serving(

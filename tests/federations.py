@@ -8,7 +8,9 @@ from typing import Any
 
 from runs_for_tests import settings_for, write_clients
 
+from fedalt.core.codec import decode
 from fedalt.federation.client import Client
+from fedalt.federation.messages import Answer
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_client_config, read_server_config
 from fedalt.flower.init import create_federation
@@ -65,10 +67,31 @@ class Federation:
     def go_on(self, spoil: Callable[[str, bytes], bytes | Lost] = lambda _, data: data) -> None:
         """Server and clients, until the end or until `spoil` raises `Stopped`."""
         config = read_server_config(self.root / "server" / "federation.toml")
-        wire = Wire({each: self.member(each) for each in config.terms.clients}, spoil)
+        wire = Wire({each: self.member(each) for each in config.clients}, spoil)
         host = server_from(config, wire)
         with locked(self.run), contextlib.suppress(Stopped):
             host.to_the_end()
+
+    def grow(self, changes: dict[int, Callable[[], object]]) -> None:
+        """To the end; a round's change is made as soon as its first answer has come.
+
+        Whoever is added has a folder, with data, and takes part.
+        """
+        config = read_server_config(self.root / "server" / "federation.toml")
+        waiting = dict(changes)
+
+        def look(_: str, answer: bytes) -> bytes:
+            if (act := waiting.pop(decode(Answer, answer).round, None)) is not None:
+                act()
+                for name in config.clients:
+                    if name not in wire.members:
+                        write_clients(self.client(name) / "data", [name])
+                        wire.members[name] = self.member(name)
+            return answer
+
+        wire = Wire({each: self.member(each) for each in config.clients}, look)
+        with locked(self.run):
+            server_from(config, wire).to_the_end()
 
 
 def founded(root: Path, model: Path, **sections: dict[str, Any]) -> Federation:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +13,9 @@ from fedalt.cli.flags import Quiet, names_of
 from fedalt.cli.output import hush_libraries, note, show_run, tell, warn
 from fedalt.core.foreign import shown as one_line
 from fedalt.report.docstrings import docstring
+
+if TYPE_CHECKING:
+    from fedalt.flower.config import ServerConfig
 
 app = typer.Typer(
     help="Create and manage a federation over machines.",
@@ -22,6 +25,9 @@ app = typer.Typer(
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Do without encryption, for tests on one machine.")
 ]
+Place = Annotated[Path, typer.Argument(metavar="CONFIG", help="The server's federation.toml.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The client's name.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of new clients.")]
 Config = Annotated[Path, typer.Option("--config", help="The server's federation.toml.")]
 
 
@@ -70,11 +76,13 @@ def init(
 def status(config: Config = Path("federation.toml")) -> None:
     """Show which clients are online, how far the rounds are, and which uploads were rejected."""
     _require_flower()
+    from fedalt.federation.roster import FILE, read_roster
     from fedalt.flower.places import read_participants, read_server_place
     from fedalt.flower.status import shown
 
     place, _ = read_server_place(config)
-    tell(shown(place, read_participants(config.parent / "terms.toml")))
+    agreed = read_participants(config.parent / "terms.toml")
+    tell(shown(place, agreed, read_roster(config.parent / FILE)))
 
 
 def revoke(
@@ -90,8 +98,44 @@ def revoke(
     note(f"{client} can no longer connect; a running server drops it within seconds")
 
 
-for command in (init, status, revoke):
+def add(config: Place, clients: Names) -> None:
+    """Add clients to a federation, also while it runs: they take part from the next round on."""
+    server_config = _server_config(config)
+    from fedalt.flower.roster_changes import add_clients
+
+    for place in add_clients(server_config, clients):
+        note(f"{place}: send it to {place.name} and to nobody else; its README says the rest")
+
+
+def remove(config: Place, client: Name) -> None:
+    """Remove a client for good, also while the federation runs; its own state stays with it."""
+    server_config = _server_config(config)
+    from fedalt.flower.roster_changes import remove_client
+
+    stays = remove_client(server_config, client)
+    note(f"{client} can no longer connect and has left from the next round on; {stays}")
+
+
+def rotate(config: Place, client: Name) -> None:
+    """Make a new key for a client; the old one no longer counts."""
+    server_config = _server_config(config)
+    from fedalt.flower.roster_changes import rotate_key
+
+    secret = rotate_key(server_config, client)
+    note(f"{secret}: send it to {client}, which is shut out until it lies in its folder")
+
+
+def _server_config(file: Path) -> "ServerConfig":
+    hush_libraries()
+    _require_flower()
+    from fedalt.flower.config import read_server_config
+
+    return read_server_config(file)
+
+
+for command in (init, status, revoke, add, remove):
     app.command(help=docstring(command))(command)
+app.command("rotate-key", help=docstring(rotate))(rotate)
 
 
 def server(
@@ -106,8 +150,7 @@ def server(
 
     server_config = read_server_config(config, insecure=insecure)
     _warn_of(insecure=server_config.place.insecure)
-    if len(server_config.terms.clients) < server_config.place.warn_below:
-        count = len(server_config.terms.clients)
+    if (count := len(server_config.clients)) < server_config.place.warn_below:
         warn(
             [
                 f"{count} clients: from what one of them receives it can work out much about the "

@@ -48,15 +48,17 @@ def run_round(
     cohort: Sequence[str],
     train: Train,
     screening: Screening,
+    *,
+    leaving: Sequence[str] = (),
 ) -> Outcome:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
 
     `train` puts the clients' new states where `states` are; those of rejected uploads are dropped
-    again. Without an accepted upload the server keeps its state. Nothing counts before the caller
-    commits the round.
+    again. Without an accepted upload the server keeps its state, but for the part of those who are
+    `leaving`. Nothing counts before the caller commits the round.
     """
     states.begin()
-    server = server_of(method, start, states)
+    server = server_of(method, start, states, leaving)
     forms_of, broadcast_size = DryRuns(method, start), _Sizes()
     costs = []
     with states.spooling() as folder:
@@ -78,8 +80,8 @@ def run_round(
         else:  # a round in which nobody takes part is a round too
             after = method.aggregate(server, ())
         rejected = uploads.rejected
-    if after is not None:
-        states.put("server", after)
+    if after is not None or leaving:
+        states.put("server", server if after is None else after)
     clients = [ClientRound(*cost, refused=rejected.get(cost[0])) for cost in costs]
     return Outcome(clients, after is not None)
 

@@ -13,6 +13,7 @@ from fedalt.engine.client_work import ClientWork
 from fedalt.engine.executor import Executor, InProcess, Score, Train
 from fedalt.engine.firewall import Firewall
 from fedalt.engine.local_trainer import LocalTrainer
+from fedalt.engine.members import Members
 from fedalt.engine.record_lines import round_line, score_line, train_line
 from fedalt.engine.round import run_round
 from fedalt.engine.schedule import Arm, Event, HeldOut, Journal, Line, Progress, Schedule
@@ -26,7 +27,7 @@ class Run:
     """All that a run needs; `start` draws what clients begin with, `executor` shares the work."""
 
     arms: Sequence[Arm]
-    clients: Sequence[str]
+    members: Members
     schedule: Schedule
     trainer: LocalTrainer
     start: Start
@@ -54,7 +55,8 @@ class Run:
 
     def _round(self, progress: Progress, round_: int) -> Progress:
         began = time.monotonic()
-        cohort = self.schedule.cohort(self.clients, round_, self.trainer.seed)
+        cohort = self.schedule.cohort(self.members.at(round_), round_, self.trainer.seed)
+        progress = progress.since(self.members.changed(round_))
         last = round_ + 1 == self.schedule.rounds
         for arm in self.arms:
             self._train(arm, round_, cohort)
@@ -79,7 +81,8 @@ class Run:
             self.on_event(Event("refuse", round_, arm.column, client_id, 1, 1, reason=reason))
 
         screening = Screening(self.firewall, self.schedule.robust, self.schedule.trim)
-        outcome = run_round(arm.method, self.start, states, cohort, train, screening)
+        place, leaving = (arm.method, self.start, states), self.members.leaving(round_)
+        outcome = run_round(*place, cohort, train, screening, leaving=leaving)
         for client in outcome.clients:
             self.journal.record(train_line(round_, arm.column, client))
             if client.refused is not None:
@@ -102,12 +105,12 @@ class Run:
         which is what takes long. `show` gets lines of each client's best and worst examples.
         """
         losses: list[float] = []
-        places = {client_id: at for at, client_id in enumerate(self.clients, 1)}
+        clients = self.members.at(round_)
+        places = {client_id: at for at, client_id in enumerate(clients, 1)}
         what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
         job = Score(arm.column, round_, split, whole, show is not None)
         groups = (
-            [client_id for client_id, _ in group]
-            for group in self.trainer.scored(self.clients, split)
+            [client_id for client_id, _ in group] for group in self.trainer.scored(clients, split)
         )
         for scored in chain.from_iterable(self.executor.share(job, groups, self.work(job))):
             losses.append(scored.metrics[arm.column]["loss"])
@@ -144,6 +147,7 @@ class Run:
         """The clients' work in a round, on their states as round `at` finds them."""
         states = self.journal.states(arm.column, at)
         if server is None:
-            server = server_of(arm.method, self.start, states)
+            leaving = self.members.leaving(round_) if at == round_ else ()
+            server = server_of(arm.method, self.start, states, leaving)
         sent = partial(arm.method.broadcast, server)
         return ClientWork(arm, self.start, self.trainer, states, round_, sent, self.on_event)

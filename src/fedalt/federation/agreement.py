@@ -1,8 +1,10 @@
 """What all sides of a federation have agreed on: one file, the same bytes for everyone."""
 
+import platform
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,9 +15,17 @@ from fedalt.adapters.start import Start
 from fedalt.core.reading import FormError, StoreError, read_bytes, require
 from fedalt.core.tree import Name
 from fedalt.data.names import fault_of_names, fault_of_title
+from fedalt.engine.schedule import Arm
 from fedalt.federation.messages import digest
-from fedalt.runs.settings import Settings, SettingsError, read_table, settings_of, to_toml
-from fedalt.runs.setup import Parts
+from fedalt.runs.settings import (
+    Settings,
+    SettingsError,
+    method_name,
+    read_table,
+    settings_of,
+    to_toml,
+)
+from fedalt.runs.setup import Parts, trainable
 
 FILE = "terms.toml"
 _KEYS = {"name", "clients", "labels", "model", "sites", "heads"}
@@ -63,6 +73,11 @@ def require_apart(settings: Settings) -> None:
         raise SettingsError(
             f"processes = {processes} in [training]: the clients of a federation are processes "
             "of their own already; leave it out"
+        )
+    if settings.clients:
+        raise SettingsError(
+            "[clients] is for `fedalt run`; in a federation `fedalt federation add` and `remove` "
+            "say who joins and who leaves"
         )
 
 
@@ -125,6 +140,26 @@ def read_agreement(file: Path) -> Agreement:
         start=_start(about, settings.seed),
         digest=digest(whole),
     )
+
+
+def facts_of(agreement: Agreement, arms: Sequence[Arm]) -> dict[str, object]:
+    """What run.json holds; the data are with the clients."""
+    packages = {name: version(name) for name in ("fedalt", "torch")}
+    return {
+        "terms": agreement.digest,
+        "versions": {"python": platform.python_version(), **packages},
+        "data": {
+            "fingerprint": "with the clients",
+            "kind": "classify" if agreement.labels else "generate",
+            "labels": list(agreement.labels),
+            "template": "",
+        },
+        "model": {"name": agreement.settings.model.name, "fingerprint": agreement.model},
+        "method": method_name(agreement.settings.method),
+        "trainable_numbers": {arm.column: trainable(arm, agreement.start) for arm in arms},
+        "clients": {client_id: {} for client_id in agreement.clients},
+        "warnings": [],
+    }
 
 
 def _start(about: Mapping[str, Any], seed: int) -> Start:

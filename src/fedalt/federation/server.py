@@ -10,12 +10,10 @@ An answer is on disk before it counts, a round counts once progress.json is repl
 may be killed at any time and goes on where it was.
 """
 
-import platform
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,22 +30,26 @@ from fedalt.engine.schedule import Arm, Progress
 from fedalt.engine.screening import Screening
 from fedalt.engine.states import server_of
 from fedalt.engine.uploads import Upload
-from fedalt.federation.agreement import Agreement
+from fedalt.federation.agreement import Agreement, facts_of
 from fedalt.federation.messages import NEVER, Call, Split
+from fedalt.federation.roster import members_of, update_members
 from fedalt.federation.round_collector import Called, RoundCollector, Say
 from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Transport
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, create, open_run, require_settings
-from fedalt.runs.settings import method_name, to_toml
-from fedalt.runs.setup import arms_of, trainable
+from fedalt.runs.settings import to_toml
+from fedalt.runs.setup import arms_of
 
 _FAREWELL: Final = 30.0  # seconds to hear from everyone that they know it has ended
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server with its folder and its connection. Use it within `locked(folder.path)`."""
+    """A server with its folder and its connection. Use it within `locked(folder.path)`.
+
+    `roster` is the file that names who was added and removed, if there can be one.
+    """
 
     agreement: Agreement
     arms: tuple[Arm, ...]
@@ -56,6 +58,7 @@ class Server:
     rules: Rules
     screening: Screening
     say: Say
+    roster: Path | None = None
 
     def to_the_end(self) -> None:
         """Go on from where the folder stands until the test data are scored and all know it."""
@@ -82,6 +85,7 @@ class Server:
         """Train a cohort and, in the same calls, score the round before on validation data."""
         began = time.monotonic()
         schedule, method = self.agreement.settings.rounds, self.arms[0].method
+        members = update_members(self.folder, self.roster, self.agreement, round_, self.say)
         cohort = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
         scored = round_ > 0 and round_ % schedule.evaluate_every == 0
         score = dict.fromkeys(self._columns, round_ - 1) if scored else {}
@@ -95,7 +99,8 @@ class Server:
             return collector.uploads()
 
         states = self._states(round_)
-        outcome = run_round(method, self.agreement.start, states, cohort, train, self.screening)
+        place, leaving = (method, self.agreement.start, states), members.leaving(round_)
+        outcome = run_round(*place, cohort, train, self.screening, leaving=leaving)
         if not outcome.aggregated:
             self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
         rejected = self._record(collector, outcome.clients)
@@ -199,16 +204,20 @@ class Server:
         """The best rounds once the scores that a round has asked for are known.
 
         Late and rejected answers are none; and unless more than half of the clients have answered,
-        the few do not choose for all.
+        the few do not choose for all. Rounds of other clients than now cannot be compared.
         """
         answers = [
             answer
             for client_id, answer in collector.answers.items()
             if answer.call and answer.round == collector.round and client_id not in rejected
         ]
+        changed = members_of(self.folder).changed(progress.rounds_done)
+        progress = progress.since(changed)
         if 2 * len(answers) <= len(self._clients()):
             return progress
         for column, round_ in asked.items():
+            if round_ < changed:
+                continue
             losses = [
                 score.metrics["loss"]
                 for answer in answers
@@ -246,7 +255,7 @@ class Server:
 
     def _clients(self) -> list[str]:
         left = self.folder.left()
-        return [client_id for client_id in self.agreement.clients if client_id not in left]
+        return sorted(self.folder.facts()["clients"].keys() - left)
 
     @property
     def _columns(self) -> list[str]:
@@ -260,12 +269,14 @@ def open_server(
     rules: Rules,
     screening: Screening,
     say: Say,
+    roster: Path | None = None,
 ) -> Server:
     """The server in its folder, which is made if it is not there. Raises StoreError."""
     arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
     if not (folder / "run.json").exists():
-        create(folder, settings, _facts(agreement, arms))
-    server = Server(agreement, arms, open_run(folder), transport, rules, screening, say)
+        create(folder, settings, facts_of(agreement, arms))
+    run = open_run(folder)
+    server = Server(agreement, arms, run, transport, rules, screening, say, roster)
     if (terms := server.folder.facts().get("terms")) != agreement.digest:
         raise StoreError(
             f"{folder} belongs to other terms than terms.toml (and its template.txt, if it has "
@@ -273,23 +284,3 @@ def open_server(
         )
     require_settings(folder, settings)
     return server
-
-
-def _facts(agreement: Agreement, arms: Sequence[Arm]) -> dict[str, object]:
-    """What run.json holds; the data are with the clients."""
-    packages = {name: version(name) for name in ("fedalt", "torch")}
-    return {
-        "terms": agreement.digest,
-        "versions": {"python": platform.python_version(), **packages},
-        "data": {
-            "fingerprint": "with the clients",
-            "kind": "classify" if agreement.labels else "generate",
-            "labels": list(agreement.labels),
-            "template": "",
-        },
-        "model": {"name": agreement.settings.model.name, "fingerprint": agreement.model},
-        "method": method_name(agreement.settings.method),
-        "trainable_numbers": {arm.column: trainable(arm, agreement.start) for arm in arms},
-        "clients": {client_id: {} for client_id in agreement.clients},
-        "warnings": [],
-    }

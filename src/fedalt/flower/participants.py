@@ -25,7 +25,8 @@ def server_from(config: ServerConfig, transport: Transport) -> Server:
     log = config.place.logs / "server.log"
     make_private_folder(log.parent)
     say = partial(_write_line, log)
-    host = open_server(config.terms, config.place.run, transport, config.rules, screening, say)
+    place = config.terms, config.place.run, transport
+    host = open_server(*place, config.rules, screening, say, config.roster)
     record_revoked(config.place)
     return host
 

@@ -2,15 +2,18 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import Final, TypedDict
 
 from fedalt.core.foreign import shown as one_line
 from fedalt.core.reading import FormError, StoreError, parse, read_bytes, read_json
+from fedalt.federation.roster import Roster
 from fedalt.flower.places import Federation, ServerPlace
 from fedalt.flower.processes import is_running
 from fedalt.flower.revocation import revoked
+from fedalt.runs.folder import RunFolder
 from fedalt.runs.quarantine import refusals
 
 _SHOWN: Final = 5  # lines of one sort
@@ -33,8 +36,11 @@ class _Refused(TypedDict):
     last_from: str | None
 
 
-def shown(place: ServerPlace, federation: Federation) -> str:
-    """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError."""
+def shown(place: ServerPlace, federation: Federation, roster: Roster) -> str:
+    """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError.
+
+    `roster` is who was added and removed since the terms were agreed.
+    """
     folder = place.run
     file = folder / "status.json"
     if not file.exists():
@@ -47,10 +53,13 @@ def shown(place: ServerPlace, federation: Federation) -> str:
         state = "has ended" if ended else f"does not run; it was {state}"
     done = min(status["round"], status["rounds"])
     lines = [f"{federation.name}: {done} of {status['rounds']} rounds done; the server {state}"]
-    out = set(revoked(place))
-    for client_id in federation.clients:
+    if roster.version:
+        lines.append(f"  members: version {roster.version}, after {_changes(roster)}")
+    out, stays = set(revoked(place)), RunFolder(folder).facts().get("stays", {})
+    for client_id in roster.clients(federation.clients):
         online = runs and not ended and client_id in status["online"]
         state = "revoked" if client_id in out else "online" if online else "absent"
+        state = _membership(client_id, state, roster, stays.get(client_id, {}))
         waits = ", awaited" if client_id in status["awaited"] and not ended else ""
         heard = status["heard"].get(client_id)
         when = "never" if heard is None else f"{datetime.fromtimestamp(heard):%Y-%m-%d %H:%M:%S}"
@@ -61,6 +70,21 @@ def shown(place: ServerPlace, federation: Federation) -> str:
     lines.append(f"  refused uploads: {len(uploads)}")
     lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in uploads[-_SHOWN:]]
     return "\n".join(one_line(line) for line in [*lines, *_refused_requests(place)])
+
+
+def _changes(roster: Roster) -> str:
+    names = {"adding": roster.added, "removing": roster.removed}
+    return " and ".join(f"{what} {', '.join(who)}" for what, who in names.items() if who)
+
+
+def _membership(client_id: str, state: str, roster: Roster, stay: Mapping[str, int]) -> str:
+    """How a client that was added or removed stands; of the others how they stand anyway."""
+    if client_id in roster.removed:
+        return f"left in round {stay['leaves']}" if "leaves" in stay else "leaves in the next round"
+    if client_id in roster.added:
+        since = f"round {stay['joins']}" if "joins" in stay else "the next round"
+        return f"{state}, takes part from {since} on"
+    return state
 
 
 def _runs(place: ServerPlace) -> bool:

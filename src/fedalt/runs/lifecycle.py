@@ -11,6 +11,7 @@ from fedalt.core.files import writing_behind
 from fedalt.engine.client_work import servings
 from fedalt.engine.executor import Executor
 from fedalt.engine.generators import Given
+from fedalt.engine.members import Members
 from fedalt.engine.run import Run
 from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress
 from fedalt.engine.states import client_of, server_of
@@ -174,7 +175,7 @@ def score_clients(
     """Score some clients on their test data after a round; use it within `locked`."""
     lines: list[Line] = []
     journal = _Journal(folder, notes=lines)
-    run = replace(_run(prepared, journal, NullObserver()), clients=clients)
+    run = replace(_run(prepared, journal, NullObserver()), members=Members(clients))
     run.score(arm, round_, "test", whole=True)
     return lines
 
@@ -258,9 +259,12 @@ def _executor(
 def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
     parts, settings = prepared.parts, prepared.parts.settings
     left = journal.folder.left()
+    clients = [client_id for client_id in prepared.task.clients if client_id not in left]
     return Run(
         arms=parts.arms,
-        clients=[client_id for client_id in prepared.task.clients if client_id not in left],
+        members=Members(
+            [who for who in prepared.task.clients if who not in left], settings.clients
+        ),
         schedule=settings.rounds,
         trainer=trainer_of(prepared),
         start=parts.start,

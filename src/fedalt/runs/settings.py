@@ -17,6 +17,7 @@ from fedalt.core.declared import (
     declared_in,
     hint_of,
     placed,
+    section_of,
     setting,
     shown,
     typed,
@@ -30,6 +31,7 @@ from fedalt.core.settings import (
     ModelSettings,
     Schedule,
     Scoring,
+    Stay,
     Training,
 )
 from fedalt.data.encodings import EncodingError, decoded
@@ -58,6 +60,7 @@ class Settings:
     rounds: Schedule = field(default_factory=Schedule)
     scoring: Scoring = field(default_factory=Scoring)
     firewall: Firewall = field(default_factory=Firewall)
+    clients: Mapping[str, Stay] = field(default_factory=dict)
     seed: Annotated[int, setting("Random seed.")] = 0
     local_baseline: Annotated[
         bool, setting("Also train every client alone: the local-only baseline.")
@@ -82,6 +85,7 @@ _SECTIONS: Final[Mapping[str, Any]] = {
     "scoring": Scoring,
     "firewall": Firewall,
 }
+_CLIENTS: Final = "clients"  # of which every client may have a section of its own
 _TOP: Final = {item.name: item for item in declared_in(Settings)}
 _LORA: Final = tuple(item.name for item in declared_in(Lora))
 
@@ -94,6 +98,7 @@ def all_declared() -> Iterator[tuple[str, Declared]]:
     yield from (("", item) for item in _TOP.values())
     for section in ("training", "rounds", "scoring", "firewall"):
         yield from ((section, item) for item in declared_in(_SECTIONS[section]))
+    yield from ((f"{_CLIENTS}.NAME", item) for item in declared_in(Stay))
 
 
 def read_settings(file: Path | None, flags: Table | None = None) -> Settings:
@@ -126,10 +131,11 @@ def read_table(file: Path) -> dict[str, Any]:
 
 def settings_of(table: Table, source: str) -> Settings:
     """Check a table of settings whose paths are absolute; errors begin with `source`."""
-    if unknown := table.keys() - _SECTIONS.keys() - _TOP.keys() - {"method"}:
-        known = (*_TOP, *(f"[{section}]" for section in (*_SECTIONS, "method")))
+    sections = (*_SECTIONS, "method", _CLIENTS)
+    if unknown := table.keys() - _TOP.keys() - set(sections):
+        known = (*_TOP, *(f"[{section}]" for section in sections))
         raise SettingsError(f"{source}: {_unknown(min(unknown), known, '')}")
-    for section in (*_SECTIONS, "method"):
+    for section in sections:
         if not isinstance(part := table.get(section, {}), dict):
             raise SettingsError(f"{source}: [{section}]: expected a section, got {shown(part)}")
     top = {
@@ -137,8 +143,12 @@ def settings_of(table: Table, source: str) -> Settings:
         for key, item in _TOP.items()
         if key in table
     }
-    sections = {name: _section(name, table.get(name, {}), source) for name in _SECTIONS}
-    settings = Settings(method=_method(table.get("method", {}), source), **sections, **top)
+    parts = {name: _section(name, table.get(name, {}), source) for name in _SECTIONS}
+    parts[_CLIENTS] = {
+        name: section_of(Stay, part, source, f"{_CLIENTS}.{name}")
+        for name, part in table.get(_CLIENTS, {}).items()
+    }
+    settings = Settings(method=_method(table.get("method", {}), source), **parts, **top)
     if settings.rounds.robust is not None and not settings.method.averages:
         able = ", ".join(name for name, method in METHODS.items() if method.averages)
         raise SettingsError(
@@ -157,6 +167,8 @@ def to_toml(settings: Settings) -> str:
     sections["model"]["targets"] = settings.model.targets or DEFAULT_TARGETS
     top = {name: getattr(settings, name) for name in _TOP}
     table = {**top, **sections, "method": method}
+    if settings.clients:
+        table[_CLIENTS] = {name: _plain(asdict(stay)) for name, stay in settings.clients.items()}
     return tomli_w.dumps({key: _plain(value) for key, value in table.items()})
 
 

@@ -1,0 +1,31 @@
+"""Who takes part in which round, where clients join late or leave."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedalt.core.settings import Stay
+
+
+@dataclass(frozen=True)
+class Members:
+    """All clients that ever take part; `stays` are those that are not there from first to last."""
+
+    clients: Sequence[str]
+    stays: Mapping[str, Stay] = field(default_factory=dict)
+
+    def at(self, round_: int) -> list[str]:
+        """Who takes part in a round, in the order of the clients."""
+        everyone = Stay()
+        return [who for who in self.clients if self.stays.get(who, everyone).includes(round_)]
+
+    def leaving(self, round_: int) -> list[str]:
+        """Whose part is taken out of the server's state when a round begins."""
+        return sorted(who for who, stay in self.stays.items() if stay.leaves == round_)
+
+    def changed(self, round_: int) -> int:
+        """The last round up to this one that began with other clients than the one before; or 0.
+
+        Mean losses of rounds before and after it are of different clients.
+        """
+        changes = [at for stay in self.stays.values() for at in (stay.joins, stay.leaves)]
+        return max((at for at in changes if at is not None and at <= round_), default=0)

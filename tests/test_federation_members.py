@@ -1,20 +1,14 @@
 """Clients that are added to a federation and removed from it while it goes on."""
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from commands import call
 from federations import Federation, founded
 from machines import assert_close, newest_state
-from runs_for_tests import save_model, scores_of, settings_for, write_clients
+from runs_for_tests import save_model, settings_for, write_clients
 
-from fedalt.core.codec import decode
-from fedalt.federation.messages import Answer
-from fedalt.flower.config import read_server_config
 from fedalt.runs.lifecycle import start_run
-from fedalt.runs.settings import SettingsError
 from fedalt.runs.setup import prepare
 
 ROUNDS = 5

@@ -170,4 +170,4 @@ def test_who_was_away_at_the_end_is_told_when_the_server_is_started_again(
 
 def status(machines: Machines) -> str:
     config = read_server_config(machines.server / "federation.toml")
-    return shown(config.place, config.terms, read_roster(config.roster))
+    return shown(config.place, config.terms)

@@ -189,8 +189,8 @@ def test_what_the_door_refuses_is_counted_by_kind_and_shown(machines: Machines) 
     }
     assert told["400 the request broke off"]["last_from"] == "127.0.0.1"
     assert "secret" not in (config.place.logs / "door.log").read_text()
-    assert "  refused requests: 110 since " in shown(config.place, config.terms, read_roster(config.roster))
-    assert "    102: 403 this is not for clients" in shown(config.place, config.terms, read_roster(config.roster))
+    assert "  refused requests: 110 since " in shown(config.place, config.terms)
+    assert "    102: 403 this is not for clients" in shown(config.place, config.terms)
 
 
 def test_a_request_without_a_clients_signature_is_refused_before_its_body_comes(

@@ -95,18 +95,18 @@ def test_of_a_server_that_does_not_run_nobody_is_online(machines: Machines) -> N
     assert config is not None
     with pytest.raises(KeyboardInterrupt):
         server_from(config, carrier).to_the_end()
-    assert "the server seen 0 seconds ago" in shown(config.place, config.terms, read_roster(config.roster))
+    assert "the server seen 0 seconds ago" in shown(config.place, config.terms)
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     config.place.pid.write_text(str(dead.pid))
-    assert "the server does not run; it was seen " in shown(config.place, config.terms, read_roster(config.roster))
+    assert "the server does not run; it was seen " in shown(config.place, config.terms)
     assert {
         each.split(",")[0].split(";")[0]
-        for each in lines_of(shown(config.place, config.terms, read_roster(config.roster))).values()
+        for each in lines_of(shown(config.place, config.terms)).values()
     } == {"absent"}
     config.place.pid.write_text(str(os.getpid()))
     os.utime(config.place.pid, (1e9, 1e9))  # the number was another's before the power went
-    assert "the server does not run" in shown(config.place, config.terms, read_roster(config.roster))
+    assert "the server does not run" in shown(config.place, config.terms)
 
 
 def test_a_status_that_cannot_be_read_is_one_line_and_stops_no_server(machines: Machines) -> None:
@@ -130,7 +130,7 @@ def test_what_is_no_refusal_in_the_doors_log_is_passed_over(machines: Machines) 
     line = {"time": "2026-01-01 10:00:00", "refused": 7, "what": "401 x", "last_from": "10.0.0.9"}
     noise = '{no json}\n{"time": 3}\n[]\n7\n{"refused": \nTraceback\n\x1b[0m{}\n'
     (config.place.logs / "door.log").write_text(f"{noise}{json.dumps(line)}\n{noise}")
-    text = shown(config.place, config.terms, read_roster(config.roster))
+    text = shown(config.place, config.terms)
     assert "refused requests: 7 since 2026-01-01 10:00:00, the last from 10.0.0.9" in text
 
 

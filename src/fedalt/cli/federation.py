@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -125,6 +126,30 @@ def rotate(config: Place, client: Name) -> None:
     note(f"{secret}: send it to {client}, which is shut out until it lies in its folder")
 
 
+def backup(config: Place, file: Annotated[Path, typer.Argument(metavar="FILE.tar")]) -> None:
+    """Write the folder of a server, which is stopped, into one file. It holds the server's key."""
+    server_config = _server_config(config)
+    from fedalt.flower.backup import back_up
+
+    rounds = back_up(server_config, file)
+    note(f"{file}: the server after {rounds} rounds; keep it secret, its key is in it")
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE.tar")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's new folder.")],
+) -> None:
+    """Make the folder of a server out of a backup, in any place."""
+    hush_libraries()
+    _require_flower()
+    from fedalt.flower.backup import restore as put_back
+
+    rounds = put_back(file, folder)
+    config = folder / "federation.toml"
+    note(f"{folder}: the server after {rounds} rounds; `fedalt server --config {config}` goes on")
+    note("clients that are ahead of it say so; `fedalt client --go-back` follows it, once")
+
+
 def _server_config(file: Path) -> "ServerConfig":
     hush_libraries()
     _require_flower()
@@ -133,7 +158,7 @@ def _server_config(file: Path) -> "ServerConfig":
     return read_server_config(file)
 
 
-for command in (init, status, revoke, add, remove):
+for command in (init, status, revoke, add, remove, backup, restore):
     app.command(help=docstring(command))(command)
 app.command("rotate-key", help=docstring(rotate))(rotate)
 
@@ -165,6 +190,9 @@ def client(
         "client.toml"
     ),
     insecure: Insecure = False,
+    go_back: Annotated[
+        bool, typer.Option("--go-back", help="Follow a server restored from a backup, once.")
+    ] = False,
 ) -> None:
     """Take part in a federation; started again, it continues."""
     hush_libraries()
@@ -172,7 +200,7 @@ def client(
     from fedalt.flower.client_process import run_client
     from fedalt.flower.config import read_client_config
 
-    client_config = read_client_config(config, insecure=insecure)
+    client_config = replace(read_client_config(config, insecure=insecure), go_back=go_back)
     _warn_of(insecure=client_config.place.insecure)
     _until_stopped(lambda: run_client(client_config, _say))
 

@@ -42,10 +42,13 @@ class Roster:
         return tuple(sorted({*agreed, *self.added}))
 
 
+UNCHANGED: Final = Roster()
+
+
 def read_roster(file: Path) -> Roster:
     """What a members.json says; without one nothing was changed. Raises StoreError."""
     if not file.exists():
-        return Roster()
+        return UNCHANGED
     raw = read_json(file, _Form)
     return Roster(raw["version"], tuple(raw["added"]), tuple(raw["removed"]))
 
@@ -75,7 +78,7 @@ def update_members(
     Whoever is named later, while the round goes on, is so in the next one. Repeated after a crash
     it changes nothing.
     """
-    roster, facts = Roster() if file is None else read_roster(file), folder.facts()
+    roster, facts = UNCHANGED if file is None else read_roster(file), folder.facts()
     clients, stays = dict(facts["clients"]), dict(facts.get("stays", {}))
     revoked = set(facts.get("revoked", ()))
     left = set(facts.get("left", ())) - revoked

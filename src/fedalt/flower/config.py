@@ -35,11 +35,12 @@ class ServerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ClientConfig:
-    """All that `fedalt client` needs."""
+    """All that `fedalt client` needs; `go_back`: follow a server that was set back, once."""
 
     file: Path
     terms: Agreement
     place: ClientPlace
+    go_back: bool = False
 
 
 def read_server_config(file: Path, *, insecure: bool = False) -> ServerConfig:

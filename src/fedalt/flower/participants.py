@@ -35,7 +35,7 @@ def client_from(config: ClientConfig, on_event: OnEvent = ignore, say: Say = sil
     """The client of a configuration, its model loaded and its data read; see `open_client`."""
     place = config.place
     try:
-        return open_client(
+        client = open_client(
             config.terms,
             place.name,
             place.data,
@@ -47,6 +47,8 @@ def client_from(config: ClientConfig, on_event: OnEvent = ignore, say: Say = sil
         )
     except SettingsError as error:  # whose name and places are this file's
         raise SettingsError(f"{config.file}: {error}") from None
+    client.accepted.may_go_back = config.go_back
+    return client
 
 
 def _write_line(log: Path, text: str) -> None:

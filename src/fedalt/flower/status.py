@@ -9,7 +9,7 @@ from typing import Final, TypedDict
 
 from fedalt.core.foreign import shown as one_line
 from fedalt.core.reading import FormError, StoreError, parse, read_bytes, read_json
-from fedalt.federation.roster import Roster
+from fedalt.federation.roster import UNCHANGED, Roster
 from fedalt.flower.places import Federation, ServerPlace
 from fedalt.flower.processes import is_running
 from fedalt.flower.revocation import revoked
@@ -36,7 +36,7 @@ class _Refused(TypedDict):
     last_from: str | None
 
 
-def shown(place: ServerPlace, federation: Federation, roster: Roster) -> str:
+def shown(place: ServerPlace, federation: Federation, roster: Roster = UNCHANGED) -> str:
     """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError.
 
     `roster` is who was added and removed since the terms were agreed.
@@ -72,7 +72,7 @@ def shown(place: ServerPlace, federation: Federation, roster: Roster) -> str:
     return "\n".join(one_line(line) for line in [*lines, *_refused_requests(place)])
 
 
-def _changes(roster: Roster) -> str:
+def _changes(roster: Roster = UNCHANGED) -> str:
     names = {"adding": roster.added, "removing": roster.removed}
     return " and ".join(f"{what} {', '.join(who)}" for what, who in names.items() if who)
 

@@ -262,9 +262,7 @@ def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
     clients = [client_id for client_id in prepared.task.clients if client_id not in left]
     return Run(
         arms=parts.arms,
-        members=Members(
-            [who for who in prepared.task.clients if who not in left], settings.clients
-        ),
+        members=Members(clients, settings.clients),
         schedule=settings.rounds,
         trainer=trainer_of(prepared),
         start=parts.start,

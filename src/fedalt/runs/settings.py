@@ -145,8 +145,7 @@ def settings_of(table: Table, source: str) -> Settings:
     }
     parts = {name: _section(name, table.get(name, {}), source) for name in _SECTIONS}
     parts[_CLIENTS] = {
-        name: section_of(Stay, part, source, f"{_CLIENTS}.{name}")
-        for name, part in table.get(_CLIENTS, {}).items()
+        name: _stay(name, part, source) for name, part in table.get(_CLIENTS, {}).items()
     }
     settings = Settings(method=_method(table.get("method", {}), source), **parts, **top)
     if settings.rounds.robust is not None and not settings.method.averages:
@@ -239,6 +238,15 @@ def _section(name: str, table: Table, source: str) -> Any:
     if unknown := table.keys() - set(known):
         raise SettingsError(f"{source}: [{name}]: {_unknown(min(unknown), known, name)}")
     return placed(_SECTIONS[name], table, f"{source}: [{name}]")
+
+
+def _stay(name: str, part: object, source: str) -> Stay:
+    """From when until when a client takes part, from its section."""
+    section = f"{_CLIENTS}.{name}"
+    if not isinstance(part, dict):
+        raise SettingsError(f"{source}: [{section}]: expected a section, got {shown(part)}")
+    stay: Stay = section_of(Stay, part, source, section)
+    return stay
 
 
 def _method(table: Table, source: str) -> AnyMethod:

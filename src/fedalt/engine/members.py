@@ -1,6 +1,6 @@
 """Who takes part in which round, where clients join late or leave."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedalt.core.settings import Stay
@@ -18,9 +18,14 @@ class Members:
         everyone = Stay()
         return [who for who in self.clients if self.stays.get(who, everyone).includes(round_)]
 
+    def without(self, left: Collection[str]) -> "Members":
+        """The same without clients that are gone altogether."""
+        return Members([who for who in self.clients if who not in left], self.stays)
+
     def leaving(self, round_: int) -> list[str]:
         """Whose part is taken out of the server's state when a round begins."""
-        return sorted(who for who, stay in self.stays.items() if stay.leaves == round_)
+        stays = self.stays.items()
+        return sorted(who for who, stay in stays if who in self.clients and stay.leaves == round_)
 
     def changed(self, round_: int) -> int:
         """The last round up to this one that began with other clients than the one before; or 0.

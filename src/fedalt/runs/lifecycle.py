@@ -258,11 +258,9 @@ def _executor(
 
 def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
     parts, settings = prepared.parts, prepared.parts.settings
-    left = journal.folder.left()
-    clients = [client_id for client_id in prepared.task.clients if client_id not in left]
     return Run(
         arms=parts.arms,
-        members=Members(clients, settings.clients),
+        members=Members(prepared.task.clients, settings.clients).without(journal.folder.left()),
         schedule=settings.rounds,
         trainer=trainer_of(prepared),
         start=parts.start,

@@ -91,17 +91,14 @@ def test_clients_are_added_removed_and_given_other_keys_while_all_goes_on(
     for each in ("server", *CLIENTS):
         machines.start(each)
     machines.wait_for_round(1)
-    machines.process("a").suspend()  # no round ends meanwhile
-    joined = machines.rounds_done() + 1
+    joined = held(machines, ["b", "c"]) + 1
     assert call("federation", "add", config, "d") == 0
     write_clients(machines.client("d") / "data", ["d"])
     machines.start("d")
     assert call("federation", "rotate-key", config, "c") == 0
     machines.process("a").resume()
     machines.wait_for_round(joined + 1)  # with d, and with c's other key
-    machines.process("a").suspend()
-    here = machines.rounds_done()
-    machines.wait_for(lambda: "b" in machines.answered(here), "b's last upload")
+    left = held(machines, ["b", "c", "d"]) + 1
     assert call("federation", "remove", config, "b") == 0
     machines.started.pop("b").terminate()
     machines.process("a").resume()
@@ -110,7 +107,7 @@ def test_clients_are_added_removed_and_given_other_keys_while_all_goes_on(
 
     stays = open_run(machines.run).facts()["stays"]
     assert stays["d"] == {"joins": joined}
-    assert stays["b"] == {"leaves": here + 1}
+    assert stays["b"] == {"leaves": left}
     four = write_clients(tmp_path / "four", ("a", "b", "c", "d"))
     settings = replace(
         machines.settings,
@@ -120,6 +117,13 @@ def test_clients_are_added_removed_and_given_other_keys_while_all_goes_on(
     whole = replace(machines, settings=settings, clients=("a", "c", "d"))
     # A call scores the round before it: of who comes and goes other rounds than a run does.
     assert_as_in_one_process(whole, tmp_path / "undisturbed", splits=["test"])
+
+
+def held(machines: Machines, others: list[str]) -> int:
+    """The round that does not end because a is stopped, once all others have answered."""
+    machines.process("a").suspend()
+    machines.wait_for(lambda: machines.answered(machines.rounds_done()) == others, "the others")
+    return machines.rounds_done()
 
 
 SEEN = {

@@ -58,7 +58,7 @@ def test_who_is_added_and_removed_while_it_runs_is_so_as_in_a_run_with_the_same_
 def test_status_tells_who_was_added_and_removed_and_the_version(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made = founded(tmp_path, model, rounds={"rounds": 1, "test": False})
+    made = founded(tmp_path, model, rounds={"rounds": 2, "test": False})
 
     def said(*words: object) -> str:
         capsys.readouterr()
@@ -72,12 +72,13 @@ def test_status_tells_who_was_added_and_removed_and_the_version(
         "added": ["d"],
         "removed": [],
     }
-    assert "its last upload is subtracted" in said("remove", made.config, "b")
-    made.go_on()
+    made.go_on(changes={0: lambda: call("federation", "remove", made.config, "b")})
+    assert "its last upload is subtracted" in said("remove", made.config, "c")
     shown = said("status", "--config", made.config)
-    assert "members: version 2, after adding d and removing b" in shown
+    assert "members: version 3, after adding d and removing b, c" in shown
     assert "d: absent, takes part from round 0 on" in shown
-    assert "b: left in round 0" in shown
+    assert "b: left in round 1" in shown
+    assert "c: leaves in the next round" in shown
 
 
 def test_who_cannot_be_added_or_removed_is_told_why_in_a_sentence(

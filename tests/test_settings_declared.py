@@ -50,6 +50,8 @@ def another(item):
 
 def table_with(section, item, value):
     part = {**WHOLE.get(section, {}), item.name: value}
+    section, _, name = section.partition(".")
+    part = {name: part} if name else part
     return {**WHOLE, section: part} if section else {**WHOLE, item.name: value}
 
 
@@ -57,6 +59,8 @@ def value_in(settings, section, item):
     method = settings.method
     if (section, item.name) == ("method", "name"):
         return "fedalt" if type(method).__name__.startswith("FedALT") else "fedit"
+    if section == "clients.NAME":
+        return getattr(settings.clients["NAME"], item.name)
     place = {"": settings, "method": vars(method)["lora"]}.get(section) or getattr(
         settings, section
     )

@@ -90,8 +90,9 @@ def update_members(
         if name not in clients or name in left:
             continue
         left.add(name)
-        if stays.get(name) == {"joins": round_}:  # the round was cut short, and it with it
-            del clients[name], stays[name]
+        if stays.get(name, {}).get("joins", 0) == round_:  # it has taken part in no whole round
+            del clients[name]
+            stays.pop(name, None)
             continue
         stays[name] = {**stays.get(name, {}), "leaves": round_}
         say(f"round {round_}: {name} has left; {what_stays(agreement)}")

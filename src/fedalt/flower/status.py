@@ -2,7 +2,6 @@
 
 import time
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import suppress
 from datetime import datetime
 from typing import Final, TypedDict
@@ -55,11 +54,19 @@ def shown(place: ServerPlace, federation: Federation, roster: Roster = UNCHANGED
     lines = [f"{federation.name}: {done} of {status['rounds']} rounds done; the server {state}"]
     if roster.version:
         lines.append(f"  members: version {roster.version}, after {_changes(roster)}")
-    out, stays = set(revoked(place)), RunFolder(folder).facts().get("stays", {})
+    out, facts = set(revoked(place)), RunFolder(folder).facts()
+    stays, gone = facts.get("stays", {}), {*facts.get("left", ())} - {*facts.get("revoked", ())}
     for client_id in roster.clients(federation.clients):
         online = runs and not ended and client_id in status["online"]
         state = "revoked" if client_id in out else "online" if online else "absent"
-        state = _membership(client_id, state, roster, stays.get(client_id, {}))
+        stay = stays.get(client_id, {})
+        if client_id in gone:
+            state = f"left in round {stay['leaves']}" if "leaves" in stay else "left"
+        elif client_id in roster.removed:
+            state = "leaves in the next round"
+        elif client_id in roster.added:
+            since = f"round {stay['joins']}" if stay else "the next round"
+            state += f", takes part from {since} on"
         waits = ", awaited" if client_id in status["awaited"] and not ended else ""
         heard = status["heard"].get(client_id)
         when = "never" if heard is None else f"{datetime.fromtimestamp(heard):%Y-%m-%d %H:%M:%S}"
@@ -75,16 +82,6 @@ def shown(place: ServerPlace, federation: Federation, roster: Roster = UNCHANGED
 def _changes(roster: Roster = UNCHANGED) -> str:
     names = {"adding": roster.added, "removing": roster.removed}
     return " and ".join(f"{what} {', '.join(who)}" for what, who in names.items() if who)
-
-
-def _membership(client_id: str, state: str, roster: Roster, stay: Mapping[str, int]) -> str:
-    """How a client that was added or removed stands; of the others how they stand anyway."""
-    if client_id in roster.removed:
-        return f"left in round {stay['leaves']}" if "leaves" in stay else "leaves in the next round"
-    if client_id in roster.added:
-        since = f"round {stay['joins']}" if "joins" in stay else "the next round"
-        return f"{state}, takes part from {since} on"
-    return state
 
 
 def _runs(place: ServerPlace) -> bool:

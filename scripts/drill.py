@@ -27,7 +27,7 @@ from runs_for_tests import save_model, scores_of
 from fedalt.engine.screening import Screening
 from fedalt.federation.client import Client
 from fedalt.federation.client_folder import open_client
-from fedalt.federation.server import open_server
+from fedalt.federation.server_folder import open_server
 from fedalt.flower.config import read_client_config, read_server_config
 from fedalt.runs.quarantine import refusals
 

@@ -1,14 +1,17 @@
 """Folders of a federation as its server and clients leave them, made in this process."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from runs_for_tests import settings_for, write_clients
 
+from fedalt.core.codec import decode
 from fedalt.federation.client import Client
+from fedalt.federation.messages import Answer
+from fedalt.federation.roster import read_roster
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_client_config, read_server_config
 from fedalt.flower.init import create_federation
@@ -48,24 +51,55 @@ class Federation:
 
     root: Path
     said: dict[str, list[str]] = field(default_factory=dict)
+    server_name: str = "server"
+
+    @property
+    def config(self) -> Path:
+        """The operator's file."""
+        return self.root / self.server_name / "federation.toml"
 
     @property
     def run(self) -> Path:
         """The server's own folder."""
-        return self.root / "server" / "state" / "run"
+        return self.root / self.server_name / "state" / "run"
 
     def client(self, name: str) -> Path:
         return self.root / "clients" / name
 
-    def member(self, name: str) -> Client:
+    def member(self, name: str, *, go_back: bool = False) -> Client:
         """A client as `fedalt client` opens it."""
         told = self.said.setdefault(name, [])
-        return client_from(read_client_config(self.client(name) / "client.toml"), say=told.append)
+        config = read_client_config(self.client(name) / "client.toml")
+        return client_from(replace(config, go_back=go_back), say=told.append)
 
-    def go_on(self, spoil: Callable[[str, bytes], bytes | Lost] = lambda _, data: data) -> None:
-        """Server and clients, until the end or until `spoil` raises `Stopped`."""
-        config = read_server_config(self.root / "server" / "federation.toml")
-        wire = Wire({each: self.member(each) for each in config.terms.clients}, spoil)
+    def go_on(
+        self,
+        spoil: Callable[[str, bytes], bytes | Lost] = lambda _, data: data,
+        *,
+        changes: Mapping[int, Callable[[], object]] | None = None,
+        go_back: bool = False,
+    ) -> None:
+        """Server and clients, until the end or until `spoil` raises `Stopped`.
+
+        A round's change is made as soon as its first answer has come; whoever was added has a
+        folder and data from then on, and takes part.
+        """
+        config, waiting = read_server_config(self.config), dict(changes or {})
+
+        def look(client_id: str, answer: bytes) -> bytes | Lost:
+            if (change := waiting.pop(decode(Answer, answer).round, None)) is not None:
+                change()
+                come()
+            return spoil(client_id, answer)
+
+        def come() -> None:
+            removed = read_roster(config.roster).removed
+            for name in set(config.clients) - wire.members.keys() - set(removed):
+                write_clients(self.client(name) / "data", [name])
+                wire.members[name] = self.member(name, go_back=go_back)
+
+        wire = Wire({}, look)
+        come()
         host = server_from(config, wire)
         with locked(self.run), contextlib.suppress(Stopped):
             host.to_the_end()

@@ -26,7 +26,7 @@ from fedalt.federation.client import Client
 from fedalt.federation.client_folder import open_client
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.rules import Rules
-from fedalt.federation.server import open_server
+from fedalt.federation.server_folder import open_server
 from fedalt.federation.transport import Lost
 from fedalt.runs.quarantine import refusals
 from fedalt.runs.setup import Parts, prepare

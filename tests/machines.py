@@ -324,8 +324,10 @@ def assert_close(one: Any, other: Any) -> None:
             assert value == theirs
 
 
-def assert_as_in_one_process(machines: Machines, run: Path) -> None:
-    """The states of server and clients, and all scores, are those of a run in one process.
+def assert_as_in_one_process(
+    machines: Machines, run: Path, splits: Collection[str] = ("validation", "test")
+) -> None:
+    """The states of server and clients, and scores, are those of a run in one process.
 
     States to a relative 1e-4 (and an absolute 1e-6), scores to a relative 1e-4.
     """
@@ -349,7 +351,7 @@ def assert_as_in_one_process(machines: Machines, run: Path) -> None:
         {
             (line["split"], line["round"], line["client"], line["column"]): line["metrics"]
             for line in scores_of(folder)
-            if line["kind"] == "score"
+            if line["kind"] == "score" and line["split"] in splits
         }
         for folder in (machines.run, run)
     )

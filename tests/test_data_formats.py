@@ -55,7 +55,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("name", "raw"), OTHERS.items())
+@pytest.mark.parametrize(("name", "raw"), OTHERS.items(), ids=OTHERS.keys())
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "data"])
 def test_every_way_of_giving_it_names_the_format_in_one_sentence(tmp_path, name, raw, suffix):
     folder = tmp_path / "d"
@@ -95,7 +95,7 @@ TABLES = {
 }
 
 
-@pytest.mark.parametrize(("name", "raw"), TABLES.items())
+@pytest.mark.parametrize(("name", "raw"), TABLES.items(), ids=TABLES.keys())
 def test_tables_hold_the_records_that_json_lines_hold(tmp_path, name, raw):
     lines = tmp_path / "lines.jsonl"
     lines.write_bytes(LINES)

@@ -22,7 +22,8 @@ from fedalt.federation.client import Client
 from fedalt.federation.client_folder import open_client
 from fedalt.federation.messages import Answer, Call
 from fedalt.federation.rules import Rules
-from fedalt.federation.server import Server, open_server
+from fedalt.federation.server import Server
+from fedalt.federation.server_folder import open_server
 from fedalt.federation.transport import Lost
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -13,12 +14,14 @@ from commands import call
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from machines import Machines, assert_as_in_one_process, found, kill
-from runs_for_tests import save_model
+from runs_for_tests import save_model, write_clients
 
+from fedalt.core.settings import Stay
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_client_key
 from fedalt.flower.processes import wait_for_port
 from fedalt.flower.status import shown
+from fedalt.runs.folder import open_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 CLIENTS = ("a", "b", "c")
@@ -79,6 +82,48 @@ def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
         assert re.search(r"\d\d:\d\d:\d\d  \w: round 6/6: trained \d+ steps", machines.said(each))
     assert call("report", machines.run, "--quiet") == 0
     assert call("generate", machines.client("a"), "ask 1a") == 0
+
+
+def test_clients_are_added_removed_and_given_other_keys_while_all_goes_on(
+    machines: Machines, tmp_path: Path
+) -> None:
+    config = machines.server / "federation.toml"
+    for each in ("server", *CLIENTS):
+        machines.start(each)
+    machines.wait_for_round(1)
+    joined = held(machines, ["b", "c"]) + 1
+    assert call("federation", "add", config, "d") == 0
+    write_clients(machines.client("d") / "data", ["d"])
+    machines.start("d")
+    assert call("federation", "rotate-key", config, "c") == 0
+    machines.process("a").resume()
+    machines.wait_for_round(joined + 1)  # with d, and with c's other key
+    left = held(machines, ["b", "c", "d"]) + 1
+    assert call("federation", "remove", config, "b") == 0
+    machines.started.pop("b").terminate()
+    machines.process("a").resume()
+    staying = ("server", "a", "c", "d")
+    assert machines.wait_for_end(staying) == dict.fromkeys(staying, 0)
+
+    stays = open_run(machines.run).facts()["stays"]
+    assert stays["d"] == {"joins": joined}
+    assert stays["b"] == {"leaves": left}
+    four = write_clients(tmp_path / "four", ("a", "b", "c", "d"))
+    settings = replace(
+        machines.settings,
+        data=replace(machines.settings.data, path=four),
+        clients={name: Stay(**stay) for name, stay in stays.items()},
+    )
+    whole = replace(machines, settings=settings, clients=("a", "c", "d"))
+    # A call scores the round before it: of who comes and goes other rounds than a run does.
+    assert_as_in_one_process(whole, tmp_path / "undisturbed", splits=["test"])
+
+
+def held(machines: Machines, others: list[str]) -> int:
+    """The round that does not end because a is stopped, once all others have answered."""
+    machines.process("a").suspend()
+    machines.wait_for(lambda: machines.answered(machines.rounds_done()) == others, "the others")
+    return machines.rounds_done()
 
 
 SEEN = {

@@ -56,6 +56,8 @@ def table_with(section, item, value):
         others = {key: each for key, each in PRIVATE.items() if (key, item.name) != SOLVED}
         return {**WHOLE, "rounds": {"select": "last"}, section: {**others, item.name: value}}
     part = {**WHOLE.get(section, {}), item.name: value}
+    section, _, name = section.partition(".")
+    part = {name: part} if name else part
     return {**WHOLE, section: part} if section else {**WHOLE, item.name: value}
 
 
@@ -63,6 +65,8 @@ def value_in(settings, section, item):
     method = settings.method
     if (section, item.name) == ("method", "name"):
         return "fedalt" if type(method).__name__.startswith("FedALT") else "fedit"
+    if section == "clients.NAME":
+        return getattr(settings.clients["NAME"], item.name)
     place = {"": settings, "method": vars(method)["lora"]}.get(section) or getattr(
         settings, section
     )

@@ -150,7 +150,8 @@ def run(settings: Mapping[str, Any] | str | Path, *, out: str | Path) -> Run:
     from fedalt.report.learning import nothing_learnt
     from fedalt.runs.folder import require_unused
     from fedalt.runs.lifecycle import start_run
-    from fedalt.runs.settings import advised_settings, rooted, settings_of
+    from fedalt.runs.settings import advised_settings, settings_of
+    from fedalt.runs.settings_file import rooted
     from fedalt.runs.setup import prepare
     from fedalt.training.recommended import recommended
 

@@ -2,10 +2,11 @@
 
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,6 +14,9 @@ from fedalt.cli.flags import Quiet, names_of
 from fedalt.cli.output import hush_libraries, note, show_run, tell, warn
 from fedalt.core.foreign import shown as one_line
 from fedalt.report.docstrings import docstring
+
+if TYPE_CHECKING:
+    from fedalt.flower.config import ServerConfig
 
 app = typer.Typer(
     help="Create and manage a federation over machines.",
@@ -22,6 +26,9 @@ app = typer.Typer(
 Insecure = Annotated[
     bool, typer.Option("--insecure", help="Do without encryption, for tests on one machine.")
 ]
+Place = Annotated[Path, typer.Argument(metavar="CONFIG", help="The server's federation.toml.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The client's name.")]
+Names = Annotated[list[str], typer.Argument(metavar="NAME...", help="Names of new clients.")]
 Config = Annotated[Path, typer.Option("--config", help="The server's federation.toml.")]
 
 
@@ -70,11 +77,13 @@ def init(
 def status(config: Config = Path("federation.toml")) -> None:
     """Show which clients are online, how far the rounds are, and which uploads were rejected."""
     _require_flower()
+    from fedalt.federation.roster import FILE, read_roster
     from fedalt.flower.places import read_participants, read_server_place
     from fedalt.flower.status import shown
 
     place, _ = read_server_place(config)
-    tell(shown(place, read_participants(config.parent / "terms.toml")))
+    agreed = read_participants(config.parent / "terms.toml")
+    tell(shown(place, agreed, read_roster(config.parent / FILE)))
 
 
 def revoke(
@@ -90,8 +99,68 @@ def revoke(
     note(f"{client} can no longer connect; a running server drops it within seconds")
 
 
-for command in (init, status, revoke):
+def add(config: Place, clients: Names) -> None:
+    """Add clients to a federation, also while it runs: they take part from the next round on."""
+    server_config = _server_config(config)
+    from fedalt.flower.roster_changes import add_clients
+
+    for place in add_clients(server_config, clients):
+        note(f"{place}: send it to {place.name} and to nobody else; its README says the rest")
+
+
+def remove(config: Place, client: Name) -> None:
+    """Remove a client for good, also while the federation runs; its own state stays with it."""
+    server_config = _server_config(config)
+    from fedalt.flower.roster_changes import remove_client
+
+    stays = remove_client(server_config, client)
+    note(f"{client} can no longer connect and has left from the next round on; {stays}")
+
+
+def rotate(config: Place, client: Name) -> None:
+    """Make a new key for a client; the old one no longer counts."""
+    server_config = _server_config(config)
+    from fedalt.flower.roster_changes import rotate_key
+
+    secret = rotate_key(server_config, client)
+    note(f"{secret}: send it to {client}, which is shut out until it lies in its folder")
+
+
+def backup(config: Place, file: Annotated[Path, typer.Argument(metavar="FILE.tar")]) -> None:
+    """Write the folder of a server, which is stopped, into one file. It holds the server's key."""
+    server_config = _server_config(config)
+    from fedalt.flower.backup import back_up
+
+    rounds = back_up(server_config, file)
+    note(f"{file}: the server after {rounds} rounds; keep it secret, its key is in it")
+
+
+def restore(
+    file: Annotated[Path, typer.Argument(metavar="FILE.tar")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="The server's new folder.")],
+) -> None:
+    """Make the folder of a server out of a backup, in any place."""
+    hush_libraries()
+    _require_flower()
+    from fedalt.flower.backup import restore as put_back
+
+    rounds = put_back(file, folder)
+    config = folder / "federation.toml"
+    note(f"{folder}: the server after {rounds} rounds; `fedalt server --config {config}` goes on")
+    note("clients that are ahead of it say so; `fedalt client --go-back` follows it, once")
+
+
+def _server_config(file: Path) -> "ServerConfig":
+    hush_libraries()
+    _require_flower()
+    from fedalt.flower.config import read_server_config
+
+    return read_server_config(file)
+
+
+for command in (init, status, revoke, add, remove, backup, restore):
     app.command(help=docstring(command))(command)
+app.command("rotate-key", help=docstring(rotate))(rotate)
 
 
 def server(
@@ -106,8 +175,7 @@ def server(
 
     server_config = read_server_config(config, insecure=insecure)
     _warn_of(insecure=server_config.place.insecure)
-    if len(server_config.terms.clients) < server_config.place.warn_below:
-        count = len(server_config.terms.clients)
+    if (count := len(server_config.clients)) < server_config.place.warn_below:
         warn(
             [
                 f"{count} clients: from what one of them receives it can work out much about the "
@@ -122,6 +190,9 @@ def client(
         "client.toml"
     ),
     insecure: Insecure = False,
+    go_back: Annotated[
+        bool, typer.Option("--go-back", help="Follow a server restored from a backup, once.")
+    ] = False,
 ) -> None:
     """Take part in a federation; started again, it continues."""
     hush_libraries()
@@ -129,7 +200,7 @@ def client(
     from fedalt.flower.client_process import run_client
     from fedalt.flower.config import read_client_config
 
-    client_config = read_client_config(config, insecure=insecure)
+    client_config = replace(read_client_config(config, insecure=insecure), go_back=go_back)
     _warn_of(insecure=client_config.place.insecure)
     _until_stopped(lambda: run_client(client_config, _say))
 

@@ -163,6 +163,26 @@ class Schedule:
 
 
 @declared
+class Stay:
+    """From when until when one client takes part; rounds are counted from 0."""
+
+    joins: Annotated[int, setting("First round of the client.", flag=None, ge=0)] = 0
+    leaves: Annotated[
+        int | None, setting("First round without the client, after `joins`.", flag=None, ge=1)
+    ] = None
+
+    def __post_init__(self) -> None:
+        if self.leaves is not None and self.leaves <= self.joins:
+            raise ValueError(
+                f"joins = {self.joins} and leaves = {self.leaves}: expected to leave later"
+            )
+
+    def includes(self, round_: int) -> bool:
+        """Whether the client takes part in a round."""
+        return self.joins <= round_ and (self.leaves is None or round_ < self.leaves)
+
+
+@declared
 class Scoring:
     """How test and validation examples are scored."""
 

@@ -58,17 +58,20 @@ def run_round(
     release: Release | None = None,
     coding: Coding | None = None,
     heard: Callable[[], Iterable[str]] = tuple,
+    *,
+    leaving: Sequence[str] = (),
 ) -> Outcome:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
 
     `train` puts the clients' new states where `states` are; those of rejected uploads are dropped
-    again. Without an accepted upload the server keeps its state. `release` has the noise of the
-    uploads' sum, where there is any. Nothing counts before the caller commits the round. `heard`
-    tells afterwards who has received what the server sent, beside those who trained.
+    again. Without an accepted upload the server keeps its state, but for the part of those who are
+    `leaving`. `release` has the noise of the uploads' sum, where there is any. Nothing counts
+    before the caller commits the round. `heard` tells afterwards who has received what the server
+    sent, beside those who trained.
     """
     coding = Coding(method, start) if coding is None else coding
     states.begin()
-    server = server_of(method, start, states)
+    server = server_of(method, start, states, leaving)
     downlink = coding.downlink(states, server)
     forms_of, broadcast_size = DryRuns(method, start), _Sizes()
     costs = []
@@ -90,10 +93,10 @@ def run_round(
             after = aggregate(method, server, uploads, forms_of, coding.drowning)
         else:  # a round in which nobody takes part is a round too
             after = method.aggregate(server, ())
-        if after is not None:
-            states.put("server", after)
-            if release is not None:
-                release.settle()
+        if after is not None or leaving:
+            states.put("server", server if after is None else after)
+        if after is not None and release is not None:
+            release.settle()
         received = {cost[0] for cost in costs} | set(heard())
         sends = server if after is None else after
         error = coding.close(states, downlink, sends, uploads.accepted, received)

@@ -13,6 +13,7 @@ from fedalt.engine.client_work import ClientWork
 from fedalt.engine.executor import Executor, InProcess, Score, Train
 from fedalt.engine.firewall import Firewall
 from fedalt.engine.local_trainer import LocalTrainer
+from fedalt.engine.members import Members
 from fedalt.engine.privacy import Budget
 from fedalt.engine.record_lines import round_line, score_line, train_line
 from fedalt.engine.round import run_round
@@ -27,6 +28,7 @@ from fedalt.engine.schedule import (
     Schedule,
 )
 from fedalt.engine.screening import Screening
+from fedalt.engine.states import server_of
 from fedalt.engine.traffic import Coding, Downlink, Traffic
 from fedalt.engine.uploads import Upload
 
@@ -40,7 +42,7 @@ class Run:
     """
 
     arms: Sequence[Arm]
-    clients: Sequence[str]
+    members: Members
     schedule: Schedule
     trainer: LocalTrainer
     start: Start
@@ -72,7 +74,8 @@ class Run:
 
     def _round(self, progress: Progress, round_: int) -> Progress:
         began = time.monotonic()
-        cohort = self.schedule.cohort(self.clients, round_, self.trainer.seed)
+        cohort = self.schedule.cohort(self.members.at(round_), round_, self.trainer.seed)
+        progress = progress.since(self.members.changed(round_))
         last = round_ + 1 == self.schedule.rounds
         spent = {} if self.budget is None else self.budget.begin(cohort)
         error = None
@@ -103,10 +106,10 @@ class Run:
         screening = Screening(self.firewall, self.schedule.robust, self.schedule.trim)
         budget = self._budget(arm)
         release = None if budget is None else budget.release(arm.method, states, round_)
-        called = self.schedule.called(self.clients, round_, cohort)
-        coding, heard = self._coding(arm), lambda: called
+        called = self.schedule.called(self.members.at(round_), round_, cohort)
+        coding, leaving = self._coding(arm), self.members.leaving(round_)
         place = arm.method, self.start, states, cohort, train, screening
-        outcome = run_round(*place, release, coding, heard)
+        outcome = run_round(*place, release, coding, lambda: called, leaving=leaving)
         for client in outcome.clients:
             self.journal.record(train_line(round_, arm.column, client))
             if client.refused is not None:
@@ -130,12 +133,12 @@ class Run:
         which is what takes long. `show` gets lines of each client's best and worst examples.
         """
         losses: list[float] = []
-        places = {client_id: at for at, client_id in enumerate(self.clients, 1)}
+        clients = self.members.at(round_)
+        places = {client_id: at for at, client_id in enumerate(clients, 1)}
         what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
         job = Score(arm.column, round_, split, whole, show is not None)
         groups = (
-            [client_id for client_id, _ in group]
-            for group in self.trainer.scored(self.clients, split)
+            [client_id for client_id, _ in group] for group in self.trainer.scored(clients, split)
         )
         for scored in chain.from_iterable(self.executor.share(job, groups, self.work(job))):
             losses.append(scored.metrics[arm.column]["loss"])
@@ -177,14 +180,17 @@ class Run:
     def _work(self, arm: Arm, round_: int, at: int, downlink: Downlink | None = None) -> ClientWork:
         """The clients' work in a round, on their states as round `at` finds them."""
         states, coding = self.journal.states(arm.column, at), self._coding(arm)
-        sent, budget = (downlink or coding.downlink(states)).message, self._budget(arm)
+        if downlink is None:
+            leaving = self.members.leaving(round_) if at == round_ else ()
+            downlink = coding.downlink(states, server_of(arm.method, self.start, states, leaving))
+        budget = self._budget(arm)
         protection = None if budget is None else budget.protection
         place = arm, self.start, self.trainer, states, round_
-        return ClientWork(*place, sent, self.on_event, protection, coding)
+        return ClientWork(*place, downlink.message, self.on_event, protection, coding)
 
     def _budget(self, arm: Arm) -> Budget | None:
         """The local-only baseline sends nothing, and has nothing to hide."""
         return self.budget if arm.column == "own" else None
 
     def _coding(self, arm: Arm) -> Coding:
-        return Coding(arm.method, self.start, self.traffic, self.clients)
+        return Coding(arm.method, self.start, self.traffic, self.members.clients)

@@ -49,6 +49,10 @@ class Progress:
             best[column] = (round_, loss)
         return best
 
+    def since(self, round_: int) -> "Progress":
+        """The same without best rounds before this one, whose losses were of other clients."""
+        return replace(self, best={c: best for c, best in self.best.items() if best[0] >= round_})
+
     def sound(self) -> "Progress":
         """The same without best rounds that are none: of a round not done, or below any loss."""
         best = {

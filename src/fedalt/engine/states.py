@@ -1,5 +1,6 @@
 """Where a round finds the states of server and clients, and where it leaves the new ones."""
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -42,10 +43,17 @@ class States(Protocol):
         ...
 
 
-def server_of(method: AnyMethod, start: Start, states: States) -> Any:
-    """The server's newest state, or its first."""
+def server_of(method: AnyMethod, start: Start, states: States, leaving: Sequence[str] = ()) -> Any:
+    """The server's newest state, or its first.
+
+    The part of those who are `leaving` is taken out, where the method can tell it.
+    """
     kept = states.get("server", method.server_state)
-    return states.backed("server", method.init_server(start)) if kept is None else kept
+    server = states.backed("server", method.init_server(start)) if kept is None else kept
+    for client_id in leaving:
+        rest = method.without(server, client_id)
+        server = server if rest is None else rest
+    return server
 
 
 def client_of(method: AnyMethod, start: Start, states: States, client_id: str) -> Any:

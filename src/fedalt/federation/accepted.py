@@ -21,12 +21,14 @@ FORMAT: Final = 3  # of a client's folder
 class Accepted:
     """The last round of which the server said that it counts, and which states there are.
 
-    States of later rounds may count, too: the server has not said yet.
+    States of later rounds may count, too: the server has not said yet. `may_go_back`: the owner
+    lets the next call take that back.
     """
 
     folder: Path
     round: int
     kept: Kept
+    may_go_back: bool = False
 
     def write(self, round_: int) -> None:
         """Put it on disk, with what was noted of states since the last time."""

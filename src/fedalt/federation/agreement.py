@@ -74,6 +74,11 @@ def require_apart(settings: Settings) -> None:
             f"processes = {processes} in [training]: the clients of a federation are processes "
             "of their own already; leave it out"
         )
+    if settings.clients:
+        raise SettingsError(
+            "[clients] is for `fedalt run`; in a federation `fedalt federation add` and `remove` "
+            "say who joins and who leaves"
+        )
 
 
 def write_agreement(

@@ -6,6 +6,7 @@
     answer.bin                   the last answer, sent again if it is asked for again
     accepted.json                the last round of which the server said that it counts, and the
                                  digests of all states, of that one and of what was trained since
+    set-aside/                   states that a server has forgotten; see going_back.py
     server/, served.json         what the server sent, for the owner to use the model; see kept.py
 
 A client's round counts once the server says that its upload was accepted. If it was rejected, the
@@ -33,6 +34,7 @@ from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import asked_of, check_answer, has_base
 from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
 from fedalt.federation.client_states import keep, received
+from fedalt.federation.going_back import go_back, last_rounds
 from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
 from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
 from fedalt.federation.privacy import own_spending
@@ -83,6 +85,9 @@ class Client:
             place = where(call, rounds)
             answer = replace(answer, round=call.round, accepted=call.accepted)
             since = NEVER if known is None else known.round
+            if self.accepted.may_go_back and call.accepted < self.accepted.round:
+                since = NEVER
+                self.say(f"{place}: {go_back(self.accepted, self.client_id, call.accepted)}")
             self._require_counted(call)
             check_call(call, self.agreement, self.client_id, self._columns, since)
             call = self._received(call)
@@ -146,6 +151,7 @@ class Client:
                 costs.append(cost)
                 upload = sent if arm.column == "own" else upload
             self.accepted.write(self.accepted.round)  # with the digests of what was trained
+        self.accepted.may_go_back = False  # that was once
         return replace(answer, upload=upload, scores=tuple(scores), costs=tuple(costs))
 
     def _require_counted(self, call: Call) -> None:
@@ -155,7 +161,8 @@ class Client:
             raise CallRefused(
                 f"client {self.client_id!r}: the server says that round {call.accepted} was the "
                 f"last to count, but it said {known} before; nothing was changed. It was set back "
-                "to an older state, or this is an old message"
+                "to an older state, or this is an old message. Where its operator has restored a "
+                "backup, `fedalt client --go-back` follows it"
             )
         mine = self.accepted.kept.newest(self.folder / "clients" / self.client_id, call.accepted)
         is_there = mine is not None and int(mine.stem) == call.accepted
@@ -190,8 +197,8 @@ class Client:
         stale = []
         for arm in self.parts.arms:
             kept = min(call.keep.get(arm.column, call.accepted), call.accepted)
-            folder = self._folder(arm.column)
-            stale += self.accepted.kept.settle(folder, sorted({call.accepted, kept}))
+            last = last_rounds(self.accepted, self.client_id, call.accepted)
+            stale += self.accepted.kept.settle(self._folder(arm.column), sorted({kept, *last}))
         self.accepted.write(call.accepted)
         for file in stale:
             file.unlink(missing_ok=True)

@@ -30,23 +30,25 @@ from fedalt.engine.schedule import Arm, Progress
 from fedalt.engine.screening import Screening
 from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Upload
-from fedalt.federation.agreement import Agreement, facts_of
+from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call, Split
 from fedalt.federation.privacy import begin_private, told_by
+from fedalt.federation.roster import members_of, update_members
 from fedalt.federation.round_collector import Called, RoundCollector, Say
 from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Transport
 from fedalt.runs.checkpoints import FileStates
-from fedalt.runs.folder import RunFolder, StoreError, create, open_run, require_settings
-from fedalt.runs.settings import to_toml
-from fedalt.runs.setup import arms_of
+from fedalt.runs.folder import RunFolder
 
 _FAREWELL: Final = 30.0  # seconds to hear from everyone that they know it has ended
 
 
 @dataclass(frozen=True)
 class Server:
-    """A server with its folder and its connection. Use it within `locked(folder.path)`."""
+    """A server with its folder and its connection. Use it within `locked(folder.path)`.
+
+    `roster` is the file that names who was added and removed, if there can be one.
+    """
 
     agreement: Agreement
     arms: tuple[Arm, ...]
@@ -55,6 +57,7 @@ class Server:
     rules: Rules
     screening: Screening
     say: Say
+    roster: Path | None = None
 
     def to_the_end(self) -> None:
         """Go on from where the folder stands until the test data are scored and all know it."""
@@ -81,6 +84,7 @@ class Server:
         """Train a cohort and, in the same calls, score the round before on validation data."""
         began = time.monotonic()
         schedule, method = self.agreement.settings.rounds, self.arms[0].method
+        members = update_members(self.folder, self.roster, self.agreement, round_, self.say)
         cohort = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
         clients = schedule.called(self._clients(), round_, cohort)
         scored = round_ > 0 and round_ % schedule.evaluate_every == 0
@@ -95,9 +99,10 @@ class Server:
             collector.gather(calls, downlink.sent, cohort)
             return collector.uploads()
 
-        start, states = self.agreement.start, self._states(round_)
-        place = method, start, states, cohort, train, self.screening
-        outcome = run_round(*place, release, self._coding, collector.heard)
+        states, leaving = self._states(round_), members.leaving(round_)
+        place = method, self.agreement.start, states, cohort, train, self.screening
+        coding, heard = self._coding, collector.heard
+        outcome = run_round(*place, release, coding, heard, leaving=leaving)
         if not outcome.aggregated:
             self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
         rejected = self._record(collector, outcome.clients)
@@ -208,16 +213,20 @@ class Server:
         """The best rounds once the scores that a round has asked for are known.
 
         Late and rejected answers are none; and unless more than half of the clients have answered,
-        the few do not choose for all.
+        the few do not choose for all. Rounds of other clients than now cannot be compared.
         """
         answers = [
             answer
             for client_id, answer in collector.answers.items()
             if answer.call and answer.round == collector.round and client_id not in rejected
         ]
+        changed = members_of(self.folder).changed(progress.rounds_done)
+        progress = progress.since(changed)
         if 2 * len(answers) <= len(self._clients()):
             return progress
         for column, round_ in asked.items():
+            if round_ < changed:
+                continue
             losses = [
                 score.metrics["loss"]
                 for answer in answers
@@ -262,30 +271,8 @@ class Server:
 
     def _clients(self) -> list[str]:
         left = self.folder.left()
-        return [client_id for client_id in self.agreement.clients if client_id not in left]
+        return sorted(self.folder.facts()["clients"].keys() - left)
 
     @property
     def _columns(self) -> list[str]:
         return [arm.column for arm in self.arms]
-
-
-def open_server(
-    agreement: Agreement,
-    folder: Path,
-    transport: Transport,
-    rules: Rules,
-    screening: Screening,
-    say: Say,
-) -> Server:
-    """The server in its folder, which is made if it is not there. Raises StoreError."""
-    arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
-    if not (folder / "run.json").exists():
-        create(folder, settings, facts_of(agreement, arms))
-    server = Server(agreement, arms, open_run(folder), transport, rules, screening, say)
-    if (terms := server.folder.facts().get("terms")) != agreement.digest:
-        raise StoreError(
-            f"{folder} belongs to other terms than terms.toml (and its template.txt, if it has "
-            f"one): its run.json says {terms!r}, but they are {agreement.digest!r}"
-        )
-    require_settings(folder, settings)
-    return server

@@ -45,8 +45,9 @@ class ClientKeys:
     def now(self) -> Mapping[str, str]:
         """Who is behind a public key."""
         folder = self.config.place.clients
-        if (state := _state_of(folder)) != self._read_as:
-            self._read_as = state
+        state, clients = _state_of(folder), self.config.clients
+        if (state, clients) != self._read_as:
+            self._read_as = state, clients
             if isinstance(state, str):  # nobody's key is taken away by that
                 self.troubles = frozenset({state})
             else:
@@ -55,7 +56,7 @@ class ClientKeys:
 
     def _read(self, folder: Path) -> None:
         before, troubles, gone = dict(self.known), set(), set()
-        for client_id in self.config.terms.clients:
+        for client_id in self.config.clients:
             file = folder / f"{client_id}.pub"
             if not file.exists():
                 gone.add(client_id)
@@ -98,7 +99,7 @@ def _strays(config: ServerConfig) -> frozenset[str]:
     names = {file.stem for file in folder.glob("[!.]*.pub")}
     return frozenset(
         f"{folder / name}.pub: no client is called {name!r}, so this key is not used"
-        for name in names - set(config.terms.clients)
+        for name in names - set(config.clients)
     )
 
 

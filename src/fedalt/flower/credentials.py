@@ -26,6 +26,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import NameOID
 
+from fedalt.core.files import atomic_write
 from fedalt.runs.settings import SettingsError
 
 _AUTHORITY_YEARS: Final = 10
@@ -67,10 +68,11 @@ def make_server(folder: Path, authority: Path, hosts: list[str], days: int | Non
 
 
 def make_client_key(secret: Path, public: Path) -> None:
-    """A client's key pair, in OpenSSH's format as Flower wants it."""
+    """A client's key pair, in OpenSSH's format as Flower wants it, in the place of an older one."""
     key = generate_private_key(SECP384R1())
-    _write_secret(secret, key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
+    data = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+    atomic_write(secret, data)
+    atomic_write(public, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
 
 
 def require_server_credentials(certificate: Path, key: Path, authority: Path) -> None:

@@ -58,27 +58,37 @@ def create_federation(
         known = ", ".join(clients)
         _write_readme(server, "server", federation=repr(name), address=address, clients=known)
         for client_id in clients:
-            _write_client(unfinished / "clients" / client_id, server, terms, address)
+            place = unfinished / "clients" / client_id
+            write_client(place, server, terms, address, server / "clients")
         return terms
 
 
-def _write_client(place: Path, server: Path, terms: Agreement, address: str) -> None:
+def write_client(
+    place: Path, server: Path, terms: Agreement, address: str, keys: Path, *, added: bool = False
+) -> None:
+    """A client's folder, of whose name it is, out of the server's; its public key goes to `keys`.
+
+    `added`: the terms do not name this client. What is left of a folder that could not be finished
+    is removed.
+    """
     client_id = place.name
-    make_private_folder(place / "data")
-    make_client_key(place / "client.key", server / "clients" / f"{client_id}.pub")
-    for file in ("terms.toml", "template.txt", "ca.crt"):
-        if (server / file).exists():
-            shutil.copy(server / file, place)
-    _write(place / "client.toml", {"client": {"name": client_id, "server": address}})
-    _write_readme(
-        place,
-        "client",
-        client=client_id,
-        federation=repr(terms.name),
-        address=address,
-        method=method_name(terms.settings.method),
-        model_step=_model_step(terms.settings.model.name),
-    )
+    with whole_or_nothing(place) as unfinished:
+        make_private_folder(unfinished / "data")
+        for file in ("terms.toml", "template.txt", "ca.crt"):
+            if (server / file).exists():
+                shutil.copy(server / file, unfinished)
+        client = {"name": client_id, "server": address, **({"added": True} if added else {})}
+        _write(unfinished / "client.toml", {"client": client})
+        _write_readme(
+            unfinished,
+            "client",
+            client=client_id,
+            federation=repr(terms.name),
+            address=address,
+            method=method_name(terms.settings.method),
+            model_step=_model_step(terms.settings.model.name),
+        )
+        make_client_key(unfinished / "client.key", keys / f"{client_id}.pub")
 
 
 def require_possible(

@@ -10,7 +10,8 @@ from fedalt.engine.screening import Screening
 from fedalt.federation.client import Client, OnEvent, ignore
 from fedalt.federation.client_folder import open_client
 from fedalt.federation.owner_messages import Say, silent
-from fedalt.federation.server import Server, open_server
+from fedalt.federation.server import Server
+from fedalt.federation.server_folder import open_server
 from fedalt.federation.transport import Transport
 from fedalt.flower.config import ClientConfig, ServerConfig
 from fedalt.flower.revocation import record_revoked
@@ -26,7 +27,8 @@ def server_from(config: ServerConfig, transport: Transport) -> Server:
     log = config.place.logs / "server.log"
     make_private_folder(log.parent)
     say = partial(_write_line, log)
-    host = open_server(config.terms, config.place.run, transport, config.rules, screening, say)
+    place = config.terms, config.place.run, transport
+    host = open_server(*place, config.rules, screening, say, config.roster)
     record_revoked(config.place)
     return host
 
@@ -35,7 +37,7 @@ def client_from(config: ClientConfig, on_event: OnEvent = ignore, say: Say = sil
     """The client of a configuration, its model loaded and its data read; see `open_client`."""
     place = config.place
     try:
-        return open_client(
+        client = open_client(
             config.terms,
             place.name,
             place.data,
@@ -47,6 +49,8 @@ def client_from(config: ClientConfig, on_event: OnEvent = ignore, say: Say = sil
         )
     except SettingsError as error:  # whose name and places are this file's
         raise SettingsError(f"{config.file}: {error}") from None
+    client.accepted.may_go_back = config.go_back
+    return client
 
 
 def _write_line(log: Path, text: str) -> None:

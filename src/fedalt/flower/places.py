@@ -125,6 +125,9 @@ class ClientPlace:
     model: Annotated[str | None, setting("Base model, if not where the agreement says.")] = None
     device: Annotated[str | None, setting("Device to compute on.")] = None
     insecure: Annotated[bool, setting("Do without encryption and keys.")] = False
+    added: Annotated[bool, setting("Whether the client was added after the terms were agreed.")] = (
+        False
+    )
 
 
 def read_server_place(file: Path, *, insecure: bool = False) -> tuple[ServerPlace, dict[str, Any]]:

@@ -30,7 +30,7 @@ from fedalt.federation.agreement import (
 from fedalt.federation.client import Client
 from fedalt.federation.round_collector import Say
 from fedalt.federation.rules import Rules
-from fedalt.federation.server import open_server
+from fedalt.federation.server_folder import open_server
 from fedalt.federation.transport import Lost
 from fedalt.flower.message_content import bytes_of, content_of
 from fedalt.flower.processes import QUIET

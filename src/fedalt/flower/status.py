@@ -8,6 +8,7 @@ from typing import Final, TypedDict
 
 from fedalt.core.foreign import shown as one_line
 from fedalt.core.reading import FormError, StoreError, parse, read_bytes, read_json
+from fedalt.federation.roster import UNCHANGED, Roster
 from fedalt.flower.places import Federation, ServerPlace
 from fedalt.flower.processes import is_running
 from fedalt.flower.revocation import revoked
@@ -35,8 +36,11 @@ class _Refused(TypedDict):
     last_from: str | None
 
 
-def shown(place: ServerPlace, federation: Federation) -> str:
-    """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError."""
+def shown(place: ServerPlace, federation: Federation, roster: Roster = UNCHANGED) -> str:
+    """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError.
+
+    `roster` is who was added and removed since the terms were agreed.
+    """
     folder = place.run
     file = folder / "status.json"
     if not file.exists():
@@ -49,10 +53,21 @@ def shown(place: ServerPlace, federation: Federation) -> str:
         state = "has ended" if ended else f"does not run; it was {state}"
     done = min(status["round"], status["rounds"])
     lines = [f"{federation.name}: {done} of {status['rounds']} rounds done; the server {state}"]
-    out = set(revoked(place))
-    for client_id in federation.clients:
+    if roster.version:
+        lines.append(f"  members: version {roster.version}, after {_changes(roster)}")
+    out, facts = set(revoked(place)), RunFolder(folder).facts()
+    stays, gone = facts.get("stays", {}), {*facts.get("left", ())} - {*facts.get("revoked", ())}
+    for client_id in roster.clients(federation.clients):
         online = runs and not ended and client_id in status["online"]
         state = "revoked" if client_id in out else "online" if online else "absent"
+        stay = stays.get(client_id, {})
+        if client_id in gone:
+            state = f"left in round {stay['leaves']}" if "leaves" in stay else "left"
+        elif client_id in roster.removed:
+            state = "leaves in the next round"
+        elif client_id in roster.added:
+            since = f"round {stay['joins']}" if stay else "the next round"
+            state += f", takes part from {since} on"
         waits = ", awaited" if client_id in status["awaited"] and not ended else ""
         heard = status["heard"].get(client_id)
         when = "never" if heard is None else f"{datetime.fromtimestamp(heard):%Y-%m-%d %H:%M:%S}"
@@ -64,6 +79,11 @@ def shown(place: ServerPlace, federation: Federation) -> str:
     lines.append(f"  refused uploads: {len(uploads)}")
     lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in uploads[-_SHOWN:]]
     return "\n".join(one_line(line) for line in [*lines, *_refused_requests(place)])
+
+
+def _changes(roster: Roster = UNCHANGED) -> str:
+    names = {"adding": roster.added, "removing": roster.removed}
+    return " and ".join(f"{what} {', '.join(who)}" for what, who in names.items() if who)
 
 
 def _runs(place: ServerPlace) -> bool:

@@ -94,12 +94,17 @@ class FileStates:
     def _ledger(self, key: str, name: str) -> "FileLedger":
         return FileLedger(self.folder / key / name, self.round, self.writer, kept=self.kept)
 
-    @staticmethod
-    def _adopt(ours: "FileLedger", given: Ledger) -> None:
-        """Put the entries of a ledger in memory, as a method starts with, into files."""
+    def _adopt(self, ours: "FileLedger", given: Ledger) -> None:
+        """Put the entries of a ledger in memory, as a method starts with, into files.
+
+        Those of clients that have left count no more once the round is committed.
+        """
         if isinstance(given, dict):
             for client_id, message in given.items():
                 ours.put(client_id, message)
+        elif isinstance(given, FileLedger) and self.kept is not None:
+            for client_id in given.left:
+                self.kept.digests.forget_below(ours.folder / client_id)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from fedalt.core.files import writing_behind
 from fedalt.engine.client_work import servings
 from fedalt.engine.executor import Executor
 from fedalt.engine.generators import Given
+from fedalt.engine.members import Members
 from fedalt.engine.run import Run
 from fedalt.engine.schedule import Arm, Column, Event, HeldOut, Line, Progress
 from fedalt.engine.states import client_of
@@ -147,8 +148,9 @@ def score_clients(
 ) -> list[Line]:
     """Score some clients on their test data after a round; use it within `locked`."""
     lines: list[Line] = []
-    run = _run(prepared, _Journal(folder, notes=lines), NullObserver())
-    replace(run, clients=clients).score(arm, round_, "test", whole=True)
+    journal = _Journal(folder, notes=lines)
+    run = replace(_run(prepared, journal, NullObserver()), members=Members(clients))
+    run.score(arm, round_, "test", whole=True)
     return lines
 
 
@@ -228,10 +230,10 @@ def _executor(
 
 
 def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
-    parts, settings, left = prepared.parts, prepared.parts.settings, journal.folder.left()
+    parts, settings = prepared.parts, prepared.parts.settings
     return Run(
         arms=parts.arms,
-        clients=[who for who in prepared.task.clients if who not in left],
+        members=Members(prepared.task.clients, settings.clients).without(journal.folder.left()),
         schedule=settings.rounds,
         trainer=trainer_of(prepared),
         start=parts.start,

@@ -4,16 +4,28 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from fedalt.core.foreign import listed
 from fedalt.data.examples import Split
+from fedalt.engine.members import Members
 from fedalt.runs.settings import Settings, SettingsError, settings_of_method
 
 
 def require_known(settings: Settings, clients: Sequence[str]) -> None:
-    """Whoever a method's settings name is a client: a method cannot tell."""
+    """Whoever settings name is a client, and each round has one; SettingsError otherwise."""
     for key in settings_of_method(settings.method):
         value = getattr(settings.method, key)
         if isinstance(value, Mapping) and (unknown := value.keys() - set(clients)):
             raise SettingsError(
                 f"[method.{key}] names {min(unknown)!r}, but the clients are {listed(clients)}"
+            )
+    if unknown := settings.clients.keys() - set(clients):
+        raise SettingsError(
+            f"[clients.{min(unknown)}]: there is no such client, but {listed(clients)}"
+        )
+    members = Members(clients, settings.clients)
+    for round_ in range(settings.rounds.rounds if settings.clients else 0):
+        if not members.at(round_):
+            raise SettingsError(
+                f"[clients]: nobody takes part in round {round_}; by `joins` and `leaves` "
+                "expected at least one client in each round"
             )
 
 

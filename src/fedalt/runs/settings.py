@@ -1,7 +1,5 @@
 """The settings of a run: one TOML file, and flags over it, checked once against declarations."""
 
-import os
-import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, field, fields, replace
 from pathlib import Path
@@ -17,27 +15,28 @@ from fedalt.core.declared import (
     declared_in,
     hint_of,
     placed,
+    section_of,
     setting,
     shown,
     typed,
 )
 from fedalt.core.settings import (
-    BUILT_IN,
     DEFAULT_TARGETS,
-    HUB,
-    PACKAGED,
     DataSettings,
     Firewall,
     ModelSettings,
     Privacy,
     Schedule,
     Scoring,
+    Stay,
     Traffic,
     Training,
 )
-from fedalt.data.encodings import EncodingError, decoded
 from fedalt.methods import METHODS, RENAMED
 from fedalt.methods.lora import Lora
+from fedalt.runs.settings_file import read_table as read_table
+from fedalt.runs.settings_file import rooted
+from fedalt.runs.together import require_together
 
 if TYPE_CHECKING:
     from fedalt.methods.contract import AnyMethod
@@ -63,6 +62,7 @@ class Settings:
     firewall: Firewall = field(default_factory=Firewall)
     privacy: Privacy = field(default_factory=Privacy)
     traffic: Traffic = field(default_factory=Traffic)
+    clients: Mapping[str, Stay] = field(default_factory=dict)
     seed: Annotated[int, setting("Random seed.")] = 0
     local_baseline: Annotated[
         bool, setting("Also train every client alone: the local-only baseline.")
@@ -89,6 +89,7 @@ _SECTIONS: Final[Mapping[str, Any]] = {
     "privacy": Privacy,
     "traffic": Traffic,
 }
+_CLIENTS: Final = "clients"  # of which every client may have a section of its own
 _TOP: Final = {item.name: item for item in declared_in(Settings)}
 _LORA: Final = tuple(item.name for item in declared_in(Lora))
 
@@ -101,6 +102,7 @@ def all_declared() -> Iterator[tuple[str, Declared]]:
     yield from (("", item) for item in _TOP.values())
     for section in ("training", "rounds", "scoring", "firewall", "privacy", "traffic"):
         yield from ((section, item) for item in declared_in(_SECTIONS[section]))
+    yield from ((f"{_CLIENTS}.NAME", item) for item in declared_in(Stay))
 
 
 def read_settings(file: Path | None, flags: Table | None = None) -> Settings:
@@ -126,11 +128,6 @@ def advised_settings(file: Path | None, flags: Table | None = None) -> tuple[Set
     return settings_of(filled, source) if sentence else written, sentence
 
 
-def read_table(file: Path) -> dict[str, Any]:
-    """What a file of settings says, unchecked, with its relative paths made absolute."""
-    return rooted(_parse(file), file.parent)
-
-
 def read_whole(file: Path) -> dict[str, Any]:
     """What a file of settings says as a table with all defaults; nothing of torch is imported.
 
@@ -145,10 +142,11 @@ def read_whole(file: Path) -> dict[str, Any]:
 
 def settings_of(table: Table, source: str) -> Settings:
     """Check a table of settings whose paths are absolute; errors begin with `source`."""
-    if unknown := table.keys() - _SECTIONS.keys() - _TOP.keys() - {"method"}:
-        known = (*_TOP, *(f"[{section}]" for section in (*_SECTIONS, "method")))
+    sections = (*_SECTIONS, "method", _CLIENTS)
+    if unknown := table.keys() - _TOP.keys() - set(sections):
+        known = (*_TOP, *(f"[{section}]" for section in sections))
         raise SettingsError(f"{source}: {_unknown(min(unknown), known, '')}")
-    for section in (*_SECTIONS, "method"):
+    for section in sections:
         if not isinstance(part := table.get(section, {}), dict):
             raise SettingsError(f"{source}: [{section}]: expected a section, got {shown(part)}")
     top = {
@@ -156,19 +154,12 @@ def settings_of(table: Table, source: str) -> Settings:
         for key, item in _TOP.items()
         if key in table
     }
-    sections = {name: _section(name, table.get(name, {}), source) for name in _SECTIONS}
-    settings = Settings(method=_method(table.get("method", {}), source), **sections, **top)
-    if settings.rounds.robust is not None and not settings.method.averages:
-        able = ", ".join(name for name, method in METHODS.items() if method.averages)
-        raise SettingsError(
-            f"{source}: [rounds] robust: {method_name(settings.method)!r} does more with uploads "
-            f"than to average them; methods that only do that are {able}"
-        )
-    if settings.privacy.unit is not None:
-        from fedalt.runs.privacy import require_private  # brings what computes
-
-        rules = settings.rounds, settings.firewall, settings.traffic
-        require_private(settings.method, settings.privacy, *rules, source)
+    parts = {name: _section(name, table.get(name, {}), source) for name in _SECTIONS}
+    parts[_CLIENTS] = {
+        name: _stay(name, part, source) for name, part in table.get(_CLIENTS, {}).items()
+    }
+    settings = Settings(method=_method(table.get("method", {}), source), **parts, **top)
+    require_together(settings, source)
     return settings
 
 
@@ -183,6 +174,8 @@ def to_toml(settings: Settings) -> str:
         del sections["privacy"]
     top = {name: getattr(settings, name) for name in _TOP}
     table = {**top, **sections, "method": method}
+    if settings.clients:
+        table[_CLIENTS] = {name: _plain(asdict(stay)) for name, stay in settings.clients.items()}
     return tomli_w.dumps({key: _plain(value) for key, value in table.items()})
 
 
@@ -203,33 +196,6 @@ def lora_of(method: AnyMethod) -> Lora:
     return lora
 
 
-def rooted(table: Table, root: Path) -> dict[str, Any]:
-    """A table of settings with paths relative to `root` made absolute; a hub id is no path.
-
-    Keys that older versions have written get their present names.
-    """
-    whole = {key: dict(value) if isinstance(value, dict) else value for key, value in table.items()}
-    if "yardstick" in whole:
-        whole.setdefault("local_baseline", whole.pop("yardstick"))
-    data = whole.get("data")
-    if isinstance(data, Mapping) and "client_field" in data:
-        rest = {key: value for key, value in data.items() if key != "client_field"}
-        whole["data"] = {"client_column": data["client_field"], **rest}
-    if isinstance(methods := table.get("methods"), list):  # a comparison's, each like a table
-        whole["methods"] = [rooted(m, root) if isinstance(m, dict) else m for m in methods]
-    for section, key in (("data", "path"), ("data", "template"), ("model", "name")):
-        part = whole.get(section)
-        value = part.get(key) if isinstance(part, dict) else None
-        if not isinstance(value, str | Path) or str(value) in ("", BUILT_IN, *PACKAGED):
-            continue
-        if section == "data" and str(value).startswith(HUB):
-            continue
-        path = Path(os.path.abspath(root / Path(value).expanduser()))  # noqa: PTH100 - keeps links
-        if section == "data" or path.is_dir() or str(value).startswith((".", "~")):
-            whole[section] = {**whole[section], key: str(path)}
-    return whole
-
-
 def _joined(file: Path | None, flags: Table) -> tuple[dict[str, Any], str]:
     """A file's table with flags over it, and what errors call the two."""
     merged = {} if file is None else read_table(file)
@@ -242,23 +208,21 @@ def _joined(file: Path | None, flags: Table) -> tuple[dict[str, Any], str]:
     return merged, " and ".join(sources) or "the settings"
 
 
-def _parse(file: Path) -> dict[str, Any]:
-    try:
-        return tomllib.loads(decoded(file.read_bytes()))
-    except FileNotFoundError:
-        raise SettingsError(f"{file}: there is no such settings file") from None
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, EncodingError) as error:
-        raise SettingsError(f"{file}: not valid TOML: {error}") from None
-
-
 def _section(name: str, table: Table, source: str) -> Any:
     """A section's class from its table."""
     known = [item.name for item in declared_in(_SECTIONS[name])]
     if unknown := table.keys() - set(known):
         raise SettingsError(f"{source}: [{name}]: {_unknown(min(unknown), known, name)}")
     return placed(_SECTIONS[name], table, f"{source}: [{name}]")
+
+
+def _stay(name: str, part: object, source: str) -> Stay:
+    """From when until when a client takes part, from its section."""
+    section = f"{_CLIENTS}.{name}"
+    if not isinstance(part, dict):
+        raise SettingsError(f"{source}: [{section}]: expected a section, got {shown(part)}")
+    stay: Stay = section_of(Stay, part, source, section)
+    return stay
 
 
 def _method(table: Table, source: str) -> AnyMethod:

@@ -28,6 +28,7 @@ from fedalt.data.records import (
 )
 from fedalt.data.task import Task
 from fedalt.engine.local_trainer import LocalTrainer
+from fedalt.engine.members import Members
 from fedalt.engine.schedule import Arm
 from fedalt.methods import METHODS
 from fedalt.methods.local import LocalOnly
@@ -41,10 +42,10 @@ from fedalt.runs.settings import (
     lora_of,
     method_name,
     read_settings,
-    rooted,
     settings_of,
     to_toml,
 )
+from fedalt.runs.settings_file import rooted
 from fedalt.training.orders import Fit
 
 _FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", LabeledText: "label"}
@@ -91,7 +92,8 @@ def prepare(
     template = Template() if file is None else read_template(file)
     require_known(settings, clients or data.clients)
     agreed = labels or data.labels  # data without labels are refused by whoever has agreed on some
-    parts = load_parts(settings, agreed, base, clients=len(clients or data.clients))
+    beginners = Members(clients or data.clients, settings.clients).at(0)
+    parts = load_parts(settings, agreed, base, clients=len(beginners))
     task = Task(
         folder=data,
         tokenizer=parts.base.tokenizer,

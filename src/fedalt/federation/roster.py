@@ -1,0 +1,115 @@
+"""Whom the operator has added to a federation, and whom taken out, since its terms were agreed.
+
+members.json lies beside federation.toml. The terms stay as they are, and with them the digest in
+every message: who takes part is no setting. A running server reads the file before each round.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypedDict
+
+from fedalt.core.files import atomic_write
+from fedalt.core.reading import read_json
+from fedalt.runs.folder import RunFolder
+
+if TYPE_CHECKING:  # `fedalt federation status` does without torch
+    from fedalt.engine.members import Members
+    from fedalt.federation.agreement import Agreement
+
+FILE: Final = "members.json"
+
+Say = Callable[[str], None]
+
+
+class _Form(TypedDict):
+    version: int
+    added: list[str]
+    removed: list[str]
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Names in the order of their changes; `version` counts the changes."""
+
+    version: int = 0
+    added: tuple[str, ...] = ()
+    removed: tuple[str, ...] = ()
+
+    def clients(self, agreed: Sequence[str]) -> tuple[str, ...]:
+        """Everyone who ever takes part, sorted; `agreed` are the clients of the terms."""
+        return tuple(sorted({*agreed, *self.added}))
+
+
+UNCHANGED: Final = Roster()
+
+
+def read_roster(file: Path) -> Roster:
+    """What a members.json says; without one nothing was changed. Raises StoreError."""
+    if not file.exists():
+        return UNCHANGED
+    raw = read_json(file, _Form)
+    return Roster(raw["version"], tuple(raw["added"]), tuple(raw["removed"]))
+
+
+def write_roster(file: Path, added: Sequence[str], removed: Sequence[str], version: int) -> Roster:
+    """Replace a members.json."""
+    roster = Roster(version, tuple(added), tuple(removed))
+    atomic_write(file, (json.dumps(asdict(roster), indent=2) + "\n").encode())
+    return roster
+
+
+def members_of(folder: RunFolder) -> "Members":
+    """Who has taken part in which round of a federation up to now."""
+    from fedalt.core.settings import Stay
+    from fedalt.engine.members import Members
+
+    facts = folder.facts()
+    stays = {name: Stay(**stay) for name, stay in facts.get("stays", {}).items()}
+    return Members(sorted(facts["clients"]), stays)
+
+
+def update_members(
+    folder: RunFolder, file: Path | None, agreement: "Agreement", round_: int, say: Say
+) -> "Members":
+    """Let in and take out, before a round, whom the operator has named since the last one.
+
+    Whoever is named later, while the round goes on, is so in the next one. Repeated after a crash
+    it changes nothing.
+    """
+    roster, facts = UNCHANGED if file is None else read_roster(file), folder.facts()
+    clients, stays = dict(facts["clients"]), dict(facts.get("stays", {}))
+    revoked = set(facts.get("revoked", ()))
+    left = set(facts.get("left", ())) - revoked
+    for name in roster.added:
+        if name not in clients and name not in roster.removed:
+            clients[name], stays[name] = {}, {"joins": round_}
+            say(f"round {round_}: {name} takes part from now on")
+    for name in roster.removed:
+        if name not in clients or name in left:
+            continue
+        left.add(name)
+        if stays.get(name, {}).get("joins", 0) == round_:  # it has taken part in no whole round
+            del clients[name]
+            stays.pop(name, None)
+            continue
+        stays[name] = {**stays.get(name, {}), "leaves": round_}
+        say(f"round {round_}: {name} has left; {what_stays(agreement)}")
+    now = {
+        "clients": clients,
+        "stays": stays,
+        "left": sorted(left | revoked),
+        "revoked": sorted(revoked - left),
+    }
+    if any(facts.get(key, type(value)()) != value for key, value in now.items()):
+        folder.add_facts(now)
+    return members_of(folder)
+
+
+def what_stays(agreement: "Agreement") -> str:
+    """What becomes of a leaver's part in the server's state, in a clause."""
+    method = agreement.settings.method
+    if method.without(method.init_server(agreement.start), "") is None:
+        return "the method stores only averages, so what it has contributed stays in them"
+    return "its last upload is subtracted from what the server sends"

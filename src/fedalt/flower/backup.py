@@ -1,0 +1,87 @@
+"""`fedalt federation backup` and `restore`: a server's folder as one file, for another place."""
+
+import tarfile
+from pathlib import Path
+from typing import Final
+
+from fedalt.core.files import atomic_write, open_private
+from fedalt.federation.agreement import read_agreement
+from fedalt.flower.config import ServerConfig, read_server_config
+from fedalt.flower.init import whole_or_nothing
+from fedalt.runs.folder import StoreError, locked, open_run
+from fedalt.runs.settings import SettingsError, to_toml
+
+# Made again, asked for again, or of a process.
+_LEFT_OUT: Final = {"flower", "logs", "app.pid", "failed.txt", "incoming", "waiting", "status.json"}
+
+
+def back_up(config: ServerConfig, file: Path) -> int:
+    """Write a server's folder into a new file; the rounds done. The server must not run.
+
+    Raises StoreError where it runs or is damaged, SettingsError where its state lies elsewhere.
+    """
+    root, place = config.file.parent, config.place
+    for path in (place.folder, place.clients, place.key, place.certificate, place.authority):
+        if not path.resolve().is_relative_to(root.resolve()):
+            raise SettingsError(f"{path} is not in {root}; only a server's whole folder is kept")
+    if file.exists():
+        raise StoreError(f"{file} exists already; a backup is a new file")
+    if file.resolve().is_relative_to(root.resolve()):
+        raise StoreError(f"{file} is in {root} itself; expected a place outside of it")
+    with locked(place.folder), locked(place.run):
+        rounds = 0
+        if (place.run / "run.json").exists():
+            run = open_run(place.run)
+            rounds = run.progress().rounds_done
+            run.require_whole()
+        unfinished = file.with_name(f".{file.name}.tmp")
+        try:
+            with (
+                open_private(unfinished, "wb") as stream,
+                tarfile.open(fileobj=stream, mode="w") as tar,
+            ):
+                tar.add(root, arcname=".", filter=lambda entry: _entry(entry, place.folder.name))
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    return rounds
+
+
+def restore(file: Path, folder: Path) -> int:
+    """Make a server's folder out of a backup; the rounds done. Raises StoreError, SettingsError."""
+    if folder.exists() and any(folder.iterdir()):
+        raise StoreError(f"{folder} exists already and is not empty")
+    try:
+        with whole_or_nothing(folder) as unfinished, tarfile.open(file) as tar:
+            tar.extractall(unfinished, filter="data")
+    except (tarfile.TarError, EOFError) as error:
+        raise StoreError(f"{file} is no backup, or damaged: {error}") from None
+    config = read_server_config(folder / "federation.toml")
+    run = config.place.run
+    if not (run / "run.json").exists():
+        return 0
+    # Paths of the settings are those of the place where the server is now.
+    agreement = read_agreement(folder / "terms.toml")
+    atomic_write(run / "settings.toml", to_toml(agreement.settings).encode())
+    with locked(run):
+        restored = open_run(run)
+        rounds = restored.progress().rounds_done
+        restored.require_whole()
+    return rounds
+
+
+def _entry(entry: tarfile.TarInfo, state: str) -> tarfile.TarInfo | None:
+    """What goes into a backup, for its owner alone."""
+    parts = Path(entry.name).parts
+    if parts[:1] == (state,) and _LEFT_OUT.intersection(parts[1:3]):
+        return None
+    if (
+        not (entry.isfile() or entry.isdir())
+        or parts[-1:] == (".lock",)
+        or entry.name.endswith(".tmp")
+    ):
+        return None
+    entry.mode = 0o700 if entry.isdir() else 0o600
+    entry.uid = entry.gid = 0
+    entry.uname = entry.gname = ""
+    return entry

@@ -1,0 +1,44 @@
+"""Which settings of a run make no sense beside which others."""
+
+from typing import TYPE_CHECKING
+
+from fedalt.core.declared import SettingsError
+from fedalt.core.settings import Privacy, Traffic
+from fedalt.methods import METHODS
+
+if TYPE_CHECKING:
+    from fedalt.runs.settings import Settings
+
+
+def require_together(settings: "Settings", source: str) -> None:
+    """Raise SettingsError, which begins with `source`, for settings that exclude each other."""
+    method = settings.method
+    if settings.rounds.robust is not None and not method.averages:
+        able = ", ".join(name for name, other in METHODS.items() if other.averages)
+        raise SettingsError(
+            f"{source}: [rounds] robust: {METHODS.name_of(method)!r} does more with uploads "
+            f"than to average them; methods that only do that are {able}"
+        )
+    leavers = [name for name, stay in settings.clients.items() if stay.leaves is not None]
+    if leavers and (fault := fault_of_leaving(settings.privacy, settings.traffic)):
+        raise SettingsError(f"{source}: [clients.{leavers[0]}] leaves: {fault}")
+    if settings.privacy.unit is not None:
+        from fedalt.runs.privacy import require_private  # brings what computes
+
+        rules = settings.rounds, settings.firewall, settings.traffic
+        require_private(method, settings.privacy, *rules, source)
+
+
+def fault_of_leaving(privacy: Privacy, traffic: Traffic) -> str:
+    """Why no client's part can be taken out of the server's state, in a clause; "" if it can."""
+    if privacy.unit == "client":
+        return (
+            "with [privacy] unit = 'client' a part cannot be taken out again: it carries the noise "
+            "that hides it"
+        )
+    if traffic.download != "exact":
+        return (
+            f"with [traffic] download = {traffic.download!r} clients go on with what they have "
+            "received; only download = 'exact' lets one leave"
+        )
+    return ""

@@ -1,0 +1,153 @@
+"""Clients that are added to a federation and removed from it; servers restored from a backup."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from commands import call
+from federations import CLIENTS, Stopped, founded
+from machines import assert_close, newest_state
+from runs_for_tests import save_model, settings_for, write_clients
+from test_federation_folders import stopped_in
+
+from fedalt.core.codec import decode, read
+from fedalt.federation.messages import Answer
+from fedalt.flower.client_keys import clients_by_key
+from fedalt.flower.config import read_server_config
+from fedalt.flower.credentials import require_client_credentials
+from fedalt.flower.revocation import revoked
+from fedalt.methods.fedalt import FedALT
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.setup import prepare
+
+ROUNDS = 5
+STATE = FedALT().client_state
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("method", ["fedalt", "fedit", "fedlease", "fedalt_select"])
+def test_who_is_added_and_removed_while_it_runs_is_so_as_in_a_run_with_the_same_members(
+    tmp_path: Path, model: Path, method: str
+) -> None:
+    about = {"rounds": {"rounds": ROUNDS}, "method": {"name": method}}
+    made = founded(tmp_path, model, **about)
+    terms = (made.config.parent / "terms.toml").read_bytes()
+    made.go_on(
+        changes={
+            1: lambda: call("federation", "add", made.config, "d"),
+            2: lambda: call("federation", "remove", made.config, "b"),
+        }
+    )
+    assert (made.config.parent / "terms.toml").read_bytes() == terms
+    data = write_clients(tmp_path / "all", ("a", "b", "c", "d"))
+    stays = {"b": {"leaves": 3}, "d": {"joins": 2}}
+    settings = settings_for(model, data, **about, clients=stays)
+    start_run(prepare(settings), tmp_path / "run")
+    for name in ("a", "c", "d"):
+        mine = newest_state(made.client(name) / "state", name, settings.method.client_state)
+        theirs = newest_state(tmp_path / "run", name, settings.method.client_state)
+        assert mine[0] == theirs[0]
+        assert_close(mine[1], theirs[1])
+
+
+def test_status_tells_who_was_added_and_removed_and_the_version(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = founded(tmp_path, model, rounds={"rounds": 2, "test": False})
+
+    def said(*words: object) -> str:
+        capsys.readouterr()
+        assert call("federation", *words) == 0
+        both = capsys.readouterr()
+        return both.out + both.err
+
+    assert "send it to d and to nobody else" in said("add", made.config, "d")
+    assert json.loads((made.config.parent / "members.json").read_text()) == {
+        "version": 1,
+        "added": ["d"],
+        "removed": [],
+    }
+    made.go_on(changes={0: lambda: call("federation", "remove", made.config, "b")})
+    assert "its last upload is subtracted" in said("remove", made.config, "c")
+    shown = said("status", "--config", made.config)
+    assert "members: version 3, after adding d and removing b, c" in shown
+    assert "d: absent, takes part from round 0 on" in shown
+    assert "b: left in round 1" in shown
+    assert "c: leaves in the next round" in shown
+
+
+def test_who_cannot_be_added_or_removed_is_told_why_in_a_sentence(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = founded(tmp_path, model)
+
+    def error(command: str, name: str) -> str:
+        capsys.readouterr()
+        assert call("federation", command, made.config, name) == 2
+        return capsys.readouterr().err
+
+    assert "client 'a' is in 'letters' already; expected new names" in error("add", "a")
+    assert "differs from 'a' in case only" in error("add", "A")
+    assert "expected a name of at most 100 letters" in error("add", "../x")
+    assert "does not take part in 'letters'; there are a, b, c" in error("remove", "x")
+    assert call("federation", "remove", made.config, "a") == 0
+    assert "and was removed" in error("add", "a")
+    assert "does not take part" in error("rotate-key", "a")
+    assert call("federation", "remove", made.config, "b") == 0
+    assert "is the last one" in error("remove", "c")
+
+
+def test_a_rotated_key_is_the_clients_only_one(tmp_path: Path, model: Path) -> None:
+    made = founded(tmp_path, model)
+    config = read_server_config(made.config)
+    before = clients_by_key(config)
+    assert call("federation", "rotate-key", made.config, "b") == 0
+    after = clients_by_key(config)
+    assert sorted(after.values()) == ["a", "b", "c"]
+    assert {name for key, name in after.items() if key not in before} == {"b"}
+    secret = made.client("b") / "client.key"
+    require_client_credentials(secret, None)
+    assert secret.stat().st_mode & 0o077 == 0
+    assert call("federation", "revoke", "--config", made.config, "b") == 0
+    assert call("federation", "rotate-key", made.config, "b") == 0  # and it is back
+    assert revoked(config.place) == []
+
+
+def test_a_server_restored_elsewhere_from_a_backup_of_two_rounds_ago_ends_as_if_undisturbed(
+    tmp_path: Path, model: Path
+) -> None:
+    undisturbed = founded(tmp_path / "undisturbed", model, rounds={"rounds": ROUNDS})
+    undisturbed.go_on()
+    made = founded(tmp_path / "made", model, rounds={"rounds": ROUNDS})
+    made.go_on(stopped_in(2))
+    backup = tmp_path / "server.tar"
+    assert call("federation", "backup", made.config, backup) == 0
+    assert backup.stat().st_mode & 0o077 == 0
+    made.go_on(stopped_in(4))
+    shutil.rmtree(made.config.parent)
+    made.server_name = "elsewhere"
+    assert call("federation", "restore", backup, made.config.parent) == 0
+    errors = []
+
+    def refused(_: str, answer: bytes) -> bytes:
+        errors.append(decode(Answer, answer).error)
+        raise Stopped
+
+    before = newest_state(made.client("a") / "state", "a", STATE)
+    made.go_on(refused)
+    assert "`fedalt client --go-back` follows it" in errors[0]
+    assert newest_state(made.client("a") / "state", "a", STATE)[0] == before[0]
+    made.go_on(go_back=True)
+    assert any("goes back from round 4 to 2" in line for line in made.said["a"])
+    aside = made.client("a") / "state" / "set-aside" / "clients" / "a" / before[0]
+    assert_close(read(STATE, aside), before[1])
+    for name in CLIENTS:
+        ours = newest_state(made.client(name) / "state", name, STATE)
+        theirs = newest_state(undisturbed.client(name) / "state", name, STATE)
+        assert ours[0] == theirs[0]
+        assert_close(ours[1], theirs[1])

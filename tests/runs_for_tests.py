@@ -35,7 +35,7 @@ def write_clients(folder: Path, clients: Sequence[str] = ("a", "b", "c"), count:
     return folder
 
 
-def settings_for(model: Path, data: Path, **sections: dict[str, Any]) -> Settings:
+def settings_for(model: Path, data: Path, /, **sections: dict[str, Any]) -> Settings:
     """Settings of a run that takes seconds."""
     table: dict[str, Any] = {
         "data": {"path": str(data), "max_length": 60, "validation": 0.2},

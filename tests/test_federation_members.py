@@ -121,9 +121,12 @@ def test_a_rotated_key_is_the_clients_only_one(tmp_path: Path, model: Path) -> N
 def test_a_server_restored_elsewhere_from_a_backup_of_two_rounds_ago_ends_as_if_undisturbed(
     tmp_path: Path, model: Path
 ) -> None:
-    undisturbed = founded(tmp_path / "undisturbed", model, rounds={"rounds": ROUNDS})
+    template = tmp_path / "template.txt"  # whose place the server's settings name
+    template.write_text("{instruction} =>")
+    about = {"rounds": {"rounds": ROUNDS}, "data": {"template": str(template)}}
+    undisturbed = founded(tmp_path / "undisturbed", model, **about)
     undisturbed.go_on()
-    made = founded(tmp_path / "made", model, rounds={"rounds": ROUNDS})
+    made = founded(tmp_path / "made", model, **about)
     made.go_on(stopped_in(2))
     backup = tmp_path / "server.tar"
     assert call("federation", "backup", made.config, backup) == 0

@@ -133,7 +133,7 @@ class Run:
         which is what takes long. `show` gets lines of each client's best and worst examples.
         """
         losses: list[float] = []
-        clients = self.members.at(round_)
+        clients = self.members.at(self.schedule.rounds - 1 if round_ == UNTRAINED else round_)
         places = {client_id: at for at, client_id in enumerate(clients, 1)}
         what: Literal["validate", "test"] = "validate" if split == "validation" else "test"
         job = Score(arm.column, round_, split, whole, show is not None)

@@ -163,7 +163,7 @@ def simulate(
     costs: list[ClientRound] = []
     for cohort in cohorts:
         groups = [sorted(cohort)]
-        outcome = run_groups(method, START, states, groups, one_by_one(train), screening, traffic)
+        outcome = run_groups(method, START, states, groups, one_by_one(train), screening, traffic=traffic)
         costs += outcome.clients
     return states, costs
 

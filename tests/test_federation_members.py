@@ -18,6 +18,7 @@ from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import require_client_credentials
 from fedalt.flower.revocation import revoked
 from fedalt.methods.fedalt import FedALT
+from fedalt.runs.folder import locked
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.setup import prepare
 
@@ -154,3 +155,29 @@ def test_a_server_restored_elsewhere_from_a_backup_of_two_rounds_ago_ends_as_if_
         theirs = newest_state(undisturbed.client(name) / "state", name, STATE)
         assert ours[0] == theirs[0]
         assert_close(ours[1], theirs[1])
+
+
+def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = founded(tmp_path, model)
+
+    def error(*words: object) -> str:
+        capsys.readouterr()
+        assert call("federation", *words) == 2
+        return capsys.readouterr().err
+
+    rubbish = tmp_path / "rubbish.tar"
+    rubbish.write_bytes(b"rubbish")
+    assert "rubbish.tar is no backup, or damaged" in error("restore", rubbish, tmp_path / "new")
+    assert "missing.tar" in error("restore", tmp_path / "missing.tar", tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+    assert "rubbish.tar exists already" in error("backup", made.config, rubbish)
+    inside = made.config.parent / "inside.tar"
+    assert "expected a place outside of it" in error("backup", made.config, inside)
+    with locked(made.run):
+        assert "another process is using" in error("backup", made.config, tmp_path / "b.tar")
+    assert call("federation", "backup", made.config, tmp_path / "b.tar") == 0
+    assert "is not empty" in error("restore", tmp_path / "b.tar", made.config.parent)
+    assert call("federation", "restore", tmp_path / "b.tar", tmp_path / "new") == 0  # not begun
+    assert (tmp_path / "new" / "server.key").stat().st_mode & 0o077 == 0

@@ -52,7 +52,7 @@ def restore(file: Path, folder: Path) -> int:
     if folder.exists() and any(folder.iterdir()):
         raise StoreError(f"{folder} exists already and is not empty")
     try:
-        with whole_or_nothing(folder) as unfinished, tarfile.open(file) as tar:
+        with tarfile.open(file) as tar, whole_or_nothing(folder) as unfinished:
             tar.extractall(unfinished, filter="data")
     except (tarfile.TarError, EOFError) as error:
         raise StoreError(f"{file} is no backup, or damaged: {error}") from None

@@ -247,7 +247,7 @@ def _method(table: Table, source: str) -> AnyMethod:
 def _name_of(table: Table, place: str) -> str:
     """The name of the method that a section names."""
     name: str = typed(table.get("name", _METHOD), str, f"{place} name")
-    if name not in METHODS:
+    if name not in METHODS.entries:
         renamed = f"; it is called {RENAMED[name]} now" if name in RENAMED else ""
         raise SettingsError(
             f"{place} name: there is no method {name!r}, only {', '.join(METHODS)}"

@@ -24,6 +24,11 @@ def add_clients(config: ServerConfig, names: Sequence[str]) -> list[Path]:
         roster, known = read_roster(config.roster), config.clients
         if fault := fault_of_names([*known, *names]):
             raise SettingsError(fault)
+        if config.terms.settings.privacy.unit == "client":
+            raise SettingsError(
+                f"{config.terms.name!r} has [privacy] unit = 'client', whose ledger counts the "
+                "clients of its terms alone; nobody can be added"
+            )
         for name in names:
             if name in known or names.count(name) > 1:
                 gone = " and was removed" if name in roster.removed else ""

@@ -20,6 +20,7 @@ from runs_for_tests import adapters_of, save_model, scores_of, settings_for, wri
 from fedalt.core.codec import decode
 from fedalt.engine.schedule import Event
 from fedalt.federation import client as member
+from fedalt.federation import client_folder as opening
 from fedalt.federation.messages import Answer
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_client_config, read_server_config
@@ -200,13 +201,13 @@ class OfAFederation:
 
 @contextlib.contextmanager
 def _prepared_once(known: Prepared | None) -> Iterator[None]:
-    before = member.prepare
+    before = opening.prepare
     if known is not None:
-        member.prepare = partial(prepare, base=known.parts.base)
+        opening.prepare = partial(prepare, base=known.parts.base)
     try:
         yield
     finally:
-        member.prepare = before
+        opening.prepare = before
 
 
 Whole = OfARun | OfAFederation

@@ -163,7 +163,8 @@ def simulate(
     costs: list[ClientRound] = []
     for cohort in cohorts:
         groups = [sorted(cohort)]
-        outcome = run_groups(method, START, states, groups, one_by_one(train), screening, traffic=traffic)
+        rules = screening, None, None, traffic  # no privacy
+        outcome = run_groups(method, START, states, groups, one_by_one(train), *rules)
         costs += outcome.clients
     return states, costs
 

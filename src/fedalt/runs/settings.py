@@ -159,7 +159,8 @@ def settings_of(table: Table, source: str) -> Settings:
         name: _stay(name, part, source) for name, part in table.get(_CLIENTS, {}).items()
     }
     settings = Settings(method=_method(table.get("method", {}), source), **parts, **top)
-    require_together(settings, source)
+    rules = settings.rounds, settings.firewall, settings.privacy, settings.traffic
+    require_together(settings.method, *rules, settings.clients, source)
     return settings
 
 

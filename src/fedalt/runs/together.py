@@ -1,32 +1,41 @@
 """Which settings of a run make no sense beside which others."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from fedalt.core.declared import SettingsError
-from fedalt.core.settings import Privacy, Traffic
+from fedalt.core.settings import Firewall, Privacy, Schedule, Stay, Traffic
 from fedalt.methods import METHODS
 
 if TYPE_CHECKING:
-    from fedalt.runs.settings import Settings
+    from fedalt.methods.contract import AnyMethod
+else:  # a method's class needs torch
+    AnyMethod = Any
 
 
-def require_together(settings: "Settings", source: str) -> None:
+def require_together(
+    method: AnyMethod,
+    schedule: Schedule,
+    firewall: Firewall,
+    privacy: Privacy,
+    traffic: Traffic,
+    clients: Mapping[str, Stay],
+    source: str,
+) -> None:
     """Raise SettingsError, which begins with `source`, for settings that exclude each other."""
-    method = settings.method
-    if settings.rounds.robust is not None and not method.averages:
+    if schedule.robust is not None and not method.averages:
         able = ", ".join(name for name, other in METHODS.items() if other.averages)
         raise SettingsError(
             f"{source}: [rounds] robust: {METHODS.name_of(method)!r} does more with uploads "
             f"than to average them; methods that only do that are {able}"
         )
-    leavers = [name for name, stay in settings.clients.items() if stay.leaves is not None]
-    if leavers and (fault := fault_of_leaving(settings.privacy, settings.traffic)):
+    leavers = [name for name, stay in clients.items() if stay.leaves is not None]
+    if leavers and (fault := fault_of_leaving(privacy, traffic)):
         raise SettingsError(f"{source}: [clients.{leavers[0]}] leaves: {fault}")
-    if settings.privacy.unit is not None:
+    if privacy.unit is not None:
         from fedalt.runs.privacy import require_private  # brings what computes
 
-        rules = settings.rounds, settings.firewall, settings.traffic
-        require_private(method, settings.privacy, *rules, source)
+        require_private(method, privacy, schedule, firewall, traffic, source)
 
 
 def fault_of_leaving(privacy: Privacy, traffic: Traffic) -> str:

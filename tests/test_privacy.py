@@ -70,10 +70,10 @@ def test_an_upload_moves_by_clip_at_most(monkeypatch, name):
     method, moved = METHODS[name], []
     spool = UploadStore.spool
 
-    def look(self, upload, data):
-        if upload.message.tree:
-            moved.append(float((flat(upload.message.tree) - before(upload.client_id)).norm()))
-        spool(self, upload, data)
+    def look(self, upload, message, data):
+        if message.tree:
+            moved.append(float((flat(message.tree) - before(upload.client_id)).norm()))
+        spool(self, upload, message, data)
 
     def before(client_id):
         from fedalt.engine.dry_run import play

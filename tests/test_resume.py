@@ -226,5 +226,7 @@ def test_uploads_lie_in_files_from_the_first_round_on(tmp_path):
     server = states.backed("server", FedALT().init_server(START))
     latest = server.latest.put("a", Message({Name("s", "t", "A"): torch.ones(2)}))
     assert len(list((tmp_path / "server" / "latest" / "a").iterdir())) == 1
-    assert "a" not in latest  # it counts from the next round on
+    assert "a" in latest
+    assert latest["a"].tree
+    assert "a" not in server.latest  # for whoever has not put it, it counts from the next round on
     assert FileStates(tmp_path, 1).backed("server", server).latest["a"].tree

@@ -142,12 +142,23 @@ def run_groups(
 
     def train(downlink: Downlink, _: Sequence[str]) -> Iterator[Any]:
         trainer: Any = Answers(execute)
-        place = Arm("own", method), start, trainer, states, 0
-        work = ClientWork(*place, downlink.message, lambda _: None, protection, coding)
+        work = ClientWork(
+            Arm("own", method),
+            start,
+            trainer,
+            states,
+            0,
+            sent=downlink.message,
+            on_event=lambda _: None,
+            protection=protection,
+            coding=coding,
+        )
         return chain.from_iterable(map(work.train, groups))
 
     cohort = list(chain.from_iterable(groups))
-    return run_round(method, start, states, cohort, train, screening, release, coding)
+    return run_round(
+        method, start, states, cohort, train, screening, release=release, coding=coding
+    )
 
 
 def simulate(
@@ -163,8 +174,8 @@ def simulate(
     costs: list[ClientRound] = []
     for cohort in cohorts:
         groups = [sorted(cohort)]
-        rules = screening, None, None, traffic  # no privacy
-        outcome = run_groups(method, START, states, groups, one_by_one(train), *rules)
+        execute = one_by_one(train)
+        outcome = run_groups(method, START, states, groups, execute, screening, traffic=traffic)
         costs += outcome.clients
     return states, costs
 

@@ -55,10 +55,10 @@ def run_round(
     cohort: Sequence[str],
     train: Train,
     screening: Screening,
+    *,
     release: Release | None = None,
     coding: Coding | None = None,
     heard: Callable[[], Iterable[str]] = tuple,
-    *,
     leaving: Sequence[str] = (),
 ) -> Outcome:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.

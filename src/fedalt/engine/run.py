@@ -107,9 +107,18 @@ class Run:
         budget = self._budget(arm)
         release = None if budget is None else budget.release(arm.method, states, round_)
         called = self.schedule.called(self.members.at(round_), round_, cohort)
-        coding, leaving = self._coding(arm), self.members.leaving(round_)
-        place = arm.method, self.start, states, cohort, train, screening
-        outcome = run_round(*place, release, coding, lambda: called, leaving=leaving)
+        outcome = run_round(
+            arm.method,
+            self.start,
+            states,
+            cohort,
+            train,
+            screening,
+            release=release,
+            coding=self._coding(arm),
+            heard=lambda: called,
+            leaving=self.members.leaving(round_),
+        )
         for client in outcome.clients:
             self.journal.record(train_line(round_, arm.column, client))
             if client.refused is not None:
@@ -184,9 +193,17 @@ class Run:
             leaving = self.members.leaving(round_) if at == round_ else ()
             downlink = coding.downlink(states, server_of(arm.method, self.start, states, leaving))
         budget = self._budget(arm)
-        protection = None if budget is None else budget.protection
-        place = arm, self.start, self.trainer, states, round_
-        return ClientWork(*place, downlink.message, self.on_event, protection, coding)
+        return ClientWork(
+            arm,
+            self.start,
+            self.trainer,
+            states,
+            round_,
+            sent=downlink.message,
+            on_event=self.on_event,
+            protection=None if budget is None else budget.protection,
+            coding=coding,
+        )
 
     def _budget(self, arm: Arm) -> Budget | None:
         """The local-only baseline sends nothing, and has nothing to hide."""

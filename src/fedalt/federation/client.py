@@ -16,7 +16,6 @@ client rolls back to its previous state, so that both always agree on what was u
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -234,9 +233,18 @@ class Client:
         states, message = self._states(arm.column, at), self._message(arm, call)
         budget = self.budget if arm.column == "own" else None
         protection = None if budget is None else budget.protection
-        place = arm, self.parts.start, self.trainer, states, round_
-        work = partial(ClientWork, *place, lambda _: message, self.on_event)
-        return work(protection, self._coding(arm), call.expected or None)
+        return ClientWork(
+            arm,
+            self.parts.start,
+            self.trainer,
+            states,
+            round_,
+            sent=lambda _: message,
+            on_event=self.on_event,
+            protection=protection,
+            coding=self._coding(arm),
+            expecting=call.expected or None,
+        )
 
     def _coding(self, arm: Arm) -> Coding:
         return Coding(arm.method, self.parts.start, self.agreement.settings.traffic)

@@ -44,8 +44,17 @@ def open_client(
     examples, _ = prepared.task.training_size(client_id)
     begun = accepted.round != NEVER
     budget = client_budget(folder, agreement, client_id, examples, begun=begun)
-    place = prepared.parts, trainer_of(prepared), folder, accepted
-    return Client(agreement, client_id, *place, on_event, say, budget)
+    return Client(
+        agreement,
+        client_id,
+        prepared.parts,
+        trainer_of(prepared),
+        folder,
+        accepted,
+        on_event,
+        say,
+        budget,
+    )
 
 
 def _require_fitting(prepared: Prepared, agreement: Agreement, client_id: str, data: Path) -> None:

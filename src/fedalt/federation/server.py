@@ -99,10 +99,18 @@ class Server:
             collector.gather(calls, downlink.sent, cohort)
             return collector.uploads()
 
-        states, leaving = self._states(round_), members.leaving(round_)
-        place = method, self.agreement.start, states, cohort, train, self.screening
-        coding, heard = self._coding, collector.heard
-        outcome = run_round(*place, release, coding, heard, leaving=leaving)
+        outcome = run_round(
+            method,
+            self.agreement.start,
+            self._states(round_),
+            cohort,
+            train,
+            self.screening,
+            release=release,
+            coding=self._coding,
+            heard=collector.heard,
+            leaving=members.leaving(round_),
+        )
         if not outcome.aggregated:
             self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
         rejected = self._record(collector, outcome.clients)

@@ -6,8 +6,8 @@ import torch
 
 from fedalt.core.tree import Name, Tree, cast
 from fedalt.methods.contract import Message
-from fedalt.methods.low_rank_sums import Pair, core_svd, strongest, weighted_stack
-from fedalt.methods.rank_rows import fill_up
+from fedalt.methods.low_rank_sums import Pair, core_svd, strongest
+from fedalt.methods.rank_rows import fill_up, stack_up
 
 
 class ProductTotals:
@@ -23,8 +23,7 @@ class ProductTotals:
         sums = self._sums.setdefault(group, {})
         for name in (name for name in upload.tree if name.factor == "B"):
             pair = Pair(upload.tree[name], upload.tree[name._replace(factor="A")])
-            before = ((1.0, sums[name]),) if name in sums else ()
-            sums[name] = weighted_stack(*before, (weight, pair))
+            stack_up(sums, name, pair, weight)
         self._weights[group] = self._weights.get(group, 0.0) + weight
 
     def means(self) -> Iterator[tuple[int, dict[Name, Pair]]]:

@@ -4,6 +4,7 @@ The adapters here lie in one slot; their rank may differ from site to site.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +12,8 @@ from torch import Tensor
 from fedalt.core.tree import Name, Tree, cast
 from fedalt.methods.contract import Message
 from fedalt.methods.low_rank_sums import Pair, Rows, add_rows, owner_mean, weighted_stack
+
+Key = TypeVar("Key", str, Name)
 
 
 def rows_of(name: Name, factor: Tensor) -> Tensor:
@@ -83,10 +86,10 @@ def pairs_of(adapter: Mapping[Name, Tensor], slot: str) -> Iterator[tuple[str, P
         yield site, Pair(adapter[Name(site, slot, "B")], adapter[Name(site, slot, "A")])
 
 
-def stack_up(stacks: dict[str, Pair], site: str, pair: Pair, weight: float) -> None:
-    """Add weight * B A to a site's sum, in place."""
-    before = ((1.0, stacks[site]),) if site in stacks else ()
-    stacks[site] = weighted_stack(*before, (weight, pair))
+def stack_up(stacks: dict[Key, Pair], key: Key, pair: Pair, weight: float) -> None:
+    """Add weight * B A to the sum under a key, in place."""
+    before = ((1.0, stacks[key]),) if key in stacks else ()
+    stacks[key] = weighted_stack(*before, (weight, pair))
 
 
 def stacked(replies: Iterable[tuple[str, Message]], slot: str) -> tuple[dict[str, Pair], float]:

@@ -84,6 +84,7 @@ def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
     assert call("generate", machines.client("a"), "ask 1a") == 0
 
 
+@pytest.mark.long
 def test_clients_are_added_removed_and_given_other_keys_while_all_goes_on(
     machines: Machines, tmp_path: Path
 ) -> None:

@@ -3,6 +3,7 @@
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -270,6 +271,7 @@ def test_a_process_ends_with_its_group_and_a_killed_ones_are_ended_by_the_next(
         process = processes.start("sleep", sleep, tmp_path / "log")
         register = (tmp_path / "register.json").read_text()
     assert process.returncode is not None
+    time.sleep(0.1)  # the system counts births in hundredths of a second
     left = subprocess.Popen(sleep)
     with process_group({}, tmp_path / "register.json") as processes:
         processes.start("sleep", sleep, tmp_path / "log")

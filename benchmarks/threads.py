@@ -67,8 +67,9 @@ def step(process: subprocess.Popen[str]) -> float:
 
 @contextmanager
 def beside(others: int) -> Iterator[None]:
-    """So many processes that keep a core busy each."""
-    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+    """So many processes that keep a core busy each, until they are ended or this one is gone."""
+    busily = f"import os\nwhile os.getppid() == {os.getpid()}:\n    sum(range(10**6))"
+    busy = [subprocess.Popen([sys.executable, "-c", busily]) for _ in range(others)]
     try:
         yield
     finally:

@@ -2,8 +2,12 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 import tomllib
 
+import psutil
 import pytest
 from commands import call
 from runs_for_tests import adapters_of, save_model, write_clients
@@ -125,6 +129,24 @@ def test_a_run_killed_between_its_first_two_files_begins_again(place):
     (half / "settings.toml").write_text(settings)
     assert call("compare", place / "methods.toml", "--out", out, "--quiet") == 0
     assert (half / "run.json").exists()
+
+
+def test_a_comparison_that_is_terminated_ends_the_runs_it_has_started(place):
+    long, out = place / "long.toml", place / "terminated"
+    long.write_text(FILE.replace("rounds = 1", "rounds = 500"))
+    command = [sys.executable, "-m", "fedalt", "compare", long, "--out", out]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 120
+        while not [*out.glob("*/*/run.json")] and time.monotonic() < deadline:
+            time.sleep(0.05)
+        runs = psutil.Process(process.pid).children()
+        process.terminate()
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert runs
+    _, alive = psutil.wait_procs(runs, timeout=60)
+    assert not alive
+    assert "Traceback" not in said
 
 
 def test_other_settings_for_runs_that_are_there_are_refused(place, capsys):

@@ -224,9 +224,9 @@ def damage(whole: Whole, place: Path, seed: int) -> Outcome:
             end, told = whole.go_on(place)
         except (ValueError, OSError) as error:
             said = f"{type(error).__name__}: {error}"
-            named = any(_name_of(file) in str(error) for file in files)
+            named = any(name in str(error) for file in files for name in _names_of(file))
             one = "\n" not in str(error) and _is_ours(error)
-            return outcome(REFUSED if named and one else "AN ERROR THAT NAMES NO FILE", said)
+            return outcome(REFUSED if named and one else "AN ERROR THAT NAMES NOTHING", said)
         except Exception as error:
             return outcome("A FAULT", f"{type(error).__name__}: {error}")
         if end == whole.end:
@@ -244,9 +244,15 @@ def _states_of(place: Path) -> dict[str, str]:
     return {path: digest for path, digest in found.items() if Path(path).stem.isdecimal()}
 
 
-def _name_of(file: Path) -> str:
-    """What an error has to say: many states have the same name, each in a folder of its own."""
-    return "/".join(file.parts[-2:]) if ".safetensors" in file.name else file.name
+def _names_of(file: Path) -> Iterator[str]:
+    """One of these an error has to say: the file, or the client whose record of rounds it is.
+
+    What a client answers the server names no path of its own. Many states have the same name, each
+    in a folder of its own.
+    """
+    yield "/".join(file.parts[-2:]) if ".safetensors" in file.name else file.name
+    if file.name == "accepted.json":
+        yield f"client {file.parts[-3]!r}"
 
 
 def _is_ours(error: Exception) -> bool:

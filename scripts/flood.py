@@ -84,7 +84,7 @@ def _held(process: psutil.Process) -> tuple[float, float]:
 def parts_of(machines: Machines) -> dict[str, psutil.Process]:
     """The server's processes."""
     return {
-        "door": machines.gateway(),
+        "gateway": machines.gateway(),
         "Flower's server": machines.superlink(),
         "Flower's starter of apps": machines.find("flower-superexec"),
         "app": machines.app(),
@@ -92,7 +92,7 @@ def parts_of(machines: Machines) -> dict[str, psutil.Process]:
 
 
 def pour(flood: Flood, each: int, ended: Callable[[], bool]) -> None:
-    """Keep so many strangers of each kind at the door until the federation has ended."""
+    """Keep so many strangers of each kind at the gateway until the federation has ended."""
     while not ended():
         for _ in range(each):
             for kind in KINDS:

@@ -41,7 +41,7 @@ def clients(machines: Machines) -> list[Attempt]:
     other.mkdir()
     make_authority(other, "another federation")
     make_client_key(other / "client.key", other / "client.pub")
-    ended, door = _door_whose_certificate_has_ended(machines)
+    ended, gateway = _gateway_whose_certificate_has_ended(machines)
     wrong: dict[str, dict[str, Any]] = {
         "a key that the server does not know": {"key": str(other / "client.key")},
         "another certificate authority": {"authority": str(other / "ca.crt")},
@@ -62,13 +62,13 @@ def clients(machines: Machines) -> list[Attempt]:
         for address in (machines.address, ended):
             text = text.replace(address, "ADDRESS")
         found.append(Attempt(what, text))
-    door.kill()
-    door.wait()
+    gateway.kill()
+    gateway.wait()
     return found
 
 
 def requests(machines: Machines) -> list[Attempt]:
-    """Requests to the door, and how they are answered."""
+    """Requests to the gateway, and how they are answered."""
     key = load_ssh_private_key((machines.client("a") / "client.key").read_bytes(), None)
     context = httpx.create_ssl_context(verify=str(machines.server / "ca.crt"))
     pull = PullMessagesRequest(node=Node(node_id=1)).SerializeToString()
@@ -158,7 +158,7 @@ def _variant(machines: Machines, name: str, changes: dict[str, Any]) -> None:
     (place / "client.toml").write_text(tomli_w.dumps({"client": about}))
 
 
-def _door_whose_certificate_has_ended(
+def _gateway_whose_certificate_has_ended(
     machines: Machines,
 ) -> tuple[str, "subprocess.Popen[bytes]"]:
     folder = machines.root / "ended"

@@ -23,7 +23,7 @@ PLAN: Mapping[int, tuple[str, str]] = {
     9: ("yesterday", "it is of round 0, but round 9 was asked for"),
     11: ("truncated", "it cannot be read"),
     13: ("gigantic", "the upload has"),
-    15: ("flood", ""),  # the door does not take it; then it sends its own
+    15: ("flood", ""),  # the gateway does not take it; then it sends its own
     16: ("no loss", "the score of column 'own' has no 'loss'"),
     17: ("tempting loss", "the score of column 'own': loss is -1000000.0"),
     18: ("round to come", "the score of column 'own' is of round 999999"),

@@ -129,7 +129,7 @@ def test_what_is_no_refusal_in_the_doors_log_is_passed_over(machines: Machines) 
     config.place.logs.mkdir(parents=True)
     line = {"time": "2026-01-01 10:00:00", "refused": 7, "what": "401 x", "last_from": "10.0.0.9"}
     noise = '{no json}\n{"time": 3}\n[]\n7\n{"refused": \nTraceback\n\x1b[0m{}\n'
-    (config.place.logs / "door.log").write_text(f"{noise}{json.dumps(line)}\n{noise}")
+    (config.place.logs / "gateway.log").write_text(f"{noise}{json.dumps(line)}\n{noise}")
     text = shown(config.place, config.terms)
     assert "refused requests: 7 since 2026-01-01 10:00:00, the last from 10.0.0.9" in text
 

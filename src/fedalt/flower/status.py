@@ -95,7 +95,7 @@ def _runs(place: ServerPlace) -> bool:
 
 def _refused_requests(place: ServerPlace) -> list[str]:
     """What the gateway has turned away since its log began; [] where that is nothing."""
-    log = place.logs / "door.log"
+    log = place.logs / "gateway.log"
     lines = read_bytes(log).decode(errors="replace").splitlines() if log.exists() else []
     reports: list[_Refused] = []
     for line in lines:

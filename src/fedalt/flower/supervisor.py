@@ -212,7 +212,7 @@ class _Supervision:
         command += ["--spool", str(place.flower)]
         if port != ENDED:
             command += ["--keys", str(place.let_in)]
-        self.processes.start(_GATEWAY, command, place.logs / "door.log", _GIVE_BACK)
+        self.processes.start(_GATEWAY, command, place.logs / "gateway.log", _GIVE_BACK)
 
     def _start_app(self) -> None:
         """Start the app and wait until it is there."""

@@ -67,7 +67,7 @@ class Opened:
 
     def told(self) -> dict[str, dict[str, Any]]:
         """What the door has told by kind, once it has ended."""
-        text = (self.place.logs / "door.log").read_text()
+        text = (self.place.logs / "gateway.log").read_text()
         assert "Traceback" not in text
         return {each["what"]: each for each in _json_lines(text)}
 
@@ -85,7 +85,7 @@ def door(machines: Machines, inner: int, *more: str) -> Iterator[Opened]:
     words += [str(each) for each in (place.certificate, place.key, place.authority)]
     words += ["--keys", str(place.let_in), "--spool", str(place.flower), *more]
     key = load_ssh_private_key((machines.client("a") / "client.key").read_bytes(), None)
-    with (place.logs / "door.log").open("wb") as log:
+    with (place.logs / "gateway.log").open("wb") as log:
         command = [sys.executable, "-m", "fedalt.flower.gateway", *words]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -188,7 +188,7 @@ def test_what_the_door_refuses_is_counted_by_kind_and_shown(machines: Machines) 
         "Invalid HTTP request received.": 3,
     }
     assert told["400 the request broke off"]["last_from"] == "127.0.0.1"
-    assert "secret" not in (config.place.logs / "door.log").read_text()
+    assert "secret" not in (config.place.logs / "gateway.log").read_text()
     assert "  refused requests: 110 since " in shown(config.place, config.terms)
     assert "    102: 403 this is not for clients" in shown(config.place, config.terms)
 

@@ -22,7 +22,7 @@ doc_to_text: "{{question}}"
 target_delimiter: " "
 """
 TASKS = {
-    "told": "output_type: loglikelihood\ndoc_to_target: '{{answer}}'\n"
+    "told": "output_type: loglikelihood\ndoc_to_target: ' {{answer}}'\n"
     "metric_list: [{metric: perplexity}, {metric: acc}]\n",
     "chosen": "output_type: multiple_choice\ndoc_to_choice: ['yes', 'no']\n"
     "doc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n",
@@ -51,7 +51,6 @@ def losses_of(of, answer):
     with of.parts.base.adapted.bound(of.serving.plan, of.serving.tree) as model:
         for line in DOCS:
             asked = tokenizer(line["question"]).input_ids
-            print(asked, tokenizer(f"{line['question']} {answer(line)}").input_ids)
             whole = tokenizer(f"{line['question']} {answer(line)}").input_ids
             logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             told = range(len(asked), len(whole))
@@ -77,7 +76,7 @@ def test_the_command_prints_it_beside_its_own_scores(finished_run, tasks, capsys
     flags = ("--lm-eval", "told,chosen", "--include-path", tasks)
     assert call("evaluate", finished_run, "--client", "b", *flags, "--json") == 0
     told = json.loads(capsys.readouterr().out)
-    assert [row["client"] for row in told["scores"]["clients"]] == ["b"]
+    assert list(told["scores"]["clients"]) == ["b"]
     assert {each["task"] for each in told["lm_eval"]} == {"told", "chosen"}
     assert call("evaluate", finished_run, "--client", "b", *flags) == 0
     said = capsys.readouterr().out

@@ -367,11 +367,16 @@ def test_what_a_prompt_loses_is_not_trained():
 
 
 def test_an_earlier_answer_that_a_template_writes_otherwise_cannot_be_trained():
-    forgetful = CHATML.replace("{{ m.content }}", "{{ '' if loop.last else '-' }}{{ m.content }}")
+    last_question = (
+        "{% set seen = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set seen.last = loop.index %}{% endif %}{% endfor %}"
+    )
+    behind = "{{ '-' if m.role == 'assistant' and loop.index > seen.last else '' }}{{ m.content }}"
+    forgetful = chatty(last_question + CHATML.replace("{{ m.content }}", behind))
     record = parse_record({"messages": list(TURNS)})
-    wanted = r"otherwise once the conversation goes on.*--train-on last"
-    with pytest.raises(DataError, match=wanted):
-        encode(record, chatty(forgetful), Template(), max_length=500, all_answers=True)
+    assert encode(record, forgetful, Template(), max_length=500)
+    with pytest.raises(DataError, match=r"once the conversation goes on.*--train-on last"):
+        encode(record, forgetful, Template(), max_length=500, all_answers=True)
 
 
 def test_training_takes_all_answers_and_scoring_the_last_alone(tmp_path):

@@ -52,7 +52,7 @@ tags:
 Trained with {method_name(of.parts.settings.method)} on {name} by fedalt {version("fedalt")}: \
 {kinds[what]}.
 {f"{chr(10)}{note[:1].upper()}{note[1:]}.{chr(10)}" if note else ""}
-{_llama_cpp(of, base) if what == "gguf" else _python(of, base, what)}{_vllm(of, client_id, base, what)}"""
+{_use(of, client_id, base, what)}"""
 
 
 def asked_as(of: Served) -> dict[str, object]:
@@ -64,24 +64,22 @@ def asked_as(of: Served) -> dict[str, object]:
     }
 
 
-def _python(of: Served, base: str, what: What) -> str:
+def _use(of: Served, client_id: str, base: str, what: What) -> str:
+    if what == "gguf":
+        return _llama_cpp(of, base)
     return f"""```python
 {_loading(of, base, what)}
 {_asking(of)}
 ```
-"""
+{_vllm(of, client_id, base, what)}"""
 
 
 def _llama_cpp(of: Served, base: str) -> str:
     """How llama.cpp serves the adapter."""
-    whole = base if base.endswith(SUFFIX) else f"BASE{SUFFIX}"
-    made = (
-        ""
-        if base.endswith(SUFFIX)
-        else f"""`{whole}` is the base model as a GGUF file, such as llama.cpp's `convert_hf_to_gguf.py` makes of
-{shown(base)}.
-"""
-    )
+    whole, made = base, ""
+    if not base.endswith(SUFFIX):
+        whole = f"BASE{SUFFIX}"
+        made = f"`{whole}` is {shown(base)} as llama.cpp's `convert_hf_to_gguf.py` writes it. "
     return f"""```
 llama-server --model {shlex.quote(whole)} --lora {FILE}
 ```

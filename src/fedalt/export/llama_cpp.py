@@ -71,7 +71,7 @@ def _named(
     (kind,) = (at for at, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(kind, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for site in base.adapted.sites:
         if (name := names.get_name(site)) is None:
             raise ValueError(f"--format gguf: llama.cpp has no name for {site} of {architecture}")

@@ -55,10 +55,11 @@ def load_tasks(names: Sequence[str], include: Path | None) -> Mapping[str, Any]:
                 f"nor a task file{hint}"
             )
     try:
-        return manager.load(list(names))
+        tasks: Mapping[str, Any] = manager.load(list(names))
     except Exception as error:  # a task file may name any data, and may be wrong in any way
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise HarnessError(f"--lm-eval {','.join(names)}: cannot be loaded: {lines[0]}") from error
+    return tasks
 
 
 def measure(of: Served, tasks: Mapping[str, Any]) -> list[Measured]:

@@ -1,13 +1,18 @@
 """Conversations as chat templates render them: ends, calls of tools, what is left out."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from data_files import BOS, EOS, bytewise
 
 from fedalt.data.chat_template import ends_of, turn_end
+from fedalt.data.folder import open_data
 from fedalt.data.prompts import Template, encode, encode_prompt, masked_example
 from fedalt.data.records import Chat, DataError, Turn, parse_record, record_key
+from fedalt.data.task import Task
+from fedalt.training.batches import collate
 
 CHATML = (
     "{% if tools %}<|im_start|>tools\n{{ tools | tojson }}<|im_end|>\n{% endif %}"
@@ -306,3 +311,80 @@ def test_a_conversation_needs_no_end_of_text_where_the_template_has_an_end():
             user(),
             assistant(),
         )
+
+
+def trained(tokenizer, *messages, max_length=500):
+    """The example with all answers, and the stretches of its text that the loss is on."""
+    record = parse_record({"messages": list(messages)})
+    options = {"max_length": max_length, "all_answers": True}
+    example = encode(record, tokenizer, Template(), **options).example
+    batch = collate([[example]], 0, torch.device("cpu"))
+    assert batch.targets.tolist() == [example.ids[at + 1] for at in batch.predicting.tolist()]
+    texts, before = [], None
+    for at in (batch.predicting + 1).tolist():
+        texts += [""] if at - 1 != before else []
+        texts[-1] += tokenizer.decode([example.ids[at]])
+        before = at
+    return example, texts
+
+
+TURNS = (
+    {"role": "system", "content": "S"},
+    user("Q1"),
+    assistant("AB"),
+    user("Q2"),
+    assistant("CD"),
+    user("Q3"),
+    assistant("E"),
+)
+
+
+def test_all_answers_of_a_conversation_are_trained_each_with_its_end():
+    tokenizer = chatty()
+    example, texts = trained(tokenizer, *TURNS)
+    assert texts == ["AB<|im_end|>", "CD<|im_end|>", "E<|im_end|>"]
+    assert len(example.earlier) == 6  # a byte is a token
+    whole = encode(parse_record({"messages": list(TURNS)}), tokenizer, Template(), max_length=500)
+    assert replace(example, earlier=()) == whole.example
+    assert trained(tokenizer, user(), assistant())[0].earlier == ()
+    begun = trained(chatty(PLAIN), *TURNS)
+    assert (begun[0].ids[0], begun[1]) == (BOS, texts)
+
+
+def test_an_answer_whose_template_ends_only_the_last_has_no_end_before():
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    assert trained(chatty(template), *TURNS)[1] == ["AB;", "CD;", "E;</s>"]
+
+
+def test_what_a_prompt_loses_is_not_trained():
+    example, texts = trained(chatty(), *TURNS, max_length=44)
+    assert len(example.ids) == 44
+    assert texts[-1] == "E<|im_end|>"
+    assert all(0 < at < example.answer_start for at in example.earlier)
+
+
+def test_an_earlier_answer_that_a_template_writes_otherwise_cannot_be_trained():
+    last_question = (
+        "{% set seen = namespace(last=0) %}{% for m in messages %}{% if m.role == 'user' %}"
+        "{% set seen.last = loop.index %}{% endif %}{% endfor %}"
+    )
+    behind = "{{ '-' if m.role == 'assistant' and loop.index > seen.last else '' }}{{ m.content }}"
+    forgetful = chatty(last_question + CHATML.replace("{{ m.content }}", behind))
+    record = parse_record({"messages": list(TURNS)})
+    assert encode(record, forgetful, Template(), max_length=500)
+    with pytest.raises(DataError, match=r"once the conversation goes on.*--train-on last"):
+        encode(record, forgetful, Template(), max_length=500, all_answers=True)
+
+
+def test_training_takes_all_answers_and_scoring_the_last_alone(tmp_path):
+    lines = [
+        json.dumps({"messages": [user(), assistant(), user(), assistant(f"{n}")]}) for n in (1, 2)
+    ]
+    for split in ("train", "test"):
+        (tmp_path / f"a.{split}.jsonl").write_text("\n".join(lines))
+    task = Task(folder=open_data(tmp_path), tokenizer=chatty(), all_answers=True)
+    assert [len(example.earlier) for example in task.examples("a", "train")] == [2, 2]
+    assert [len(example.earlier) for example in task.examples("a", "test")] == [0, 0]

@@ -142,7 +142,7 @@ def test_targets_extras_and_scripts_are_there(document):
     made = [words[1] for words in shell if words[0] == "make"]
     made += re.findall(r"`make ([a-z-]+)`", text)
     assert set(made) <= targets
-    extras = re.findall(r"fedalt\[([a-z]+)\]", text)
+    extras = re.findall(r"fedalt\[([a-z-]+)\]", text)
     assert set(extras) <= project["optional-dependencies"].keys()
     for words in shell:
         if words[0] == "python" and words[1] != "-c":
@@ -193,6 +193,37 @@ def test_every_command_of_the_readme_runs_in_its_order(here, capsys, monkeypatch
             assert (here / words[words.index("--config") + 1]).exists()
     (block,) = blocks_of((ROOT / "README.md").read_text(), "python")
     exec(block, {})  # the document's own lines
+
+
+@pytest.mark.slow
+def test_three_csv_files_become_three_models_that_the_openai_client_asks(
+    tmp_path, monkeypatch, capsys
+):
+    pytest.importorskip("openai", reason="`pip install openai` has not been called")
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for client, words in ANSWERS.items():
+        for split, count in (("train", 12), ("test", 2)):
+            rows = [f'"Is {n} even, please?",{words[n % 2]}' for n in range(count)]
+            table = "\n".join(["instruction,output", *rows])
+            Path(f"data/{client}.{split}.csv").write_text(f"{table}\n")
+    commands = commands_of((ROOT / "README.md").read_text())
+    (check,) = [words for words in commands if words[:3] == ["data", "check", "data"]]
+    (run,) = [words for words in commands if words[0] == "run" and "MODEL" not in words]
+    (serve,) = [words for words in commands if words[0] == "serve"]
+    few = ("--rounds", "1", "--max-new-tokens", "4", "--no-local-baseline")
+    assert call(*check) == 0, capsys.readouterr().err
+    assert call(*run, *few) == 0, capsys.readouterr().err
+    Path("runs/first").rename(serve[1])  # the README serves the run of the user's own model
+    with serving(Path(serve[1]), *serve[2:]) as server:
+        client = server.client()
+        names = {model.id for model in client.models.list()} - {"base"}
+        assert names == ANSWERS.keys()
+        for name in names:
+            asked = [{"role": "user", "content": "Is 7 even, please?"}]
+            said = client.chat.completions.create(model=name, messages=asked, max_tokens=3)
+            assert said.choices[0].finish_reason in ("stop", "length")
+            assert said.usage.completion_tokens > 0
 
 
 @pytest.mark.slow
@@ -250,6 +281,8 @@ def test_what_serving_says_runs(here, capsys):
                 assert server.end() == 0
     answers = capsys.readouterr().out.splitlines()
     for words in commands_of((DOCS / "export.md").read_text()):
+        if words[0] == "evaluate":  # the harness's own data are on the hub: tests/test_harness.py
+            continue
         assert call(*words) == 0, capsys.readouterr().err
     assert (here / "loras" / "ben" / "adapter_config.json").exists()
     assert (here / "anna-merged" / "model.safetensors").exists()

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from fedalt.data.examples import Example
     from fedalt.runs.answers import Served
 
-Format = Literal["fedalt", "peft", "merged", "individual"]
+Format = Literal["fedalt", "peft", "merged", "gguf", "individual"]
 _KNOWN = 64  # training examples that the mean weights of adapters come from
 
 
@@ -26,7 +26,7 @@ def export(
             "--format",
             help="fedalt: the whole model, for `fedalt.load`, `fedalt serve`, and PEFT with "
             "fedalt. peft: one LoRA, for PEFT alone. merged: base model and adapters in one. "
-            "individual: the individual adapter alone, as a LoRA.",
+            "gguf: one LoRA for llama.cpp. individual: the individual adapter alone, as a LoRA.",
         ),
     ] = "fedalt",
     client: ClientId = None,
@@ -64,6 +64,7 @@ def _write(format_: Format, path: Path, client: str, of: "Served", folder: Path)
     from fedalt.export.card import asked_as, card
     from fedalt.export.fixed import with_fixed_weights
     from fedalt.export.folders import export_individual, export_personal
+    from fedalt.export.llama_cpp import export_gguf
     from fedalt.export.merged import export_merged
 
     base = of.parts.base
@@ -80,8 +81,8 @@ def _write(format_: Format, path: Path, client: str, of: "Served", folder: Path)
     if fixed.note:
         note(f"note: {client}: {fixed.note}")
     readme = card(replace(of, serving=fixed.serving), client, format_, fixed.note)
-    write = export_merged if format_ == "merged" else export_individual
-    write(fixed.serving, base, folder, readme=readme)
+    writers = {"merged": export_merged, "gguf": export_gguf, "peft": export_individual}
+    writers[format_](fixed.serving, base, folder, readme=readme)
 
 
 def _examples(

@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from fedalt.engine.schedule import Line
     from fedalt.report.table import Table
+    from fedalt.runs.harness import Measured
 
 WIDTH = 120  # where there is no terminal to ask
 LONGEST_NOTE = 2000  # characters: some name every client
@@ -91,13 +93,14 @@ def show_run(
     *,
     split: str = "test",
     method: str | None = None,
+    measured: "Sequence[Measured]" = (),
     as_json: bool = False,
     quiet: bool = False,
 ) -> None:
     """Tables of a run's scores and losses, as a drawing or as JSON.
 
     Lines and method are the run's own where none are given; then it is also said if it has learnt
-    nothing.
+    nothing. `measured` by lm-evaluation-harness stands below.
     """
     from fedalt.report.learning import nothing_learnt
     from fedalt.report.table import describe, run_table, to_json
@@ -106,12 +109,16 @@ def show_run(
     of_itself = lines is None
     if method is None:
         method = open_run(path).facts().get("method")
-    about = {"run": str(path), "method": method, "split": split}
+    about: dict[str, Any] = {"run": str(path), "method": method, "split": split}
+    if measured and as_json:
+        about["lm_eval"] = [asdict(number) for number in measured]
     lines = open_run(path).lines() if lines is None else lines
     if not any(line["kind"] == "score" and line["split"] == split for line in lines):
         note(f"no client has {split} data, so there is no table")
         if as_json:
             show_json(about)
+        else:
+            _show_measured(measured)
         return
     scores, losses = (run_table(lines, split, losses=of_losses) for of_losses in (False, True))
     learnt = nothing_learnt(path) if of_itself else ""
@@ -124,4 +131,17 @@ def show_run(
     show((scores, f"{path}, {split} data"), *([] if scores.of_losses else [of_losses]))
     for sentence in describe(lines, split):
         note(sentence, quiet=quiet)
+    _show_measured(measured)
     warn([learnt] if learnt else [], quiet=quiet)
+
+
+def _show_measured(measured: "Sequence[Measured]") -> None:
+    from fedalt.report.sheet import Sheet
+
+    rows = [
+        [each.task, each.metric, f"{each.value:.4g}", "" if not each.error else f"{each.error:.2g}"]
+        for each in measured
+    ]
+    if rows:
+        heads = ["task", "metric", "value", "standard error"]
+        console().print(Sheet(heads, rows, "lm-evaluation-harness", left=(0, 1)))

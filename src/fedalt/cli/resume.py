@@ -1,10 +1,11 @@
 """`fedalt resume` and `evaluate`: go on with a run, or score it once more."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from fedalt.cli.client import Model
+from fedalt.cli.client import AsColumn, ClientId, Model, Round
 from fedalt.cli.flags import AsJson, Quiet, ReportTo, RunPath
 from fedalt.cli.output import hush_libraries, note, show_run, warn
 
@@ -44,26 +45,51 @@ def resume(
 def evaluate(
     path: Model,
     split: Annotated[Literal["test", "validation"], typer.Option(help="Split to score.")] = "test",
-    round_: Annotated[
-        int | None,
-        typer.Option("--round", help="Use the model after this round instead of the tested one."),
+    round_: Round = None,
+    client: ClientId = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASKS",
+            help="Also run these tasks of lm-evaluation-harness, or task files, separated by "
+            "commas, on the model of --client.",
+        ),
     ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder of task files for --lm-eval.")
+    ] = None,
+    column: AsColumn = "own",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score the models of a run again and print the table; nothing is written."""
+    """Score the models of a run again, or of one client, and print the table; nothing is written.
+
+    --column says which model of the client --lm-eval is about; the table has all of them.
+    """
     hush_libraries()
     from fedalt.flower import client_model as own
+    from fedalt.runs.folder import open_run
+    from fedalt.runs.harness import load_tasks, measure
     from fedalt.runs.lifecycle import evaluate as score
-    from fedalt.runs.lifecycle import reopen
+    from fedalt.runs.lifecycle import reopen, require_client
     from fedalt.runs.settings import method_name
 
+    if lm_eval is None and (include_path is not None or column != "own"):
+        raise typer.BadParameter("--include-path and --column say something of --lm-eval")
+    tasks = load_tasks(lm_eval.split(","), include_path) if lm_eval is not None else None
+    base = name = None
     if (config := own.client_at(path)) is not None:
+        own.require_owner(config, client)
         lines = own.evaluate(config, split, round_)
         name = method_name(config.terms.settings.method)
-        show_run(path, lines, split=split, method=name, as_json=as_json, quiet=quiet)
-        return
-    prepared = reopen(path)
-    warn(prepared.warnings, quiet=quiet)
-    lines = score(prepared, path, split, round_)
-    show_run(path, lines, split=split, as_json=as_json, quiet=quiet)
+    else:
+        if client is not None:
+            require_client(open_run(path), client)
+        prepared = reopen(path)
+        base = prepared.parts.base
+        warn(prepared.warnings, quiet=quiet)
+        lines = score(prepared, path, split, round_, only=client)
+    measured = (
+        [] if tasks is None else measure(own.served(path, client, column, round_, base), tasks)
+    )
+    show_run(path, lines, split=split, method=name, measured=measured, as_json=as_json, quiet=quiet)

@@ -61,6 +61,9 @@ class DataSettings:
         str | None, setting("Column with the answer, in the place of `output`.")
     ] = None
     cut_answers: Annotated[bool, setting("Truncate answers longer than --max-length.")] = False
+    train_on: Annotated[
+        Literal["last", "all"], setting("Answers of a conversation to train: the last, or all.")
+    ] = "last"
 
 
 @declared

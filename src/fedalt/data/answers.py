@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from fedalt.data.chat_template import ends_of, special_ids, turn_end
+from fedalt.data.chat_template import earlier_answers, ends_of, special_ids, turn_end
+from fedalt.data.conversations import Chat
 from fedalt.data.errors import DataError
 
 if TYPE_CHECKING:
@@ -64,6 +65,28 @@ def rendered_answer(
     # Mostly that is the content, but for what tokenizers make of some letters.
     same = said == _said(ids_of(content, tokenizer), tokenizer)
     return Answer(ids, content if same else said)
+
+
+def earlier_positions(
+    chat: Chat, prompt: tuple[int, ...], tokenizer: "Tokenizer"
+) -> frozenset[int]:
+    """Where in a conversation's prompt its earlier answers stand, each with the token that ends it.
+
+    A template that ends only the last answer gives the earlier ones no end. Raises DataError.
+    """
+    positions: set[int] = set()
+    for place, before, behind in earlier_answers(chat, tokenizer):
+        begin = ids_of(before, tokenizer)
+        answer = rendered_answer("", (before, behind), begin, tokenizer).ids
+        written = prompt[len(begin) : len(begin) + len(answer)]
+        if prompt[: len(begin)] != begin or written[: len(answer) - 1] != answer[:-1]:
+            raise DataError(
+                f"the answer in {place!r} has other tokens once the conversation goes on, so it "
+                "cannot be trained; expected --train-on last"
+            )
+        ended = len(answer) - (written != answer)
+        positions.update(range(len(begin), len(begin) + ended))
+    return frozenset(positions)
 
 
 def _behind(

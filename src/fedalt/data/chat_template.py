@@ -6,7 +6,7 @@ would leave out of a conversation is an error, never dropped in silence.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from functools import lru_cache
@@ -53,6 +53,27 @@ def asked_and_answered(chat: Chat, tokenizer: "Tokenizer") -> tuple[str, str]:
             "appends to what comes before"
         )
     return prompt, whole[len(prompt) :]
+
+
+def earlier_answers(chat: Chat, tokenizer: "Tokenizer") -> Iterator[tuple[str, str, str]]:
+    """Each answer before the last: its place, the prompt before it, and what is written for it.
+
+    Raises DataError for a template that writes an earlier turn otherwise than the last one, as some
+    do with reasoning: what was written then would be trained, and is not what a model shall write.
+    """
+    prompt = asked(chat, tokenizer)
+    for at, message in enumerate(chat.messages[:-1]):
+        if message["role"] != "assistant":
+            continue
+        before = _render(chat.messages[:at], chat.tools, tokenizer, ask=True)
+        whole = _render(chat.messages[: at + 1], chat.tools, tokenizer, ask=False)
+        if not (whole.startswith(before) and prompt.startswith(before)):
+            raise DataError(
+                f"the tokenizer's chat template writes 'messages[{at}]' otherwise once the "
+                "conversation goes on, so the answer there cannot be trained; expected "
+                "--train-on last, or a conversation in pieces that each end with an answer"
+            )
+        yield f"messages[{at}]", before, whole[len(before) :]
 
 
 def turn_end(tokenizer: "Tokenizer") -> int | None:

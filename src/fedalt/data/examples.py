@@ -16,7 +16,8 @@ class Example:
     free text) and `option_ids` their ids as they follow the prompt, where these are known. For a
     classifier `ids` are the text, `answer_start` is its length, `options` the names of all labels
     and `label` the index of the right one; `segments` say of each id which text of a pair it
-    belongs to, where the tokenizer tells.
+    belongs to, where the tokenizer tells. `earlier` are the positions in the prompt, ascending,
+    of earlier answers that are trained as well.
     """
 
     ids: tuple[int, ...]
@@ -26,6 +27,7 @@ class Example:
     label: int | None = None
     option_ids: tuple[tuple[int, ...], ...] = ()
     segments: tuple[int, ...] = ()
+    earlier: tuple[int, ...] = ()
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:

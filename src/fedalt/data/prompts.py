@@ -12,7 +12,7 @@ from pathlib import Path
 from string import Formatter
 from typing import TYPE_CHECKING
 
-from fedalt.data.answers import Answer, ids_of, plain_answer, rendered_answer
+from fedalt.data.answers import Answer, earlier_positions, ids_of, plain_answer, rendered_answer
 from fedalt.data.answers import encode_answer as encode_answer
 from fedalt.data.chat_template import asked, asked_and_answered
 from fedalt.data.encodings import EncodingError, decoded
@@ -91,8 +91,9 @@ def encode(
     *,
     max_length: int,
     labels: Sequence[str] = (),
+    all_answers: bool = False,
 ) -> Encoded:
-    """Tokenise a record to at most `max_length` ids.
+    """Tokenise a record to at most `max_length` ids; `all_answers` of a conversation are trained.
 
     If they do not fit, the prompt loses its middle: a begin-of-text token, a quarter of what
     remains from the beginning and three quarters from the end are kept. The answer is cut only
@@ -106,14 +107,22 @@ def encode(
     room = max_length - max(1, len(opening))
     # Each option stands behind the same prompt, so the longest of them has to fit as well.
     kept = [answer.ids[:room] for answer in answers]
-    rest = _cut_middle(prompt, max_length - len(opening) - max(map(len, kept)))
+    left = max_length - len(opening) - max(map(len, kept))
+    rest = _cut_middle(prompt, left)
     right, *others = answers
+    earlier: frozenset[int] = frozenset()
+    if all_answers and isinstance(record, Chat):
+        earlier = earlier_positions(record, opening + prompt, tokenizer)
+    whole = tuple(range(len(opening), len(opening) + len(prompt)))
     example = Example(
         ids=(*opening, *rest, *kept[0]),
         answer_start=len(opening) + len(rest),
         answer=right.text,
         options=tuple(answer.text for answer in others),
         option_ids=tuple(kept[1:]),
+        earlier=tuple(
+            now for now, was in enumerate(_cut_middle(whole, left), len(opening)) if was in earlier
+        ),
     )
     return Encoded(example, len(prompt) - len(rest), max(0, len(right.ids) - 1 - room))
 

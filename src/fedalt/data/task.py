@@ -27,6 +27,7 @@ class Task:
     `validation` is the fraction of a client's train records that is held out (drawn by `seed`)
     where the client has no validation file; 0 holds out nothing. An answer that does not fit is
     an error, unless `cut_answers` allows to keep its beginning: `cut` then tells how many were.
+    With `all_answers` earlier answers of a train conversation are trained, too.
     """
 
     folder: DataFolder
@@ -36,6 +37,7 @@ class Task:
     validation: float = 0.0
     seed: int = 0
     cut_answers: bool = False
+    all_answers: bool = False
     _encoded: Callable[[str, Split], tuple[Encoded, ...]] = field(
         init=False, repr=False, compare=False
     )
@@ -121,7 +123,7 @@ class Task:
         of, records = self._records(client_id, split)
         for number, record in records:
             try:
-                examples.append(self._encode_one(record))
+                examples.append(self._encode_one(record, split))
             except DataError as error:
                 refused[number] = str(error)
         if refused:
@@ -132,13 +134,14 @@ class Task:
             problems.raise_if_any()
         return tuple(examples)
 
-    def _encode_one(self, record: Record) -> Encoded:
+    def _encode_one(self, record: Record, split: Split) -> Encoded:
         encoded = encode(
             record,
             self.tokenizer,
             self.template,
             max_length=self.max_length,
             labels=self.labels,
+            all_answers=self.all_answers and split == "train",
         )
         if encoded.answer_cut and not self.cut_answers:
             raise DataError(

@@ -54,8 +54,9 @@ def can_pack(base: Base, questions: Questions) -> bool:
 
 
 def questions_of(base: Base, examples: Sequence[Example]) -> Questions:
-    """Each example, and behind it one for each wrong option."""
-    return [[example, *_wrong_options(base, example)] for example in examples]
+    """Each example, and behind it one for each wrong option; the last answer alone is scored."""
+    last = [replace(example, earlier=()) for example in examples]
+    return [[example, *_wrong_options(base, example)] for example in last]
 
 
 def _wrong_options(base: Base, example: Example) -> Iterator[Example]:

@@ -10,12 +10,14 @@ from fedalt.core.foreign import shown
 from fedalt.data.chat_template import days_in, special_ids
 from fedalt.data.prompts import encode_prompt, opened, opening_ids
 from fedalt.evaluation.asking import ends, room_of
+from fedalt.export.llama_cpp import FILE
 from fedalt.models.base import BUILT_IN, location
+from fedalt.models.gguf import SUFFIX
 from fedalt.runs.answers import Served
 from fedalt.runs.settings import method_name
 from fedalt.runs.setup import question
 
-What = Literal["fedalt", "individual", "peft", "merged"]
+What = Literal["fedalt", "individual", "peft", "merged", "gguf"]
 _VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
@@ -35,6 +37,7 @@ def card(of: Served, client_id: str, what: What, note: str = "") -> str:
         "fedalt",
         "peft": "all of the client's adapters as one LoRA, which PEFT loads without fedalt",
         "merged": "the base model with the client's adapters merged into its weights",
+        "gguf": "all of the client's adapters as one LoRA for llama.cpp",
     }
     return f"""---
 {about}
@@ -49,11 +52,7 @@ tags:
 Trained with {method_name(of.parts.settings.method)} on {name} by fedalt {version("fedalt")}: \
 {kinds[what]}.
 {f"{chr(10)}{note[:1].upper()}{note[1:]}.{chr(10)}" if note else ""}
-```python
-{_loading(of, base, what)}
-{_asking(of)}
-```
-{_vllm(of, client_id, base, what)}"""
+{_use(of, client_id, base, what)}"""
 
 
 def asked_as(of: Served) -> dict[str, object]:
@@ -63,6 +62,34 @@ def asked_as(of: Served) -> dict[str, object]:
         "template": of.template.text,
         "max_new_tokens": of.parts.settings.scoring.max_new_tokens,
     }
+
+
+def _use(of: Served, client_id: str, base: str, what: What) -> str:
+    if what == "gguf":
+        return _llama_cpp(of, base)
+    return f"""```python
+{_loading(of, base, what)}
+{_asking(of)}
+```
+{_vllm(of, client_id, base, what)}"""
+
+
+def _llama_cpp(of: Served, base: str) -> str:
+    """How llama.cpp serves the adapter."""
+    whole, made = base, ""
+    if not base.endswith(SUFFIX):
+        whole = f"BASE{SUFFIX}"
+        made = f"`{whole}` is {shown(base)} as llama.cpp's `convert_hf_to_gguf.py` writes it. "
+    return f"""```
+llama-server --model {shlex.quote(whole)} --lora {FILE}
+```
+
+{made}The command was not tried here. The client was trained on prompts of this form, in Python:
+
+```python
+{_prompt(of)}
+```
+"""
 
 
 def _loading(of: Served, base: str, what: What) -> str:

@@ -125,10 +125,13 @@ def evaluate(
     split: HeldOut,
     round_: int | None = None,
     observer: Observer = NullObserver(),
+    *,
+    only: str | None = None,
 ) -> list[Line]:
     """Score a round again, the chosen one if none is named; lines like those of rounds.jsonl.
 
-    Nothing is written.
+    Of all clients or of `only` one; one that joined after training has no data here, and so no
+    lines. Nothing is written.
     """
     folder = open_run(path)
     lines: list[Line] = []
@@ -136,6 +139,9 @@ def evaluate(
         progress = folder.progress()
         journal = _Journal(folder, notes=lines)
         run = replace(_run(prepared, journal, observer), executor=executor)
+        if only is not None:
+            there = [client for client in run.members.clients if client == only]
+            run = replace(run, members=replace(run.members, clients=there))
         for arm in prepared.parts.arms:
             at = _round(prepared.parts.settings, progress, arm.column, round_)
             run.score(arm, at, split, whole=True)

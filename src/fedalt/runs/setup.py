@@ -102,6 +102,7 @@ def prepare(
         validation=settings.data.validation,
         seed=settings.seed,
         cut_answers=settings.data.cut_answers,
+        all_answers=settings.data.train_on == "all",
     )
     rows = rows_of_embedding(parts.base.adapted.model)
     counts: dict[str, dict[Split, int]] = {}

@@ -75,7 +75,8 @@ def collate(
         # The token before an answer's first one predicts it; an answer that begins the text has
         # nothing before it, so its first token carries no loss.
         spans = [
-            torch.arange(max(example.answer_start, 1), len(example.ids)) + start
+            torch.tensor([*example.earlier, *range(max(example.answer_start, 1), len(example.ids))])
+            + start
             for example, start in zip(examples, starts, strict=True)
         ]
         answers = torch.cat(spans)

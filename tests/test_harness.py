@@ -1,0 +1,110 @@
+"""A client's model through lm-evaluation-harness, on local task files alone."""
+
+import json
+import math
+
+import pytest
+import torch
+from commands import call
+
+from fedalt.runs import harness
+from fedalt.runs.answers import served
+from fedalt.runs.harness import HarnessError, load_tasks, measure
+
+pytest.importorskip("lm_eval", reason="`pip install 'fedalt[lm-eval]'` has not been called")
+
+DOCS = [{"question": f"is {n} even", "answer": ("yes", "no")[n % 2]} for n in range(6)]
+COMMON = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
+doc_to_text: "{{question}}"
+target_delimiter: " "
+"""
+TASKS = {
+    "told": "output_type: loglikelihood\ndoc_to_target: ' {{answer}}'\n"
+    "metric_list: [{metric: perplexity}, {metric: acc}]\n",
+    "chosen": "output_type: multiple_choice\ndoc_to_choice: ['yes', 'no']\n"
+    "doc_to_target: '{{answer}}'\nmetric_list: [{metric: acc}]\n",
+    "written": "output_type: generate_until\ndoc_to_target: '{{answer}}'\n"
+    "generation_kwargs: {until: ['.'], max_gen_toks: 3}\nmetric_list: [{metric: exact_match}]\n",
+}
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "docs.jsonl"
+    data.write_text("".join(json.dumps(line) + "\n" for line in DOCS))
+    for name, own in TASKS.items():
+        text = f"task: {name}\n{COMMON.replace('DATA', str(data))}{own}"
+        (folder / f"{name}.yaml").write_text(text)
+    lost = COMMON.replace("DATA", str(folder / "nowhere.jsonl"))
+    (folder / "lost.yaml").write_text(f"task: lost\n{lost}{TASKS['told']}")
+    return folder
+
+
+@torch.no_grad()
+def losses_of(of, answer):
+    """What each answer costs behind its question, in nats, by the model as the client uses it."""
+    tokenizer, losses = of.parts.base.tokenizer, []
+    with of.parts.base.adapted.bound(of.serving.plan, of.serving.tree) as model:
+        for line in DOCS:
+            asked = tokenizer(line["question"]).input_ids
+            whole = tokenizer(f"{line['question']} {answer(line)}").input_ids
+            logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            told = range(len(asked), len(whole))
+            losses.append(-sum(float(logs[at - 1, whole[at]]) for at in told))
+    return losses
+
+
+def test_the_harness_asks_the_model_that_the_client_uses(finished_run, tasks):
+    of = served(finished_run, "b")
+    found = measure(of, load_tasks(list(TASKS), tasks))
+    values = {(each.task, each.metric): each.value for each in found}
+    right = losses_of(of, lambda line: line["answer"])
+    assert values["told", "perplexity"] == pytest.approx(math.exp(sum(right) / 6), rel=1e-4)
+    yes, no = (losses_of(of, lambda line, word=word: word) for word in ("yes", "no"))
+    wanted = [
+        (("yes", "no")[y > n]) == line["answer"] for y, n, line in zip(yes, no, DOCS, strict=True)
+    ]
+    assert values["chosen", "acc"] == pytest.approx(sum(wanted) / 6)
+    assert ("written", "exact_match") in values
+
+
+def test_the_command_prints_it_beside_its_own_scores(finished_run, tasks, capsys):
+    flags = ("--lm-eval", "told,chosen", "--include-path", tasks)
+    assert call("evaluate", finished_run, "--client", "b", *flags, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert list(told["scores"]["clients"]) == ["b"]
+    assert {each["task"] for each in told["lm_eval"]} == {"told", "chosen"}
+    assert call("evaluate", finished_run, "--client", "b", *flags) == 0
+    said = capsys.readouterr().out
+    assert "lm-evaluation-harness" in said
+    assert "perplexity" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--lm-eval", "tolt"], "--lm-eval tolt: neither a task of"),
+        (["--lm-eval", "lost"], "--lm-eval lost: cannot be loaded: "),
+        (["--lm-eval", "told", "--include-path", "none"], "--include-path none: expected a folder"),
+        (["--include-path", "."], "say something of --lm-eval"),
+    ],
+)
+def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
+    finished_run, tasks, capsys, flags, wanted, monkeypatch
+):
+    monkeypatch.setattr("fedalt.runs.lifecycle.reopen", None)
+    given = flags if "--include-path" in flags else [*flags, "--include-path", tasks]
+    assert call("evaluate", finished_run, "--client", "b", *given) == 2
+    said = capsys.readouterr().err
+    assert wanted in said
+    assert "Traceback" not in said
+
+
+def test_without_the_package_an_error_names_the_extra(monkeypatch):
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    with pytest.raises(HarnessError, match=r"pip install 'fedalt\[lm-eval\]'"):
+        load_tasks(["told"], None)

@@ -1,11 +1,16 @@
 """The audit with one training run: its bound, its guesses, and what it finds of planted texts."""
 
+import json
 import math
+from contextlib import nullcontext
 
 import pytest
+from commands import call
 from scipy.stats import binom
 
 from fedalt.engine.audit import guess, lower_bound, probability
+from fedalt.runs import audit as audits
+from fedalt.runs.observer import NullObserver
 
 
 def test_the_chance_of_right_guesses_is_that_of_coins_of_that_accuracy():
@@ -59,3 +64,49 @@ def test_the_surest_canaries_are_guessed_and_the_others_left_out():
     # One of four tries: all right of 8 at an error of 0.05 / 4.
     assert sure.bound == pytest.approx(lower_bound(32, 8, 8, 0.0, 1 - 0.05 / 4))
     assert guess(signs, [at % 2 == 0 for at in signs], 0.0).bound == 0
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """An audit of seconds, too short to find anything for sure."""
+    monkeypatch.setattr(audits, "CANARIES", 16)
+    monkeypatch.setattr(audits, "_ROUNDS", 1)
+    monkeypatch.setattr(audits, "_EPOCHS", 1)
+
+
+def silent(prepared):
+    """Nobody watches."""
+    return nullcontext(NullObserver())
+
+
+def test_a_run_with_noise_keeps_its_claim_and_repeats_with_its_seed(small):
+    once, again = (audits.audit(2.0, 3, silent, repeatable=True) for _ in range(2))
+    assert once == again
+    assert 1.9 < once.claimed <= 2.0
+    assert once.kept
+    assert once.guesses.canaries == 16
+
+
+def test_the_command_shows_claim_and_bound_and_fails_where_nothing_is_found(small, capsys):
+    """After one step no attack finds texts; the command says so instead of passing."""
+    assert call("privacy", "audit", "--seed", "3", "--json") == 1
+    told = capsys.readouterr()
+    result = json.loads(told.out)
+    assert result["passed"] is False
+    assert result["runs"]["without noise"]["claimed"] is None
+    assert 3.9 < result["runs"]["epsilon 4"]["claimed"] <= 4
+    assert "finds nothing even without noise" in told.err
+
+
+def test_a_budget_that_is_none_is_refused_in_a_sentence(capsys):
+    for wrong in ("0", "-1", "inf", "nan"):
+        assert call("privacy", "audit", "--epsilon", wrong) == 2
+        assert "but a budget is above 0 and finite" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_without_noise_the_canaries_are_found():
+    found = audits.audit(None, 1, silent, repeatable=True)
+    assert found.claimed == math.inf
+    assert found.guesses.right > 0.9 * found.guesses.made
+    assert found.guesses.bound > 1

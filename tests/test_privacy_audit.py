@@ -108,5 +108,5 @@ def test_a_budget_that_is_none_is_refused_in_a_sentence(capsys):
 def test_without_noise_the_canaries_are_found():
     found = audits.audit(None, 1, silent, repeatable=True)
     assert found.claimed == math.inf
-    assert found.guesses.right > 0.9 * found.guesses.made
-    assert found.guesses.bound > 1
+    assert found.guesses.right > 0.75 * found.guesses.made
+    assert found.guesses.bound > 0.5

@@ -74,8 +74,9 @@ def audit(epsilon: float | None, seed: int, watch: Watch, *, repeatable: bool = 
 def _falls(prepared: Prepared, run: Path) -> list[float]:
     """How far the loss of each canary has fallen from the base model to the client's own."""
     method, start = prepared.parts.settings.method, prepared.parts.start
-    client, message = method.init_client(start, _AUDITED), method.broadcast(
-        method.init_server(start), _AUDITED
+    client, message = (
+        method.init_client(start, _AUDITED),
+        method.broadcast(method.init_server(start), _AUDITED),
     )
     before, _ = servings(method, client, message, _AUDITED, lambda _: [])
     after = serving(prepared.parts, run, _AUDITED, "own")

@@ -21,6 +21,7 @@ from fedalt.cli.federation import client, server, simulate
 from fedalt.cli.flags import ServeCommand, SettingsCommand
 from fedalt.cli.membership import join, leave
 from fedalt.cli.methods import methods
+from fedalt.cli.privacy import app as privacy
 from fedalt.cli.report import report
 from fedalt.cli.resume import evaluate, resume
 from fedalt.cli.run import run
@@ -48,6 +49,7 @@ for command in (
 app.command(help=docstring(serve), cls=ServeCommand)(serve)
 app.add_typer(data, name="data")
 app.add_typer(federation, name="federation")
+app.add_typer(privacy, name="privacy")
 app.command(help=docstring(methods))(methods)
 
 

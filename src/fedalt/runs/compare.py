@@ -31,7 +31,7 @@ from fedalt.runs.settings import (
 from fedalt.runs.view import VIEW, view_of
 from fedalt.training.recommended import recommended
 
-_OVERRIDES = ("data", "model", "training", "rounds", "scoring", "traffic")
+_OVERRIDES = ("data", "model", "training", "rounds", "scoring", "traffic", "privacy")
 _LABEL = re.compile(r"[\w][\w .,=+()-]*")
 
 

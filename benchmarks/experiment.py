@@ -379,6 +379,7 @@ def main() -> None:
 def bound_of(folder: Path, size: str) -> float:
     """The seconds that no round's training can do without on this machine."""
     import step
+    from step_variants import model_of
 
     from fedalt.data.examples import Example
 
@@ -387,7 +388,7 @@ def bound_of(folder: Path, size: str) -> float:
         for client in clients_of(folder)
     ]
     rates = [step.matmul_rate() for _ in range(5)]
-    return step.bound_of(step.model_of(size), clients) / statistics.median(rates)
+    return step.bound_of(model_of(size), clients) / statistics.median(rates)
 
 
 def compare(

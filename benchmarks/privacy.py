@@ -11,7 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 
-from step import SIZES, STEPS, Ours, examples_of, plan_of
+from step_variants import SIZES, STEPS, Ours, examples_of, model_of, plan_of
 
 from fedalt.core.noise import Randomness
 from fedalt.training.clipping import Clipping
@@ -44,7 +44,9 @@ def main() -> None:
     chosen = parser.parse_args()
     for size in chosen.sizes:
         for each in chosen.each:
-            ours = Ours(size, examples_of(chosen.clients, each, SIZES[size]["vocab_size"]))
+            ours = Ours(
+                model_of(size), examples_of(chosen.clients, each, SIZES[size]["vocab_size"])
+            )
             variants: dict[str, Callable[[], None]] = {
                 "plain": lambda o=ours: train(o, private=False, together=True),  # type: ignore[misc]
                 "private": lambda o=ours: train(o, private=True, together=True),  # type: ignore[misc]

@@ -1,17 +1,23 @@
-"""Peak memory and time of a round against the number of clients, and against the cohort's size.
+"""Peak memory and time of a round against the clients, the cohort's size, and the processes.
 
     python benchmarks/memory.py                          # 8 and 512 clients, all in every round
     python benchmarks/memory.py --write 8 64 512 4096 10000
     python benchmarks/memory.py --cohorts 32 128 512     # of 1024 clients in one federation
     python benchmarks/memory.py --cohorts 32 128 512 --write
+    python benchmarks/memory.py --processes 1 2 --model smollm2 --write
 
 Every client has the same 8 examples; the base model is the built-in one. Every row is a process of
 its own. Memory is the most that the process ever held; the time is the median of the rounds after
 the first one, of which there is one, or three with `--cohorts`.
+
+With `--processes` memory is that of all processes together, pages that several hold counted once
+(the sum of their PSS, ten samples a second, Linux only), and every client is a pass of its own, so
+that all processes have work.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +26,7 @@ from statistics import median
 from typing import Any
 
 from document import table, write
+from watch import Watch
 
 
 def write_clients(folder: Path, count: int) -> None:
@@ -76,18 +83,73 @@ def compare(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def measure_processes(processes: int, clients: int, model: str) -> None:
+    """Run two rounds and print the most memory of all processes together, in MiB."""
+    from fedalt.runs.lifecycle import start_run
+    from fedalt.runs.settings import settings_of
+    from fedalt.runs.setup import prepare
+
+    with tempfile.TemporaryDirectory() as name:
+        data = Path(name) / "data"
+        data.mkdir()
+        write_clients(data, clients)
+        table = {
+            "local_baseline": False,
+            "data": {"path": str(data), "validation": 0.0},
+            "model": {"name": model, "device": "cpu"},
+            "training": {"batch_size": 8, "processes": processes, "pass_tokens": 1},
+            "rounds": {"rounds": 2},
+        }
+        watch = Watch(os.getpid())
+        watch.start()
+        start_run(prepare(settings_of(table, "benchmark")), Path(name) / "run")
+        watch.ended.set()
+        watch.join()
+    print(round(watch.peak / 1024), flush=True)
+
+
+def compare_processes(counts: list[int], clients: int, model: str) -> list[dict[str, Any]]:
+    """A row for each number of processes."""
+    rows: list[dict[str, Any]] = []
+    for count in counts:
+        command = [sys.executable, __file__, str(clients), "--model", model]
+        told = subprocess.check_output([*command, "--one-of-processes", str(count)])
+        held = int(told.splitlines()[-1])
+        first = rows[0]["memory of all, MiB"] if rows else held
+        rows.append(
+            {
+                "model": model,
+                "clients": clients,
+                "processes": count,
+                "memory of all, MiB": held,
+                "against the first": round(held / first, 2),
+            }
+        )
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
 def main() -> None:
     """Measure every size in a process of its own and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("clients", type=int, nargs="*", help="with --cohorts: one number, or 1024")
     parser.add_argument("--cohorts", type=int, nargs="+", metavar="COHORT")
     parser.add_argument("--one", type=int, nargs=3, metavar=("CLIENTS", "COHORT", "ROUNDS"))
+    parser.add_argument("--processes", type=int, nargs="+", metavar="COUNT")
+    parser.add_argument("--model", default="tiny", help="with --processes: the base model")
+    parser.add_argument("--one-of-processes", type=int, metavar="COUNT")
     parser.add_argument("--write", action="store_true", help="put the table into the document")
     wanted = parser.parse_args()
     if wanted.one:
         measure(*wanted.one)
         return
-    if wanted.cohorts:
+    if wanted.one_of_processes:
+        measure_processes(wanted.one_of_processes, wanted.clients[0], wanted.model)
+        return
+    if wanted.processes:
+        (clients,) = wanted.clients or [8]
+        name, rows = "processes-memory", compare_processes(wanted.processes, clients, wanted.model)
+    elif wanted.cohorts:
         (clients,) = wanted.clients or [1024]
         name, rows = "cohorts", compare([(clients, each) for each in wanted.cohorts], rounds=4)
     else:

@@ -69,15 +69,23 @@ def kept(step: Callable[[], object], model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def matmul_rate() -> float:
-    """Multiplications and additions a second of a large float32 product."""
-    left, right = torch.randn(1024, 1024), torch.randn(1024, 1024)
+def matmul_rate(device: str = "cpu", dtype: torch.dtype = torch.float32, size: int = 1024) -> float:
+    """Multiplications and additions a second of a large product."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = []
     for _ in range(8):
+        wait(device)
         began = time.perf_counter()
         left @ right
+        wait(device)
         times.append(time.perf_counter() - began)
-    return float(2 * 1024**3 / statistics.median(times))
+    return float(2 * size**3 / statistics.median(times))
+
+
+def wait(device: str) -> None:
+    """Until a device has done what it was told to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def bound_of(model: PreTrainedModel, clients: Clients) -> float:

@@ -6,7 +6,9 @@ Each is built around a model, and several models may share their frozen weights;
 import copy
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import cache
+from io import StringIO
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from fedalt.models.base import Base, load_network, location, network_config
 from fedalt.training.batches import collate
 from fedalt.training.group import Share, Training
 from fedalt.training.loop import passes, train_together
-from fedalt.training.loss import client_means, token_losses
+from fedalt.training.loss import autocast, client_means, token_losses
 from fedalt.training.orders import Fit
 
 SIZES: dict[str, dict[str, Any]] = {
@@ -241,7 +243,8 @@ class Stock:
         """Transformers' own loss on a padded batch."""
         device = self.parameters[0].device
         batch = {name: tensor.to(device) for name, tensor in padded(examples).items()}
-        return self.model(**batch, use_cache=False).loss  # type: ignore[no-any-return]
+        with autocast(device):
+            return self.model(**batch, use_cache=False).loss  # type: ignore[no-any-return]
 
     def start_again(self) -> None:
         """Every client begins with the same numbers."""
@@ -266,7 +269,8 @@ class Stock:
         """The same by a `Trainer` for each client; its own defaults for all that is not named."""
         for examples in self.clients:
             self.start_again()
-            with tempfile.TemporaryDirectory() as folder:
+            # It prints a line at its end, even where nothing is to be reported.
+            with tempfile.TemporaryDirectory() as folder, redirect_stdout(StringIO()):
                 arguments = TrainingArguments(
                     output_dir=folder,
                     num_train_epochs=STEPS,

@@ -204,7 +204,7 @@ def trains(method: str, device: str) -> Proof:
     return Proof(f"{method} against a CPU", worst < ALMOST, f"{worst:.0e}")
 
 
-class _Stopped(Exception):
+class _CutError(Exception):
     """What ends a run in the middle."""
 
 
@@ -215,7 +215,7 @@ class _Stop:
     def on_event(self, event: Event) -> None:
         """Stop at the first step of the second round."""
         if event.what == "train" and event.round == 1:
-            raise _Stopped
+            raise _CutError
 
     def on_record(self, line: Line) -> None:
         """Ignore it."""
@@ -228,7 +228,7 @@ def resumes(device: str) -> Proof:
         place = Path(name)
         data = write_clients(place / "data")
         straight = scores(run(base, data, place / "straight", 3, NullObserver()))
-        with suppress(_Stopped):
+        with suppress(_CutError):
             run(base, data, place / "cut", 3, _Stop())
         again = scores(resume_run(reopen(place / "cut", base), place / "cut"))
     worst = differ(again, straight)

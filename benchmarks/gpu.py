@@ -130,12 +130,12 @@ def memory_of(name: str, model: PreTrainedModel, device: str, clients: int) -> d
 def models(device: str, *, tiny: bool) -> Iterator[tuple[str, PreTrainedModel]]:
     """What is measured, one at a time: two would not fit beside each other everywhere."""
     if tiny:
-        yield "tiny", random_llama(SMALL).to(device)  # type: ignore[arg-type]
+        yield "tiny", random_llama(SMALL).to(device)
         return
     dtype = torch.bfloat16
     try:
         smollm2 = base_of("smollm2")
-        yield "SmolLM2-135M", smollm2.to(device, dtype)  # type: ignore[arg-type, call-arg]
+        yield "SmolLM2-135M", smollm2.to(device, dtype)
     except ModelError as error:
         print(f"without SmolLM2: {error}", flush=True)
     before = torch.get_default_dtype()

@@ -66,7 +66,7 @@ def moved(
     model: PreTrainedModel, device: str, dtype: torch.dtype = torch.float32
 ) -> PreTrainedModel:
     """A copy on a device, with weights of its own."""
-    return copy.deepcopy(model).to(device, dtype)  # type: ignore[arg-type]
+    return copy.deepcopy(model).to(device, dtype)
 
 
 @cache
@@ -185,7 +185,7 @@ def run(
 
 def scores(folder: RunFolder) -> list[float]:
     """Every loss of a run's record, in the order of what it is of."""
-    lines: list[Line] = [line for line in folder.lines() if line["kind"] == "score"]
+    lines = [line for line in folder.lines() if line["kind"] == "score"]
     key = ("split", "round", "client", "column")
     lines.sort(key=lambda line: [str(line[each]) for each in key])
     return [line["metrics"]["loss"] for line in lines]

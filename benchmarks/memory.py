@@ -11,7 +11,8 @@ its own. Memory is the most that the process ever held; the time is the median o
 the first one, of which there is one, or three with `--cohorts`.
 
 With `--processes` memory is that of all processes together, pages that several hold counted once
-(the sum of their PSS, ten samples a second, Linux only), and every client is a pass of its own, so
+(the sum of their PSS, ten samples a second, Linux only): the most until the second round begins
+(`loading`), and in that round (`training`). Every client is a pass of its own, so
 that all processes have work.
 """
 
@@ -23,10 +24,13 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from document import table, write
 from watch import Watch
+
+if TYPE_CHECKING:  # a row of the other tables is a process that imports no more than a run does
+    from fedalt.engine.schedule import Event, Line
 
 
 def write_clients(folder: Path, count: int) -> None:
@@ -83,8 +87,23 @@ def compare(sizes: list[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+class SecondRound:
+    """Notes the most memory up to a run's second round, and lets it be noted anew from there."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.peak = watch, 0
+
+    def on_event(self, event: "Event") -> None:
+        """The first sign of the second round."""
+        if event.round == 1 and not self.peak:
+            self.peak, self.watch.peak = self.watch.peak, 0
+
+    def on_record(self, line: "Line") -> None:
+        """Ignore it."""
+
+
 def measure_processes(processes: int, clients: int, model: str) -> None:
-    """Run two rounds and print the most memory of all processes together, in MiB."""
+    """Run two rounds and print the most memory of all processes in each, together, in MiB."""
     from fedalt.runs.lifecycle import start_run
     from fedalt.runs.settings import settings_of
     from fedalt.runs.setup import prepare
@@ -102,10 +121,11 @@ def measure_processes(processes: int, clients: int, model: str) -> None:
         }
         watch = Watch(os.getpid())
         watch.start()
-        start_run(prepare(settings_of(table, "benchmark")), Path(name) / "run")
+        loading = SecondRound(watch)
+        start_run(prepare(settings_of(table, "benchmark")), Path(name) / "run", loading)
         watch.ended.set()
         watch.join()
-    print(round(watch.peak / 1024), flush=True)
+    print(json.dumps([round(peak / 1024) for peak in (loading.peak, watch.peak)]), flush=True)
 
 
 def compare_processes(counts: list[int], clients: int, model: str) -> list[dict[str, Any]]:
@@ -114,15 +134,17 @@ def compare_processes(counts: list[int], clients: int, model: str) -> list[dict[
     for count in counts:
         command = [sys.executable, __file__, str(clients), "--model", model]
         told = subprocess.check_output([*command, "--one-of-processes", str(count)])
-        held = int(told.splitlines()[-1])
-        first = rows[0]["memory of all, MiB"] if rows else held
+        loading, training = json.loads(told.splitlines()[-1])
+        first = rows[0] if rows else {"loading, MiB": loading, "training, MiB": training}
         rows.append(
             {
                 "model": model,
                 "clients": clients,
                 "processes": count,
-                "memory of all, MiB": held,
-                "against the first": round(held / first, 2),
+                "loading, MiB": loading,
+                "training, MiB": training,
+                "loading, of the first": round(loading / first["loading, MiB"], 2),
+                "training, of the first": round(training / first["training, MiB"], 2),
             }
         )
         print(json.dumps(rows[-1]), flush=True)

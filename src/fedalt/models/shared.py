@@ -5,6 +5,7 @@ and who writes beyond its size is killed. An anonymous file (memfd) is limited b
 nothing of it is left when its processes have ended, in whatever way.
 """
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +34,7 @@ def shared_weights(model: nn.Module) -> Iterator[str]:
         for weight, part in _parts(model, place, write=True):
             part.copy_(weight)
             weight.data = part
+        _give_back_memory()
         yield place
     finally:
         os.close(file)
@@ -43,6 +45,14 @@ def map_weights(model: nn.Module, place: str) -> None:
     if place:
         for weight, part in _parts(model, place, write=False):
             weight.data = part
+        _give_back_memory()
+
+
+def _give_back_memory() -> None:
+    """Let the system have what the former weights took: the GNU C library keeps most of it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _weights(model: nn.Module) -> list[nn.Parameter]:

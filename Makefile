@@ -38,10 +38,12 @@ lint: setup
 	$(BIN)/python scripts/size.py --check
 	$(BIN)/mypy
 
-bench: setup ## docs/benchmarks.md anew; about an hour
+bench: smollm2 ## docs/benchmarks.md anew; an hour and more
 	$(BIN)/python benchmarks/step.py --sizes 5M 40M --turns 2 --write
+	$(BIN)/python benchmarks/step.py --model smollm2 --turns 2 --write
 	$(BIN)/python benchmarks/server.py --write
 	$(BIN)/python benchmarks/memory.py --write 8 64 512
+	$(BIN)/python benchmarks/memory.py 2 --processes 1 2 --model smollm2 --write
 	$(BIN)/python benchmarks/scoring.py --write
 	$(BIN)/python benchmarks/threads.py --write
 	$(BIN)/python benchmarks/federation.py --write 3 17

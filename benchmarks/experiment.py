@@ -35,10 +35,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -55,6 +53,7 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
+from watch import Watch
 
 SIZES: dict[str, dict[str, int]] = {
     "5M": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 8192},
@@ -287,32 +286,6 @@ def run_fedalt(folder: Path, out: Path, rounds: int, answers: int) -> list[float
     return [line["metrics"]["loss"] for line in scores]
 
 
-class Watch(threading.Thread):
-    """Notes the most memory that a process and all that it has started hold together."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(daemon=True)
-        self.pids, self.peak, self.ended = {pid}, 0, threading.Event()
-
-    def run(self) -> None:
-        """Sample until it has ended; once found, a process counts even when its parent is gone."""
-        while not self.ended.wait(0.1):
-            parents = {}
-            for stat in Path("/proc").glob("[0-9]*/stat"):
-                with suppress(OSError):  # ended meanwhile
-                    after_name = stat.read_text().rpartition(")")[2].split()
-                    parents[int(stat.parent.name)] = int(after_name[1])
-            self.pids &= parents.keys()
-            while more := {pid for pid, of in parents.items() if of in self.pids} - self.pids:
-                self.pids |= more
-            held = 0
-            for pid in self.pids:
-                with suppress(OSError):
-                    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                    held += int(text.partition("\nPss:")[2].split()[0])
-            self.peak = max(self.peak, held)
-
-
 def measure(
     variant: str, python: str, folder: Path, out: Path, options: argparse.Namespace
 ) -> dict[str, float]:
@@ -379,6 +352,7 @@ def main() -> None:
 def bound_of(folder: Path, size: str) -> float:
     """The seconds that no round's training can do without on this machine."""
     import step
+    from step_variants import model_of
 
     from fedalt.data.examples import Example
 
@@ -387,7 +361,7 @@ def bound_of(folder: Path, size: str) -> float:
         for client in clients_of(folder)
     ]
     rates = [step.matmul_rate() for _ in range(5)]
-    return step.bound_of(step.model_of(size), clients) / statistics.median(rates)
+    return step.bound_of(model_of(size), clients) / statistics.median(rates)
 
 
 def compare(

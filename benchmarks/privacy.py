@@ -21,7 +21,18 @@ from importlib.util import find_spec
 
 import torch
 from peft import LoraConfig, get_peft_model
-from step import ALPHA, DROPOUT, RANK, SITES, SIZES, STEPS, Clients, Ours, examples_of, model_of
+from step_variants import (
+    ALPHA,
+    DROPOUT,
+    RANK,
+    SITES,
+    SIZES,
+    STEPS,
+    Clients,
+    Ours,
+    examples_of,
+    model_of,
+)
 from torch import nn
 
 from fedalt.adapters.plan import Plan, Slot, Sum
@@ -95,7 +106,7 @@ class Opacus:
 def measure(size: str, clients: int, each: int, turns: int) -> str:
     """A line for a size and a number of texts: medians, and their ratios to `private`."""
     data = examples_of(clients, each, SIZES[size]["vocab_size"])
-    ours = Ours(size, data)
+    ours = Ours(model_of(size), data)
     variants: dict[str, Callable[[], None]] = {
         "plain": lambda: train(ours, private=False, together=True),
         "private": lambda: train(ours, private=True, together=True),

@@ -32,9 +32,9 @@ OF_THE_USER: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 def work() -> None:
     """Take a step at every line that is read, and print the seconds it took."""
-    from step import Ours, examples_of
+    from step_variants import Ours, examples_of, model_of
 
-    ours = Ours("5M", examples_of(2, 8, 8192))
+    ours = Ours(model_of("5M"), examples_of(2, 8, 8192))
     for _ in sys.stdin:
         began = time.perf_counter()
         ours.train(together=True)

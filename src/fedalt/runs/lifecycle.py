@@ -1,10 +1,9 @@
 """A run in its folder: start it, go on with it, score it again, serve one of its clients."""
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from fedalt.engine.workers import Work, workers
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.models.identity import what_differs
-from fedalt.models.shared import map_weights, shared_weights
 from fedalt.runs import setup
 from fedalt.runs.budget import budget_of_run
 from fedalt.runs.checkpoints import FileStates
@@ -111,19 +109,14 @@ def resume_run(prepared: Prepared, path: Path, observer: Observer = NullObserver
     return folder
 
 
-def load_in_worker(weights: str, path: Path, on_event: Callable[[Event], None]) -> Work:
-    """The run of a folder in a worker process, which does what the first process gives it.
-
-    `weights` is where the first process has those of the base model; see `models.shared`.
-    """
+def load_in_worker(path: Path, on_event: Callable[[Event], None]) -> Work:
+    """The run of a folder in a worker process, which does what the first process gives it."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     journal = _Journal(open_run(path), notes=[])
-    prepared = reopen(path)  # loads weights of its own: whether they are the same ones is checked
-    map_weights(prepared.parts.base.adapted.model, weights)
-    return replace(_run(prepared, journal, NullObserver()), on_event=on_event).work
+    return replace(_run(reopen(path), journal, NullObserver()), on_event=on_event).work
 
 
 def evaluate(
@@ -233,15 +226,13 @@ class _Journal:
             self.folder.commit(progress)
 
 
-@contextmanager
-def _executor(prepared: Prepared, path: Path, observer: Observer) -> Iterator[Executor]:
-    """The processes that share a run, and on a CPU the base model's weights."""
+def _executor(
+    prepared: Prepared, path: Path, observer: Observer
+) -> AbstractContextManager[Executor]:
+    """The processes that share a run."""
     count = prepared.parts.settings.training.processes
-    adapted = prepared.parts.base.adapted
-    with shared_weights(adapted.model) if count > 1 else nullcontext("") as weights:
-        load = partial(load_in_worker, weights)
-        with workers(path, load, count, adapted.device, observer.on_event) as executor:
-            yield executor
+    device = prepared.parts.base.adapted.device
+    return workers(path, load_in_worker, count, device, observer.on_event)
 
 
 def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:

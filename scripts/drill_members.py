@@ -100,7 +100,8 @@ def restore(drill: Drill, file: Path) -> None:
 
 
 def _config(drill: Drill) -> Path:
-    return drill.machines.server / "federation.toml"
+    server: Path = drill.machines.server
+    return server / "federation.toml"
 
 
 def _federation(*words: str | Path) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import machines as waits
 import tomli_w
 from access import attempts
 from drill_compared import compared, compared_members
@@ -140,6 +141,7 @@ def main() -> None:
     root = (given.folder or Path(tempfile.mkdtemp(prefix="drill-"))).absolute()
     root.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    waits.PATIENCE = 900.0  # seconds; the machine may be busy
     if given.access:
         print(access_table(root))
         return

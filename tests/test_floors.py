@@ -182,6 +182,19 @@ def test_parts_that_import_each_other_are_a_circle_even_if_their_modules_are_not
     assert "export <- report" in circle
 
 
+POSIX = {"fcntl", "grp", "pwd", "resource", "termios", "tty"}
+
+
+def test_only_the_servers_gateway_needs_posix_to_be_imported() -> None:
+    needing = {
+        module
+        for module, source in read_package().items()
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Import) and POSIX & {alias.name for alias in node.names}
+    }
+    assert needing == {"fedalt.flower.gateway"}
+
+
 FLOWERS_PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation"}
 
 

@@ -1,7 +1,8 @@
 """Disturb a federation of real processes in every way, and compare it with an undisturbed one.
 
-    python scripts/drill.py            the long drill: 4 clients, 22 rounds; prints a table
-    python scripts/drill.py --access   who is not let in, and what each attempt sees
+    python scripts/drill.py             the long drill: 4 clients, 22 rounds; prints a table
+    python scripts/drill.py --members   20 rounds in which clients come and go, and the server moves
+    python scripts/drill.py --access    who is not let in, and what each attempt sees
 
 Exits with 1 if a number differs, a state is lost, or a refusal is missing.
 """
@@ -13,29 +14,29 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import machines as waits
 import tomli_w
 from access import attempts
+from drill_compared import compared, compared_members
 from drill_events import CLIENTS, Drill
-from machines import Relay, Wire, assert_close, found, newest_state, wait_for
-from malicious import PLAN, Malicious
-from runs_for_tests import save_model, scores_of
+from drill_members import ABOUT, FIRST, members_drill
+from machines import Machines, Relay, found, wait_for
+from runs_for_tests import save_model
 
-from fedalt.engine.screening import Screening
-from fedalt.federation.client import Client
-from fedalt.federation.client_folder import open_client
-from fedalt.federation.server_folder import open_server
-from fedalt.flower.config import read_client_config, read_server_config
 from fedalt.runs.quarantine import refusals
 
 ROUNDS = 22
 FIREWALL = {"norm_limit": 100.0, "max_upload_bytes": 2**20}
 
 
-def prepared(root: Path) -> Drill:
+def prepared(root: Path) -> tuple[Machines, Relay]:
     """A federation with a relay before client a, a small disk for c, and a d that means harm."""
     machines = found(
         root,
@@ -56,10 +57,10 @@ def prepared(root: Path) -> Drill:
     subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(state)], capture_output=True
     )
-    return Drill(machines, relay)
+    return machines, relay
 
 
-def long_drill(drill: Drill) -> tuple[list[str], set[tuple[int, str]]]:
+def long_drill(drill: Drill, relay: Relay) -> tuple[list[str], set[tuple[int, str]]]:
     """Everything that can happen, one after the other."""
     drill.begin()
     drill.hold()
@@ -71,64 +72,11 @@ def long_drill(drill: Drill) -> tuple[list[str], set[tuple[int, str]]]:
         drill.kill_client("a", when)
     left_out = {(drill.fill_disk("c"), "c")}
     drill.stop_client("c")
-    drill.cut()
+    drill.cut(relay)
     drill.strangers()
     drill.power_cut()
     drill.damage_files()
     return drill.end(), left_out
-
-
-def compared(drill: Drill, root: Path, left_out: set[tuple[int, str]]) -> list[str]:
-    """What differs from a run of the same host and members in one process, undisturbed."""
-    machines = drill.machines
-    config = read_server_config(machines.server / "federation.toml")
-
-    def member(name: str) -> Client:
-        place = read_client_config(machines.client(name) / "client.toml").place
-        return open_client(config.terms, name, place.data, root / name, device="cpu")
-
-    members = {name: member(name) for name in CLIENTS}
-    wire = Wire({**members, "d": Malicious(members["d"], flood=False)}, left_out)
-    gate = Screening(config.firewall)
-    open_server(
-        config.terms, root / "server", wire, config.rules, gate, lambda _: None
-    ).to_the_end()
-
-    wrong = []
-    state = config.terms.settings.method.client_state
-    for name in CLIENTS:
-        file, drilled = newest_state(machines.client(name) / "state", name, state)
-        undisturbed_file, undisturbed = newest_state(root / name, name, state)
-        try:
-            assert file == undisturbed_file, f"{file} and {undisturbed_file}"
-            assert_close(drilled, undisturbed)
-        except AssertionError as error:
-            wrong.append(f"the state of {name} differs: {error}")
-    counted, wanted = _counted(machines.run), _counted(root / "server")
-    wrong += [f"{pair} counts in one of the two only" for pair in sorted(counted ^ wanted)]
-    if _scores(machines.run).keys() != _scores(root / "server").keys():
-        wrong.append("other scores are recorded")
-    refused = {(e["round"], e["client"]): e["reason"] for e in refusals(machines.run)}
-    for round_, (kind, reason) in PLAN.items():
-        if kind != "flood" and not refused.pop((round_, "d"), "").startswith(reason):
-            wrong.append(f"round {round_}: {kind} of d was not refused as it should be")
-    return wrong + [f"{pair} was refused: {reason}" for pair, reason in refused.items()]
-
-
-def _counted(run: Path) -> set[tuple[int, str]]:
-    return {
-        (line["round"], line["client"])
-        for line in scores_of(run)
-        if line["kind"] == "train" and line["column"] == "own" and "refused" not in line
-    }
-
-
-def _scores(run: Path) -> dict[tuple[str, int, str, str], object]:
-    return {
-        (line["split"], line["round"], line["client"], line["column"]): line["metrics"]
-        for line in scores_of(run)
-        if line["kind"] == "score"
-    }
 
 
 def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
@@ -149,25 +97,31 @@ def access_table(root: Path) -> str:
     return table(("attempt", "seen"), rows)
 
 
-def main() -> None:
-    """Run one of the two and print its table."""
-    words = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    words.add_argument("--access", action="store_true", help="who is not let in")
-    words.add_argument("--folder", type=Path, help="keep everything here")
-    given = words.parse_args()
-    root = (given.folder or Path(tempfile.mkdtemp(prefix="drill-"))).absolute()
-    root.mkdir(parents=True, exist_ok=True)
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    if given.access:
-        print(access_table(root))
-        return
-    for number in (signal.SIGINT, signal.SIGTERM):  # whatever a shell has handed down
-        signal.signal(number, signal.default_int_handler)
-    drill = prepared(root)
-    wrong: list[str] = []
+def everything(root: Path) -> list[str]:
+    """Play the long drill; what is not as it should be."""
+    machines, relay = prepared(root)
+    drill = Drill(machines)
     try:
-        problems, left_out = long_drill(drill)
-        wrong += problems + compared(drill, root / "undisturbed", left_out)
+        with told(drill):
+            problems, left_out = long_drill(drill, relay)
+            return problems + compared(machines, root / "undisturbed", left_out)
+    finally:
+        subprocess.run(["umount", str(machines.client("c") / "state")], capture_output=True)
+
+
+def members(root: Path) -> list[str]:
+    """Play the drill of clients that come and go; what is not as it should be."""
+    machines = found(root, save_model(root / "model"), FIRST, **ABOUT)
+    drill = Drill(machines, pace="a")
+    with told(drill):
+        return members_drill(drill) + compared_members(machines, root / "undisturbed")
+
+
+@contextmanager
+def told(drill: Drill) -> Iterator[None]:
+    """Print tables of what was done and seen, however it ends; leave no process behind."""
+    try:
+        yield
     finally:
         drill.machines.kill_all()
         print(table(("round", "event", "seen", "outcome"), list(drill.rows)))
@@ -175,8 +129,28 @@ def main() -> None:
         rows: list[tuple[object, ...]] = [(e["round"], e["client"], e["reason"]) for e in refused]
         print("\n" + table(("round", "client", "refused"), rows))
         print("\n" + table(("machine", "damaged file", "said"), list(drill.refusals)))
-        subprocess.run(["umount", str(drill.machines.client("c") / "state")], capture_output=True)
+
+
+def main() -> None:
+    """Run one of the three and print its table."""
+    words = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    words.add_argument("--access", action="store_true", help="who is not let in")
+    words.add_argument("--members", action="store_true", help="clients come and go")
+    words.add_argument("--folder", type=Path, help="keep everything here")
+    given = words.parse_args()
+    root = (given.folder or Path(tempfile.mkdtemp(prefix="drill-"))).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    waits.PATIENCE = 900.0  # seconds; the machine may be busy
+    if given.access:
+        print(access_table(root))
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):  # whatever a shell has handed down
+        signal.signal(number, signal.default_int_handler)
+    began = time.monotonic()
+    wrong = members(root) if given.members else everything(root)
     print("\n" + ("\n".join(wrong) or "everything is as in the undisturbed federation"))
+    print(f"{(time.monotonic() - began) / 60:.1f} minutes")
     if given.folder is None:
         shutil.rmtree(root)
     sys.exit(bool(wrong))

@@ -35,34 +35,34 @@ BACK = {
 class Drill:
     """The machines, what was done to them, and what was seen of it.
 
-    Client b sets the pace: while it is stopped, no round ends.
+    One client sets the pace: while it is stopped, no round ends.
     """
 
     machines: Machines
-    relay: Relay
+    pace: str = "b"
     rows: list[tuple[int, str, str, str]] = field(default_factory=list)
     refusals: list[tuple[str, str, str]] = field(default_factory=list)  # who, file, what was said
 
     def begin(self) -> None:
         """Start everybody and wait for the first round."""
         self.machines.start("server")
-        for name in CLIENTS:
+        for name in self.machines.clients:
             self.machines.start(name)
         self.machines.wait_for_round(1)
 
     def hold(self) -> None:
         """Let no round end."""
-        self.machines.process("b").suspend()
+        self.machines.process(self.pace).suspend()
 
     def go(self) -> None:
         """Let rounds end."""
-        self.machines.process("b").resume()
+        self.machines.process(self.pace).resume()
 
     @contextmanager
     def event(self, what: str, *whom: str) -> Iterator[int]:
         """Do something to a client in a round, which then has to end; the number of the round."""
         machines, round_ = self.machines, self.machines.rounds_done()
-        before = {name: len(machines.said(name)) for name in ("server", *CLIENTS)}
+        before = {name: len(machines.said(name)) for name in ("server", *machines.clients)}
         began = time.monotonic()
         print(f"round {round_}: {what}", file=sys.stderr, flush=True)
         yield round_
@@ -79,17 +79,17 @@ class Drill:
         self.rows.append((round_, what, "; ".join(_short(seen)), outcome))
 
     def kill_waiting(self, kind: str) -> None:
-        """Kill a part of the server while it waits for b."""
+        """Kill a part of the server while it waits for a client."""
         with self.event(f"{kind} killed while clients are waited for") as round_:
-            self._wait_for_others(round_)
+            self.wait_for_others(round_)
             self._kill(kind)
 
     def kill_aggregating(self, kind: str) -> None:
         """Kill a part of the server as soon as the last answer is machines."""
         with self.event(f"{kind} killed while aggregating") as round_:
-            self._wait_for_others(round_)
+            self.wait_for_others(round_)
             victim = self._victim(kind)
-            folder = self.machines.run / "incoming" / f"{round_:04d}" / "b.bin"
+            folder = self.machines.run / "incoming" / f"{round_:04d}" / f"{self.pace}.bin"
             self.go()
             while not folder.exists() and self.machines.rounds_done() == round_:
                 time.sleep(0.0005)
@@ -104,12 +104,11 @@ class Drill:
                 time.sleep(0.0005)
             self._kill(kind, victim)
 
-    def _wait_for_others(self, round_: int) -> None:
-        wanted = sorted(set(CLIENTS) - {"b"})
+    def wait_for_others(self, round_: int) -> None:
+        """Wait until everybody but the one who sets the pace has answered."""
         machines = self.machines
-        machines.wait_for(
-            lambda: set(wanted) <= set(machines.answered(round_)), "the others' answers"
-        )
+        wanted = set(machines.clients) - {self.pace}
+        machines.wait_for(lambda: wanted <= set(machines.answered(round_)), "the others' answers")
 
     def _victim(self, kind: str) -> psutil.Process:
         machines = self.machines
@@ -159,12 +158,12 @@ class Drill:
             self.machines.wait_for_end([name])
             self.machines.start(name)
 
-    def cut(self) -> None:
-        """No network for client a."""
+    def cut(self, relay: Relay) -> None:
+        """No network for client a, which is behind a relay."""
         with self.event(f"network of client a cut for {CUT:.0f} s", "a"):
-            self.relay.cut()
+            relay.cut()
             time.sleep(CUT)
-            self.relay.mend()
+            relay.mend()
 
     def strangers(self) -> None:
         """Connections without a key, of every kind, while a round goes on."""
@@ -181,16 +180,16 @@ class Drill:
     def power_cut(self) -> None:
         """Kill everything and start it again."""
         with self.event("all machines cut off from power") as round_:
-            self._wait_for_others(round_)
+            self.wait_for_others(round_)
             self.machines.kill_all()
-            for name in ("server", *CLIENTS):
+            for name in ("server", *self.machines.clients):
                 self.machines.start(name)
 
     def damage_files(self) -> None:
         """Damage files while everything is stopped; each restart has to be refused by name."""
         machines, run = self.machines, self.machines.run
         with self.event("files damaged and put back while all was stopped") as round_:
-            self._wait_for_others(round_)
+            self.wait_for_others(round_)
             machines.kill_all()
             upload = max((run / "server" / "latest" / "c").glob("*.safetensors"))
             for file, spoil in (
@@ -206,7 +205,7 @@ class Drill:
             machines.start("server")
             states = machines.client("b") / "state" / "clients" / "b"
             self._called_in_vain("b", max(states.glob("*.safetensors")))
-            for name in CLIENTS:
+            for name in machines.clients:
                 machines.start(name)
 
     def _refused(self, name: str, file: Path, spoil: "Kind") -> None:
@@ -261,7 +260,7 @@ class Drill:
     def end(self) -> list[str]:
         """Let it end; what is not as it should be."""
         self.go()
-        everyone = ("server", *CLIENTS)
+        everyone = ("server", *self.machines.clients)
         codes = self.machines.wait_for_end(everyone)
         wrong = [f"exit code {code} of {name}" for name, code in codes.items() if code]
         return wrong + [f"left behind: {process}" for process in self.machines.processes()]

@@ -44,11 +44,12 @@ class Machines:
     clients: tuple[str, ...]
     started: dict[str, "subprocess.Popen[bytes]"] = field(default_factory=dict)
     commands: dict[str, list[str]] = field(default_factory=dict)  # in place of `fedalt client`
+    server_name: str = "server"
 
     @property
     def server(self) -> Path:
         """The server's folder."""
-        return self.root / "server"
+        return self.root / self.server_name
 
     @property
     def run(self) -> Path:

@@ -139,7 +139,11 @@ def test_a_dataset_that_was_saved_is_read_split_by_split(tmp_path):
 
 BROKEN = {
     "no such column": (b"instruction,client\nq,anna\n", "field 'output' is missing"),
-    "a cell too many": (b"instruction,output,client\nq,a,anna,b\nq,a,anna,b,c\n", "line 3"),
+    "a cell too many": (b"instruction,output,client\nq,a,anna\nq,a,anna,b\n", "line 3"),
+    "a name too few": (
+        b"instruction,output\nanna,q,a\n",
+        "line 2 has 3 cells, but the first has 2",
+    ),
     "an open quote": (b'instruction,output,client\n"q,a,anna\n', "as CSV"),
     "two columns alike": (b"client,client\n1,2\n", "several columns are called 'client'"),
     "a head alone": (b"instruction,output,client\n", "holds no records"),

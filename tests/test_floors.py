@@ -180,3 +180,33 @@ def test_parts_that_import_each_other_are_a_circle_even_if_their_modules_are_not
     (circle,) = problems(sources)
     assert circle.startswith("floors' parts in a circle")
     assert "export <- report" in circle
+
+
+POSIX = {"fcntl", "grp", "pwd", "resource", "termios", "tty"}
+
+
+def test_only_the_servers_gateway_needs_posix_to_be_imported() -> None:
+    needing = {
+        module
+        for module, source in read_package().items()
+        for node in ast.parse(source).body
+        if isinstance(node, ast.Import) and POSIX & {alias.name for alias in node.names}
+    }
+    assert needing == {"fedalt.flower.gateway"}
+
+
+FLOWERS_PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation"}
+
+
+def test_the_names_of_flower_that_are_not_public_are_as_many_as_the_documents_say() -> None:
+    used = {
+        (node.module, alias.name)
+        for source in read_package().values()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr")
+        for alias in node.names
+        if node.module not in FLOWERS_PUBLIC
+    }
+    modules = {module for module, _ in used}
+    text = (PACKAGE.parents[1] / "docs" / "deployment.md").read_text()
+    assert f"{len(used)} names from {len(modules)} of its internal modules" in text

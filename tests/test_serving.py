@@ -130,6 +130,8 @@ WRONG = {
     "heat": ({"temperature": 3}, 400, "invalid_value", "less than or equal to 2"),
     "two answers": ({"n": 2}, 400, "unsupported", "n: this server cannot do that"),
     "an unknown wish": ({"tools": [{}]}, 400, "unsupported", "tools: "),
+    "no model": ({"model": None}, 400, "invalid_value", "model: "),
+    "an empty stop": ({"stop": ["a", ""]}, 400, "invalid_value", "stop.1: String should have"),
     "no UTF-8": ({"prompt": "\ud800"}, 400, "invalid_value", "prompt: "),
 }
 
@@ -155,7 +157,17 @@ def test_a_wrong_request_gets_a_sentence(server, change, status, code, said):
 
 def test_what_is_no_request_gets_a_sentence(server, client):
     assert error_of(post(server, '{"model": "a", '))[:2] == (400, "invalid_json")
-    assert error_of(post(server, "[1]"))[:2] == (400, "invalid_value")
+    for content in ("[1]", ""):
+        assert error_of(post(server, content)) == (
+            400,
+            "invalid_value",
+            "expected a JSON object, with Content-Type: application/json",
+        )
+    assert error_of(post(server, b'{"model": "\xff"}'))[1:] == (
+        "invalid_json",
+        "the request cannot be read; expected JSON in UTF-8",
+    )
+    assert error_of(post(server, "{}"))[2] == "model: it is missing"
     assert error_of(post(server, "{}", path="/v1/nothing"))[:2] == (404, "not_found")
     assert error_of(post(server, "{}", token="wrong"))[:2] == (401, "invalid_api_key")
     assert error_of(post(server, " " * 4001))[:2] == (413, "request_too_large")

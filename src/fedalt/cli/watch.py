@@ -3,9 +3,7 @@
 import os
 import select
 import sys
-import termios
 import time
-import tty
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,10 +84,16 @@ def _frame(path: Path, runs: "Sequence[Live]", rows: int, hint: str = "") -> "Re
 
 @contextmanager
 def _keys() -> Iterator[Callable[[float], bool]]:
-    """Whether q was pressed within so many seconds; without a keyboard, only the time passes."""
-    if not sys.stdin.isatty():
+    """Whether q was pressed within so many seconds; without a keyboard, only the time passes.
+
+    So it does on Windows, whose terminals are others: there Ctrl-C ends it.
+    """
+    if sys.platform == "win32" or not sys.stdin.isatty():
         yield _wait
         return
+    import termios
+    import tty
+
     before = termios.tcgetattr(sys.stdin)
     try:
         tty.setcbreak(sys.stdin)  # a key is read when it is pressed; Ctrl-C still interrupts

@@ -94,12 +94,19 @@ def downloaded(name: str) -> Path:
 
 
 def _heads(file: Path, delimiter: str) -> list[str]:
-    """The names in a table's first row, each of them once."""
+    """The names in a table's first row, each of them once and enough for the second."""
     with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        heads = next(csv.reader(text, delimiter=delimiter), [])
+        cells = csv.reader(text, delimiter=delimiter)
+        heads = next(cells, [])
+        try:
+            first = next(cells, [])
+        except csv.Error:  # a cell that is longer than this reader takes; the library takes it
+            first = []
     twice = sorted({head for head in heads if heads.count(head) > 1})
     if twice:
         raise TableError(f"several columns are called {', '.join(map(repr, twice))}")
+    if len(first) > len(heads):  # or the library would take its first cell for a name of the row
+        raise TableError(f"line 2 has {len(first)} cells, but the first has {len(heads)} names")
     return heads
 
 

@@ -1,6 +1,5 @@
 """The lines of a run's record, rounds.jsonl: of a simulation's and of a federation's."""
 
-import resource
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -38,15 +37,26 @@ def round_line(round_: int, cohort: int, began: float, download_error: float | N
 
     `download_error`, where what the server sends is rounded: how far that is from its state.
     """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "kind": "round",
         "round": round_,
         "cohort": cohort,
         "seconds": time.monotonic() - began,
-        "peak_memory_bytes": peak if sys.platform == "darwin" else peak * 1024,
+        "peak_memory_bytes": _peak_memory(),
         **({} if download_error is None else {"download_error": download_error}),
     }
+
+
+def _peak_memory() -> int:
+    """The most memory that this process has held up to now, in bytes."""
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def last_accepted(lines: Iterable[Mapping[str, Any]]) -> dict[str, int]:

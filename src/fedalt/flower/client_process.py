@@ -1,7 +1,6 @@
 """`fedalt client`: holds the model and answers calls until the federation has ended."""
 
 import contextlib
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from fedalt.core.foreign import shown
 from fedalt.federation.client import Client, OnEvent, ignore, is_last
 from fedalt.flower.config import ClientConfig
 from fedalt.flower.credentials import require_client_credentials
-from fedalt.flower.parent_pipe import Pipe, receive, send
+from fedalt.flower.parent_pipe import Pipe, pipe_to, receive, send
 from fedalt.flower.participants import client_from
 from fedalt.flower.processes import QUIET
 from fedalt.runs.folder import locked
@@ -117,25 +116,25 @@ def _connection(config: ClientConfig, node: str) -> Iterator[tuple[Pipe, Path]]:
     `node` is what the last connection was to the server, "" if there was none.
     """
     place = config.place
-    ours, theirs = multiprocessing.Pipe()
     log = place.folder / "link.log"
     authority = "-" if place.insecure else str(place.authority)
-    words = [str(theirs.fileno()), place.server, str(place.key), authority, *filter(None, [node])]
+    words = [place.server, str(place.key), authority, *filter(None, [node])]
     with open_private(log, "wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "fedalt.flower.fleet_client", *words],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=output,
             env={**os.environ, **QUIET},
             start_new_session=True,
         )
-    theirs.close()
+    pipe = pipe_to(process)
     try:
-        yield ours, log
+        yield pipe, log
     finally:
-        ours.close()
+        for stream in (pipe.outgoing, pipe.incoming):
+            with contextlib.suppress(BrokenPipeError):  # what cannot be sent any more
+                stream.close()
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)

@@ -1,9 +1,9 @@
 """A client's connection to the server, as a process of its own beside the one that holds the model.
 
-    python -m fedalt.flower.fleet_client FD ADDRESS KEY CA [NODE]     (CA is "-" without TLS)
+    python -m fedalt.flower.fleet_client ADDRESS KEY CA [NODE]     (CA is "-" without TLS)
 
-It speaks Flower's Fleet protocol, hands every call on through the socket FD and sends back what
-comes out of it. Nothing that the server sends is ever run: all that a call can hold is bytes. It
+It speaks Flower's Fleet protocol, hands every call on through stdout and sends back what comes
+in through stdin. Nothing that the server sends is ever run: all that a call can hold is bytes. It
 ends with its parent, and where the server does not let it in. It tells the server that it leaves,
 or that the last one, NODE, has left, as Flower would keep the next one out for a minute otherwise.
 """
@@ -43,7 +43,7 @@ from flwr.supernode.fleet_http_connection import http_request_response
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedalt.flower.message_content import bytes_of, content_of
-from fedalt.flower.parent_pipe import Pipe, receive, send
+from fedalt.flower.parent_pipe import Pipe, pipe_to_parent, receive, send
 from fedalt.flower.proxies import reach_loopback_directly, through_proxy
 
 _PAUSE: Final = 0.2  # seconds between two looks where a call has just been
@@ -56,8 +56,8 @@ _LAST_WORDS: Final = 8.0  # seconds that leaving may take
 
 def main() -> None:
     """Connect and pass on, until the parent is gone or the server does not know us any more."""
-    descriptor, address, key_file, ca_file, *last = sys.argv[1:]
-    pipe = Pipe(int(descriptor))
+    address, key_file, ca_file, *last = sys.argv[1:]
+    pipe = pipe_to_parent()
     signal.signal(signal.SIGTERM, _leave)
     # Flower sends its own process this signal where the server does not know the key.
     signal.signal(signal.SIGINT, _shut_out)

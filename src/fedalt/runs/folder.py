@@ -13,7 +13,6 @@ refused.jsonl, quarantine/  rejected uploads: why, and their bytes
 waiting/                    uploads of a round that has to see all before it judges one
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -23,6 +22,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NotRequired, TypedDict
+
+from filelock import FileLock, Timeout
 
 from fedalt.core.digests import Digests, digest_of
 from fedalt.core.files import AtOnce, Writer, atomic_write, make_private_folder, open_private
@@ -275,18 +276,19 @@ def require_settings(path: Path, settings: str) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[int]:
-    """Keep every other process out of a run's folder; a dead process holds no lock.
-
-    A process that is given the descriptor holds the lock too.
-    """
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other process out of a run's folder; a dead process holds no lock."""
     make_private_folder(path)
-    with open_private(path / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StoreError(f"another process is using {path}") from None
-        yield file.fileno()
+    # A soft lock, in place of one that a file system does not know, would outlive its process.
+    lock = FileLock(path / ".lock", 0, mode=0o600, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise StoreError(f"another process is using {path}") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _is_empty(folder: Path, but: str = ".lock") -> bool:

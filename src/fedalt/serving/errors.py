@@ -33,11 +33,13 @@ async def told(_: Request, error: Exception) -> JSONResponse:
     if isinstance(error, RequestValidationError):
         error = _of_form(error)
     elif isinstance(error, HTTPException):
-        words = {404: "there is no such path here", 405: "this path takes another method"}
-        text = words.get(error.status_code, str(error.detail))
-        error = ApiError(
-            error.status_code, text, "not_found" if error.status_code == 404 else "bad"
-        )
+        words = {
+            400: ("the request cannot be read; expected JSON in UTF-8", "invalid_json"),
+            404: ("there is no such path here", "not_found"),
+            405: ("this path takes another method", "bad"),
+        }
+        text, code = words.get(error.status_code, (str(error.detail), "bad"))
+        error = ApiError(error.status_code, text, code)
     elif not isinstance(error, ApiError):
         error = ApiError(500, "this is a fault in fedalt", "internal_error")
     return error.response()
@@ -50,8 +52,10 @@ def _of_form(error: RequestValidationError) -> ApiError:
         at, why = first["loc"][-1], first.get("ctx", {}).get("error", "")
         return ApiError(400, f"the request is no JSON, at character {at}: {why}", "invalid_json")
     names = [str(part) for part in first["loc"][1:]]
-    field = names[0] if names else None
-    place = ".".join(name for name in names if not name[:1].isupper()) or "the request"
-    if first["type"] == "value_error":
-        return ApiError(400, f"{place}: {first['ctx']['error']}", "invalid_value", field)
-    return ApiError(400, f"{place}: {first['msg']}", "invalid_value", field)
+    if not names:  # nothing, a list, or a form that curl sends where it is not told otherwise
+        text = "expected a JSON object, with Content-Type: application/json"
+        return ApiError(400, text, "invalid_value")
+    place = ".".join(name for name in names if not name[:1].isupper())
+    why = {"value_error": first.get("ctx", {}).get("error"), "missing": "it is missing"}
+    text = f"{place}: {why.get(first['type'], first['msg'])}"
+    return ApiError(400, text, "invalid_value", names[0])

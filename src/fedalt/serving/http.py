@@ -76,7 +76,7 @@ class Service:
             ) from None
         except engines.ClosedError:
             raise ApiError(503, "the server is shutting down", "shutting_down") from None
-        return Answer(request, Text(base, asked.stops, stripped=chat), queue)
+        return Answer(request, Text(base, asked.stop or [], stripped=chat), queue)
 
     def _most(self, asked: ChatAsked | TextAsked, read: int) -> int:
         """The longest answer, in tokens. Raises ApiError where prompt and answer have no room."""

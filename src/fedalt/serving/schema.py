@@ -43,14 +43,15 @@ class Asked(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=2)
     top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = None
-    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
+    stop: Annotated[list[_Stop], Field(max_length=4)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    @property
-    def stops(self) -> list[str]:
-        """The stop sequences."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        """A single text is a list of one."""
+        return [value] if isinstance(value, str) else value
 
     @property
     def counts_usage(self) -> bool:

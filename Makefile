@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/python scripts/size.py --check
 	$(BIN)/mypy
 
-bench: smollm2 ## docs/benchmarks.md anew; an hour and more
+bench: smollm2 ## docs/benchmarks.md anew; takes long
 	$(BIN)/python benchmarks/step.py --sizes 5M 40M --turns 2 --write
 	$(BIN)/python benchmarks/step.py --model smollm2 --turns 2 --write
 	$(BIN)/python benchmarks/server.py --write

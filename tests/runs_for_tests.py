@@ -11,7 +11,7 @@ from tiny import llama
 
 from fedalt.runs.settings import Settings, settings_of
 
-ANSWERS = {"a": "yes", "b": "no", "c": "maybe", "d": "never"}
+ANSWERS = {"a": "yes", "b": "no", "c": "maybe", "d": "never", "e": "often", "f": "soon"}
 
 
 def save_model(folder: Path) -> Path:

@@ -104,6 +104,15 @@ def test_a_mistake_is_one_sentence_before_a_model_is_loaded(
     assert "Traceback" not in said
 
 
+def test_the_client_has_to_be_named_before_anything_is_scored(
+    finished_run, tasks, capsys, monkeypatch
+):
+    monkeypatch.setattr("fedalt.runs.lifecycle.reopen", None)
+    given = ("--lm-eval", "told", "--include-path", tasks)
+    assert call("evaluate", finished_run, *given) == 2
+    assert "has several clients: name one of a, b" in capsys.readouterr().err
+
+
 def test_without_the_package_an_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(HarnessError, match=r"pip install 'fedalt\[lm-eval\]'"):

@@ -61,7 +61,7 @@ def audit(
     if not found:
         note("the attack finds nothing even without noise, so it says nothing of the run with it")
     if not kept:
-        note("the lower bound is above the claim: either the promise is broken or chance was rare")
+        note("a lower bound is above its claim: a fault, save for one audit in twenty")
     if not (found and kept):
         raise typer.Exit(1)
 

@@ -83,6 +83,8 @@ def evaluate(
         lines = own.evaluate(config, split, round_)
         name = method_name(config.terms.settings.method)
     else:
+        if tasks is not None:  # told before anything is scored
+            client = client or own.only_client(path)
         if client is not None:
             require_client(open_run(path), client)
         prepared = reopen(path)

@@ -70,12 +70,15 @@ def served(
     if (config := client_at(path)) is not None:
         require_owner(config, client_id)
         return _own(config, column, round_, base)
-    if client_id is None:
-        clients = clients_of(path)
-        if len(clients) > 1:
-            raise StoreError(f"{path} has several clients: name one of {', '.join(clients)}")
-        (client_id,) = clients
-    return served_of_run(path, client_id, column, round_, base)
+    return served_of_run(path, client_id or only_client(path), column, round_, base)
+
+
+def only_client(path: Path) -> str:
+    """The client who need not be named, as there is no other. Raises StoreError."""
+    clients = clients_of(path)
+    if len(clients) > 1:
+        raise StoreError(f"{path} has several clients: name one of {', '.join(clients)}")
+    return clients[0]
 
 
 def clients_of(path: Path) -> list[str]:

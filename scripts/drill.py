@@ -2,6 +2,7 @@
 
     python scripts/drill.py             the long drill: 4 clients, 22 rounds; prints a table
     python scripts/drill.py --members   20 rounds in which clients come and go, and the server moves
+    python scripts/drill.py --private   12 rounds of secure sums with noise and int8 downloads
     python scripts/drill.py --access    who is not let in, and what each attempt sees
 
 Exits with 1 if a number differs, a state is lost, or a refusal is missing.
@@ -24,9 +25,10 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import machines as waits
 import tomli_w
 from access import attempts
-from drill_compared import compared, compared_members
+from drill_compared import compared, compared_members, compared_private
 from drill_events import CLIENTS, Drill
 from drill_members import ABOUT, FIRST, members_drill
+from drill_private import PRIVATE, private_drill
 from machines import Machines, Relay, found, wait_for
 from runs_for_tests import save_model
 
@@ -117,6 +119,13 @@ def members(root: Path) -> list[str]:
         return members_drill(drill) + compared_members(machines, root / "undisturbed")
 
 
+def private(root: Path) -> list[str]:
+    """Play the drill of secure sums; what is not as it should be."""
+    drill = Drill(found(root, save_model(root / "model"), CLIENTS, **PRIVATE))
+    with told(drill):
+        return private_drill(drill) + compared_private(drill.machines, root / "undisturbed")
+
+
 @contextmanager
 def told(drill: Drill) -> Iterator[None]:
     """Print tables of what was done and seen, however it ends; leave no process behind."""
@@ -132,10 +141,11 @@ def told(drill: Drill) -> Iterator[None]:
 
 
 def main() -> None:
-    """Run one of the three and print its table."""
+    """Run one of the four and print its table."""
     words = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     words.add_argument("--access", action="store_true", help="who is not let in")
     words.add_argument("--members", action="store_true", help="clients come and go")
+    words.add_argument("--private", action="store_true", help="secure sums, with noise")
     words.add_argument("--folder", type=Path, help="keep everything here")
     given = words.parse_args()
     root = (given.folder or Path(tempfile.mkdtemp(prefix="drill-"))).absolute()
@@ -148,7 +158,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # whatever a shell has handed down
         signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
-    wrong = members(root) if given.members else everything(root)
+    play = private if given.private else members if given.members else everything
+    wrong = play(root)
     print("\n" + ("\n".join(wrong) or "everything is as in the undisturbed federation"))
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
     if given.folder is None:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 from commands import call
+from drill_events import CLIENTS
 from drill_members import ABOUT, FIRST
+from drill_private import PRIVATE
 from federations import Federation, founded
 from machines import Machines, Wire, assert_close, newest_state
 from malicious import PLAN, Malicious
@@ -57,6 +59,14 @@ def compared_members(machines: Machines, root: Path) -> list[str]:
     twin.go_on(changes={at: _change(twin, *about) for at, about in changes.items()})
     names = sorted({*FIRST, *stays})  # whoever has left keeps its own
     return _differences(machines, {name: twin.client(name) / "state" for name in names}, twin.run)
+
+
+def compared_private(machines: Machines, root: Path) -> list[str]:
+    """What differs once a federation of secure sums has been killed in every step."""
+    twin = founded(root, Path(machines.settings.model.name), CLIENTS, **PRIVATE)
+    twin.go_on()
+    states = {name: twin.client(name) / "state" for name in CLIENTS}
+    return _differences(machines, states, twin.run)
 
 
 def _change(twin: Federation, command: str, name: str) -> Any:

@@ -82,27 +82,27 @@ class Drill:
         """Kill a part of the server while it waits for a client."""
         with self.event(f"{kind} killed while clients are waited for") as round_:
             self.wait_for_others(round_)
-            self._kill(kind)
+            self.kill(kind)
 
     def kill_aggregating(self, kind: str) -> None:
         """Kill a part of the server as soon as the last answer is machines."""
         with self.event(f"{kind} killed while aggregating") as round_:
             self.wait_for_others(round_)
-            victim = self._victim(kind)
+            victim = self.victim(kind)
             folder = self.machines.run / "incoming" / f"{round_:04d}" / f"{self.pace}.bin"
             self.go()
             while not folder.exists() and self.machines.rounds_done() == round_:
                 time.sleep(0.0005)
-            self._kill(kind, victim)
+            self.kill(kind, victim)
 
     def kill_between(self, kind: str) -> None:
         """Kill a part of the server as soon as a round counts."""
         with self.event(f"{kind} killed between two rounds") as round_:
-            victim = self._victim(kind)
+            victim = self.victim(kind)
             self.go()
             while self.machines.rounds_done() == round_:
                 time.sleep(0.0005)
-            self._kill(kind, victim)
+            self.kill(kind, victim)
 
     def wait_for_others(self, round_: int) -> None:
         """Wait until everybody but the one who sets the pace has answered."""
@@ -110,7 +110,8 @@ class Drill:
         wanted = set(machines.clients) - {self.pace}
         machines.wait_for(lambda: wanted <= set(machines.answered(round_)), "the others' answers")
 
-    def _victim(self, kind: str) -> psutil.Process:
+    def victim(self, kind: str) -> psutil.Process:
+        """The process of a part of the server."""
         machines = self.machines
         find: dict[str, Callable[[], psutil.Process]] = {
             "the app": machines.app,
@@ -120,10 +121,11 @@ class Drill:
         }
         return find[kind]()
 
-    def _kill(self, kind: str, victim: psutil.Process | None = None) -> None:
+    def kill(self, kind: str, victim: psutil.Process | None = None) -> None:
+        """Kill a part of the server, and wait until it runs again."""
         machines, sign = self.machines, BACK[kind]
         before = machines.said("server").count(sign)
-        kill(victim or self._victim(kind))
+        kill(victim or self.victim(kind))
         self.hold()  # or rounds go by while it comes back
         if kind == "fedalt server":
             machines.started["server"].wait()

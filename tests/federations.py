@@ -8,9 +8,9 @@ from typing import Any
 
 from runs_for_tests import settings_for, write_clients
 
-from fedalt.core.codec import decode
+from fedalt.core.codec import CodecError, decode
 from fedalt.federation.client import Client
-from fedalt.federation.messages import Answer
+from fedalt.federation.messages import NEVER, Answer
 from fedalt.federation.roster import read_roster
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_client_config, read_server_config
@@ -87,7 +87,7 @@ class Federation:
         config, waiting = read_server_config(self.config), dict(changes or {})
 
         def look(client_id: str, answer: bytes) -> bytes | Lost:
-            if (change := waiting.pop(decode(Answer, answer).round, None)) is not None:
+            if (change := waiting.pop(round_of(answer), None)) is not None:
                 change()
                 come()
             return spoil(client_id, answer)
@@ -105,12 +105,22 @@ class Federation:
             host.to_the_end()
 
 
-def founded(root: Path, model: Path, **sections: dict[str, Any]) -> Federation:
+def round_of(answer: bytes) -> int:
+    """The round of an answer to a call; that of a step of a secure sum is none of its own."""
+    try:
+        return decode(Answer, answer).round
+    except CodecError:
+        return NEVER
+
+
+def founded(
+    root: Path, model: Path, clients: Sequence[str] = CLIENTS, **sections: dict[str, Any]
+) -> Federation:
     """A federation that has not begun."""
-    settings = settings_for(model, write_clients(root / "all", CLIENTS), **sections)
+    settings = settings_for(model, write_clients(root / "all", clients), **sections)
     place = root / "federation"
     parts = prepare(settings).parts
-    create_federation(place, CLIENTS, parts, name="letters", address="127.0.0.1:8443")
-    for each in CLIENTS:
+    create_federation(place, clients, parts, name="letters", address="127.0.0.1:8443")
+    for each in clients:
         write_clients(place / "clients" / each / "data", [each])
     return Federation(place)

@@ -230,7 +230,7 @@ class Firewall:
 
 @declared
 class Privacy:
-    """Differential privacy of the rounds: whose data are protected, and how much."""
+    """What a round tells of a client: differential privacy, and sums in the place of uploads."""
 
     unit: Annotated[
         Literal["client", "example"] | None,
@@ -238,9 +238,7 @@ class Privacy:
     ] = None
     epsilon: Annotated[
         float | None,
-        setting(
-            "Budget of the run, for which the noise is solved; or give noise.", flag=None, gt=0
-        ),
+        setting("Budget of the run, for which noise is solved; or give noise.", flag=None, gt=0),
     ] = None
     noise: Annotated[
         float | None,
@@ -251,17 +249,19 @@ class Privacy:
     ] = 1e-5
     clip: Annotated[
         float | None,
-        setting("Largest norm of a client's change, or of an example's gradient.", flag=None, gt=0),
+        setting("Largest norm of a client's change or an example's gradient.", flag=None, gt=0),
     ] = None
     seed: Annotated[
         int | None,
         setting("Makes the noise repeatable, and thereby worthless as protection.", flag=None),
     ] = None
+    secure_sum: Annotated[
+        bool, setting("Whether a federation's server learns sums alone and no upload.", flag=None)
+    ] = False
 
     def __post_init__(self) -> None:
-        given = [
-            key for key in ("epsilon", "noise", "clip", "seed") if getattr(self, key) is not None
-        ]
+        keys = ("epsilon", "noise", "clip", "seed")
+        given = [key for key in keys if getattr(self, key) is not None]
         if self.unit is None:
             if given:
                 raise ValueError(
@@ -273,7 +273,7 @@ class Privacy:
         elif (self.epsilon is None) == (self.noise is None):
             both = "both are given" if self.epsilon is not None else "neither is"
             raise ValueError(
-                f"epsilon is the budget that noise is solved for, noise is given instead of it: "
+                "epsilon is the budget that noise is solved for, noise is given instead of it: "
                 f"exactly one is expected, but {both}"
             )
 

@@ -52,6 +52,40 @@ def adds_up(method: AnyMethod) -> bool:
     return bool(gaps) and all(bool((gap.abs() < 1e-6).all()) for gap in gaps.values())
 
 
+def mean_suffices(method: AnyMethod) -> bool:
+    """Whether a server sends the same if each upload is exchanged for the mean of all.
+
+    Of this round's where the method averages, else of everybody's latest.
+    """
+    play, blind = _Play(method, 0), method.init_server(_TOY)
+    latest: dict[str, Message] = {}
+    try:
+        for cohort in (_CLIENTS, _CLIENTS, _CLIENTS[:2], _CLIENTS):
+            uploads, _ = play.round(cohort)
+            latest = {**({} if method.averages else latest), **uploads}
+            facts = {frozenset(upload.facts.items()) for upload in latest.values()}
+            mean: Tree = {}
+            for upload in latest.values():
+                trees.accumulate(mean, upload.tree, 1 / len(latest))
+            alike = {
+                who: Message(trees.cast(mean, torch.float32), upload.facts)
+                for who, upload in latest.items()
+            }
+            blind = method.aggregate(blind, sorted(alike.items()))
+            for who in cohort:
+                seen, told = method.broadcast(play.server, who), method.broadcast(blind, who)
+                gaps = trees.subtract(seen.tree, told.tree)
+                if len(facts) > 1 or seen.facts != told.facts or not _are_small(gaps):
+                    return False
+    except Exception:  # whatever a method makes of what it does not expect
+        return False
+    return True
+
+
+def _are_small(gaps: Tree) -> bool:
+    return all(bool((gap.abs() < 1e-4).all()) for gap in gaps.values())
+
+
 def weighs_alike(method: AnyMethod) -> bool:
     """Whether all uploads weigh 1, however many examples are behind them."""
     few, many = (_Play(method, 0, examples=count).round(("a",))[0]["a"] for count in (1, 7))

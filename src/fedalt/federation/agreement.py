@@ -17,6 +17,7 @@ from fedalt.core.tree import Name
 from fedalt.data.names import fault_of_names, fault_of_title
 from fedalt.engine.schedule import Arm
 from fedalt.federation.messages import digest
+from fedalt.federation.secure_sum import FEWEST
 from fedalt.runs.settings import (
     Settings,
     SettingsError,
@@ -78,6 +79,18 @@ def require_apart(settings: Settings) -> None:
         raise SettingsError(
             "[clients] is for `fedalt run`; in a federation `fedalt federation add` and `remove` "
             "say who joins and who leaves"
+        )
+
+
+def require_enough_clients(settings: Settings, clients: Sequence[str]) -> None:
+    """SettingsError for rounds of so few clients that their sum tells what each has sent."""
+    if not settings.privacy.secure_sum:
+        return
+    cohort = settings.rounds.cohort(clients, 0, settings.seed)
+    if len(cohort) < FEWEST:
+        raise SettingsError(
+            f"[privacy] secure_sum: {len(cohort)} clients train in a round, but of fewer than "
+            f"{FEWEST} each would know what the others have sent"
         )
 
 

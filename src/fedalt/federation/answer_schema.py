@@ -161,8 +161,9 @@ def check_answer(answer: Answer, asked: Asked, agreement: Agreement) -> None:
         raise Refused(f"it answers another call than the one of round {asked.round}")
     if answer.accepted != asked.accepted:
         raise Refused(f"it goes on from round {answer.accepted}, which is not the last counted")
-    if (answer.upload is None) == bool(asked.trains):
-        raise Refused("it has no upload" if asked.trains else "an upload was not asked for")
+    secure = agreement.settings.privacy.secure_sum
+    _check_sent("upload", answer.upload is not None, wanted=bool(asked.trains) and not secure)
+    _check_sent("key", answer.keys is not None, wanted=bool(asked.trains) and secure)
     _check_columns([cost.column for cost in answer.costs], asked.trains, "the cost")
     for cost in answer.costs:
         _check_cost(cost)
@@ -171,6 +172,12 @@ def check_answer(answer: Answer, asked: Asked, agreement: Agreement) -> None:
         metrics = metrics_of(agreement, asked.split)
         for score in answer.scores:
             _check_score(score, asked, metrics)
+
+
+def _check_sent(what: str, there: bool, *, wanted: bool) -> None:
+    """Refuse an upload, or keys of a secure sum in its place, that is missing or not wanted."""
+    if there != wanted:
+        raise Refused(f"it has no {what}" if wanted else f"its {what} was not asked for")
 
 
 def _check_sender(answer: Answer, asked: Asked, agreement: Agreement) -> None:
@@ -185,7 +192,7 @@ def _check_sender(answer: Answer, asked: Asked, agreement: Agreement) -> None:
 
 def _check_error(answer: Answer, asked: Asked) -> None:
     """An answer that says why it could not be done says nothing else."""
-    if answer.upload is not None or answer.scores or answer.costs:
+    if answer.upload is not None or answer.keys is not None or answer.scores or answer.costs:
         raise Refused("it has an error and something beside it")
     if len(answer.error) > LONGEST_ERROR or not answer.error.isprintable():
         raise Refused(

@@ -15,6 +15,7 @@ client rolls back to its previous state, so that both always agree on what was u
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -34,9 +35,19 @@ from fedalt.federation.answer_schema import asked_of, check_answer, has_base
 from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
 from fedalt.federation.client_states import keep, received
 from fedalt.federation.going_back import go_back, last_rounds
-from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, digest
+from fedalt.federation.messages import (
+    NEVER,
+    Answer,
+    Call,
+    Cost,
+    RoundKeys,
+    Score,
+    SumCall,
+    digest,
+)
 from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
 from fedalt.federation.privacy import own_spending
+from fedalt.federation.secure_client import SecureClient
 from fedalt.methods.contract import Message
 from fedalt.runs.budget import RunBudget
 from fedalt.runs.checkpoints import FileStates
@@ -64,12 +75,16 @@ class Client:
     on_event: OnEvent = ignore
     say: Say = silent
     budget: RunBudget | None = None
+    secure: SecureClient | None = None
 
     def answer(self, data: bytes) -> bytes:
         """What to send back: to the same call the same bytes, to a bad one why it is refused.
 
         `say` is told of it, and of all that hinders it.
         """
+        if self.secure is not None:
+            with suppress(CodecError):  # a call of another kind, or none, which is told below
+                return self.secure.answer(decode(SumCall, data, finite=True), data)
         call_digest = digest(data)
         answer = Answer(
             self.agreement.name, self.agreement.digest, self.client_id, NEVER, NEVER, call_digest
@@ -111,7 +126,7 @@ class Client:
         if not isinstance(error, ValueError | OSError):
             _log.error("%s: %s", self.client_id, error, exc_info=True)
         lacks = isinstance(error, ReferenceLackedError)
-        answer = replace(answer, upload=None, scores=(), costs=(), lacks=lacks)
+        answer = replace(answer, upload=None, keys=None, scores=(), costs=(), lacks=lacks)
         return encode(replace(answer, error=self._told(error)))
 
     def _told(self, error: Exception) -> str:
@@ -138,7 +153,7 @@ class Client:
         keep(self.accepted, call, self.agreement.settings)
         scores: list[Score] = []
         costs: list[Cost] = []
-        upload = None
+        upload, keys = None, None
         for arm in self.parts.arms:
             if arm.column in call.score:
                 scores += self.score(arm, call, call.score[arm.column])
@@ -148,10 +163,17 @@ class Client:
             for arm in self.parts.arms:
                 sent, cost = self._train(arm, call)
                 costs.append(cost)
-                upload = sent if arm.column == "own" else upload
+                if arm.column == "own":
+                    upload, keys = self._withheld(call, sent)
             self.accepted.write(self.accepted.round)  # with the digests of what was trained
         self.accepted.may_go_back = False  # that was once
-        return replace(answer, upload=upload, scores=tuple(scores), costs=tuple(costs))
+        return replace(answer, upload=upload, keys=keys, scores=tuple(scores), costs=tuple(costs))
+
+    def _withheld(self, call: Call, upload: Sent) -> tuple[Sent | None, RoundKeys | None]:
+        """What is sent of an upload: itself, or the keys of the sum that it will be part of."""
+        if self.secure is None:
+            return upload, None
+        return None, self.secure.begin(call.round, whole(upload))
 
     def _require_counted(self, call: Call) -> None:
         """Refuse a server that has forgotten what it said, or counts what is not here."""

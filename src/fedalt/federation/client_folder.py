@@ -10,6 +10,8 @@ from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.messages import NEVER
 from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.privacy import client_budget
+from fedalt.federation.secure_client import SecureClient
+from fedalt.federation.secure_keys import Signatures
 from fedalt.runs.settings import SettingsError
 from fedalt.runs.setup import Prepared, prepare, trainer_of
 
@@ -24,6 +26,7 @@ def open_client(
     device: str | None = None,
     on_event: OnEvent = ignore,
     say: Say = silent,
+    signatures: Signatures | None = None,
 ) -> Client:
     """Load the model and read the data of one client; its folder is made if it is not there.
 
@@ -44,6 +47,10 @@ def open_client(
     examples, _ = prepared.task.training_size(client_id)
     begun = accepted.round != NEVER
     budget = client_budget(folder, agreement, client_id, examples, begun=begun)
+    secure = None
+    if agreement.settings.privacy.secure_sum:
+        assert signatures is not None
+        secure = SecureClient(agreement, client_id, folder, accepted.kept, signatures)
     return Client(
         agreement,
         client_id,
@@ -54,6 +61,7 @@ def open_client(
         on_event,
         say,
         budget,
+        secure,
     )
 
 

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from fedalt.core.tree import Tree
 from fedalt.engine.changes import Sent
 
 Split = Literal["validation", "test"]
+Step = Literal["share", "mask", "unmask"]  # of a secure sum, after training
 NEVER = -1  # the round of something that has not happened
 
 
@@ -63,11 +65,26 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class RoundKeys:
+    """A client's public X25519 keys of one round, for masks and for shares, and its signature.
+
+    All of them in hexadecimal digits.
+    """
+
+    TAG: ClassVar = "round-keys"
+
+    mask: str
+    share: str
+    signature: str
+
+
+@dataclass(frozen=True)
 class Answer:
     """What a client sends back: its upload if it trained, its scores, or why there is neither.
 
     `call` is the digest of the call that it answers, `accepted` the round it trained from. `lacks`:
-    the call's message was a change of what is not here, and has to be sent in full.
+    the call's message was a change of what is not here, and has to be sent in full. Where uploads
+    are summed securely there are `keys` in the place of the upload.
     """
 
     TAG: ClassVar = "answer"
@@ -83,6 +100,49 @@ class Answer:
     costs: tuple[Cost, ...] = ()
     error: str = ""
     lacks: bool = False
+    keys: RoundKeys | None = None
+
+
+@dataclass(frozen=True)
+class SumCall:
+    """A step of a secure sum, after a client has trained; what a step is about, see secure_sum.py.
+
+    share: the `keys` of all that have trained. mask: what each other client that has answered that
+    has `sealed` for this one. unmask: the clients whose masked uploads are `present`.
+    """
+
+    TAG: ClassVar = "sum-call"
+
+    federation: str
+    terms: str
+    client: str
+    round: int
+    step: Step
+    keys: Mapping[str, RoundKeys] = field(default_factory=dict)
+    sealed: Mapping[str, str] = field(default_factory=dict)
+    present: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SumAnswer:
+    """What a client answers to a step of a secure sum, bytes in hexadecimal digits.
+
+    share: its shares, `sealed` for each other client. mask: its `masked` upload, one int32 tensor.
+    unmask: its shares of the `seeds` of those in the sum, and of the secret `keys` of the others.
+    """
+
+    TAG: ClassVar = "sum-answer"
+
+    federation: str
+    terms: str
+    client: str
+    round: int
+    call: str
+    sealed: Mapping[str, str] = field(default_factory=dict)
+    masked: Tree = field(default_factory=dict)
+    seeds: Mapping[str, str] = field(default_factory=dict)
+    keys: Mapping[str, str] = field(default_factory=dict)
+    error: str = ""
 
 
 def digest(data: bytes) -> str:

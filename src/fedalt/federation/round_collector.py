@@ -1,6 +1,5 @@
 """What a federation's server collects in a round: calls out, answers in, checked and on disk."""
 
-import json
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +22,9 @@ from fedalt.federation.answer_schema import Asked, asked_of, check_answer, check
 from fedalt.federation.late import Late, counts, require_counting
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.rules import Rules
+from fedalt.federation.secure_keys import Signatures, from_hex, signed_of
+from fedalt.federation.secure_sum import SecureSumError
+from fedalt.federation.status_file import StatusFile
 from fedalt.federation.transport import Lost, Transport
 from fedalt.methods.contract import Message
 from fedalt.methods.local import LocalOnly
@@ -31,7 +33,6 @@ from fedalt.runs.folder import RunFolder
 from fedalt.runs.settings import lora_of
 
 _REST: Final = 30.0  # seconds before a client that could not do it is asked again
-_SHOWN: Final = 1.0  # seconds between two status files
 
 Say = Callable[[str], None]
 Called = dict[str, list[Asked]]  # of each client, the calls that it has not answered yet
@@ -43,6 +44,7 @@ class RoundCollector:
 
     `columns` are those of the run's arms, `folder` and `states` the run's. Uploads stay on disk:
     `answers` hold all but them, `uploaded` are their clients, `downloads` the calls' bytes.
+    `signatures` tell whose keys of a secure sum are whose, where there is one.
     """
 
     agreement: Agreement
@@ -56,6 +58,7 @@ class RoundCollector:
     say: Say
     round: int
     called: Called
+    signatures: Signatures | None = None
     answers: dict[str, Answer] = field(default_factory=dict)
     uploaded: set[str] = field(default_factory=set)
     downloads: dict[str, int] = field(default_factory=dict)
@@ -66,7 +69,6 @@ class RoundCollector:
     _asked: dict[str, Asked] = field(default_factory=dict)
     _heard: dict[str, float] = field(default_factory=dict)  # when, in seconds of the epoch
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
-    _shown: tuple[float, object] = (0.0, None)
 
     def gather(
         self,
@@ -78,8 +80,7 @@ class RoundCollector:
 
         `cohort` are those that are to train; `sent` is how each call's message is sent.
         """
-        self._calls, self._sent = calls, sent
-        self._resume()
+        self.resume(calls, sent)
         began, overdue, told = time.monotonic(), False, False
         limit = self.rules.deadline
         least = min(self.rules.minimum, len(cohort))
@@ -105,6 +106,11 @@ class RoundCollector:
             self._show(online, self._missing())
             overdue = limit is not None and time.monotonic() - began > limit
 
+    def resume(self, calls: Mapping[str, Call], sent: Callable[[str], Sent] | None = None) -> None:
+        """What of these calls had been answered before the process was killed; nobody is called."""
+        self._calls, self._sent = calls, sent
+        self._resume()
+
     def heard(self) -> list[str]:
         """Who has answered this round's call, and so has what it sent."""
         return [who for who, answer in self.answers.items() if answer.round == self.round]
@@ -124,6 +130,10 @@ class RoundCollector:
             rounds = self.round - self.answers[client_id].round
             less = counts(rounds, self.rules, averages=self.agreement.settings.method.averages)
             yield Upload(client_id, message, own.seconds, own.metrics, sent, str(file), less)
+
+    @cached_property
+    def _status(self) -> StatusFile:
+        return StatusFile(self.folder / "status.json", self.agreement.settings.rounds.rounds)
 
     @cached_property
     def _forms_of(self) -> DryRuns:
@@ -219,7 +229,7 @@ class RoundCollector:
         self._note(client_id, answer)
 
     def _note(self, client_id: str, answer: Answer) -> None:
-        if answer.upload is not None:
+        if answer.upload is not None or answer.keys is not None:
             self.uploaded.add(client_id)
         self.answers[client_id] = replace(answer, upload=None)
 
@@ -242,10 +252,17 @@ class RoundCollector:
         check_answer(answer, asked or self.asked(client_id), self.agreement)
         if answer.error and late:
             raise Late(f"in round {answer.round} it could not: {answer.error}")
-        if answer.upload is not None:
+        if answer.upload is not None or answer.keys is not None:
             forms = self._forms_of(client_id, whole(self._calls[client_id].message))
-            check_upload(self.coding.open(self.states, client_id, answer.upload, forms), forms)
             check_trained(answer.costs, {"own": forms, "local": self._forms_alone})
+        if answer.upload is not None:
+            check_upload(self.coding.open(self.states, client_id, answer.upload, forms), forms)
+        if answer.keys is not None and self.signatures is not None:
+            content = signed_of(self.agreement, client_id, answer.round, answer.keys)
+            try:
+                self.signatures.check(client_id, content, from_hex(answer.keys.signature))
+            except SecureSumError as error:
+                raise Refused(str(error)) from None
         if late:
             self._tell(f"{client_id}: late: its upload of round {answer.round} counts in this one")
         return answer
@@ -255,7 +272,7 @@ class RoundCollector:
 
         Whoever sent what is no answer to this round's call, or none at all, is called again.
         """
-        self._heard = _heard_in(self.folder / "status.json") | self._heard
+        self._heard = self._status.heard() | self._heard
         for client_id in self._calls:
             file = self.answer_file(client_id)
             data = read_bytes(file) if file.exists() else b""
@@ -270,31 +287,8 @@ class RoundCollector:
 
     def _show(self, online: Collection[str], missing: Collection[str]) -> None:
         """What `fedalt federation status` reads."""
-        now, news = time.monotonic(), (set(online), set(missing), set(self._unable))
-        if news == self._shown[1] and now - self._shown[0] < _SHOWN:
-            return
-        self._shown = now, news
-        status = {
-            "round": self.round,
-            "rounds": self.agreement.settings.rounds.rounds,
-            "online": sorted(online),
-            "awaited": sorted(missing),
-            "heard": self._heard,
-            "unable": {client_id: why for client_id, (why, _) in self._unable.items()},
-            "time": time.time(),
-        }
-        atomic_write(self.folder / "status.json", json.dumps(status).encode())
+        unable = {client_id: why for client_id, (why, _) in self._unable.items()}
+        self._status.show(self.round, self._heard, online, missing, unable)
 
     def _tell(self, text: str) -> None:
         self.say(f"round {self.round}: {text}")
-
-
-def _heard_in(status: Path) -> dict[str, float]:
-    """When each client was heard last, as an earlier round or server has shown it."""
-    try:
-        return {
-            client_id: float(when)
-            for client_id, when in json.loads(status.read_text())["heard"].items()
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # nobody needs it but who looks; it is written anew

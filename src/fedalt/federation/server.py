@@ -18,13 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.core.codec import encode
-from fedalt.engine.record_lines import (
-    is_validated,
-    last_accepted,
-    round_line,
-    score_line,
-    train_line,
-)
+from fedalt.engine.record_lines import is_validated, last_accepted, round_line
 from fedalt.engine.round import ClientRound, run_round
 from fedalt.engine.schedule import Arm, Progress
 from fedalt.engine.screening import Screening
@@ -35,7 +29,11 @@ from fedalt.federation.messages import NEVER, Call, Split
 from fedalt.federation.privacy import begin_private, told_by
 from fedalt.federation.roster import members_of, update_members
 from fedalt.federation.round_collector import Called, RoundCollector, Say
+from fedalt.federation.round_record import record
 from fedalt.federation.rules import Rules
+from fedalt.federation.secure_calls import SumCalls
+from fedalt.federation.secure_keys import Signatures, fewest
+from fedalt.federation.secure_server import SecureRound
 from fedalt.federation.transport import Transport
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder
@@ -47,7 +45,8 @@ _FAREWELL: Final = 30.0  # seconds to hear from everyone that they know it has e
 class Server:
     """A server with its folder and its connection. Use it within `locked(folder.path)`.
 
-    `roster` is the file that names who was added and removed, if there can be one.
+    `roster` is the file that names who was added and removed, if there can be one; `signatures` are
+    the clients', where uploads are summed securely.
     """
 
     agreement: Agreement
@@ -58,6 +57,7 @@ class Server:
     screening: Screening
     say: Say
     roster: Path | None = None
+    signatures: Signatures | None = None
 
     def to_the_end(self) -> None:
         """Go on from where the folder stands until the test data are scored and all know it."""
@@ -92,17 +92,24 @@ class Server:
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
         spent, release = begin_private(self.folder, self.agreement, round_, cohort)
+        secure, states = self._secure(round_, called), self._states(round_)
 
         def train(downlink: Downlink, cohort: Sequence[str]) -> Iterator[Upload]:
             call = self._calling(progress, round_, score, downlink)
             calls = {who: call(who, train=who in cohort) for who in clients}
-            collector.gather(calls, downlink.sent, cohort)
-            return collector.uploads()
+            if secure is None:
+                collector.gather(calls, downlink.sent, cohort)
+                return collector.uploads()
+            if secure.begun:
+                collector.resume(calls, downlink.sent)
+            else:
+                collector.gather(calls, downlink.sent, cohort)
+            return secure.uploads(collector.answers, states, downlink.message)
 
         outcome = run_round(
             method,
             self.agreement.start,
-            self._states(round_),
+            states,
             cohort,
             train,
             self.screening,
@@ -113,7 +120,10 @@ class Server:
         )
         if not outcome.aggregated:
             self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
-        rejected = self._record(collector, outcome.clients)
+        trained: Sequence[ClientRound] = outcome.clients
+        if secure is not None:
+            trained = secure.settle(collector.answers, states, outcome, collector.downloads)
+        rejected = record(self.folder, self.say, collector, trained)
         spent |= told_by(self.agreement, collector.answers.values())
         line = round_line(round_, len(cohort), began, outcome.download_error)
         self.folder.record({**line, **spent})
@@ -138,7 +148,7 @@ class Server:
         collector = self._collector(round_, called)
         calls = {client_id: call(client_id) for client_id in self._clients()}
         collector.gather(calls, downlink.sent)
-        self._record(collector, ())
+        record(self.folder, self.say, collector, ())
         return collector
 
     def _farewell(self, progress: Progress, called: Called) -> None:
@@ -192,25 +202,6 @@ class Server:
 
         return call
 
-    def _record(self, collector: RoundCollector, clients: Sequence[ClientRound]) -> set[str]:
-        """Record scores and training of a round; who was rejected, of whom no score is recorded."""
-        rejected = {client.client_id for client in clients if client.refused is not None}
-        for client_id in sorted(collector.answers.keys() - rejected):
-            for score in collector.answers[client_id].scores:
-                about = score.split, score.round, client_id, score.column
-                self.folder.record(score_line(*about, score.metrics))
-        for client in clients:
-            if client.refused is not None:
-                self.say(f"round {collector.round}: {client.client_id}: refused: {client.refused}")
-            answer = collector.answers[client.client_id]
-            for cost in answer.costs:
-                trained = replace(client, seconds=cost.seconds, metrics=cost.metrics)
-                if cost.column != "own":  # the baseline sends and receives nothing
-                    trained = replace(trained, upload_bytes=0, download_bytes=0)
-                line = train_line(collector.round, cost.column, trained, trained=answer.round)
-                self.folder.record(line)
-        return rejected
-
     def _with_best(
         self,
         progress: Progress,
@@ -251,6 +242,9 @@ class Server:
                 shutil.rmtree(old)
 
     def _collector(self, round_: int, called: Called) -> RoundCollector:
+        rules = self.rules
+        if self.agreement.settings.privacy.secure_sum:
+            rules = replace(rules, minimum=max(rules.minimum, fewest(self.agreement)))
         return RoundCollector(
             self.agreement,
             self._columns,
@@ -258,12 +252,22 @@ class Server:
             self._states(round_),
             self.folder.path,
             self.transport,
-            self.rules,
+            rules,
             self.screening,
             self.say,
             round_,
             called,
+            self.signatures,
         )
+
+    def _secure(self, round_: int, called: Called) -> SecureRound | None:
+        """The round's secure sum, where uploads are to be summed so."""
+        if not self.agreement.settings.privacy.secure_sum:
+            return None
+        limit, place = self.screening.firewall.max_upload_bytes, self.folder.path
+        rules, say = self.rules, self.say
+        about = self.agreement, place, self.transport, rules, limit, say, round_, called
+        return SecureRound(self.agreement, SumCalls(*about))
 
     def _downlink_after(self, round_: int) -> Downlink:
         """What the server sends after a round."""

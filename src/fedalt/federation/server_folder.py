@@ -6,10 +6,11 @@ from fedalt.engine.screening import Screening
 from fedalt.federation.agreement import Agreement, facts_of
 from fedalt.federation.round_collector import Say
 from fedalt.federation.rules import Rules
+from fedalt.federation.secure_keys import Signatures
 from fedalt.federation.server import Server
 from fedalt.federation.transport import Transport
 from fedalt.runs.folder import StoreError, create, open_run, require_settings
-from fedalt.runs.settings import to_toml
+from fedalt.runs.settings import SettingsError, to_toml
 from fedalt.runs.setup import arms_of
 
 
@@ -21,13 +22,19 @@ def open_server(
     screening: Screening,
     say: Say,
     roster: Path | None = None,
+    signatures: Signatures | None = None,
 ) -> Server:
-    """The server in its folder, which is made if it is not there. Raises StoreError."""
+    """The server in its folder, which is made if it is not there. Raises StoreError.
+
+    SettingsError for rules that need to see what is summed securely.
+    """
+    if agreement.settings.privacy.secure_sum:
+        _require_blind(rules, screening)
     arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
     if not (folder / "run.json").exists():
         create(folder, settings, facts_of(agreement, arms))
     run = open_run(folder)
-    server = Server(agreement, arms, run, transport, rules, screening, say, roster)
+    server = Server(agreement, arms, run, transport, rules, screening, say, roster, signatures)
     if (terms := server.folder.facts().get("terms")) != agreement.digest:
         raise StoreError(
             f"{folder} belongs to other terms than terms.toml (and its template.txt, if it has "
@@ -35,3 +42,14 @@ def open_server(
         )
     require_settings(folder, settings)
     return server
+
+
+def _require_blind(rules: Rules, screening: Screening) -> None:
+    """Refuse what an operator decides by single uploads, which a secure sum does not show."""
+    why = "makes no sense with [privacy] secure_sum in the terms: leave it out"
+    if rules.late == "count":
+        raise SettingsError(f"[rules] late = 'count' {why}; a sum is of one round's uploads")
+    if rules.buffer is not None:
+        raise SettingsError(f"[rules] buffer = {rules.buffer} {why}; a sum is of all that trained")
+    if screening.firewall.norm_limit is not None:
+        raise SettingsError(f"[firewall] norm_limit {why}; the server sees no single upload")

@@ -92,6 +92,13 @@ def require_client_credentials(key: Path, authority: Path | None) -> None:
 
     Raises SettingsError, and OSError for a file that cannot be read.
     """
+    secret_of(key)
+    if authority is not None:
+        _certificate(authority)
+
+
+def secret_of(key: Path) -> EllipticCurvePrivateKey:
+    """A client's private key. Raises SettingsError, and OSError for a file that cannot be read."""
     data = _content(key)
     try:
         secret = load_ssh_private_key(data, None)
@@ -99,8 +106,7 @@ def require_client_credentials(key: Path, authority: Path | None) -> None:
         raise SettingsError(f"{key}: it is no private key ({error}); {_EXPECTED}") from None
     if not isinstance(secret, EllipticCurvePrivateKey):
         raise SettingsError(f"{key}: it is no private key of this kind; {_EXPECTED}")
-    if authority is not None:
-        _certificate(authority)
+    return secret
 
 
 def pem_of(public: Path) -> str:

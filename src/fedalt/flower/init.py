@@ -15,8 +15,9 @@ import tomli_w
 from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.data.names import fault_of_names, fault_of_title
-from fedalt.federation.agreement import Agreement, write_agreement
+from fedalt.federation.agreement import Agreement, require_enough_clients, write_agreement
 from fedalt.flower.credentials import make_authority, make_client_key, make_server
+from fedalt.flower.key_folder import PEERS
 from fedalt.models.base import BUILT_IN, PACKAGED
 from fedalt.runs.settings import SettingsError, method_name
 from fedalt.runs.setup import Parts
@@ -44,6 +45,7 @@ def create_federation(
     `require_possible` does; then, and where anything else fails, the folder is as it was.
     """
     host = require_possible(folder, clients, address, name=name, labels=labels)
+    require_enough_clients(parts.settings, clients)
     with whole_or_nothing(folder) as unfinished:
         authority, server = unfinished / "authority", unfinished / "server"
         make_private_folder(authority)
@@ -53,13 +55,17 @@ def create_federation(
         make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
         shutil.copy(authority / "ca.crt", server)
         terms = write_agreement(server, name, clients, labels, parts)
-        rules = {"server": {"address": address}, "rules": {"minimum": 1}, "firewall": _FIREWALL}
-        _write(server / "federation.toml", rules)
+        secure = parts.settings.privacy.secure_sum
+        rules = {"server": {"address": address}, "rules": {"minimum": 1}}
+        _write(server / "federation.toml", rules if secure else {**rules, "firewall": _FIREWALL})
         known = ", ".join(clients)
         _write_readme(server, "server", federation=repr(name), address=address, clients=known)
         for client_id in clients:
             place = unfinished / "clients" / client_id
             write_client(place, server, terms, address, server / "clients")
+        for client_id in clients if secure else ():
+            peers = unfinished / "clients" / client_id / PEERS
+            shutil.copytree(server / "clients", peers)
         return terms
 
 

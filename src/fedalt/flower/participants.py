@@ -14,6 +14,7 @@ from fedalt.federation.server import Server
 from fedalt.federation.server_folder import open_server
 from fedalt.federation.transport import Transport
 from fedalt.flower.config import ClientConfig, ServerConfig
+from fedalt.flower.key_folder import PEERS, KeyFolder
 from fedalt.flower.revocation import record_revoked
 from fedalt.runs.settings import SettingsError
 
@@ -28,7 +29,8 @@ def server_from(config: ServerConfig, transport: Transport) -> Server:
     make_private_folder(log.parent)
     say = partial(_write_line, log)
     place = config.terms, config.place.run, transport
-    host = open_server(*place, config.rules, screening, say, config.roster)
+    signatures = KeyFolder(config.place.clients)
+    host = open_server(*place, config.rules, screening, say, config.roster, signatures)
     record_revoked(config.place)
     return host
 
@@ -46,6 +48,7 @@ def client_from(config: ClientConfig, on_event: OnEvent = ignore, say: Say = sil
             device=place.device,
             on_event=on_event,
             say=say,
+            signatures=KeyFolder(config.file.parent / PEERS, place.key),
         )
     except SettingsError as error:  # whose name and places are this file's
         raise SettingsError(f"{config.file}: {error}") from None

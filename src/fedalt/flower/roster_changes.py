@@ -29,6 +29,11 @@ def add_clients(config: ServerConfig, names: Sequence[str]) -> list[Path]:
                 f"{config.terms.name!r} has [privacy] unit = 'client', whose ledger counts the "
                 "clients of its terms alone; nobody can be added"
             )
+        if config.terms.settings.privacy.secure_sum:
+            raise SettingsError(
+                f"{config.terms.name!r} has [privacy] secure_sum, for which its clients have each "
+                "other's keys from the beginning; nobody can be added"
+            )
         for name in names:
             if name in known or names.count(name) > 1:
                 gone = " and was removed" if name in roster.removed else ""

@@ -37,6 +37,7 @@ from fedalt.flower.processes import QUIET
 from fedalt.runs.folder import StoreError, locked
 from fedalt.runs.settings import Settings, read_settings, to_toml
 from fedalt.runs.setup import Prepared, prepare, trainer_of
+from fedalt.runs.together import require_seen
 
 _PAUSE: Final = 0.05  # seconds between two looks
 _RAY: Final = {**QUIET, "RAY_USAGE_STATS_ENABLED": "0"}
@@ -53,6 +54,7 @@ def simulate(settings: Settings, folder: Path, say: Say, *, gpus: float = 0.0) -
     goes on from there.
     """
     require_apart(settings)
+    require_seen(settings.privacy)
     os.environ.update(_RAY)
     make_private_folder(folder)
     with locked(folder):

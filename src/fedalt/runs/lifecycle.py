@@ -37,10 +37,15 @@ from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, to_toml
 from fedalt.runs.setup import Parts, Prepared, facts_of, trainer_of
 from fedalt.runs.summary import summarise
+from fedalt.runs.together import require_seen
 
 
 def new_run(prepared: Prepared, path: Path) -> RunFolder:
-    """A run's folder before its first round. Raises StoreError for a folder that is in use."""
+    """A run's folder before its first round. Raises StoreError for a folder that is in use.
+
+    SettingsError for what only a federation can do.
+    """
+    require_seen(prepared.parts.settings.privacy)
     require_unused(path)
     with locked(path):
         return create(path, to_toml(prepared.parts.settings), facts_of(prepared))

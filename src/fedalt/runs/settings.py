@@ -171,8 +171,10 @@ def to_toml(settings: Settings) -> str:
     sections = {name: asdict(getattr(settings, name)) for name in _SECTIONS}
     # Left out, it would be what the base model recommends when the file is run again.
     sections["model"]["targets"] = settings.model.targets or DEFAULT_TARGETS
-    if settings.privacy.unit is None:  # so that folders of before it was there stay as they are
-        del sections["privacy"]
+    if not settings.privacy.secure_sum:  # so that folders of before it was there stay as they are
+        del sections["privacy"]["secure_sum"]
+        if settings.privacy.unit is None:
+            del sections["privacy"]
     top = {name: getattr(settings, name) for name in _TOP}
     table = {**top, **sections, "method": method}
     if settings.clients:

@@ -36,10 +36,16 @@ def require_together(
         from fedalt.runs.privacy import require_private  # brings what computes
 
         require_private(method, privacy, schedule, firewall, traffic, source)
+    if privacy.secure_sum:
+        from fedalt.runs.privacy import require_summable
+
+        require_summable(method, schedule, firewall, traffic, source)
 
 
 def fault_of_leaving(privacy: Privacy, traffic: Traffic) -> str:
     """Why no client's part can be taken out of the server's state, in a clause; "" if it can."""
+    if privacy.secure_sum:
+        return "with [privacy] secure_sum the server does not know anyone's part"
     if privacy.unit == "client":
         return (
             "with [privacy] unit = 'client' a part cannot be taken out again: it carries the noise "
@@ -51,3 +57,13 @@ def fault_of_leaving(privacy: Privacy, traffic: Traffic) -> str:
             "received; only download = 'exact' lets one leave"
         )
     return ""
+
+
+def require_seen(privacy: Privacy) -> None:
+    """SettingsError for a secure sum where one machine sees all clients' uploads anyway."""
+    if privacy.secure_sum:
+        raise SettingsError(
+            "[privacy] secure_sum is for a federation, `fedalt federation init`; on one machine "
+            "there is nobody to hide an upload from, and without it the numbers are the same but "
+            "for rounding"
+        )

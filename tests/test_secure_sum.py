@@ -13,6 +13,7 @@ from fedalt.federation import secure_sum
 from fedalt.federation.secure_sum import (
     KEY,
     RANGE,
+    SECRET,
     SecureSumError,
     Vector,
     agree,
@@ -86,7 +87,7 @@ def test_the_largest_changes_of_the_most_clients_do_not_overflow() -> None:
 
 
 def test_any_two_thirds_have_the_secret_and_fewer_have_nothing() -> None:
-    secret, count = token_bytes(KEY), 7
+    secret, count = token_bytes(SECRET), 7
     needed = threshold(count)
     shares = dict(enumerate(split(secret, needed, count)))
     assert needed == 5

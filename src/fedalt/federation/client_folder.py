@@ -50,7 +50,7 @@ def open_client(
     secure = None
     if agreement.settings.privacy.secure_sum:
         assert signatures is not None
-        secure = SecureClient(agreement, client_id, folder, accepted.kept, signatures)
+        secure = SecureClient(agreement, client_id, folder, accepted.kept, signatures, say)
     return Client(
         agreement,
         client_id,

@@ -20,9 +20,13 @@ from fedalt.core.tree import Name
 from fedalt.engine.firewall import quoted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import RoundKeys, Step, SumAnswer, SumCall, digest
+from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.secure_keys import Signatures, about_of, fewest, from_hex, signed_of
 from fedalt.federation.secure_sum import (
     KEY,
+    MASK,
+    SECRET,
+    SEED,
     SecureSumError,
     agree,
     integers,
@@ -33,6 +37,7 @@ from fedalt.federation.secure_sum import (
     seal,
     split,
     steps_of,
+    stretched,
     unseal,
 )
 from fedalt.methods.contract import Message
@@ -46,9 +51,9 @@ MASKED: Final = Name("", "sum", "masked")  # the one tensor of a masked upload
 class Session:
     """What a client has to remember of a round's sum; bytes in hexadecimal digits.
 
-    `mask`, `share` and `seed` are secret; `keys` are those of all that have trained, `own` its own
-    shares of its secrets, `sealed` what the others have sealed for it, `answered` the digest of the
-    call of each step that it has answered.
+    Secret are `share`, a key, and `mask` and `seed`, of which others get shares. `keys` are those
+    of all that have trained, `own` its own shares, `sealed` what the others have sealed for it, and
+    `answered` the digest of the call of each step that it has answered.
     """
 
     TAG: ClassVar = "sum-session"
@@ -62,6 +67,16 @@ class Session:
     sealed: Mapping[str, str] = field(default_factory=dict)
     answered: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def mask_key(self) -> bytes:
+        """The secret half of the key that masks are agreed on with."""
+        return stretched(bytes.fromhex(self.mask), MASK)
+
+    @property
+    def publics(self) -> tuple[str, str]:
+        """The public halves of the keys for masks and for shares."""
+        return public_of(self.mask_key).hex(), public_of(bytes.fromhex(self.share)).hex()
+
 
 @dataclass(frozen=True)
 class SecureClient:
@@ -72,15 +87,16 @@ class SecureClient:
     folder: Path
     kept: Kept
     signatures: Signatures
+    say: Say = silent
 
     def begin(self, round_: int, upload: Message) -> RoundKeys:
         """Keep an upload instead of sending it; the keys of the round's sum."""
         integers(upload.tree, 1.0)  # its numbers fit, or it is said now
         self._states(round_).put(self._upload, upload)
-        mask, share, seed = (token_bytes(KEY).hex() for _ in range(3))
-        write(self._file, Session(round_, mask, share, seed))
-        publics = [public_of(bytes.fromhex(secret)).hex() for secret in (mask, share)]
-        keys = RoundKeys(publics[0], publics[1], signature="")
+        mask, seed, share = (token_bytes(size).hex() for size in (SECRET, SECRET, KEY))
+        session = Session(round_, mask, share, seed)
+        write(self._file, session)
+        keys = RoundKeys(*session.publics, signature="")
         signed = self.signatures.sign(signed_of(self.agreement, self.client_id, round_, keys))
         return replace(keys, signature=signed.hex())
 
@@ -102,6 +118,7 @@ class SecureClient:
             session, done = self._step(call, done, session)
         except (SecureSumError, CodecError, OSError) as error:
             text = "a file of its state is damaged" if isinstance(error, CodecError) else str(error)
+            self.say(f"round {call.round + 1}: step {call.step!r} of the secure sum: {error}")
             return encode(replace(done, error=shown(f"client {self.client_id!r}: {text}")))
         sent = encode(done)
         answered_now = {**session.answered, call.step: call_digest}
@@ -140,9 +157,7 @@ class SecureClient:
             self.signatures.check(other, content, from_hex(keys.signature))
         names, needed = sorted(call.keys), fewest(self.agreement)
         mine = call.keys[self.client_id].mask, call.keys[self.client_id].share
-        if mine != tuple(
-            public_of(bytes.fromhex(it)).hex() for it in (session.mask, session.share)
-        ):
+        if mine != session.publics:
             raise SecureSumError("the server shows other keys of this client than it has sent")
         secrets = (bytes.fromhex(session.mask), bytes.fromhex(session.seed))
         pairs = zip(*(split(secret, needed, len(names)) for secret in secrets), strict=True)
@@ -170,7 +185,7 @@ class SecureClient:
             before = self._states(call.round).get(self._upload, Message)
             whole = whole if before is None else whole - integers(before.tree, steps)
         publics = {other: from_hex(session.keys[other].mask) for other in present}
-        secrets = bytes.fromhex(session.seed), bytes.fromhex(session.mask)
+        secrets = stretched(bytes.fromhex(session.seed), SEED), session.mask_key
         about = about_of(self.agreement, call.round)
         vector = masked(modulo(whole), self.client_id, *secrets, publics, about)
         tensor = torch.from_numpy(vector.view("int32"))
@@ -189,8 +204,10 @@ class SecureClient:
         shares[self.client_id] = bytes.fromhex(session.own)
         return replace(
             done,
-            seeds={who: share[KEY:].hex() for who, share in shares.items() if who in call.present},
-            keys={who: shares[who][:KEY].hex() for who in shares.keys() - set(call.present)},
+            seeds={
+                who: share[SECRET:].hex() for who, share in shares.items() if who in call.present
+            },
+            keys={who: shares[who][:SECRET].hex() for who in shares.keys() - set(call.present)},
         )
 
     def _between(
@@ -205,7 +222,7 @@ class SecureClient:
         """Another client's shares, of its secret key and of its seed."""
         key = self._between(session, session.keys, other, sends=False)
         share = unseal(key, from_hex(sealed))
-        if len(share) != 2 * KEY:
+        if len(share) != 2 * SECRET:
             raise SecureSumError(f"the shares of {other!r} are {len(share)} bytes long")
         return share
 

@@ -19,13 +19,16 @@ from fedalt.federation.secure_calls import SumCalls
 from fedalt.federation.secure_client import MASKED
 from fedalt.federation.secure_keys import about_of, fewest, from_hex
 from fedalt.federation.secure_sum import (
-    KEY,
+    MASK,
+    SECRET,
+    SEED,
     SecureSumError,
     join,
     public_of,
     require_enough,
     signed,
     steps_of,
+    stretched,
     tree_of,
     unmask,
 )
@@ -134,15 +137,15 @@ class SecureRound:
         for who in self.present:
             total = total + sent[who].masked[MASKED].numpy().view(np.uint32)
         number = {who: at for at, who in enumerate(sorted(keys))}  # of a client's shares
-        seeds = [
-            join({number[u]: from_hex(told[u].seeds[who]) for u in told}, needed)
-            for who in self.present
-        ]
-        gone = {
-            who: join({number[u]: from_hex(told[u].keys[who]) for u in told}, needed)
-            for who in names
-            if who not in self.present
-        }
+
+        def key_of(who: str, shares: Mapping[str, Mapping[str, str]], purpose: str) -> bytes:
+            of_one = {number[other]: from_hex(told[who]) for other, told in shares.items()}
+            return stretched(join(of_one, needed), purpose)
+
+        seeds_told = {other: answer.seeds for other, answer in told.items()}
+        keys_told = {other: answer.keys for other, answer in told.items()}
+        seeds = [key_of(who, seeds_told, SEED) for who in self.present]
+        gone = {who: key_of(who, keys_told, MASK) for who in names if who not in self.present}
         for who, secret in gone.items():
             if public_of(secret).hex() != keys[who].mask:
                 raise SecureSumError(f"the shares of {who!r} do not give its key")
@@ -191,8 +194,8 @@ def _sharing(present: Collection[str], gone: Collection[str]) -> Callable[[SumAn
         for shares, names in ((answer.seeds, present), (answer.keys, gone)):
             _require_keys(shares, names, "shares")
             for share in shares.values():
-                if len(from_hex(share)) != KEY:
-                    raise SecureSumError(f"a share of {len(share) // 2} bytes, expected {KEY}")
+                if len(from_hex(share)) != SECRET:
+                    raise SecureSumError(f"a share of {len(share) // 2} bytes, expected {SECRET}")
 
     return check
 

@@ -33,10 +33,12 @@ from fedalt.core.tree import Tree
 
 FEWEST: Final = 3  # clients; of two, each would know the other's vector
 RANGE: Final = 16.0  # the largest number of an upload; adapters' stay below 1
-KEY: Final = 32  # bytes of a key, a seed or a share of one
+KEY: Final = 32  # bytes of a key
+MASK: Final = "mask"  # what a secret is stretched for
+SEED: Final = "seed"
+SECRET: Final = 16  # bytes of what keys are made of, and of a share of it
 
 Vector = NDArray[np.uint32]
-_HALF: Final = 16  # bytes of what the library's Shamir shares
 
 
 class SecureSumError(ValueError):
@@ -67,10 +69,14 @@ def agree(secret: bytes, public: bytes, purpose: str) -> bytes:
     return HKDF(SHA256(), KEY, None, purpose.encode()).derive(shared)
 
 
+def stretched(secret: bytes, purpose: str) -> bytes:
+    """The key that a secret of 16 bytes stands for."""
+    return HKDF(SHA256(), KEY, None, purpose.encode()).derive(secret)
+
+
 def split(secret: bytes, needed: int, count: int) -> list[bytes]:
-    """Shares of a secret of 32 bytes, of which any `needed` give it back and fewer nothing."""
-    halves = [Shamir.split(needed, count, part, False) for part in (secret[:_HALF], secret[_HALF:])]
-    return [first + second for (_, first), (_, second) in zip(*halves, strict=True)]
+    """Shares of a secret of 16 bytes, of which any `needed` give it back and fewer nothing."""
+    return [share for _, share in Shamir.split(needed, count, secret, False)]
 
 
 def join(shares: Mapping[int, bytes], needed: int) -> bytes:
@@ -78,10 +84,7 @@ def join(shares: Mapping[int, bytes], needed: int) -> bytes:
     if len(shares) < needed:
         raise SecureSumError(f"{len(shares)} shares of a secret, but {needed} are needed")
     some = sorted(shares.items())[:needed]
-    parts = (slice(0, _HALF), slice(_HALF, KEY))
-    return b"".join(
-        Shamir.combine([(at + 1, share[part]) for at, share in some], False) for part in parts
-    )
+    return bytes(Shamir.combine([(at + 1, share) for at, share in some], False))
 
 
 def seal(key: bytes, content: bytes) -> bytes:

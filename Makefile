@@ -45,6 +45,7 @@ bench: smollm2 ## docs/benchmarks.md anew; takes long
 	$(BIN)/python benchmarks/memory.py --write 8 64 512
 	$(BIN)/python benchmarks/memory.py 2 --processes 1 2 --model smollm2 --write
 	$(BIN)/python benchmarks/scoring.py --write
+	$(BIN)/python benchmarks/secure_sum.py --write
 	$(BIN)/python benchmarks/threads.py --write
 	$(BIN)/python benchmarks/federation.py --write 3 17
 

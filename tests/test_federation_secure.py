@@ -414,6 +414,14 @@ def test_a_new_key_counts_once_the_peers_have_it(tmp_path: Path, model: Path) ->
     config = read_server_config(place.config)
     rotate_key(config, "b")
 
+    def lost(client_id: str, data: bytes) -> bytes:
+        if client_id == "a" and is_step(data):
+            error = decode(SumAnswer, data).error
+            assert error.endswith("peers/b.pub is missing, or no public key")
+            assert str(tmp_path) not in error
+            raise Stopped
+        return data
+
     def stop(client_id: str, data: bytes) -> bytes:
         answer = decode(SumAnswer, data) if step_of(data) or is_step(data) else None
         if answer is not None and answer.error:
@@ -422,6 +430,8 @@ def test_a_new_key_counts_once_the_peers_have_it(tmp_path: Path, model: Path) ->
         return data
 
     place.go_on(stop)
+    (place.client("a") / "peers" / "b.pub").unlink()
+    place.go_on(lost)
     new = config.place.clients / "b.pub"
     for name in FOUR:
         (place.client(name) / "peers" / "b.pub").write_bytes(new.read_bytes())

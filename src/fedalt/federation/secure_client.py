@@ -1,8 +1,10 @@
 """A client's part in a secure sum: what it tells, to whom, and what it never tells twice.
 
-sum.safetensors               the round's secrets, and what was answered already
-sum-mask.bin                  the answer of a step, sent again if it is asked for again
-clients/ID/upload/0007...     the upload of round 7, which only its masked form leaves
+    sum.safetensors               the round's secrets, and what was answered already
+    sum-mask.bin                  the answer of a step, sent again if it is asked for again
+    clients/ID/upload/0007...     the upload of round 7, which only its masked form leaves
+
+All of it lies in the client's folder, beside its states.
 """
 
 from collections.abc import Collection, Mapping
@@ -13,7 +15,7 @@ from typing import ClassVar, Final
 
 import torch
 
-from fedalt.core.codec import CodecError, atomic_write, encode, read, write
+from fedalt.core.codec import atomic_write, encode, read, write
 from fedalt.core.foreign import shown
 from fedalt.core.reading import read_bytes
 from fedalt.core.tree import Name
@@ -116,9 +118,10 @@ class SecureClient:
                     f"step {call.step!r} of this round's sum was answered already, to another call"
                 )
             session, done = self._step(call, done, session)
-        except (SecureSumError, CodecError, OSError) as error:
-            text = "a file of its state is damaged" if isinstance(error, CodecError) else str(error)
+        except Exception as error:  # a client that ends with an error could be called to death
             self.say(f"round {call.round + 1}: step {call.step!r} of the secure sum: {error}")
+            is_told = isinstance(error, SecureSumError)  # others may quote this machine's paths
+            text = str(error) if is_told else f"{type(error).__name__}; what it prints says more"
             return encode(replace(done, error=shown(f"client {self.client_id!r}: {text}")))
         sent = encode(done)
         answered_now = {**session.answered, call.step: call_digest}

@@ -183,6 +183,8 @@ def _sealing(clients: Collection[str]) -> Callable[[SumAnswer], None]:
 
     def check(answer: SumAnswer) -> None:
         _require_keys(answer.sealed, set(clients) - {answer.client}, "sealed shares")
+        for sealed in answer.sealed.values():
+            from_hex(sealed)
 
     return check
 

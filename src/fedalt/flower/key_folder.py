@@ -32,16 +32,19 @@ class KeyFolder:
         assert self.key is not None
         try:
             return secret_of(self.key).sign(content, ECDSA(SHA384()))
-        except (SettingsError, OSError) as error:
-            raise SecureSumError(str(error)) from None
+        except (SettingsError, OSError):  # their texts have paths, and this one leaves the machine
+            raise SecureSumError(f"its own key, {self.key.name}, cannot be used") from None
 
     def check(self, client_id: str, content: bytes, signature: bytes) -> None:
         """Raise SecureSumError unless the client of this name has signed the content."""
         file = self.folder / f"{client_id}.pub"
         try:
             key = load_pem_public_key(pem_of(file).encode())
-        except SettingsError as error:
-            raise SecureSumError(f"the keys of {client_id!r} cannot be checked: {error}") from None
+        except SettingsError:
+            raise SecureSumError(
+                f"the keys of {client_id!r} cannot be checked: {file.parent.name}/{file.name} is "
+                "missing, or no public key"
+            ) from None
         assert isinstance(key, EllipticCurvePublicKey)
         try:
             key.verify(signature, content, ECDSA(SHA384()))

@@ -1,6 +1,7 @@
 """Secure sums in federations whose server, clients and folders are real and share a process."""
 
 import contextlib
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -284,6 +285,24 @@ def test_a_client_answers_no_step_twice_to_different_calls(tmp_path: Path, model
     assert "was answered already, to another call" in other.error
     assert not other.seeds
     assert not other.keys
+
+
+def test_a_server_that_forgot_whom_it_had_asked_refuses_the_round_and_goes_on(
+    tmp_path: Path, model: Path
+) -> None:
+    place, _ = halted(tmp_path, model, "unmask")
+    shutil.rmtree(place.run / "incoming")
+    hurry(place, 0.5)
+
+    def lose(client_id: str, data: bytes) -> bytes | Lost:
+        away = client_id == "d" and not is_step(data) and decode(Answer, data).round == 0
+        return Lost("it was away") if away else data
+
+    place.go_on(lose)
+    told = trained(place, 0)
+    assert told.keys() == {"a", "b", "c"}  # they will not share with others than before
+    assert all("only 0 clients have answered" in (why or "") for why in told.values())
+    assert trained(place, 2) == dict.fromkeys(FOUR)
 
 
 def test_a_server_cannot_put_its_own_key_in_a_peers_place(tmp_path: Path, model: Path) -> None:

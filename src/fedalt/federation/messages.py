@@ -129,6 +129,7 @@ class SumAnswer:
 
     share: its shares, `sealed` for each other client. mask: its `masked` upload, one int32 tensor.
     unmask: its shares of the `seeds` of those in the sum, and of the secret `keys` of the others.
+    `over`: it has an error that will not go away in this round.
     """
 
     TAG: ClassVar = "sum-answer"
@@ -143,6 +144,7 @@ class SumAnswer:
     seeds: Mapping[str, str] = field(default_factory=dict)
     keys: Mapping[str, str] = field(default_factory=dict)
     error: str = ""
+    over: bool = False
 
 
 def digest(data: bytes) -> str:

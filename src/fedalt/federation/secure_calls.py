@@ -23,7 +23,7 @@ from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import Asked
 from fedalt.federation.messages import NEVER, Step, SumAnswer, SumCall, digest
 from fedalt.federation.rules import Rules
-from fedalt.federation.secure_sum import SecureSumError, require_enough
+from fedalt.federation.secure_sum import SecureSumError, StepOverError, require_enough
 from fedalt.federation.transport import Lost, Transport
 from fedalt.runs.folder import RunFolder
 
@@ -90,9 +90,9 @@ class SumCalls:
         data = {who: encode(call) for who, call in calls.items()}
         digests = {who: digest(sent) for who, sent in data.items()}
         answers = self._kept(step, calls, digests, check)
-        began, unable = time.monotonic(), dict[str, tuple[str, float]]()
+        began, unable, over = time.monotonic(), dict[str, tuple[str, float]](), set[str]()
         limit = self.rules.deadline
-        while missing := calls.keys() - answers.keys() - RunFolder(self.folder).left():
+        while missing := calls.keys() - answers.keys() - over - RunFolder(self.folder).left():
             if enough is not None and len(answers) >= enough:
                 break
             if limit is not None and time.monotonic() - began > limit:
@@ -114,6 +114,7 @@ class SumCalls:
                 try:
                     answers[who] = self._answer(came, who, digests[who], check)
                 except (SecureSumError, Refused, CodecError) as error:
+                    over |= {who} if isinstance(error, StepOverError) else set()
                     told = shown(str(error))
                     if unable.get(who, ("", 0.0))[0] != told:
                         self.say(f"round {self.round}, {step}: {who}: {told}")
@@ -165,7 +166,7 @@ class SumCalls:
         if about != (self.agreement.name, self.agreement.digest, who, self.round, wanted):
             raise SecureSumError("it answers another call")
         if answer.error:
-            raise SecureSumError(answer.error)
+            raise (StepOverError if answer.over else SecureSumError)(answer.error)
         check(answer)
         return answer
 

@@ -30,6 +30,7 @@ from fedalt.federation.secure_sum import (
     SECRET,
     SEED,
     SecureSumError,
+    StepOverError,
     agree,
     integers,
     masked,
@@ -114,7 +115,7 @@ class SecureClient:
             if answered == call_digest:
                 return read_bytes(self._sent(call.step))
             if answered is not None:
-                raise SecureSumError(
+                raise StepOverError(
                     f"step {call.step!r} of this round's sum was answered already, to another call"
                 )
             session, done = self._step(call, done, session)
@@ -122,7 +123,8 @@ class SecureClient:
             self.say(f"round {call.round + 1}: step {call.step!r} of the secure sum: {error}")
             is_told = isinstance(error, SecureSumError)  # others may quote this machine's paths
             text = str(error) if is_told else f"{type(error).__name__}; what it prints says more"
-            return encode(replace(done, error=shown(f"client {self.client_id!r}: {text}")))
+            error_ = shown(f"client {self.client_id!r}: {text}")
+            return encode(replace(done, error=error_, over=isinstance(error, StepOverError)))
         sent = encode(done)
         answered_now = {**session.answered, call.step: call_digest}
         # First what is sent, then that it is: of two different answers neither may ever leave.
@@ -140,7 +142,7 @@ class SecureClient:
                 raise SecureSumError(f"the call is for {what} {quoted(theirs)}, not {ours!r}")
         session = read(Session, self._file) if self._file.exists() else None
         if session is None or session.round != call.round:
-            raise SecureSumError(f"it has not trained for the sum of round {call.round}")
+            raise StepOverError(f"it has not trained for the sum of round {call.round}")
         return session
 
     def _step(self, call: SumCall, done: SumAnswer, session: Session) -> tuple[Session, SumAnswer]:
@@ -182,7 +184,7 @@ class SecureClient:
         steps = steps_of(len(self.agreement.clients))
         upload = self._states(call.round + 1).get(self._upload, Message)
         if upload is None:
-            raise SecureSumError(f"its upload of round {call.round} is not here any more")
+            raise StepOverError(f"its upload of round {call.round} is not here any more")
         whole = integers(upload.tree, steps)
         if not self.agreement.settings.method.averages:  # its server adds up all latest uploads
             before = self._states(call.round).get(self._upload, Message)

@@ -74,7 +74,8 @@ class SecureRound:
         self.refused, needed = "", fewest(self.agreement)
         try:
             keys = {who: answer.keys for who, answer in trained.items() if answer.keys is not None}
-            keys = {who: keys[who] for who in self.calls.fixed("share", keys) if who in keys}
+            _require_there(self.calls.fixed("share", keys), keys)
+            keys = {who: keys[who] for who in self.calls.fixed("share", keys)}
             like = forms(min(keys), sent(min(keys)))[-1] if keys else None
             require_enough(keys, needed, "have trained")
             assert like is not None
@@ -122,6 +123,7 @@ class SecureRound:
         calls = {who: self.calls.call(who, "share", keys=keys) for who in keys}
         shared = self.calls.step("share", calls, needed, _sealing(keys))
         names = self.calls.fixed("mask", shared)
+        _require_there(names, shared)
         calls = {
             who: self.calls.call(
                 who, "mask", sealed={u: shared[u].sealed[who] for u in names if u != who}
@@ -130,6 +132,7 @@ class SecureRound:
         }
         sent = self.calls.step("mask", calls, needed, lambda answer: _require_masked(answer, size))
         self.present = self.calls.fixed("unmask", sent)
+        _require_there(self.present, sent)
         calls = {who: self.calls.call(who, "unmask", present=self.present) for who in self.present}
         check = _sharing(self.present, set(names) - set(self.present))
         told = self.calls.step("unmask", calls, needed, check, enough=needed)
@@ -165,6 +168,12 @@ class SecureRound:
         clients = tuple(sorted({*before.clients, *self.present}))
         self._running = Running({MASKED: torch.from_numpy(whole)}, clients)
         return whole, clients
+
+
+def _require_there(names: Collection[str], answers: Collection[str]) -> None:
+    """Refuse to go on where what a step was fixed for is on disk no more."""
+    if lost := set(names) - set(answers):
+        raise SecureSumError(f"what {min(lost)!r} has answered is not here any more")
 
 
 def _require_masked(answer: SumAnswer, size: int) -> None:

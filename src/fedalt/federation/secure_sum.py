@@ -45,6 +45,10 @@ class SecureSumError(ValueError):
     """What no honest partner sends, or what a secure sum has no room for: one sentence."""
 
 
+class StepOverError(SecureSumError):
+    """A step that cannot be answered any more, however often it is asked for."""
+
+
 def threshold(clients: int) -> int:
     """How many of a round's clients must stay to the end: two thirds, so a third may vanish.
 

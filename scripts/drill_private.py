@@ -19,7 +19,7 @@ STEPS: tuple[Step, ...] = ("share", "mask", "unmask")
 
 
 def private_drill(drill: Drill) -> list[str]:
-    """Server and client killed in every step of a sum, and everything at once."""
+    """Server or app killed in each step of a sum, a client in two of them, and all at once."""
     drill.begin()
     drill.hold()
     drill.kill_waiting("fedalt server")

@@ -17,6 +17,7 @@ from fedalt.core.codec import CodecError, decode, encode
 from fedalt.core.declared import SettingsError
 from fedalt.core.tree import Tree
 from fedalt.engine.states import client_of, server_of
+from fedalt.federation import secure_sum
 from fedalt.federation.messages import Answer, SumAnswer, SumCall
 from fedalt.federation.secure_client import MASKED
 from fedalt.federation.secure_sum import steps_of
@@ -373,6 +374,21 @@ def test_masks_that_were_not_agreed_on_are_a_refused_round(tmp_path: Path, model
     place.go_on(spoil)
     assert all("out of range" in (why or "") for why in trained(place, 1).values())
     assert trained(place, 2) == dict.fromkeys(FOUR)
+
+
+def test_the_server_hears_of_an_upload_that_does_not_fit(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = founded(tmp_path, model, **SHORT, **SECURE)
+    monkeypatch.setattr(secure_sum, "RANGE", 1e-9)
+    errors = []
+
+    def listen(_: str, data: bytes) -> bytes:
+        errors.append(decode(Answer, data).error)
+        raise Stopped
+
+    place.go_on(listen)
+    assert "a secure sum has room for 1e-09" in errors[0]
 
 
 def test_noise_for_clients_comes_on_top(tmp_path: Path, model: Path) -> None:

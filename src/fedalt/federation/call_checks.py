@@ -13,6 +13,7 @@ from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.schedule import Schedule
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call
+from fedalt.federation.secure_sum import SecureSumError
 from fedalt.training.group import TrainingError
 
 # After the last round it is scored, then tested, then everyone is told that it has ended.
@@ -130,7 +131,14 @@ def told_outside(
     fedalt has given it.
     """
     match error:
-        case CallRefused() | Refused() | ReferenceLackedError() | TrainingError() | PrivacyError():
+        case (
+            CallRefused()
+            | Refused()
+            | ReferenceLackedError()
+            | TrainingError()
+            | PrivacyError()
+            | SecureSumError()
+        ):
             text = str(error)
         case OSError():  # a full disk; where that is, is nobody else's business
             file = None if error.filename is None else Path(str(error.filename))

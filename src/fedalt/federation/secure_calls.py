@@ -37,7 +37,7 @@ class SumCalls:
     """Calls the clients of one round's sum. `limit` is the most bytes of an answer.
 
     `called` are the calls that each client has yet to answer, this round's and earlier ones;
-    `traffic` counts the bytes that what each has sent and was sent.
+    `traffic` counts the bytes that each has sent and was sent.
     """
 
     agreement: Agreement

@@ -68,17 +68,17 @@ class SecureRound:
         """In the place of each client's upload the mean of all, which is all that can be known.
 
         A method that averages makes the same of that, and so does one that sums up everybody's
-        latest upload. None come of a sum that could not be had; `refused` says why.
+        latest upload. Where there is no sum there are no uploads; `refused` says why.
         """
         forms = DryRuns(self.agreement.settings.method, self.agreement.start)
         self.refused, needed = "", fewest(self.agreement)
         try:
             keys = {who: answer.keys for who, answer in trained.items() if answer.keys is not None}
-            _require_there(self.calls.fixed("share", keys), keys)
-            keys = {who: keys[who] for who in self.calls.fixed("share", keys)}
-            like = forms(min(keys), sent(min(keys)))[-1] if keys else None
-            require_enough(keys, needed, "have trained")
-            assert like is not None
+            names = self.calls.fixed("share", keys)
+            _require_there(names, keys)
+            require_enough(names, needed, "have trained")
+            keys = {who: keys[who] for who in names}
+            like = forms(names[0], sent(names[0]))[-1]
             size = sum(tensor.numel() for tensor in like.tree.values())
             total = self._sum(keys, needed, size)
         except SecureSumError as error:

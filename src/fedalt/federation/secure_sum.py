@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from fedalt.core.tree import Tree
 
 FEWEST: Final = 3  # clients; of two, each would know the other's vector
-RANGE: Final = 16.0  # the largest number of an upload; adapters' stay below 1
+RANGE: Final = 16.0  # the largest number of an upload; A begins below 1, B at 0
 KEY: Final = 32  # bytes of a key
 MASK: Final = "mask"  # what a secret is stretched for
 SEED: Final = "seed"

@@ -19,7 +19,7 @@ _HEAD = """\
 Every setting of a run has a key in a TOML file, which `fedalt run CONFIG.toml` reads. Most have a
 flag of `fedalt run` too; flags override the file. A run keeps all its settings in
 `RUN/settings.toml`. An unknown key is an error. `python scripts/settings_page.py` writes this page
-from the declarations in `src/fedalt/core/settings.py`.
+from the declarations in `src/fedalt/core/settings.py` and `upload_settings.py` beside it.
 """
 _RUN = """
 ## A run

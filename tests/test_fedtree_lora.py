@@ -12,9 +12,9 @@ from fedalt.core import tree as trees
 from fedalt.core.tree import Name, move, select
 from fedalt.methods.contract import MemoryLedger, Message, Serving
 from fedalt.methods.fedit import FedIT
-from fedalt.methods.fedtree_lora import LAM, FedTreeLoRA, mixed
+from fedalt.methods.fedtree_lora import FedTreeLoRA
 from fedalt.methods.layer_cuts import cuts, grown, layer_distances, layer_of, layers_of
-from fedalt.methods.layer_means import EXPERT, EXTERNAL, means_by_layer, means_for
+from fedalt.methods.layer_means import EXPERT, EXTERNAL, LAM, means_by_layer, means_for, mixed
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.training.group import Training
@@ -150,13 +150,13 @@ def test_what_is_bound_weighs_both_means_by_lam():
     expert, others = Name("h.0.q", EXPERT, "B"), Name("h.0.q", EXTERNAL, "B")
     (tree,) = pairs_on((2.0,), sites=("h.0.q",))
     (rest,) = pairs_on((6.0,), sites=("h.0.q",))
-    lam = {Name("h.0", LAM, "weight"): torch.tensor([3.0]).log()}  # a sigmoid of 3/4
-    bound = mixed({**tree, **move(rest, EXPERT, EXTERNAL), **lam})
+    lam = {Name("h.0", LAM, "weight"): torch.tensor([3.0]).log() / 10}  # a sigmoid of 3/4
+    bound = mixed({**tree, **move(rest, EXPERT, EXTERNAL), **lam}, lam_rate=10.0)
     assert (bound[expert].item(), bound[others].item()) == pytest.approx((1.5, 1.5))
     assert (
         bound[expert._replace(factor="A")].item() == bound[others._replace(factor="A")].item() == 1
     )
-    alone = mixed({**tree, **lam})
+    alone = mixed({**tree, **lam}, lam_rate=10.0)
     assert alone.keys() == tree.keys()
     assert alone[expert].item() == 2.0
 

@@ -11,7 +11,7 @@ from federation import START, ByteStates, one_by_one, pull, run_groups, simulate
 from fedalt.core import tree as trees
 from fedalt.core.declared import SettingsError
 from fedalt.core.noise import Randomness
-from fedalt.core.settings import Privacy
+from fedalt.core.upload_settings import Privacy
 from fedalt.engine.privacy import CarriedNoise, Protection, Release, hold_back
 from fedalt.engine.privacy_checks import adds_up, fits_of
 from fedalt.engine.states import client_of, server_of
@@ -208,6 +208,10 @@ def test_a_good_section_is_taken():
         (GOOD, {"method": {"name": "flexlora"}}, "'flexlora': its server does more with uploads"),
         (GOOD, {"method": {"name": "local"}}, "'local' sends nothing"),
         (GOOD, {"method": {"name": "fedit", "weighting": "examples"}}, "weighting = \"uniform\""),
+        ({"quantile": 0.5}, {}, "quantile is given without unit"),
+        ({**GOOD, "quantile": 1.0}, {}, "quantile=1.0, but it"),
+        ({**GOOD, "unit": "example", "quantile": 0.5}, {}, 'it needs unit = "client"'),
+        ({**GOOD, "quantile": 0.5, "secure_sum": True}, {}, "leave out one of them"),
         ({**GOOD, "unit": "example"}, {"method": {"name": "pf2lora"}}, "a step of its own"),
     ],
 )  # fmt: skip

@@ -8,7 +8,7 @@ import pytest
 from scipy.special import ndtr
 
 from fedalt.core.reading import StoreError
-from fedalt.core.settings import Privacy
+from fedalt.core.upload_settings import Privacy
 from fedalt.engine import accounting
 from fedalt.engine.accounting import epsilon, noise_for
 from fedalt.engine.privacy import PrivacyError

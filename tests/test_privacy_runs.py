@@ -23,6 +23,7 @@ from fedalt.runs.setup import prepare
 PRIVACY = {
     "client": {"unit": "client", "epsilon": 50.0, "clip": 0.5, "seed": 3},
     "example": {"unit": "example", "epsilon": 50.0, "clip": 0.5, "seed": 3},
+    "quantile": {"unit": "client", "epsilon": 50.0, "clip": 0.5, "quantile": 0.5, "seed": 3},
 }
 ROUNDS = {"rounds": 2, "select": "last", "participation": 0.7}
 
@@ -52,6 +53,13 @@ def test_apart_is_as_in_one_process(tmp_path, model, unit):
         assert name == wanted
         assert_close(mine, theirs)
     apart, whole = rounds_of(tmp_path / "server"), rounds_of(tmp_path / "run")
+    clips = [line.get("clip") for line in whole]
+    assert [line.get("clip") for line in apart] == clips
+    if unit == "quantile":
+        assert clips[0] == 0.5
+        assert clips[1] != 0.5
+    else:
+        assert clips == [None, None]
     spent = [line["epsilon"] for line in whole]
     assert 0 < spent[0] <= spent[1] <= 50.0
     assert spent[1] > 49.5  # the noise was solved for exactly these rounds
@@ -70,10 +78,11 @@ def test_private_rounds_go_on_after_a_kill_and_the_kill_counts(tmp_path, model, 
     plain, seen = Run._train, []
 
     def killed(self, arm, round_, cohort):
-        plain(self, arm, round_, cohort)
+        outcome = plain(self, arm, round_, cohort)
         seen.append(round_)
         if len(seen) == 4:  # two arms a round: both have trained in the second
             raise KeyboardInterrupt
+        return outcome
 
     monkeypatch.setattr(Run, "_train", killed)
     with pytest.raises(KeyboardInterrupt):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Final
 
 from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
+from fedalt.engine.adaptive_clip import WITHIN
 from fedalt.engine.changes import Sent
 from fedalt.engine.example_log import example_log, mixer_facts
 from fedalt.engine.generators import Execute, run_generators
@@ -82,7 +83,8 @@ class ClientWork:
             on_fit=on_fit,
             protection=self.protection,
         )
-        steps = {client_id: self._local(client_id) for client_id in group}
+        told: dict[str, dict[str, float]] = {client_id: {} for client_id in group}
+        steps = {client_id: self._local(client_id, told[client_id]) for client_id in group}
         ends = run_generators(steps, execute)
         seconds = (time.monotonic() - began) / max(len(group), 1)
         for client_id, (state, _) in ends.items():
@@ -92,7 +94,7 @@ class ClientWork:
                 client_id,
                 self._coded(client_id, message),
                 seconds,
-                training_metrics(fits[client_id]),
+                {**training_metrics(fits[client_id]), **told[client_id]},
             )
             for client_id, (_, message) in ends.items()
         ]
@@ -157,11 +159,17 @@ class ClientWork:
             scored.append(Scored(client_id, metrics, mixer, tuple(lines)))
         return scored
 
-    def _local(self, client_id: str) -> Local[Any]:
-        client, sent = self._client(client_id), self.sent(client_id)
-        if self.protection is None:
+    def _local(self, client_id: str, told: dict[str, float]) -> Local[Any]:
+        """The client's half of the round; `told` gets what it says of its privacy."""
+        client, sent, protection = self._client(client_id), self.sent(client_id), self.protection
+        if protection is None:
             return self.arm.method.local(client, sent)
-        return self.protection.local(self.arm.method, client, sent, self.start)
+
+        def tell(within: bool) -> None:
+            if protection.norm is not None:
+                told[WITHIN] = float(within)
+
+        return protection.local(self.arm.method, client, sent, self.start, tell)
 
     def _coded(self, client_id: str, upload: Message) -> Sent:
         if self.coding is None:

@@ -13,8 +13,8 @@ from torch import Tensor
 from fedalt.adapters.start import Start
 from fedalt.core.codec import CodecError, check_tree
 from fedalt.core.foreign import shown
-from fedalt.core.settings import Firewall as Firewall
 from fedalt.core.tree import Name, Tree
+from fedalt.core.upload_settings import Firewall as Firewall
 from fedalt.engine.dry_run import Form, play, require_bound
 from fedalt.methods.contract import AnyMethod, Fact, Facts, Message
 

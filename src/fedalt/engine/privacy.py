@@ -5,6 +5,7 @@ unit = "client"    a client's upload moves by at most `clip` from where it would
                    method sees them. For a mean that start is the broadcast; for FedALT it is the
                    client's last accepted upload, so its total is
                        T_t = T_(t-1) + sum_k change_k + noise_t
+                   With a `quantile` the clip follows what clients send (engine/adaptive_clip.py).
 unit = "example"   the client trains by DP-SGD (training/clipping.py): what it sends has noise
 
 McMahan, Ramage, Talwar, Zhang: "Learning Differentially Private Recurrent Language Models", arXiv
@@ -12,7 +13,7 @@ McMahan, Ramage, Talwar, Zhang: "Learning Differentially Private Recurrent Langu
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Final, Protocol
 
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from fedalt.adapters.start import Start
 from fedalt.core.noise import Randomness
-from fedalt.core.settings import Privacy as Privacy
 from fedalt.core.tree import Tree
+from fedalt.core.upload_settings import Privacy as Privacy
+from fedalt.engine.adaptive_clip import AdaptiveClip
 from fedalt.engine.dry_run import play
 from fedalt.engine.privacy_checks import Fits
 from fedalt.engine.states import States
@@ -37,20 +39,32 @@ _MARGIN: Final = 1 - 1e-3  # float32 may round what is held to a little more
 class Protection:
     """What clients of an arm do for privacy.
 
-    For DP-SGD `noise` are their multipliers, `fits` what of a round has been counted.
+    For DP-SGD `noise` are their multipliers, `fits` what of a round has been counted. `norm` is the
+    clip that earlier rounds have come to, where it follows what clients send.
     """
 
     privacy: Privacy
     noise: Mapping[str, float] = field(default_factory=dict)
     fits: Fits | None = None
+    norm: float | None = None
 
-    def local(self, method: AnyMethod, client: Any, sent: Message, start: Start) -> Local[Any]:
-        """A client's half of a round, its upload bounded if clients are what is protected."""
+    def local(
+        self,
+        method: AnyMethod,
+        client: Any,
+        sent: Message,
+        start: Start,
+        tell: Callable[[bool], None],
+    ) -> Local[Any]:
+        """A client's half of a round, its upload bounded if clients are what is protected.
+
+        It `tell`s then whether that left the upload as it was.
+        """
         steps = method.local(client, sent)
         if self.privacy.unit != "client":
             return steps
         _, untrained = play(method.local(client, sent), start, examples=1)
-        return _held_back(steps, untrained.tree, self.clip)
+        return _held_back(steps, untrained.tree, self.clip, tell)
 
     def clipping(self, client_id: str, when: int | str, number: int, fit: Fit) -> Clipping | None:
         """How the fit of this number trains that a client orders in a round; None: plainly."""
@@ -67,16 +81,16 @@ class Protection:
     @property
     def clip(self) -> float:
         """The largest norm."""
-        assert self.privacy.clip is not None
-        return self.privacy.clip
+        clip = self.privacy.clip if self.norm is None else self.norm
+        assert clip is not None
+        return clip
 
 
 class Budget(Protocol):
     """What a run may spend, what it has spent, and the noise that follows from it."""
 
-    @property
-    def protection(self) -> Protection:
-        """What clients do."""
+    def protection(self, norm: float | None = None) -> Protection:
+        """What clients do, with the clip that rounds have come to if it is no fixed one."""
         ...
 
     def begin(self, cohort: Iterable[str]) -> dict[str, object]:
@@ -110,13 +124,14 @@ class Release:
 
     A mean takes it up. Of a total of everybody's latest uploads it would go with the client's next
     one, and the same change would be released twice, with other noise: so the client's entry
-    `carries` it on.
+    `carries` it on. `adaptive` is the round's clip, if the next one follows from it.
     """
 
     states: States
     deviation: float
     randomness: Randomness
     carries: bool
+    adaptive: AdaptiveClip | None = None
     _after: dict[str, CarriedNoise] = field(default_factory=dict)
 
     def noised(
@@ -143,10 +158,20 @@ class Release:
                 self._after[client_id] = CarriedNoise(kept)
             yield client_id, replace(upload, tree=whole)
 
-    def settle(self) -> None:
-        """Remember which client's entry carries what."""
+    @property
+    def clip(self) -> float | None:
+        """The round's clip, where it is no fixed one."""
+        return None if self.adaptive is None else self.adaptive.norm
+
+    def settle(self, within: Sequence[bool] = ()) -> None:
+        """Remember which client's entry carries what, and the clip of the next round.
+
+        `within`: of each accepted upload, whether it was within the clip.
+        """
         for client_id, noise in self._after.items():
             self.states.put(f"noise/{client_id}", noise)
+        if self.adaptive is not None:
+            self.adaptive.settle(self.states, within)
 
     def _carried(self, client_id: str) -> CarriedNoise:
         kept = self.states.get(f"noise/{client_id}", CarriedNoise) if self.carries else None
@@ -156,22 +181,29 @@ class Release:
         return self.randomness.normal(like.numel()).view(like.shape) * self.deviation
 
 
-def _held_back(steps: Local[Any], before: Tree, clip: float) -> Local[Any]:
+def _held_back(
+    steps: Local[Any], before: Tree, clip: float, tell: Callable[[bool], None]
+) -> Local[Any]:
     """The same, all training answered with a tree whose uploaded part has moved by `clip` at most.
 
     So the client goes on from what it has uploaded, and what it subtracts later is that.
     """
     answer: Any = None
+    within = True
     while True:
         try:
             order = steps.send(answer)
         except StopIteration as end:
             state, upload = end.value
             # A second time for what is made of the trained tensors, or comes of several fits.
-            return state, replace(upload, tree=hold_back(upload.tree, before, clip))
+            held = hold_back(upload.tree, before, clip)
+            tell(within and held is upload.tree)
+            return state, replace(upload, tree=held)
         answer = yield order
         if isinstance(answer, Fitted):
-            answer = replace(answer, tree=hold_back(answer.tree, before, clip))
+            held = hold_back(answer.tree, before, clip)
+            within = within and held is answer.tree
+            answer = replace(answer, tree=held)
 
 
 def hold_back(tree: Tree, before: Tree, clip: float) -> Tree:

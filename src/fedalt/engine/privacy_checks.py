@@ -10,8 +10,8 @@ from fedalt.adapters.plan import Shape
 from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.core.seeds import generator
-from fedalt.core.settings import Privacy
 from fedalt.core.tree import Tree
+from fedalt.core.upload_settings import Privacy
 from fedalt.methods.contract import AnyMethod, Message
 from fedalt.training.clipping import require_clippable
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from fedalt.engine.round import ClientRound
+from fedalt.engine.round import ClientRound, Outcome
 from fedalt.engine.schedule import Line
 from fedalt.engine.uploads import Metrics
 
@@ -32,18 +32,21 @@ def score_line(split: str, round_: int, client_id: str, column: str, metrics: Me
     return {"kind": "score", **about, "metrics": dict(metrics)}
 
 
-def round_line(round_: int, cohort: int, began: float, download_error: float | None = None) -> Line:
+def round_line(round_: int, cohort: int, began: float, outcome: Outcome) -> Line:
     """What is recorded of a round: its seconds since `began`, the most memory held so far.
 
-    `download_error`, where what the server sends is rounded: how far that is from its state.
+    Of its outcome: how far what the server sends next is from its state where it is rounded, and
+    the clip of uploads where it follows them.
     """
+    error, clip = outcome.download_error, outcome.clip
     return {
         "kind": "round",
         "round": round_,
         "cohort": cohort,
         "seconds": time.monotonic() - began,
         "peak_memory_bytes": _peak_memory(),
-        **({} if download_error is None else {"download_error": download_error}),
+        **({} if error is None else {"download_error": error}),
+        **({} if clip is None else {"clip": clip}),
     }
 
 

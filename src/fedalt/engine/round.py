@@ -6,6 +6,7 @@ from functools import partial
 
 from fedalt.adapters.start import Start
 from fedalt.core.codec import encode
+from fedalt.engine.adaptive_clip import WITHIN
 from fedalt.engine.blame import aggregate
 from fedalt.engine.changes import Sent
 from fedalt.engine.dry_run import DryRuns
@@ -40,12 +41,14 @@ class ClientRound:
 class Outcome:
     """What a round came to: its clients, sorted, and whether the server's state is a new one.
 
-    `download_error` is how far what is sent next is from that state, see `Coding.close`.
+    `download_error` is how far what is sent next is from that state, see `Coding.close`. `clip` is
+    the largest norm of a client's change, where it follows those of the rounds before.
     """
 
     clients: list[ClientRound]
     aggregated: bool
     download_error: float | None = None
+    clip: float | None = None
 
 
 def run_round(
@@ -96,12 +99,13 @@ def run_round(
         if after is not None or leaving:
             states.put("server", server if after is None else after)
         if after is not None and release is not None:
-            release.settle()
+            accepted = (cost[-1] for cost in costs if cost[0] in uploads.accepted)
+            release.settle([metrics.get(WITHIN, 1) > 0.5 for metrics in accepted])
         received = {cost[0] for cost in costs} | set(heard())
         sends = server if after is None else after
         error = coding.close(states, downlink, sends, uploads.accepted, received)
     clients = [ClientRound(*cost, refused=uploads.rejected.get(cost[0])) for cost in costs]
-    return Outcome(clients, after is not None, error)
+    return Outcome(clients, after is not None, error, None if release is None else release.clip)
 
 
 def encoded(message: Sent) -> bytes:

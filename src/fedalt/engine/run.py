@@ -9,6 +9,7 @@ from itertools import chain
 from typing import Any, Literal
 
 from fedalt.adapters.start import Start
+from fedalt.engine.adaptive_clip import clip_now
 from fedalt.engine.client_work import ClientWork
 from fedalt.engine.executor import Executor, InProcess, Score, Train
 from fedalt.engine.firewall import Firewall
@@ -16,7 +17,7 @@ from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.members import Members
 from fedalt.engine.privacy import Budget
 from fedalt.engine.record_lines import round_line, score_line, train_line
-from fedalt.engine.round import run_round
+from fedalt.engine.round import Outcome, run_round
 from fedalt.engine.schedule import (
     UNTRAINED,
     Arm,
@@ -78,21 +79,21 @@ class Run:
         progress = progress.since(self.members.changed(round_))
         last = round_ + 1 == self.schedule.rounds
         spent = {} if self.budget is None else self.budget.begin(cohort)
-        error = None
+        outcomes: dict[str, Outcome] = {}
         for arm in self.arms:
-            of_arm = self._train(arm, round_, cohort)
-            error = of_arm if arm.column == "own" else error
+            outcomes[arm.column] = self._train(arm, round_, cohort)
             if last or (round_ + 1) % self.schedule.evaluate_every == 0:
                 losses = self.score(arm, round_, "validation", whole=False)
                 best = progress.best_with(arm.column, round_, losses)
                 progress = replace(progress, best=best)
-        self.journal.record({**round_line(round_, len(cohort), began, error), **spent})
+        line = round_line(round_, len(cohort), began, outcomes["own"])
+        self.journal.record({**line, **spent})
         progress = replace(progress, rounds_done=round_ + 1, tested=False)
         self.journal.commit(progress)
         return progress
 
-    def _train(self, arm: Arm, round_: int, cohort: Sequence[str]) -> float | None:
-        """A round of an arm; how far what is sent next is from the server's state."""
+    def _train(self, arm: Arm, round_: int, cohort: Sequence[str]) -> Outcome:
+        """A round of an arm."""
         states = self.journal.states(arm.column, round_)
 
         def train(downlink: Downlink, cohort: Sequence[str]) -> chain[Upload]:
@@ -125,7 +126,7 @@ class Run:
                 reject(client.client_id, client.refused)
         if not outcome.aggregated:
             reject("", "no upload was accepted; the server's state stays as it was")
-        return outcome.download_error
+        return outcome
 
     def score(
         self,
@@ -201,7 +202,7 @@ class Run:
             round_,
             sent=downlink.message,
             on_event=self.on_event,
-            protection=None if budget is None else budget.protection,
+            protection=None if budget is None else budget.protection(clip_now(states)),
             coding=coding,
         )
 

@@ -26,8 +26,8 @@ import torch
 
 from fedalt.adapters.start import Start
 from fedalt.core.codec import CodecError, read
-from fedalt.core.settings import Traffic as Traffic
 from fedalt.core.tree import Tree, cast
+from fedalt.core.upload_settings import Traffic as Traffic
 from fedalt.engine.changes import (
     Change,
     Known,

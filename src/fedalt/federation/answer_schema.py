@@ -13,6 +13,7 @@ from typing import Final
 import torch
 
 from fedalt.core.tree import on
+from fedalt.engine.adaptive_clip import WITHIN
 from fedalt.engine.changes import whole
 from fedalt.engine.client_work import TRAINED
 from fedalt.engine.dry_run import Form
@@ -94,9 +95,11 @@ def metrics_of(agreement: Agreement, split: Split) -> Metrics:
     return Metrics(LIKELIHOOD | written, OPTIONS)
 
 
-# How many numbers of a slot and factor were trained, and what was spent of privacy.
+# How many numbers of a slot and factor were trained, what was spent of privacy, what was clipped.
 COSTS: Final = Metrics(
-    TRAINING, {"epsilon": LOSS}, re.compile(rf"{TRAINED}[a-z0-9_]{{1,40}} [A-Za-z]{{1,20}}")
+    TRAINING,
+    {"epsilon": LOSS, WITHIN: SHARE},
+    re.compile(rf"{TRAINED}[a-z0-9_]{{1,40}} [A-Za-z]{{1,20}}"),
 )
 
 

@@ -2,11 +2,13 @@
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Final
 
 from fedalt.core.codec import CodecError, decode
 from fedalt.core.foreign import shown
+from fedalt.core.upload_settings import Privacy
 from fedalt.engine.changes import ReferenceLackedError
 from fedalt.engine.firewall import Refused, quoted
 from fedalt.engine.privacy import PrivacyError
@@ -53,7 +55,9 @@ def check_call(
     `columns` are those of the client's arms; `since` is the round of the last call that it has
     answered, before which it is not set back.
     """
-    for problem in _problems(call, agreement.settings.rounds, columns, since):
+    settings = agreement.settings
+    problems = _problems(call, settings.rounds, columns, since), _clipping(call, settings.privacy)
+    for problem in chain.from_iterable(problems):
         raise CallRefused(f"client {client_id!r}: the call is refused: {problem}")
 
 
@@ -85,6 +89,14 @@ def _problems(
         yield from _test_problems(call, schedule)
     else:
         yield from _validation_problems(call, schedule)
+
+
+def _clipping(call: Call, privacy: Privacy) -> Iterable[str]:
+    """What is wrong with a call's clip, which is there where the terms let it follow uploads."""
+    follows = call.train and privacy.quantile is not None
+    if follows != (call.clip > 0):
+        expected = "a number above 0" if follows else "none"
+        yield f"a clip of {call.clip:g}, expected {expected}"
 
 
 def _columns(what: str, given: Mapping[str, int], known: Collection[str]) -> Iterable[str]:

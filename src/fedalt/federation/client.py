@@ -254,7 +254,7 @@ class Client:
         """The client's work in a round, on its states as round `at` finds them."""
         states, message = self._states(arm.column, at), self._message(arm, call)
         budget = self.budget if arm.column == "own" else None
-        protection = None if budget is None else budget.protection
+        protection = None if budget is None else budget.protection(call.clip or None)
         return ClientWork(
             arm,
             self.parts.start,

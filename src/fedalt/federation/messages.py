@@ -22,7 +22,7 @@ class Call:
     `expected` is the digest of what the server has of this client's uploads, if the next one may be
     sent as a change. `score` names the columns to score on `split`, each with the round after
     which; `keep` those rounds whose states will be asked for again. `last`: nothing comes after
-    this.
+    this. `clip` is the largest norm of a change, where it follows those of earlier rounds.
     """
 
     TAG: ClassVar = "call"
@@ -39,6 +39,7 @@ class Call:
     keep: Mapping[str, int] = field(default_factory=dict)
     last: bool = False
     expected: str = ""
+    clip: float = 0.0
 
 
 @dataclass(frozen=True)

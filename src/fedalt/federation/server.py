@@ -92,10 +92,11 @@ class Server:
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
         spent, release = begin_private(self.folder, self.agreement, round_, cohort)
+        clip = None if release is None else release.clip
         secure, states = self._secure(round_, called), self._states(round_)
 
         def train(downlink: Downlink, cohort: Sequence[str]) -> Iterator[Upload]:
-            call = self._calling(progress, round_, score, downlink)
+            call = self._calling(progress, round_, score, downlink, clip=clip)
             calls = {who: call(who, train=who in cohort) for who in clients}
             if secure is None:
                 collector.gather(calls, downlink.sent, cohort)
@@ -125,7 +126,7 @@ class Server:
             trained = secure.settle(collector.answers, states, outcome, collector.downloads)
         rejected = record(self.folder, self.say, collector, trained)
         spent |= told_by(self.agreement, collector.answers.values())
-        line = round_line(round_, len(cohort), began, outcome.download_error)
+        line = round_line(round_, len(cohort), began, outcome)
         self.folder.record({**line, **spent})
         progress = self._with_best(progress, collector, score, rejected)
         progress = replace(progress, rounds_done=round_ + 1)
@@ -177,6 +178,7 @@ class Server:
         score: Mapping[str, int],
         downlink: Downlink,
         split: Split = "validation",
+        clip: float | None = None,
     ) -> Callable[..., Call]:
         """Makes calls of one kind, with what the server sends."""
         accepted = last_accepted(self.folder.lines())
@@ -198,6 +200,7 @@ class Server:
                 keep=keep,
                 last=last,
                 expected=self._coding.expected(downlink.digests, client_id) if train else "",
+                clip=clip if train and clip is not None else 0.0,
             )
 
         return call

@@ -26,10 +26,16 @@ def open_server(
 ) -> Server:
     """The server in its folder, which is made if it is not there. Raises StoreError.
 
-    SettingsError for rules that need to see what is summed securely.
+    SettingsError for rules that need to see what is summed securely, or upset a sum's privacy.
     """
-    if agreement.settings.privacy.secure_sum:
+    privacy = agreement.settings.privacy
+    if privacy.secure_sum:
         _require_blind(rules, screening)
+    if privacy.quantile is not None and rules.late == "count":
+        raise SettingsError(
+            "[rules] late = 'count' makes no sense with [privacy] quantile in the terms: leave it "
+            "out; the clip of an earlier round may be above what this round's noise hides"
+        )
     arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
     if not (folder / "run.json").exists():
         create(folder, settings, facts_of(agreement, arms))

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedalt.core.declared import SettingsError, section_of
-from fedalt.core.settings import Firewall
+from fedalt.core.upload_settings import Firewall
 from fedalt.data.names import fault_of_names
 from fedalt.federation import roster
 from fedalt.federation.agreement import Agreement, read_agreement

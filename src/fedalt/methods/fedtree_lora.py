@@ -14,10 +14,12 @@ the frozen mean of all other clients (with one group in a layer: the mean of all
     y = W0 x + lam s B_S A_S x + (1 - lam) s B_E A_E x       A_S = mean_{i in S} A_i,  B_S likewise
                                                              A_E = mean_{i not in S} A_i, ...
 
-K, tau, the rounds of the warm-up, c_0 and the linkage are not in the notes, and our choice.
+lam is the sigmoid of `lam_rate` times a trained number, since AdamW moves any number by about the
+learning rate a step, too little for a logit. K, tau, the rounds of the warm-up, c_0, the linkage
+and lam's rate are not in the notes, and our choice.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -29,12 +31,10 @@ from fedalt.core.tree import Name, Tree, merge, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
 from fedalt.methods.defaults import at_once
-from fedalt.methods.layer_cuts import Groups, grown, layer_of, layers_of
-from fedalt.methods.layer_means import EXPERT, EXTERNAL, means_by_layer, means_for
+from fedalt.methods.layer_cuts import Groups, grown, layers_of
+from fedalt.methods.layer_means import EXPERT, LAM, means_by_layer, means_for, mixed, slots_of
 from fedalt.methods.lora import Lora, Weighting, weight_of
 from fedalt.training.orders import Fit, Fitted
-
-LAM = "lam"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ class Client:
 class FedTreeLoRA:
     """The method; who sits out a round is in the means with its latest upload.
 
-    `width` >= 1 is K, `one_group` in [-1, 1] tau. A client that has missed the warm-up's end trains
+    `width` >= 1 is K, `one_group` in [-1, 1] tau, `lam_rate` > 0 how much faster than all other
+    trained numbers lam's logit moves. A client that has missed the warm-up's end trains
     one round alone and joins the groups of the client whose warm-up is nearest to that.
     """
 
@@ -77,13 +78,14 @@ class FedTreeLoRA:
     warm_up: int = 2
     width: int = 2
     one_group: float = 0.1
+    lam_rate: float = 300.0
 
     server_state = Server
     client_state = Client
     averages = False
 
     def __post_init__(self) -> None:
-        check(self, warm_up="[1, inf)", width="[1, inf)", one_group="[-1, 1]")
+        check(self, warm_up="[1, inf)", width="[1, inf)", one_group="[-1, 1]", lam_rate="(0, inf)")
 
     def init_server(self, start: Start) -> Server:
         return Server()
@@ -103,7 +105,9 @@ class FedTreeLoRA:
         """Train the group's mean and lam or, without a group, the client's own pair."""
         tree = merge(message.tree or client.individual, client.lam, client.head)
         trained = names_of(tree, EXPERT, LAM, HEAD)
-        fitted: Fitted = yield Fit(self.lora.plan(*slots_of(tree)), tree, trained, compose=mixed)
+        fitted: Fitted = yield Fit(
+            self.lora.plan(*slots_of(tree)), tree, trained, compose=self._mixed
+        )
         adapter, lam, head = (select(fitted.tree, slot) for slot in (EXPERT, LAM, HEAD))
         after = Client(client.individual if message.tree else adapter, lam, head)
         if int(message.facts["round"]) < self.warm_up - 1:
@@ -123,7 +127,7 @@ class FedTreeLoRA:
     def deploy(self, client: Client, message: Message) -> Deploy:
         """The newest means with the lam that was trained against those before."""
         tree = merge(message.tree or client.individual, client.lam, client.head)
-        return at_once(Serving(self.lora.plan(*slots_of(tree)), mixed(tree)))
+        return at_once(Serving(self.lora.plan(*slots_of(tree)), self._mixed(tree)))
 
     def shared(self, client: Client, message: Message) -> Serving | None:
         """The mean of the client's group alone."""
@@ -136,23 +140,5 @@ class FedTreeLoRA:
         means = means_by_layer(latest, server.groups)
         return Server(server.round, server.groups, means, first, latest)
 
-
-def slots_of(tree: Tree) -> Sequence[str]:
-    """The slots that are bound: the group's mean and, if some layer has any, that of others."""
-    return (EXPERT, EXTERNAL) if select(tree, EXTERNAL) else (EXPERT,)
-
-
-def mixed(tree: Tree) -> Tree:
-    """The tree that is bound: B of both means times lam and 1 - lam.
-
-    In a layer with one group there are no others, and the mean counts whole.
-    """
-    bound = select(tree, HEAD)
-    for name, tensor in select(tree, EXPERT).items():
-        bound[name], others = tensor, name._replace(slot=EXTERNAL)
-        if EXTERNAL in slots_of(tree):
-            bound[others] = tree.get(others, torch.zeros_like(tensor))
-        if others in tree and name.factor == "B":
-            lam = torch.sigmoid(tree[Name(layer_of(name.site), LAM, "weight")])
-            bound[name], bound[others] = lam * tensor, (1 - lam) * tree[others]
-    return bound
+    def _mixed(self, tree: Tree) -> Tree:
+        return mixed(tree, self.lam_rate)

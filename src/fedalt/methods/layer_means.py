@@ -1,12 +1,17 @@
 """Means of adapters where every layer has groups of its own: of each group, and of the rest."""
 
-from fedalt.core.tree import Tree
+from collections.abc import Sequence
+
+import torch
+
+from fedalt.adapters.plan import HEAD
+from fedalt.core.tree import Name, Tree, select
 from fedalt.methods.contract import Ledger, Message
 from fedalt.methods.experts import expert
 from fedalt.methods.layer_cuts import Groups, layer_of
 from fedalt.methods.mean import Totals
 
-EXPERT, EXTERNAL = "expert", "external"
+EXPERT, EXTERNAL, LAM = "expert", "external", "lam"
 
 
 def external(number: int) -> str:
@@ -45,3 +50,24 @@ def means_for(client: str, means: Tree, groups: Groups) -> Tree:
         if slot is not None:
             tree[name._replace(slot=slot)] = tensor
     return tree
+
+
+def slots_of(tree: Tree) -> Sequence[str]:
+    """The slots that are bound: the group's mean and, if some layer has any, that of others."""
+    return (EXPERT, EXTERNAL) if select(tree, EXTERNAL) else (EXPERT,)
+
+
+def mixed(tree: Tree, lam_rate: float) -> Tree:
+    """The tree that is bound: B of both means times lam and 1 - lam.
+
+    In a layer with one group there are no others, and the mean counts whole.
+    """
+    bound = select(tree, HEAD)
+    for name, tensor in select(tree, EXPERT).items():
+        bound[name], others = tensor, name._replace(slot=EXTERNAL)
+        if EXTERNAL in slots_of(tree):
+            bound[others] = tree.get(others, torch.zeros_like(tensor))
+        if others in tree and name.factor == "B":
+            lam = torch.sigmoid(lam_rate * tree[Name(layer_of(name.site), LAM, "weight")])
+            bound[name], bound[others] = lam * tensor, (1 - lam) * tree[others]
+    return bound

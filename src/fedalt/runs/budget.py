@@ -15,8 +15,10 @@ from typing import Any, Final, TypedDict
 from fedalt.core.files import atomic_write
 from fedalt.core.noise import Randomness
 from fedalt.core.reading import StoreError, read_sealed, sealed
-from fedalt.core.settings import Privacy, Training
+from fedalt.core.settings import Training
+from fedalt.core.upload_settings import Privacy
 from fedalt.engine.accounting import Spent, epsilon, noise_for
+from fedalt.engine.adaptive_clip import AdaptiveClip, clip_now
 from fedalt.engine.privacy import PrivacyError, Protection, Release
 from fedalt.engine.privacy_checks import Fits, fits_of
 from fedalt.engine.states import States
@@ -41,7 +43,8 @@ class RunBudget:
     """What a run may spend and has spent; see `engine.privacy.Budget`. Its ledger is in `folder`.
 
     `planned` are the noisy sums that each client takes part in over all rounds, `of_a_round` those
-    of one. `least` is how many rounds have surely begun.
+    of one. `least` is how many rounds have surely begun, `cohort` how many clients are in one at
+    most.
     """
 
     folder: Path
@@ -50,11 +53,13 @@ class RunBudget:
     of_a_round: Mapping[str, Spent]
     fits: Fits | None = None
     least: int = 0
+    cohort: int = 0
 
-    @property
-    def protection(self) -> Protection:
-        """What clients do."""
-        return Protection(self.privacy, self._noise, self.fits)
+    def protection(self, norm: float | None = None) -> Protection:
+        """What clients do, with the clip that rounds have come to if it is no fixed one."""
+        if self.privacy.quantile is None:
+            return Protection(self.privacy, self._noise, self.fits)
+        return Protection(self.privacy, self._noise, norm=norm or self.privacy.clip)
 
     def begin(self, cohort: Iterable[str]) -> dict[str, object]:
         """Count a round in the ledger, if the budget allows it; what the record says of it."""
@@ -81,9 +86,17 @@ class RunBudget:
         """The noise of a round's sum, where the server adds it."""
         if self.privacy.unit != "client":
             return None
-        deviation = max(self._noise.values()) * self.protection.clip
+        noise, clip = max(self._noise.values()), self.protection(clip_now(states)).clip
+        adaptive = self._adaptive(clip, noise, round_)
+        deviation = clip * (noise if adaptive is None else adaptive.sum_noise)
         randomness = Randomness(self.privacy.seed, "server", round_)
-        return Release(states, deviation, randomness, carries=not method.averages)
+        return Release(states, deviation, randomness, not method.averages, adaptive)
+
+    def _adaptive(self, clip: float, noise: float, round_: int) -> AdaptiveClip | None:
+        if self.privacy.quantile is None:
+            return None
+        randomness = Randomness(self.privacy.seed, "clip", round_)
+        return AdaptiveClip(self.privacy.quantile, clip, noise, self.cohort, randomness)
 
     @cached_property
     def _noise(self) -> Mapping[str, float]:
@@ -153,7 +166,8 @@ def budget_of(
         }
         for who, spent in of_a_round.items()
     }
-    return RunBudget(folder, privacy, planned, of_a_round, fits, least)
+    most = max(map(len, cohorts))
+    return RunBudget(folder, privacy, planned, of_a_round, fits, least, most)
 
 
 def budget_of_run(prepared: Prepared, folder: RunFolder) -> RunBudget | None:

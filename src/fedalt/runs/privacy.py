@@ -1,7 +1,8 @@
 """Which settings of [privacy] make sense together with the others of a run."""
 
 from fedalt.core.declared import SettingsError
-from fedalt.core.settings import Firewall, Privacy, Schedule, Traffic
+from fedalt.core.settings import Schedule
+from fedalt.core.upload_settings import Firewall, Privacy, Traffic
 from fedalt.engine.accounting import require_accounting
 from fedalt.engine.privacy_checks import adds_up, faults, mean_suffices, weighs_alike
 from fedalt.methods import METHODS

@@ -23,15 +23,13 @@ from fedalt.core.declared import (
 from fedalt.core.settings import (
     DEFAULT_TARGETS,
     DataSettings,
-    Firewall,
     ModelSettings,
-    Privacy,
     Schedule,
     Scoring,
     Stay,
-    Traffic,
     Training,
 )
+from fedalt.core.upload_settings import Firewall, Privacy, Traffic
 from fedalt.methods import METHODS, RENAMED
 from fedalt.methods.lora import Lora
 from fedalt.runs.settings_file import read_table as read_table

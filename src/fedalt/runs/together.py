@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedalt.core.declared import SettingsError
-from fedalt.core.settings import Firewall, Privacy, Schedule, Stay, Traffic
+from fedalt.core.settings import Schedule, Stay
+from fedalt.core.upload_settings import Firewall, Privacy, Traffic
 from fedalt.methods import METHODS
 
 if TYPE_CHECKING:

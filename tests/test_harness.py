@@ -113,6 +113,18 @@ def test_the_client_has_to_be_named_before_anything_is_scored(
     assert "has several clients: name one of a, b" in capsys.readouterr().err
 
 
+def test_what_cannot_be_asked_is_told_before_anything_is_scored(
+    run_flags, tmp_path, tasks, capsys, monkeypatch
+):
+    run = tmp_path / "run"
+    flags = ("--method", "feddpa", "--rounds", 2, "--out", run, "--quiet")
+    assert call("run", *run_flags, *flags) == 0
+    monkeypatch.setattr("fedalt.runs.lifecycle.evaluate", None)
+    given = ("--lm-eval", "told", "--include-path", tasks)
+    assert call("evaluate", run, "--client", "b", *given) == 2
+    assert "this client weighs its adapters anew for every prompt" in capsys.readouterr().err
+
+
 def test_without_the_package_an_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(HarnessError, match=r"pip install 'fedalt\[lm-eval\]'"):

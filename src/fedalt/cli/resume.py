@@ -69,29 +69,32 @@ def evaluate(
     hush_libraries()
     from fedalt.flower import client_model as own
     from fedalt.runs.folder import open_run
-    from fedalt.runs.harness import load_tasks, measure
+    from fedalt.runs.harness import load_tasks, measure, require_askable
     from fedalt.runs.lifecycle import evaluate as score
     from fedalt.runs.lifecycle import reopen, require_client
     from fedalt.runs.settings import method_name
 
     if lm_eval is None and (include_path is not None or column != "own"):
         raise typer.BadParameter("--include-path and --column say something of --lm-eval")
-    tasks = load_tasks(lm_eval.split(","), include_path) if lm_eval is not None else None
-    base = name = None
+    tasks = {} if lm_eval is None else load_tasks(lm_eval.split(","), include_path)
+    base = name = asked = None
     if (config := own.client_at(path)) is not None:
         own.require_owner(config, client)
-        lines = own.evaluate(config, split, round_)
-        name = method_name(config.terms.settings.method)
     else:
-        if tasks is not None:  # told before anything is scored
+        if tasks:
             client = client or own.only_client(path)
         if client is not None:
             require_client(open_run(path), client)
         prepared = reopen(path)
         base = prepared.parts.base
         warn(prepared.warnings, quiet=quiet)
+    if tasks:  # what cannot be asked is told before anything is scored
+        asked = own.served(path, client, column, round_, base)
+        require_askable(asked)
+    if config is not None:
+        lines = own.evaluate(config, split, round_)
+        name = method_name(config.terms.settings.method)
+    else:
         lines = score(prepared, path, split, round_, only=client)
-    measured = (
-        [] if tasks is None else measure(own.served(path, client, column, round_, base), tasks)
-    )
+    measured = [] if asked is None else measure(asked, tasks)
     show_run(path, lines, split=split, method=name, measured=measured, as_json=as_json, quiet=quiet)

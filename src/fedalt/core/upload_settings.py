@@ -50,7 +50,7 @@ class Privacy:
     quantile: Annotated[
         float | None,
         setting(
-            "With it, clip is where the norm begins that follows this quantile of clients' changes.",
+            "With it, the norm begins at clip and follows this quantile of clients' changes.",
             flag=None,
             gt=0,
             lt=1,

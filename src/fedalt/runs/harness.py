@@ -62,20 +62,24 @@ def load_tasks(names: Sequence[str], include: Path | None) -> Mapping[str, Any]:
     return tasks
 
 
-def measure(of: Served, tasks: Mapping[str, Any]) -> list[Measured]:
-    """Run loaded tasks on a client's model, its mixer or router included. Raises HarnessError.
-
-    Prompts are those of the task; for a client whose records are conversations they go through the
-    chat template.
-    """
-    base, serving = of.parts.base, of.serving
-    if base.adapted.heads:
+def require_askable(of: Served) -> None:
+    """Raise HarnessError for a model that lm-evaluation-harness cannot ask."""
+    if of.parts.base.adapted.heads:
         raise HarnessError("lm-evaluation-harness asks causal models; this one is a classifier")
-    if isinstance(serving.plan.combine, Similarity):
+    if isinstance(of.serving.plan.combine, Similarity):
         raise HarnessError(
             "this client weighs its adapters anew for every prompt, which lm-evaluation-harness "
             "does not tell; expected --column shared, or another method"
         )
+
+
+def measure(of: Served, tasks: Mapping[str, Any]) -> list[Measured]:
+    """Run loaded tasks on a client's model, its mixer or router included.
+
+    Prompts are those of the task; for a client whose records are conversations they go through the
+    chat template. See `require_askable`.
+    """
+    base, serving = of.parts.base, of.serving
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 

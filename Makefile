@@ -38,16 +38,21 @@ lint: setup
 	$(BIN)/python scripts/size.py --check
 	$(BIN)/mypy
 
-bench: smollm2 ## docs/benchmarks.md anew; takes long
+bench: smollm2 ## all tables of benchmarks anew; takes long. FLOWER=OTHER/bin/python for Flower's rows
 	$(BIN)/python benchmarks/step.py --sizes 5M 40M --turns 2 --write
 	$(BIN)/python benchmarks/step.py --model smollm2 --turns 2 --write
+	$(BIN)/python benchmarks/scoring.py --write
+	$(BIN)/python benchmarks/experiment.py --size 5M 40M --turns 1 --write \
+		$(if $(FLOWER),--flower-python $(FLOWER))
 	$(BIN)/python benchmarks/server.py --write
 	$(BIN)/python benchmarks/memory.py --write 8 64 512
 	$(BIN)/python benchmarks/memory.py 2 --processes 1 2 --model smollm2 --write
-	$(BIN)/python benchmarks/scoring.py --write
+	$(BIN)/python benchmarks/memory.py --cohorts 32 128 512 --write
 	$(BIN)/python benchmarks/secure_sum.py --write
 	$(BIN)/python benchmarks/threads.py --write
+	$(BIN)/python benchmarks/processes.py --clients 8 --rounds 3 --turns 2 --write
 	$(BIN)/python benchmarks/federation.py --write 3 17
+	$(BIN)/python benchmarks/serving.py --write
 
 docs: setup ## the site, into site/; a link that leads nowhere is an error
 	$(BIN)/python scripts/settings_page.py

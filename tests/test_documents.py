@@ -421,6 +421,17 @@ def test_named_source_and_test_files_exist(document):
         assert (ROOT / "src" / "fedalt" / path).exists(), path
 
 
+def test_make_bench_takes_every_table_of_the_benchmarks():
+    """All but the one that needs a GPU, by the commands that stand above them."""
+    page, makefile = ((ROOT / name).read_text() for name in ("docs/benchmarks.md", "Makefile"))
+    lines = re.findall(r"^    python (benchmarks/[^#\n]*--write[^#\n]*)", page, re.MULTILINE)
+    shown = {line.strip() for line in lines} - {"benchmarks/gpu.py --write"}
+    assert len(shown) == len(re.findall(r"<!-- end ", page)) - 1
+    bench = makefile.partition("\nbench:")[2].partition("\n\n")[0]
+    lines = re.findall(r"\$\(BIN\)/python (benchmarks/[^\\\n]*)", bench)
+    assert {line.strip() for line in lines} == shown | {"benchmarks/serving.py --write"}
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="mkdocs is not installed")
 def test_the_site_is_built_without_a_warning_and_asks_nobody(tmp_path):

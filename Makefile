@@ -52,6 +52,7 @@ bench: smollm2 ## all tables of benchmarks anew; takes long. FLOWER=OTHER/bin/py
 	$(BIN)/python benchmarks/threads.py --write
 	$(BIN)/python benchmarks/processes.py --clients 8 --rounds 3 --turns 2 --write
 	$(BIN)/python benchmarks/federation.py --write 3 17
+	$(BIN)/python benchmarks/startup.py --write
 	$(BIN)/python benchmarks/serving.py --write
 
 docs: setup ## the site, into site/; a link that leads nowhere is an error

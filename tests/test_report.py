@@ -16,7 +16,7 @@ from fedalt.report.cells import collect
 from fedalt.report.compared_figures import gain_map, method_bars, ranked
 from fedalt.report.comparison import write_results
 from fedalt.report.costs import cost_of
-from fedalt.report.page import render
+from fedalt.report.page import _vega, render
 from fedalt.report.records import loss_rows, mixer_record, read_record, site_parts
 from fedalt.report.run_page import run_page
 from fedalt.report.similarity import similarity
@@ -114,6 +114,31 @@ def test_the_command_writes_one_file_and_every_figure(run, tmp_path, capsys):
     }
     assert (figures / "similarity.svg").read_text().startswith("<svg")
     assert (figures / "similarity.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_figure_keeps_to_the_schema_of_its_charts(run):
+    figures = list(run_page(read_record(run)).figures())
+    assert len(figures) > 5
+    for figure in figures:
+        assert figure.chart.to_dict(validate=True)["$schema"]
+
+
+def test_what_draws_is_bundled_once_and_a_damaged_copy_is_replaced(tmp_path, monkeypatch):
+    import vl_convert
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    bundled = []
+    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda: bundled.append(1) or "a\r\nb é")
+    assert [_vega() for _ in range(3)] == ["a\r\nb é"] * 3
+    (file,) = (tmp_path / "fedalt").glob("vega-*.js")
+    assert bundled == [1]
+    for damaged in (b"", b"\xff", file.read_bytes()[:-1], file.read_bytes().replace(b"a", b"x")):
+        file.write_bytes(damaged)
+        assert _vega() == "a\r\nb é"
+    assert bundled == [1] * 5
+    shutil.rmtree(tmp_path / "fedalt")
+    (tmp_path / "fedalt").write_text("in the way")
+    assert _vega() == "a\r\nb é"
 
 
 def test_a_page_names_no_other_file(run):

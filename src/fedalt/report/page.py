@@ -5,12 +5,14 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fedalt.core.files import atomic_write, make_private_folder
+from fedalt.core.files import atomic_write, cache_folder, make_private_folder
 from fedalt.core.foreign import shown_lines
 from fedalt.report.parts import Page
 
@@ -43,10 +45,7 @@ def render(page: Page) -> str:
     scripts = [_asset("page.js")]
     specs, datasets = _specs(page)
     if specs:
-        from vl_convert import javascript_bundle
-
-        vega: str = javascript_bundle()  # type: ignore[call-arg]  # the stub knows no default
-        scripts = [vega, *scripts]
+        scripts = [_vega(), *scripts]
     environment = Environment(
         loader=PackageLoader("fedalt", "report"),
         autoescape=True,
@@ -64,6 +63,26 @@ def render(page: Page) -> str:
     )
 
 
+def _vega() -> str:
+    """What draws charts, as one script. To bundle it takes seconds, so it is done once a version.
+
+    A copy in the cache that is damaged is replaced, and a cache that cannot be written to is no
+    obstacle.
+    """
+    import vl_convert
+
+    file = cache_folder() / f"vega-{version('vl-convert-python')}.js"
+    with suppress(OSError, UnicodeDecodeError):
+        digest, _, script = file.read_bytes().decode().partition("\n")
+        if digest == f"// {_digest(script)}":
+            return script
+    script = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # the stub knows no default
+    with suppress(OSError):
+        make_private_folder(file.parent)
+        atomic_write(file, f"// {_digest(script)}\n{script}".encode())
+    return script
+
+
 def save_figures(page: Page, folder: Path) -> list[Path]:
     """Write every figure as SVG and, twice as fine, as PNG; the files."""
     from vl_convert import vegalite_to_png, vegalite_to_svg
@@ -71,7 +90,7 @@ def save_figures(page: Page, folder: Path) -> list[Path]:
     make_private_folder(folder)
     written = []
     for figure in page.figures():
-        spec = figure.chart.to_dict()
+        spec = figure.chart.to_dict(validate=False)
         svg, png = (folder / f"{figure.name}.{form}" for form in ("svg", "png"))
         atomic_write(svg, vegalite_to_svg(spec).encode())
         spec["config"]["background"] = "white"
@@ -89,7 +108,7 @@ def _specs(page: Page) -> tuple[dict[str, Any], dict[str, Any]]:
     """Charts by name, as wide as their place, and the data that they name, each once."""
     specs, datasets = {}, {}
     for figure in page.figures():
-        spec = figure.chart.to_dict()
+        spec = figure.chart.to_dict(validate=False)  # a second; a test does
         text = spec["data"]["values"]
         name = hashlib.sha256(text.encode()).hexdigest()[:12]
         datasets[name] = _columns(json.loads(text))

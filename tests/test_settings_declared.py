@@ -45,7 +45,7 @@ def another(item):
     return {
         bool: lambda: not item.default,
         int: lambda: default + 1,
-        float: lambda: default * 0.75 if item.default else 1.5,
+        float: lambda: default * 0.75 if item.default else 0.5 if "below" in item.limits else 1.5,
         str: lambda: "something",
         Path: lambda: "/some/place",
     }[kind]()
@@ -54,6 +54,7 @@ def another(item):
 def table_with(section, item, value):
     if section == "privacy":
         others = {key: each for key, each in PRIVATE.items() if (key, item.name) != SOLVED}
+        others |= {"unit": "client"} if item.name == "quantile" else {}
         return {**WHOLE, "rounds": {"select": "last"}, section: {**others, item.name: value}}
     part = {**WHOLE.get(section, {}), item.name: value}
     section, _, name = section.partition(".")

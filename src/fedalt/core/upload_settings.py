@@ -50,7 +50,7 @@ class Privacy:
     quantile: Annotated[
         float | None,
         setting(
-            "With it, the norm begins at clip and follows this quantile of clients' changes.",
+            "Quantile of the norms of clients' changes that the limit, clip at first, follows.",
             flag=None,
             gt=0,
             lt=1,
@@ -82,8 +82,8 @@ class Privacy:
             )
         elif self.quantile is not None and self.secure_sum:
             raise ValueError(
-                "quantile needs to know of each upload whether it was clipped, and secure_sum is "
-                "there so that nobody knows anything of one; leave out one of them"
+                "quantile tells the server of each upload whether it was clipped, which secure_sum "
+                "is there to hide; leave out one of them"
             )
         elif (self.epsilon is None) == (self.noise is None):
             both = "both are given" if self.epsilon is not None else "neither is"

@@ -1,4 +1,4 @@
-"""Means of adapters where every layer has groups of its own: of each group, and of the rest."""
+"""Where every layer has groups of its own: means of each group and of the rest, and their mix."""
 
 from collections.abc import Sequence
 

@@ -108,7 +108,7 @@ def _specs(page: Page) -> tuple[dict[str, Any], dict[str, Any]]:
     """Charts by name, as wide as their place, and the data that they name, each once."""
     specs, datasets = {}, {}
     for figure in page.figures():
-        spec = figure.chart.to_dict(validate=False)  # a second; a test does
+        spec = figure.chart.to_dict(validate=False)  # takes long; a test does it
         text = spec["data"]["values"]
         name = hashlib.sha256(text.encode()).hexdigest()[:12]
         datasets[name] = _columns(json.loads(text))

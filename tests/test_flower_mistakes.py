@@ -1,5 +1,6 @@
 """What is wrong about a federation's files is one clear line; what fails for ever has an end."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -73,6 +74,16 @@ def no_terms(there: Machines) -> None:
     (there.server / "terms.toml").unlink()
 
 
+def pipe_of(name: str) -> Callable[[Machines], None]:
+    """Whoever reads it would wait for ever."""
+
+    def mistake(there: Machines) -> None:
+        (there.server / name).unlink()
+        os.mkfifo(there.server / name)
+
+    return mistake
+
+
 @pytest.mark.parametrize(
     ("mistake", "says"),
     [
@@ -84,7 +95,9 @@ def no_terms(there: Machines) -> None:
         (broken, "federation.toml: cannot be read"),
         (unknown, "unknown key 'deadlines'"),
         (no_port, "address '127.0.0.1'"),
-        (no_terms, "terms.toml"),
+        (no_terms, "terms.toml is missing"),
+        (pipe_of("terms.toml"), "terms.toml cannot be read: it is a pipe"),
+        (pipe_of("federation.toml"), "federation.toml: cannot be read: it is a pipe"),
     ],
 )
 def test_a_mistake_in_the_servers_files_is_one_line(

@@ -91,8 +91,9 @@ def evaluate(
     if tasks:  # what cannot be asked is told before anything is scored
         asked = own.served(path, client, column, round_, base)
         require_askable(asked)
+        base = asked.parts.base
     if config is not None:
-        lines = own.evaluate(config, split, round_)
+        lines = own.evaluate(config, split, round_, base)
         name = method_name(config.terms.settings.method)
     else:
         lines = score(prepared, path, split, round_, only=client)

@@ -4,6 +4,7 @@ JSON is checked against a declared form before anyone uses it: a type such as `d
 a TypedDict, whose unknown keys are let through.
 """
 
+import errno
 import json
 from collections.abc import Iterator
 from functools import cache
@@ -23,10 +24,17 @@ class FormError(ValueError):
     """A value that is not of its declared form; the text says where, and what was expected."""
 
 
+def content(file: Path) -> bytes:
+    """The content of a file. OSError, also for a pipe, on which a reader would wait for ever."""
+    if file.is_fifo():
+        raise OSError(errno.EINVAL, "it is a pipe, not a file", str(file))
+    return file.read_bytes()
+
+
 def read_bytes(file: Path) -> bytes:
     """The content of a file. Raises StoreError where it is missing or cannot be read."""
     try:
-        return file.read_bytes()
+        return content(file)
     except FileNotFoundError:
         raise StoreError(f"{file} is missing") from None
     except OSError as error:

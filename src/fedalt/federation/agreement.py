@@ -122,6 +122,10 @@ def write_agreement(
 
 def read_agreement(file: Path) -> Agreement:
     """The terms in a file. Raises SettingsError."""
+    try:
+        whole = read_bytes(file)
+    except StoreError as error:
+        raise SettingsError(str(error)) from None
     table = read_table(file)
     about: Any = table.pop("federation", None)
     if not isinstance(about, dict) or about.keys() != _KEYS:
@@ -134,7 +138,6 @@ def read_agreement(file: Path) -> Agreement:
         raise SettingsError(f"{file}: [data]: expected a section, got {data!r}")
     settings = settings_of({**table, "data": {**data, "path": _ELSEWHERE}}, str(file))
     try:
-        whole = read_bytes(file)
         if settings.data.template is not None:
             whole += read_bytes(settings.data.template)
         require(about, _Federation)

@@ -12,6 +12,7 @@ from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.privacy import client_budget
 from fedalt.federation.secure_client import SecureClient
 from fedalt.federation.secure_keys import Signatures
+from fedalt.models.base import Base
 from fedalt.runs.settings import SettingsError
 from fedalt.runs.setup import Prepared, prepare, trainer_of
 
@@ -27,8 +28,11 @@ def open_client(
     on_event: OnEvent = ignore,
     say: Say = silent,
     signatures: Signatures | None = None,
+    base: Base | None = None,
 ) -> Client:
     """Load the model and read the data of one client; its folder is made if it is not there.
+
+    `base` is the agreed model, if it is loaded already.
 
     Raises SettingsError, DataError, ModelError or StoreError where something does not fit.
     """
@@ -40,7 +44,7 @@ def open_client(
     if folder.exists():  # before a model is loaded for nothing
         read_accepted(folder).kept.digests.require_whole()
     settings = settings_here(agreement, data, model, device)
-    prepared = prepare(settings, clients=agreement.clients, labels=agreement.labels)
+    prepared = prepare(settings, base=base, clients=agreement.clients, labels=agreement.labels)
     _require_fitting(prepared, agreement, client_id, data)
     make_private_folder(folder)
     accepted = claim(folder, agreement, client_id)

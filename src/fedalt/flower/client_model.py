@@ -98,15 +98,18 @@ def require_owner(config: ClientConfig, client_id: str | None) -> None:
         )
 
 
-def evaluate(config: ClientConfig, split: HeldOut, round_: int | None = None) -> list[Line]:
+def evaluate(
+    config: ClientConfig, split: HeldOut, round_: int | None = None, base: Base | None = None
+) -> list[Line]:
     """Score the client's model again; lines like those of a run's record. Nothing is written.
 
-    Raises StoreError before the first round is over, and while the client takes part.
+    `base` is the base model, if it is loaded already. Raises StoreError before the first round is
+    over, and while the client takes part.
     """
     place = config.place
     round_to_serve(place.folder, "own", round_)  # before the model is loaded
     with locked(place.folder):
-        member = client_from(config)
+        member = client_from(config, base=base)
         lines: list[Line] = []
         for arm in member.parts.arms:
             at = round_to_serve(place.folder, arm.column, round_)

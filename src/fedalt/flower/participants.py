@@ -16,6 +16,7 @@ from fedalt.federation.transport import Transport
 from fedalt.flower.config import ClientConfig, ServerConfig
 from fedalt.flower.key_folder import PEERS, KeyFolder
 from fedalt.flower.revocation import record_revoked
+from fedalt.models.base import Base
 from fedalt.runs.settings import SettingsError
 
 _LINE: Final = 1000  # characters at most of a line, which may quote a client
@@ -35,7 +36,12 @@ def server_from(config: ServerConfig, transport: Transport) -> Server:
     return host
 
 
-def client_from(config: ClientConfig, on_event: OnEvent = ignore, say: Say = silent) -> Client:
+def client_from(
+    config: ClientConfig,
+    on_event: OnEvent = ignore,
+    say: Say = silent,
+    base: Base | None = None,
+) -> Client:
     """The client of a configuration, its model loaded and its data read; see `open_client`."""
     place = config.place
     try:
@@ -49,6 +55,7 @@ def client_from(config: ClientConfig, on_event: OnEvent = ignore, say: Say = sil
             on_event=on_event,
             say=say,
             signatures=KeyFolder(config.file.parent / PEERS, place.key),
+            base=base,
         )
     except SettingsError as error:  # whose name and places are this file's
         raise SettingsError(f"{config.file}: {error}") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol, TypedDict, get_type_hints
 
 from fedalt.core.declared import SettingsError, declared, section_of, setting
-from fedalt.core.reading import FormError, require
+from fedalt.core.reading import FormError, content, require
 from fedalt.data.encodings import EncodingError, decoded
 
 
@@ -157,10 +157,12 @@ def read_participants(file: Path) -> Participants:
 
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(decoded(file.read_bytes()))
+        return tomllib.loads(decoded(content(file)))
     except FileNotFoundError:
         raise SettingsError(f"{file}: there is no such file") from None
-    except (OSError, EncodingError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
+    except (EncodingError, tomllib.TOMLDecodeError) as error:
         raise SettingsError(f"{file}: cannot be read: {error}") from None
 
 

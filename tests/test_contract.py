@@ -58,6 +58,7 @@ ROWS: dict[str, AnyMethod] = {
     "fedalt, half": FedALTAblations(lora=SMALL, gate="half"),
     "fedalt, 1/K": FedALTAblations(lora=SMALL, gate="one_over_clients"),
     "fedalt, shared mixer": FedALTAblations(lora=SMALL, share_mixer=True),
+    "fedalt, frozen A": FedALTAblations(lora=SMALL, freeze_a=True),
     "fedalt, own starts": FedALTAblations(lora=SMALL, shared_start=False, mixer_init="zeros"),
     "fedalt select": FedALTSelect(lora=SMALL),
     "fedalt select, all": FedALTSelect(lora=SMALL, tau=-1.0, width=0.1, alone=1),

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from federation import (
+    SITES,
     START,
     MemoryStates,
     assert_same_servings,
@@ -22,6 +23,7 @@ from test_fedalt import LORA, rest_of_world, uploads_of
 from fedalt.adapters.plan import MIXER
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name, select
+from fedalt.engine.states import server_of
 from fedalt.federation.agreement import write_agreement
 from fedalt.methods import METHODS
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
@@ -142,3 +144,24 @@ def test_a_shared_mixer_is_the_mean_of_all_mixers():
     mean = (states["clients/a"].mixer[name] + states["clients/b"].mixer[name]) / 2
     for serving in served(method, states, "ab").values():
         torch.testing.assert_close(serving.tree[name], mean, rtol=0, atol=1e-6)
+
+
+def test_a_frozen_a_is_never_sent_and_the_rest_of_world_is_the_mean_of_the_products():
+    method = FedALTAblations(lora=LORA, freeze_a=True)
+    start = method.init_client(START, "a").individual
+    states, _ = simulate(method, [("a", "b", "c"), ("a", "c")])
+    sent = method.broadcast(server_of(method, START, states), "a").tree
+    assert {(name.slot, name.factor) for name in sent} == {(INDIVIDUAL, "B")}
+    uploads, row = uploads_of(states, "abc"), rest_of_world(method, states, "a")
+    for site in SITES:
+        a, b = (Name(site, REST_OF_WORLD, factor) for factor in "AB")
+        assert torch.equal(row[a], start[Name(site, INDIVIDUAL, "A")])
+        assert uploads["b"][b].any()
+        mean = sum(uploads[each][b] @ uploads[each][a] for each in "bc") / 2
+        torch.testing.assert_close(row[b] @ row[a], mean)
+
+
+@pytest.mark.parametrize("other", [{"train_row": True}, {"shared_start": False}])
+def test_a_frozen_a_has_to_be_everybodys(other):
+    with pytest.raises(ValueError, match="freeze_a=True, but then shared_start is true"):
+        FedALTAblations(freeze_a=True, **other)

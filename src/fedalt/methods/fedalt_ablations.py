@@ -13,7 +13,7 @@ import torch
 
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Sum, names_of
 from fedalt.adapters.start import MixerInit, Start
-from fedalt.core.tree import Tree, cast, merge, scale, select
+from fedalt.core.tree import Tree, cast, merge, move, scale, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.defaults import at_once
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT, Server, rest_of_world
@@ -47,6 +47,8 @@ class FedALTAblations:
     clients of the federation from the first round on.
     `share_mixer`: average the mixers over the clients instead of keeping them private.
     `shared_start`: all clients draw the same first A; the authors' code draws one for each.
+    `freeze_a`: the individual A stays as drawn, the same for everyone; B alone trains and is sent
+    (as FFA-LoRA has it, arXiv 2403.12313). The rest of world is then exactly the mean of B A.
     """
 
     lora: Lora = Lora()
@@ -57,10 +59,15 @@ class FedALTAblations:
     share_mixer: bool = False
     mixer_init: MixerInit = "kaiming"
     shared_start: bool = True
+    freeze_a: bool = False
 
     server_state = Server
     client_state = Client
     averages = False
+
+    def __post_init__(self) -> None:
+        if self.freeze_a and (self.train_row or not self.shared_start):
+            raise ValueError("freeze_a=True, but then shared_start is true and train_row is false")
 
     def init_server(self, start: Start) -> Server:
         return FedALT().init_server(start)
@@ -86,11 +93,12 @@ class FedALTAblations:
         """Train what the switches say; upload the individual adapter and a shared mixer."""
         serving = self._serving(client, message)
         row = (REST_OF_WORLD,) if self.train_row else ()
-        trained = names_of(serving.tree, INDIVIDUAL, MIXER, HEAD, *row)
+        frozen = client.individual.keys() - self._sent(client.individual).keys()
+        trained = names_of(serving.tree, INDIVIDUAL, MIXER, HEAD, *row) - frozen
         fitted: Fitted = yield Fit(serving.plan, serving.tree, trained)
         individual, mixer, head = (select(fitted.tree, s) for s in (INDIVIDUAL, MIXER, HEAD))
         weight = weight_of(fitted, self.weighting)
-        upload = merge(individual, mixer) if self.share_mixer else individual
+        upload = merge(self._sent(individual), mixer if self.share_mixer else {})
         after = replace(client, individual=individual, mixer=mixer, head=head, weight=weight)
         return after, Message(upload, {"weight": weight})
 
@@ -109,13 +117,20 @@ class FedALTAblations:
     def without(self, server: Server, client_id: str) -> Server:
         return FedALT().without(server, client_id)
 
+    def _sent(self, individual: Tree) -> Tree:
+        """What of the individual adapter is trained and uploaded."""
+        return {n: t for n, t in individual.items() if n.factor == "B" or not self.freeze_a}
+
     def _rest_of_world(self, client: Client, message: Message) -> Tree:
         included = self.row == "rest_of_world" and bool(message.facts["included"])
         if client.second and float(message.facts["weight"]) <= client.weight * included:
             return client.second
         facts = {**message.facts, "included": included}
         adapters = Message(select(message.tree, INDIVIDUAL), facts)
-        return rest_of_world(client.individual, client.weight, adapters)
+        sent = self._sent(client.individual)
+        row = rest_of_world(sent, client.weight, adapters)
+        kept = {n: t for n, t in client.individual.items() if n not in sent}
+        return merge(row, move(kept, INDIVIDUAL, REST_OF_WORLD))
 
     def _serving(self, client: Client, message: Message) -> Serving:
         mixer, mixers = client.mixer, select(message.tree, MIXER)

@@ -14,6 +14,7 @@ from runs_for_tests import save_model
 import fedalt
 from fedalt.core.codec import decode, encode
 from fedalt.federation.messages import Answer
+from fedalt.flower.client_model import client_at, evaluate, served
 from fedalt.flower.config import read_server_config
 from fedalt.flower.revocation import revoke_key
 
@@ -215,6 +216,17 @@ def test_a_client_scores_itself_as_the_server_has_on_record(
     assert found["method"] == "fedalt"
     assert found["scores"]["clients"]["b"]["scores"]["own"] == table.loc["b", "own"]
     assert found["losses"]["clients"]["b"]["scores"] == pytest.approx(losses, rel=1e-4)
+
+
+def test_scoring_with_a_base_model_that_is_loaded_loads_no_other(
+    ended: Federation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = client_at(ended.client("b"))
+    assert config is not None
+    asked = served(ended.client("b"), None)
+    lines = evaluate(config, "test")
+    monkeypatch.setattr("fedalt.runs.setup.load_base", None)
+    assert evaluate(config, "test", base=asked.parts.base) == lines
 
 
 def test_a_clients_model_of_the_best_round_is_kept_without_a_test(

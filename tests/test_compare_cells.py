@@ -16,8 +16,8 @@ from runs_for_tests import save_model, write_clients
 from fedalt.core.reading import StoreError
 from fedalt.methods import METHODS
 from fedalt.methods.mean import weighted_mean
-from fedalt.runs.cells import keep_cell, read_cells
-from fedalt.runs.origin import note_origin
+from fedalt.runs.cells import Cell, Cost, keep_cell, read_cells
+from fedalt.runs.origin import Origin, note_origin, that_count
 from fedalt.runs.rehearsal import difference, rehearse
 from fedalt.runs.settings import settings_of
 
@@ -254,3 +254,17 @@ def test_rehearsals_agree_up_to_rounding():
     assert difference([1.0, 0.25], [1.0005, 0.25]) == ""
     assert difference([1.0, 0.25], [1.0, 0.26]) == "its number 2 was 0.25 and is 0.26"
     assert difference([1.0], [1.0, 2.0]) == "it had 1 numbers and has 2"
+
+
+def test_a_cell_of_before_an_ablation_had_a_switch_has_its_default(tmp_path):
+    def origin(**switches):
+        method = {"name": "fedalt", "gate": "half", **switches}
+        settings = settings_of({"data": {"path": "."}, "method": method}, "a test")
+        return Origin(that_count(settings))
+
+    now, file = origin(), tmp_path / "cells.jsonl"
+    method = {key: value for key, value in now.settings["method"].items() if key != "freeze_a"}
+    cell = Cell("half", 0, "0", {**now.settings, "method": method}, [], Cost(0, 0, 0, 0, 0), {})
+    now.require(cell, file)
+    with pytest.raises(StoreError, match=r"\[method\] freeze_a was False, is True"):
+        origin(freeze_a=True).require(cell, file)

@@ -19,6 +19,7 @@ from fedalt.core.settings import DataSettings, ModelSettings
 from fedalt.data.folder import open_data
 from fedalt.data.prompts import Template, read_template
 from fedalt.data.records import Columns
+from fedalt.methods import METHODS
 from fedalt.models.base import load_base
 from fedalt.runs.cells import Cell, named
 from fedalt.runs.compare import Entry, Job, settings_table
@@ -159,11 +160,14 @@ def _prints(data: str, template: str, model: str) -> Tables:
 
 def _unlike(then: Tables, now: Tables) -> Iterator[str]:
     """Each setting that is another one; what a cell does not tell was the default."""
-    bare = {"data": {"path": "."}, "method": {"name": now["method"]["name"]}}
+    name = now["method"]["name"]
+    bare = {"data": {"path": "."}, "method": {"name": name}}
     usual = that_count(settings_of(bare, "the defaults"))
+    switches = {"method": METHODS.entries[name].settings}  # a method's and its ablations'
     for section in sorted({*then, *now}):
         before = {**usual.get(section, {}), **then.get(section, {})}
         after = now.get(section, {})
         for key in sorted({*before, *after}):
-            if before.get(key) != after.get(key):
-                yield f"[{section}] {key} was {before.get(key)}, is {after.get(key)}"
+            was = before.get(key, switches.get(section, {}).get(key))
+            if was != after.get(key):
+                yield f"[{section}] {key} was {was}, is {after.get(key)}"

@@ -72,7 +72,7 @@ class PF2LoRA:
     lora: Lora = Lora()
     weighting: Weighting = "uniform"
     client_rank: int = 2
-    inner_lr: float = 1.0
+    inner_lr: float = 0.1
     hypergradient: Gradient = "exact"
 
     server_state = Server

@@ -268,3 +268,17 @@ def test_a_cell_of_before_an_ablation_had_a_switch_has_its_default(tmp_path):
     now.require(cell, file)
     with pytest.raises(StoreError, match=r"\[method\] freeze_a was False, is True"):
         origin(freeze_a=True).require(cell, file)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["client", "example"])
+def test_a_rehearsal_with_privacy_is_repeatable(unit):
+    pytest.importorskip("dp_accounting")
+    table = {
+        "data": {"path": "."},
+        "method": {"name": "fedalt", "rank": 2},
+        "rounds": {"rounds": 2, "select": "last"},
+        "privacy": {"unit": unit, "noise": 1.0, "clip": 0.5},
+    }
+    settings = settings_of(table, "a test")
+    assert rehearse(settings, classifier=False) == rehearse(settings, classifier=False)

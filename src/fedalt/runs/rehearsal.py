@@ -81,6 +81,9 @@ def _small(settings: Settings, place: Path) -> Settings:
     }
     lora = replace(size, alpha=2.0 * size.rank)  # every cell's rehearsal is as sensitive
     training, rounds = settings.training, settings.rounds
+    privacy = settings.privacy
+    if privacy.unit is not None:  # whose noise is drawn anew each time
+        privacy = replace(privacy, seed=0)
     return replace(
         settings,
         data=DataSettings(path=place / "data", max_length=64, validation=0.0),
@@ -96,6 +99,7 @@ def _small(settings: Settings, place: Path) -> Settings:
         ),
         rounds=replace(rounds, rounds=min(rounds.rounds, _ROUNDS), select="last", test=True),
         scoring=Scoring(options=settings.scoring.options, generate=False, base=False),
+        privacy=privacy,
         seed=0,
         local_baseline=False,
     )

@@ -6,7 +6,7 @@ for number. The server's half is FedALT's own.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -92,14 +92,13 @@ class FedALTAblations:
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train what the switches say; upload the individual adapter and a shared mixer."""
         serving = self._serving(client, message)
-        row = (REST_OF_WORLD,) if self.train_row else ()
-        frozen = client.individual.keys() - self._sent(client.individual).keys()
-        trained = names_of(serving.tree, INDIVIDUAL, MIXER, HEAD, *row) - frozen
+        slots = (INDIVIDUAL, MIXER, HEAD, *((REST_OF_WORLD,) if self.train_row else ()))
+        trained = names_of(self._moving(serving.tree), *slots)
         fitted: Fitted = yield Fit(serving.plan, serving.tree, trained)
         individual, mixer, head = (select(fitted.tree, s) for s in (INDIVIDUAL, MIXER, HEAD))
+        upload = merge(self._moving(individual), mixer if self.share_mixer else {})
         weight = weight_of(fitted, self.weighting)
-        upload = merge(self._sent(individual), mixer if self.share_mixer else {})
-        after = replace(client, individual=individual, mixer=mixer, head=head, weight=weight)
+        after = Client(individual, mixer, head, weight, client.second)
         return after, Message(upload, {"weight": weight})
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
@@ -117,36 +116,28 @@ class FedALTAblations:
     def without(self, server: Server, client_id: str) -> Server:
         return FedALT().without(server, client_id)
 
-    def _sent(self, individual: Tree) -> Tree:
-        """What of the individual adapter is trained and uploaded."""
-        return {n: t for n, t in individual.items() if n.factor == "B" or not self.freeze_a}
+    def _moving(self, tree: Tree) -> Tree:
+        """A tree without what stays as it was drawn."""
+        return {n: t for n, t in tree.items() if n.factor != "A" or not self.freeze_a}
 
     def _rest_of_world(self, client: Client, message: Message) -> Tree:
         included = self.row == "rest_of_world" and bool(message.facts["included"])
         if client.second and float(message.facts["weight"]) <= client.weight * included:
             return client.second
-        facts = {**message.facts, "included": included}
-        adapters = Message(select(message.tree, INDIVIDUAL), facts)
-        sent = self._sent(client.individual)
-        row = rest_of_world(sent, client.weight, adapters)
-        kept = {n: t for n, t in client.individual.items() if n not in sent}
-        return merge(row, move(kept, INDIVIDUAL, REST_OF_WORLD))
+        told = Message(select(message.tree, INDIVIDUAL), dict(message.facts, included=included))
+        row = rest_of_world(self._moving(client.individual), client.weight, told)
+        return {**move(client.individual, INDIVIDUAL, REST_OF_WORLD), **row}
 
     def _serving(self, client: Client, message: Message) -> Serving:
         mixer, mixers = client.mixer, select(message.tree, MIXER)
         if self.share_mixer and mixers:
             mixer = cast(scale(mixers, 1 / float(message.facts["weight"])), torch.float32)
-        row = self._rest_of_world(client, message)
         slots = (self.lora.slot(INDIVIDUAL), self.lora.slot(REST_OF_WORLD))
-        tree = merge(client.individual, row, mixer, client.head)
+        tree = merge(client.individual, self._rest_of_world(client, message), mixer, client.head)
         return Serving(Plan(slots, self._combine(message), self.lora.dropout), tree)
 
     def _combine(self, message: Message) -> Mixer | Sum:
-        clients = int(message.facts["clients"])
-        match self.gate:
-            case "mixer":
-                return Mixer()
-            case "half":
-                return Sum((0.5, 0.5))
-            case "one_over_clients":
-                return Sum((1 / clients, 1 - 1 / clients))
+        if self.gate == "mixer":
+            return Mixer()
+        own = 1 / (2 if self.gate == "half" else int(message.facts["clients"]))
+        return Sum((own, 1 - own))

@@ -163,5 +163,5 @@ def test_a_frozen_a_is_never_sent_and_the_rest_of_world_is_the_mean_of_the_produ
 
 @pytest.mark.parametrize("other", [{"train_row": True}, {"shared_start": False}])
 def test_a_frozen_a_has_to_be_everybodys(other):
-    with pytest.raises(ValueError, match="freeze_a=True, but then shared_start is true"):
+    with pytest.raises(ValueError, match="freeze_a=True needs shared_start = true and train_row"):
         FedALTAblations(freeze_a=True, **other)

@@ -67,7 +67,7 @@ class FedALTAblations:
 
     def __post_init__(self) -> None:
         if self.freeze_a and (self.train_row or not self.shared_start):
-            raise ValueError("freeze_a=True, but then shared_start is true and train_row is false")
+            raise ValueError("freeze_a=True needs shared_start = true and train_row = false")
 
     def init_server(self, start: Start) -> Server:
         return FedALT().init_server(start)
@@ -126,6 +126,7 @@ class FedALTAblations:
             return client.second
         told = Message(select(message.tree, INDIVIDUAL), dict(message.facts, included=included))
         row = rest_of_world(self._moving(client.individual), client.weight, told)
+        # An A that stays as drawn is not sent: the others have this client's.
         return {**move(client.individual, INDIVIDUAL, REST_OF_WORLD), **row}
 
     def _serving(self, client: Client, message: Message) -> Serving:

@@ -1,4 +1,4 @@
-"""How large the parts of the package are, and whether they keep their limits.
+"""How large the parts of the package are, what they lean on, and whether they keep their limits.
 
     python scripts/size.py            # the figures
     python scripts/size.py --check    # exit code 1 where a limit is exceeded; `make lint` calls it
@@ -19,6 +19,9 @@ FILE_LINES = 300
 FUNCTION_LINES = 60
 METHOD_CODE_LINES = 90
 ROOT_MODULES = 5
+PRIVATE_NAMES = 15
+# What Flower's documents call its interface; everything else of it may change with any release.
+FLOWER_PUBLIC = ("flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation")
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,17 @@ def functions(path: Path) -> Iterator[Part]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             lines = (node.end_lineno or node.lineno) - node.lineno + 1
             yield Part(f"{path.relative_to(PACKAGE)}:{node.name}", lines)
+
+
+def private_names(path: Path) -> set[tuple[str, str]]:
+    """Which names a file imports of which modules of Flower that are not its public interface."""
+    return {
+        (node.module, alias.name)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flwr.")
+        if node.module not in FLOWER_PUBLIC
+        for alias in node.names
+    }
 
 
 def largest(parts: list[Part], limit: int) -> list[Part]:
@@ -94,6 +108,10 @@ def main() -> None:
         print(f"{what}, at most {limit}: {names}")
     print(f"modules at the root, at most {ROOT_MODULES}: {len(root)}")
     failed |= len(root) > ROOT_MODULES
+    private = {name for path in paths for name in private_names(path)}
+    modules = len({module for module, _ in private})
+    print(f"private names of Flower, at most {PRIVATE_NAMES}: {len(private)} of {modules} modules")
+    failed |= len(private) > PRIVATE_NAMES
     sys.exit(check and failed)
 
 

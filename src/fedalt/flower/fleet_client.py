@@ -38,19 +38,17 @@ from flwr.supercore.inflatable.inflatable_utils import (
     push_object_contents_from_iterable,
 )
 from flwr.supercore.run import RunNotRunningException
-from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.fleet_http_connection import http_request_response
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedalt.flower.message_content import bytes_of, content_of
 from fedalt.flower.parent_pipe import Pipe, pipe_to_parent, receive, send
 from fedalt.flower.proxies import reach_loopback_directly, through_proxy
+from fedalt.flower.signatures import AHEAD, BEHIND, signed_headers
 
 _PAUSE: Final = 0.2  # seconds between two looks where a call has just been
 _LONGEST_PAUSE: Final = 2.0  # where there was none for a while: many look at one server
 _RETRY: Final = (1.0, 2.0, 5.0)  # seconds to the next try to reach the server
-_AHEAD: Final = 5.0  # seconds that a clock may be before the server's, by Flower's rules
-_BEHIND: Final = 305.0
+_FORMAT: Final = "application/protobuf"  # of requests
 _LAST_WORDS: Final = 8.0  # seconds that leaving may take
 
 
@@ -110,14 +108,11 @@ class _Connection(NamedTuple):
 
 def _sign_off(server: _Server, node: int) -> None:
     """Say that a connection has ended which broke off; it is no matter if that is known."""
-    signing = NodeAuthHttpInterceptor(server.key, server.key.public_key())
-    with (
-        FleetHttpClient.from_server_address(
-            server.address, server.insecure, server.certificate, [signing]
-        ) as client,
-        contextlib.suppress(httpx.HTTPError),
-    ):
-        client.DeactivateNode(DeactivateNodeRequest(node_id=node))
+    headers = signed_headers(server.key) | {"content-type": _FORMAT, "accept": _FORMAT}
+    request = DeactivateNodeRequest(node_id=node).SerializeToString()
+    url = f"{_url(server.address, server.authority)}/v1/fleet/deactivate-node"
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.post(url, content=request, headers=headers, verify=_trusted(server.authority))
 
 
 def _pass_on(pipe: Pipe, server: _Server) -> None:
@@ -195,25 +190,32 @@ def _reach(pipe: Pipe, server: _Server) -> None:
 
 def server_trouble(address: str, authority: str | None) -> str | None:
     """Why nobody can work with the server at this address, or None. Raises `_EndedError`."""
-    secure = authority is not None
     asked = time.time()
     try:
-        verify: Any = ssl.create_default_context(cafile=authority) if secure else True
-        answer = httpx.get(f"{'https' if secure else 'http'}://{address}/", verify=verify)
+        answer = httpx.get(f"{_url(address, authority)}/", verify=_trusted(authority))
     except (httpx.TransportError, ssl.SSLError) as error:
-        return f"{address} cannot be reached: {error}{through_proxy(address, secure=secure)}"
+        proxy = through_proxy(address, secure=authority is not None)
+        return f"{address} cannot be reached: {error}{proxy}"
     if answer.status_code == HTTPStatus.GONE:
         raise _EndedError
     date = answer.headers.get("date")
     if date is None:
         return None
     ahead = asked - parsedate_to_datetime(date).timestamp()
-    if -_BEHIND < ahead < _AHEAD:
+    if -BEHIND < ahead < AHEAD:
         return None
     return (
         f"this machine's clock is {abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} "
-        f"that of {address}; at most {_AHEAD:.0f} ahead and {_BEHIND:.0f} behind are taken"
+        f"that of {address}; at most {AHEAD:.0f} ahead and {BEHIND:.0f} behind are taken"
     )
+
+
+def _url(address: str, authority: str | None) -> str:
+    return f"{'http' if authority is None else 'https'}://{address}"
+
+
+def _trusted(authority: str | None) -> ssl.SSLContext | bool:
+    return True if authority is None else ssl.create_default_context(cafile=authority)
 
 
 class _EndedError(Exception):

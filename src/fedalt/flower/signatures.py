@@ -1,11 +1,12 @@
 """Whether a request was signed with a client's key: told by its headers, before its body is read.
 
-Flower signs the time at which a request is made, and nothing else of it.
+Flower signs the time at which a request is made, and nothing else of it. How it does so is part of
+what goes over the wire, so it is written down here; a test holds it against Flower's own client.
 """
 
 import json
 import time
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,15 +14,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
-from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_HEADER, TIMESTAMP_TOLERANCE
-from flwr.supercore.constant import FLEET_HTTP_PUBLIC_KEY_HEADER, FLEET_HTTP_SIGNATURE_HEADER
-from flwr.supercore.error.base import ApiErrorCode, FlowerError
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, verify_signature
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ec import (
+    ECDSA,
+    EllipticCurvePrivateKey,
+    EllipticCurvePublicKey,
+)
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_pem_public_key,
+)
 
 from fedalt.core.files import atomic_write
 
-_REMEMBERED: Final = 700.0  # seconds; Flower takes a signature for 305 to either side
+AHEAD: Final = 5.0  # seconds that a client's clock may be before the server's, by Flower's rules
+BEHIND: Final = 305.0
+_PUBLIC_KEY: Final = "flwr-public-key"  # names of headers
+_SIGNATURE: Final = "flwr-signature"
+_TIME: Final = "flwr-timestamp"
+_NOT_LET_IN: Final = 2004  # Flower's number for a node that may not be activated
+_SCHEME: Final = ECDSA(SHA256())
+_REMEMBERED: Final = 700.0  # seconds; more than `AHEAD` and `BEHIND` together
 _MOST_REMEMBERED: Final = 20_000  # requests of one key within that time; a client makes 5 a second
 _ACTIVATE: Final = "activate-node"
 
@@ -59,7 +74,7 @@ class Signatures:
         if (state := (stat.st_mtime_ns, stat.st_ino)) == self._read_as:
             return
         pems = [pem.encode() for pem in json.loads(self.file.read_text())]
-        self.keys = {pem: bytes_to_public_key(pem) for pem in pems}
+        self.keys = {pem: _public_key(pem) for pem in pems}
         self._requests = {key: times for key, times in self._requests.items() if key in self.keys}
         self._read_as = state
 
@@ -69,9 +84,9 @@ class Signatures:
         Raises UnsignedError for any other, with the answer that Flower's server would give to it.
         """
         try:
-            key = b64decode(headers[FLEET_HTTP_PUBLIC_KEY_HEADER], validate=True)
-            signature = b64decode(headers[FLEET_HTTP_SIGNATURE_HEADER], validate=True)
-            when = headers[TIMESTAMP_HEADER]
+            key = b64decode(headers[_PUBLIC_KEY], validate=True)
+            signature = b64decode(headers[_SIGNATURE], validate=True)
+            when = headers[_TIME]
             age = (datetime.now(UTC) - datetime.fromisoformat(when)).total_seconds()
         except (KeyError, ValueError, TypeError):  # a time without a zone is the last
             raise UnsignedError(401, "no signature of a client") from None
@@ -79,10 +94,12 @@ class Signatures:
             # Flower's client tells this answer from others, and only to this request.
             text = _not_let_in() if call == _ACTIVATE else "no client has this key"
             raise UnsignedError(412 if call == _ACTIVATE else 401, text, "no client has this key")
-        if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
+        if not -AHEAD < age < BEHIND:
             raise UnsignedError(401, "the signature is not of now; look at this machine's clock")
-        if not verify_signature(known, when.encode(), signature):
-            raise UnsignedError(401, "the signature is not one of this key")
+        try:
+            known.verify(signature, when.encode(), _SCHEME)
+        except InvalidSignature:
+            raise UnsignedError(401, "the signature is not one of this key") from None
         self._remember(key, when)
         return key
 
@@ -101,7 +118,25 @@ class Signatures:
         requests[when] = now
 
 
+def signed_headers(key: EllipticCurvePrivateKey) -> dict[str, str]:
+    """The headers by which the server knows whose request it is, made now."""
+    when = datetime.now(UTC).isoformat()
+    public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    signature = key.sign(when.encode(), _SCHEME)
+    return {
+        _PUBLIC_KEY: b64encode(public).decode(),
+        _TIME: when,
+        _SIGNATURE: b64encode(signature).decode(),
+    }
+
+
+def _public_key(pem: bytes) -> EllipticCurvePublicKey:
+    key = load_pem_public_key(pem)
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise TypeError("a client's key is one of an elliptic curve")
+    return key
+
+
 def _not_let_in() -> str:
     """In Flower's form, by which its client knows that it is this."""
-    error = FlowerError(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED, "")
-    return json.dumps(error.to_json("no client has this key"))
+    return json.dumps({"code": _NOT_LET_IN, "detail": "no client has this key"})

@@ -16,7 +16,9 @@ with those of `written`, and those of a single LoRA with PEFT's.
     written    (b) FedALT's layer as the papers write it: slot by slot, padded, all logits
     trainer    (c) PEFT's LoRA in a `Trainer` for each client, as transformers documents it
 
-With --profile instead: where the time of `fused` goes, operation by operation, in percent.
+With --profile instead: where the time of `fused` goes, operation by operation, in percent. With
+--gradients instead: how far the gradients of both layers are from those in float64, and how far
+from each other if both are computed in float64.
 
 The bound is the forward pass and the gradient of the inputs through the frozen base, with logits
 where a label is, at the rate of this machine's matmuls: `useful` is the share of that rate which
@@ -24,6 +26,7 @@ the fastest of our two variants reaches. `kept` is what waits for the backward p
 """
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -42,6 +45,7 @@ from step_variants import (
     examples_of,
     model_of,
     plan_of,
+    rounding_of,
 )
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -174,6 +178,27 @@ def profiled(size: str, clients: int, each: int) -> Mapping[str, Any]:
     return {"model": size, "clients": clients, "examples": each, **shares}
 
 
+def rounding(size: str, clients: int, each: int) -> Mapping[str, Any]:
+    """How far gradients in float32 are from those in float64, and ours in float64 from `written`'s.
+
+    Norms and softmaxes of transformers' models are in float32 in any case.
+    """
+    data = data_of(size, clients, each)
+    ours = Ours(model_of(size), data)
+    written = Stock.written(model_of(size), data, ours.tree)
+    exact = Ours(copy.deepcopy(model_of(size)).double(), data)
+    exact.tree = {name: leaf.double() for name, leaf in ours.tree.items()}
+    exactly_written = Stock.written(copy.deepcopy(model_of(size)).double(), data, exact.tree)
+    return {
+        "model": size,
+        "clients": clients,
+        "examples": each,
+        "ours from float64": f"{disagreement(ours, exactly_written):.0e}",
+        "written from float64": f"{rounding_of(written, exactly_written, ours.names):.0e}",
+        "both in float64": f"{disagreement(exact, exactly_written):.0e}",
+    }
+
+
 def main() -> None:
     """Measure and print a line for every cell."""
     parser = argparse.ArgumentParser(
@@ -184,15 +209,18 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[8])
     parser.add_argument("--each", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--profile", action="store_true", help="say where the time goes")
-    parser.add_argument("--write", action="store_true", help="put the table into the document")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--profile", action="store_true", help="say where the time goes")
+    what.add_argument("--gradients", action="store_true", help="say what is rounding")
+    what.add_argument("--write", action="store_true", help="put the table into the document")
     options = parser.parse_args()
     rows = []
     for size in [options.model] if options.model else options.sizes:
         for clients in options.clients:
             for each in options.each:
-                if options.profile:
-                    rows.append(profiled(size, clients, each))
+                if options.profile or options.gradients:
+                    other = profiled if options.profile else rounding
+                    rows.append(other(size, clients, each))
                 else:
                     rows.append(measure(size, clients, each, options.turns))
                 print(json.dumps(rows[-1]), flush=True)

@@ -309,7 +309,17 @@ def disagreement(ours: Ours, stock: Stock, *, plain: bool = False) -> float:
     `plain`: of the individual LoRA alone, for `Stock.peft`.
     """
     losses, mine = ours.gradients(plain=plain)
-    others, theirs = stock.gradients(mine[0])
+    return _furthest(losses, mine, *stock.gradients(mine[0]))
+
+
+def rounding_of(low: Stock, exact: Stock, names: Iterable[Name]) -> float:
+    """The same of a layer in float32 and in float64."""
+    return _furthest(*low.gradients(names), *exact.gradients(names))
+
+
+def _furthest(
+    losses: Sequence[float], mine: Sequence[Tree], others: Sequence[float], theirs: Sequence[Tree]
+) -> float:
     worst = max(abs(a - b) / abs(b) for a, b in zip(losses, others, strict=True))
     for one, other in zip(mine, theirs, strict=True):
         for name, gradient in one.items():

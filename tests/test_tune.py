@@ -13,6 +13,7 @@ from runs_for_tests import adapters_of, save_model, scores_of, write_clients
 from test_compare import FILE
 
 from fedalt.cli.jobs import run_jobs
+from fedalt.core.settings import Schedule
 from fedalt.engine.robust import central_loss
 from fedalt.runs.compare import Entry, jobs_of, read_comparison
 from fedalt.runs.folder import open_run
@@ -108,6 +109,53 @@ def test_every_method_keeps_its_own_best_and_a_failed_trial_goes_no_further():
     assert best_of(trials("z"), [[inf]] * 4) == {}
 
 
+def test_every_stage_is_decided_by_its_own_losses():
+    of_stage = {1: [1.0, 1.1, 1.2, 1.3, 9, 9, 9, 9], 2: [0.9, 0.95, 0.6, 0.5], 4: [0.4, 0.3]}
+    tried = [Trial("x", {"lr": at}, Entry(f"x lr={at}", None)) for at in range(8)]
+
+    def score(some, rounds):
+        return [of_stage[rounds][at] for at, _ in enumerate(some)]
+
+    losses = halve(tried, stages_of(8, 4), score)
+    assert losses[:4] == [[1.0, 0.9], [1.1, 0.95], [1.2, 0.6, 0.4], [1.3, 0.5, 0.3]]
+    assert best_of(tried, losses)["x"].values == {"lr": 3}
+
+
+def test_a_trial_counts_by_the_round_that_its_comparison_tests(tuned):
+    run = next(path for path in tuned.glob("*/*") if (path / "run.json").exists())
+    by_round = {}
+    for line in scores_of(run):
+        if line["kind"] == "score" and line["split"] == "validation" and line["column"] == "own":
+            by_round.setdefault(line["round"], []).append(line["metrics"]["loss"])
+    losses = [central_loss(by_round[at]) for at in sorted(by_round)]
+    for length in range(1, len(losses) + 1):
+        schedule = Schedule(rounds=length, select="last")
+        assert validation_loss(run, schedule) == losses[length - 1]
+        assert validation_loss(run, replace(schedule, select="best")) == min(losses[:length])
+
+
+def test_what_is_chosen_is_what_is_compared_where_alpha_follows_the_rank(tmp_path):
+    file = tmp_path / "methods.toml"
+    file.write_text(
+        '[data]\npath = "data"\n[rounds]\nselect = "last"\n'
+        '[tune]\nrank = [4, 8]\n[[methods]]\nname = "fedalt"\n'
+        '[[methods]]\nname = "flexlora"\n'
+        "[methods.tune]\nranks = [{ a = 4, b = 8 }, { a = 8, b = 8 }]\nrank = [8]\n"
+    )
+    entries, _ = read_comparison(file)
+    trials = trials_of(entries, {}, None, 0)
+    assert [t.entry.settings.method.lora.alpha for t in trials] == [64, 128, 128, 128]
+    assert all(trial.entry.settings.rounds.select == "last" for trial in trials)
+    assert trials[2].entry.settings.method.ranks == {"a": 4, "b": 8}
+    assert not trials[2].at_edge(trials)
+    for chosen in trials[:2], trials[2:]:
+        again = {"fedalt": trials[0], "flexlora": trials[2], chosen[1].label: chosen[1]}
+        file.write_text(tomli_w.dumps(tuned_table(file, again)))
+        compared, _ = read_comparison(file)
+        of_label = {entry.label: entry.settings.method for entry in compared}
+        assert of_label == {label: trial.entry.settings.method for label, trial in again.items()}
+
+
 def test_combinations_are_drawn_by_the_seed(place):
     file = place / "drawn.toml"
     file.write_text(TUNED)
@@ -147,7 +195,9 @@ def test_the_better_half_goes_on_and_the_budget_is_the_same(tuned, place):
     assert sum(run.rounds_done() for run in runs.values()) == 2 * 6
     for method in ("fedalt", "ffa-lora-faster"):
         after_one = {
-            path: validation_loss(path, 1) for path in runs if path.parent.name.startswith(method)
+            path: validation_loss(path, Schedule(rounds=1))
+            for path in runs
+            if path.parent.name.startswith(method)
         }
         ranked = sorted(after_one, key=after_one.get)
         assert [runs[path].rounds_done() for path in ranked] == [2, 2, 1, 1]
@@ -167,8 +217,8 @@ def test_a_trial_that_went_on_is_what_a_run_of_that_length_is(tuned, place):
         for line in scores_of(grown)
         if line["kind"] == "score" and line["round"] == 0
     ]
-    assert validation_loss(grown, 1) == central_loss(losses)
-    assert validation_loss(grown, 2) == open_run(grown).best_loss()
+    assert validation_loss(grown, Schedule(rounds=1)) == central_loss(losses)
+    assert validation_loss(grown, Schedule(rounds=2)) == open_run(grown).best_loss()
 
 
 def test_a_search_that_was_killed_goes_on_and_repeats_nothing(tuned, place, capsys):

@@ -216,7 +216,9 @@ def _losses(
 
     runs = jobs_of([trial.after(rounds) for trial in trials], [seed], out)
     failed = run_jobs(runs, jobs, quiet=quiet, grows=True)
-    losses = [inf if job in failed else validation_loss(job.path, rounds) for job in runs]
+    losses = [
+        inf if job in failed else validation_loss(job.path, job.settings.rounds) for job in runs
+    ]
     known = [loss for loss in losses if loss is not None]
     if len(known) < len(losses):
         raise typer.BadParameter("no client has validation data to choose by")
@@ -244,7 +246,9 @@ def _show_trials(
             [Text(cell, style=style) for cell in (shown(trial.label), shown(tried), *numbers)]
         )
     heads = [f"loss, {stage.rounds} round{'s' * (stage.rounds > 1)}" for stage in stages]
-    console().print(Sheet(("method", "tried", *heads), rows, "validation loss, the lowest so far"))
+    console().print(
+        Sheet(("method", "tried", *heads), rows, "validation loss of the round to test")
+    )
 
 
 def _tell_too_short(entries: "Sequence[Entry]", stages: "Sequence[Stage]", *, quiet: bool) -> None:

@@ -39,13 +39,15 @@ _LABEL = re.compile(r"[\w][\w .,=+()-]*")
 class Entry:
     """One line of a comparison: a method with all its settings, but for the seed.
 
-    `tune` holds the values that `fedalt tune` tries, by the name of a setting.
+    `tune` holds the values that `fedalt tune` tries, by the name of a setting; `said` is the table
+    of settings as its file has it.
     """
 
     label: str
     settings: Settings
     tune: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     advice: str = ""  # what was taken of the base model's recommended settings, in a sentence
+    said: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def folder(self) -> str:
@@ -251,7 +253,7 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
     settings_of(whole, place)  # an error is about what the user has written
     filled, advice = recommended(whole)
     grid = _grid(shared, given.get("tune", {}), table, method, place)
-    return Entry(label, settings_of(filled, place), grid, advice)
+    return Entry(label, settings_of(filled, place), grid, advice, whole)
 
 
 def _grid(
@@ -277,7 +279,12 @@ def _grid(
             if name != "lr":
                 part = {"method": {**method, name: value}}
             settings_of({**table, **part}, where)
-    return {name: tuple(dict.fromkeys(values)) for name, values in grid.items()}
+    return {name: _different(values) for name, values in grid.items()}
+
+
+def _different(values: Sequence[Any]) -> tuple[Any, ...]:
+    """Each of them once; tables, as those of ranks, are not hashable."""
+    return tuple(value for at, value in enumerate(values) if value not in values[:at])
 
 
 def _are_seeds(seeds: object) -> bool:

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from fedalt.core.files import atomic_write
+from fedalt.core.settings import Schedule
 from fedalt.engine.robust import central_loss
-from fedalt.methods.lora import Lora
 from fedalt.runs.compare import Entry
 from fedalt.runs.folder import open_run
-from fedalt.runs.settings import SettingsError, lora_of, read_table
+from fedalt.runs.settings import SettingsError, lora_of, read_table, settings_of
+from fedalt.training.recommended import recommended
 
-_SIZES = tuple(Lora.__dataclass_fields__)
 Losses = Sequence[float]  # of a trial after each stage that it took part in; inf where it failed
 
 
@@ -48,15 +48,18 @@ class Trial:
     @staticmethod
     def of(entry: Entry, values: Mapping[str, Any]) -> "Trial":
         """The entry with these values."""
-        settings = entry.settings
-        sizes = {name: values[name] for name in _SIZES if name in values}
-        own = {name: value for name, value in values.items() if name not in (*_SIZES, "lr")}
-        lora = replace(lora_of(settings.method), **sizes)
+        said, settings = dict(entry.said), entry.settings
+        method = {name: value for name, value in values.items() if name != "lr"}
+        said["method"] = {**said["method"], **method}
+        if "lr" in values:
+            said["training"] = {**said.get("training", {}), "lr": values["lr"]}
+        filled, _ = recommended(said)  # an alpha that nobody gave follows the rank
+        wanted = settings_of(filled, entry.label)
         tried = replace(
             settings,
-            method=replace(settings.method, lora=lora, **own),  # type: ignore[type-var]
-            training=replace(settings.training, lr=values.get("lr", settings.training.lr)),
-            rounds=replace(settings.rounds, test=False, select="best"),
+            method=wanted.method,
+            training=replace(settings.training, lr=wanted.training.lr),
+            rounds=replace(settings.rounds, test=False),
         )
         label = " ".join([entry.label, *(f"{name}={value}" for name, value in values.items())])
         return Trial(entry.label, values, Entry(label, tried))
@@ -76,9 +79,9 @@ class Trial:
     def at_edge(self, trials: Sequence["Trial"]) -> bool:
         """Whether a number is the least or the most that was tried, of several."""
         for name, value in self.values.items():
-            tried = {t.values[name] for t in trials if t.label == self.label}
+            tried = [t.values[name] for t in trials if t.label == self.label]
             numbers = [v for v in tried if isinstance(v, int | float) and not isinstance(v, bool)]
-            if len(numbers) > 1 and value in (min(numbers), max(numbers)):
+            if len(set(numbers)) > 1 and value in (min(numbers), max(numbers)):
                 return True
         return False
 
@@ -183,7 +186,7 @@ def halve(
     staying = list(range(len(trials)))
     for stage in stages:
         by_label: dict[str, list[int]] = {}
-        for at in sorted(staying, key=lambda at: losses[at]):
+        for at in sorted(staying, key=lambda at: losses[at][-1:]):
             if losses[at][-1:] != [inf]:
                 by_label.setdefault(trials[at].label, []).append(at)
         staying = sorted(at for ranked in by_label.values() for at in ranked[: stage.trials])
@@ -193,8 +196,8 @@ def halve(
     return list(losses)
 
 
-def validation_loss(run: Path, rounds: int) -> float | None:
-    """The lowest validation loss of a run's first so many rounds; None without any.
+def validation_loss(run: Path, schedule: Schedule) -> float | None:
+    """The validation loss of the round that a run so long would be tested at; None without any.
 
     By its record, because the run itself may have gone on since.
     """
@@ -202,8 +205,12 @@ def validation_loss(run: Path, rounds: int) -> float | None:
     for line in open_run(run).lines():
         if line["kind"] == "score" and line["split"] == "validation" and line["column"] == "own":
             by_round.setdefault(line["round"], []).append(line["metrics"]["loss"])
-    of_round = {at: central_loss(losses) for at, losses in by_round.items()}
-    return min((loss for at, loss in of_round.items() if at < rounds), default=None)
+    of_round = [
+        central_loss(losses) for at, losses in sorted(by_round.items()) if at < schedule.rounds
+    ]
+    if not of_round:
+        return None
+    return min(of_round) if schedule.select == "best" else of_round[-1]
 
 
 def best_of(trials: Sequence[Trial], losses: Sequence[Losses]) -> dict[str, Trial]:

@@ -8,10 +8,12 @@ from runs_for_tests import adapters_of, save_model, settings_for, write_clients
 
 from fedalt.core import tree as trees
 from fedalt.core.tree import select
+from fedalt.engine.robust import central_loss
 from fedalt.engine.states import server_of
 from fedalt.methods.fedalt import FedALT, Server, rest_of_world
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
+from fedalt.report.table import run_table
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import reopen, resume_run, serving, start_run
 from fedalt.runs.membership import join, leave
@@ -80,14 +82,36 @@ def test_a_client_leaves_a_run_on_disk(run):
 
 def test_a_run_goes_on_without_a_client_that_left(run):
     leave(run.path, "b")
-    settings = run.path / "settings.toml"
-    settings.write_text(settings.read_text().replace("rounds = 2", "rounds = 3"))
-    resume_run(reopen(run.path), run.path)
+    run_on(run.path, 3)
     trained = {
         line["client"] for line in run.lines() if line["kind"] == "train" and line["round"] == 2
     }
     assert trained == {"a", "c"}
     assert server_after(run, 2).clients == 2
+
+
+def test_what_a_client_that_left_has_scored_is_in_no_table_of_later_rounds(run):
+    assert [row.name for row in run_table(run.lines()).clients] == ["a", "b", "c"]
+    leave(run.path, "b")
+    of_stayers = [
+        line["metrics"]["loss"]
+        for line in run.lines()
+        if (line["kind"], line.get("split"), line.get("column")) == ("score", "validation", "own")
+        and (line["round"], line["client"] != "b") == (run.progress().best["own"][0], True)
+    ]
+    assert run.progress().best["own"][1] == central_loss(of_stayers)
+    assert len(of_stayers) == 2
+    run_on(run.path, 3)
+    table = run_table(run.lines())
+    assert [row.name for row in table.clients] == ["a", "c"]
+    assert all(None not in row.scores for row in table.clients)
+    assert [row.name for row in run_table(run.lines(), "validation").clients] == ["a", "c"]
+
+
+def run_on(path, rounds):
+    settings = path / "settings.toml"
+    settings.write_text(settings.read_text().replace("rounds = 2", f"rounds = {rounds}"))
+    resume_run(reopen(path), path)
 
 
 def test_a_newcomer_gets_the_whole_world_and_trains_its_own_part(run, tmp_path):

@@ -76,12 +76,20 @@ def run_table(lines: Iterable[Line], split: str = "test", *, losses: bool = Fals
 
 
 def scores_of(lines: Iterable[Line], column: str, split: str = "test") -> Scored:
-    """Metrics by client as a run's lines tell them last."""
-    return {
-        line["client"]: line["metrics"]
-        for line in lines
-        if line["kind"] == "score" and line["split"] == split and line["column"] == column
-    }
+    """Metrics by client as a run's lines tell them last.
+
+    Once rounds have followed, a client counts only if it was scored again: it may have left.
+    """
+    scored: dict[str, Mapping[str, float]] = {}
+    is_over = False
+    for line in lines:
+        if line["kind"] == "round":
+            is_over = True
+        elif (line["kind"], line.get("split"), line.get("column")) == ("score", split, column):
+            if is_over:
+                scored, is_over = {}, False
+            scored[line["client"]] = line["metrics"]
+    return scored
 
 
 def joined(

@@ -186,6 +186,11 @@ class RunFolder:
         write_facts(self.path, after)
         memory.write(replace(memory.standing, facts=seals[1:]))
 
+    def set_best(self, best: "Mapping[str, tuple[int, float]]") -> None:
+        """Give the best rounds other losses; what was written of states counts from now on, too."""
+        memory = self._remembered()
+        memory.write(replace(memory.standing, best=best))
+
     def left(self) -> frozenset[str]:
         """The clients that have left the run."""
         return frozenset(self.facts().get("left", ()))

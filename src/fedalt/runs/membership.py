@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fedalt.adapters.start import Start
 from fedalt.engine.generators import run_generators
+from fedalt.engine.robust import central_loss
 from fedalt.engine.schedule import UNTRAINED, Line
 from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding
@@ -95,8 +96,26 @@ def leave(path: Path, client_id: str) -> None:
             states.put("server", server)
             coding.publish(states, server)
         folder.forget_uploads(client_id)
+        folder.set_best(_best_without(folder, client_id))
         left = sorted({*folder.facts().get("left", []), client_id})
         folder.add_facts({"left": left, "leaving": None})
+
+
+def _best_without(folder: RunFolder, client_id: str) -> dict[str, tuple[int, float]]:
+    """The best rounds so far with the losses of those who stay, which later rounds are held to."""
+    lines, best = folder.lines(), {}
+    gone = {client_id, *folder.left()}
+    for column, (round_, _) in folder.progress(leaving=client_id).best.items():
+        losses = [
+            line["metrics"]["loss"]
+            for line in lines
+            if (line["kind"], line.get("split")) == ("score", "validation")
+            and (line["column"], line["round"]) == (column, round_)
+            and line["client"] not in gone
+        ]
+        if losses:
+            best[column] = round_, central_loss(losses)
+    return best
 
 
 def _coding_without(folder: RunFolder, settings: Settings, client_id: str) -> Coding:

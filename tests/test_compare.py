@@ -182,6 +182,17 @@ def test_a_run_that_fails_is_named_and_the_others_end(place, capsys):
     assert "fedalt" in said.out
 
 
+def test_a_run_that_fails_before_it_has_a_folder_leaves_the_others_their_table(place, capsys):
+    file = place / "early.toml"
+    text = FILE.replace("seeds = [0, 1]", "seeds = [0]").replace("lr = 3e-2", "")
+    file.write_text(text.replace("[methods.training]", "[methods.model]\nname = 'nowhere'"))
+    assert call("compare", file, "--out", place / "early") == 1
+    said = capsys.readouterr()
+    assert "FFA-LoRA, faster, seed 0: error:" in said.err
+    assert "is not a run" not in said.err
+    assert "fedalt" in said.out
+
+
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [

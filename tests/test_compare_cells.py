@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from commands import call
@@ -112,6 +113,24 @@ def test_finished_runs_are_taken_over_without_being_run(whole, tmp_path, monkeyp
     words = ("--out", out, "--results", file, "--quiet")
     assert call("compare", whole / "methods.toml", *words) == 0
     assert file.read_text() == (whole / "cells.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_a_base_that_was_not_scored_before_the_command_was_stopped_is_scored_later(
+    whole, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fedalt.cli.jobs.run_all", nobody)
+    out, file = tmp_path / "out", tmp_path / "cells.jsonl"
+    shutil.copytree(whole / "out", out)
+    kept = read_cells(whole / "cells.jsonl")
+    for key, cell in kept.items():
+        columns = {name: scores for name, scores in cell.scores.items() if name != "base"}
+        keep_cell(file, replace(cell, scores=columns if key[0] == "local" else cell.scores))
+    assert "base" in kept["local", 0].scores
+    words = ("--out", out, "--results", file, "--quiet")
+    assert call("compare", whole / "methods.toml", *words) == 0
+    assert read_cells(file) == kept
+    assert "| base |" in (out / "table.md").read_text()
 
 
 @pytest.mark.slow
@@ -244,6 +263,12 @@ def test_clients_whom_settings_name_take_part_in_a_rehearsal():
     ranks = {"zoe": 1, "yan": 3}
     own = rehearse(settings(name="owner_mean", ranks=ranks), classifier=False)
     assert difference(own, rehearse(settings(name="owner_mean"), classifier=False))
+
+
+def test_who_joins_a_run_has_no_part_in_a_rehearsal():
+    table = {"data": {"path": "."}, "method": {"name": "fedit"}, "clients": {"zoe": {"joins": 2}}}
+    joining = rehearse(settings_of(table, "a test"), classifier=False)
+    assert joining == rehearse(settings(name="fedit"), classifier=False)
 
 
 def test_a_classifier_is_rehearsed_as_one_and_searches_with_its_labels():

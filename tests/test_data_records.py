@@ -131,6 +131,16 @@ def test_the_options_field_comes_before_the_list_in_the_text():
     assert parse_record(asked).options == ("a", "b")
 
 
+@pytest.mark.parametrize("options", [[" yes", " no"], ["yes", "no"]])
+def test_white_space_around_an_answer_is_around_every_option(options):
+    record = parse_record({"prompt": "Is it?", "completion": " yes", "options": options})
+    assert (record.answer, record.options) == (" yes", (" yes", " no"))
+    chat = [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": "no\n"}]
+    assert parse_record({"messages": chat, "options": options}).options == ("yes\n", "no\n")
+    other = {"prompt": "Is it?", "completion": " perhaps", "options": options}
+    assert parse_record(other).options == ("yes", "no")  # which the data check tells
+
+
 def test_keys_are_blind_to_case_and_white_space_alone():
     one, same = Completion("The  Cat\n", "sat"), Completion("the cat", "Sat ")
     other = Completion("the cat", "stood")

@@ -5,9 +5,10 @@ import io
 
 import numpy as np
 import pytest
+from scipy.stats import PermutationMethod, wilcoxon
 
 from fedalt.report.comparison import Compared, Results, grid_of, grids_of
-from fedalt.report.gaps import Gap, gap_matrix, gaps_csv, gaps_over, holm, interval, p_values
+from fedalt.report.gaps import Gap, gap_matrix, gaps_csv, gaps_over, holm, interval, p_value
 from fedalt.report.grid import grid_markdown
 from fedalt.report.table import joined
 from fedalt.runs.view import View
@@ -41,6 +42,25 @@ def nobody_is_better(stream, methods, clients, seeds):
     return of_clients + of_seeds + here + noise
 
 
+def share_below(gaps):
+    """How many of several comparisons, (comparisons, clients), are called significant."""
+    return np.mean([p_value(of_clients) < 0.05 for of_clients in gaps])
+
+
+def test_a_p_value_is_exact_whether_or_not_clients_have_equal_gaps():
+    # By counting: with five equal gaps and no others, two of 2^5 choices of signs are as extreme.
+    assert p_value([0.1] * 5) == p_value([0.0] * 11 + [0.1] * 5) == 2 / 2**5
+    assert p_value([0.0] * 8) == p_value([]) == 1.0
+    stream = np.random.default_rng(0)
+    for clients in (6, 12, 16, 30):
+        gaps = stream.normal(0.2, 1.0, clients)
+        assert p_value(gaps) == pytest.approx(wilcoxon(gaps, method="exact").pvalue)
+    tied = np.round(stream.normal(0.3, 1.0, 9), 1)
+    tied[1] = tied[0]
+    every = PermutationMethod(n_resamples=2**9)
+    assert p_value(tied) == pytest.approx(wilcoxon(tied, method=every).pvalue)
+
+
 @pytest.mark.parametrize(("clients", "seeds"), [(8, 1), (8, 3), (8, 10), (16, 3)])
 def test_of_two_methods_that_are_equal_fewer_than_six_in_a_hundred_are_told_apart(clients, seeds):
     stream = np.random.default_rng(clients + seeds)
@@ -48,9 +68,9 @@ def test_of_two_methods_that_are_equal_fewer_than_six_in_a_hundred_are_told_apar
     gaps = np.array(
         [np.subtract(*nobody_is_better(stream, 2, clients, seeds)) for _ in range(runs)]
     )
-    assert (p_values(gaps.mean(2)) < 0.05).mean() < 0.06
+    assert share_below(gaps.mean(2)) < 0.06
     if seeds > 1:  # pairs of client and seed, counted as if each were news
-        assert (p_values(gaps.reshape(runs, -1)) < 0.05).mean() > 0.08
+        assert share_below(gaps.reshape(runs, -1)) > 0.08
 
 
 @pytest.mark.parametrize("methods", [2, 4])

@@ -50,15 +50,28 @@ def complete_cells(
         keep_cell(file, cell)
 
     note(f"{len(jobs)} cells, {len(jobs) - len(missing)} found in {file}", quiet=quiet)
-    if not missing:
-        return []
-    failed = run_jobs(missing, workers, quiet=quiet, finished=keep)
-    finished = [job for job in missing if job not in failed]
-    for labels, scores in base_scores(finished, out, partial(note, quiet=quiet)).items():
-        for key, cell in read_cells(file).items():
-            if scores and key[0] in labels:
-                keep_cell(file, replace(cell, scores={**cell.scores, "base": scores}))
+    failed = run_jobs(missing, workers, quiet=quiet, finished=keep) if missing else []
+    _score_bases(file, [job for job in jobs if job not in failed], out, quiet=quiet)
     return failed
+
+
+def _score_bases(file: Path, jobs: Sequence[Job], out: Path, *, quiet: bool) -> None:
+    """Add the base model's scores to the cells that lack them and whose runs are here.
+
+    Those of a comparison that was stopped before it came to this are among them.
+    """
+    cells = read_cells(file)
+    without = {key for key, cell in cells.items() if "base" not in cell.scores}
+    here = [
+        job
+        for job in jobs
+        if (job.entry.label, job.seed) in without and (job.path / "run.json").exists()
+    ]
+    for labels, scores in base_scores(here, out, partial(note, quiet=quiet)).items():
+        for key in sorted(without):
+            if scores and key[0] in labels:
+                cell = cells[key]
+                keep_cell(file, replace(cell, scores={**cell.scores, "base": scores}))
 
 
 def require_cells(

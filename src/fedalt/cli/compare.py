@@ -102,8 +102,8 @@ def _run(
     runs = jobs_of(entries, seeds, out)
     failed = run_jobs(runs, jobs, quiet=quiet)
     whole = [entry for entry in entries if not any(job.entry == entry for job in failed)]
-    results = collect(whole, seeds, runs, view)
     finished = [job for job in runs if job.entry in whole]
+    results = collect(whole, seeds, finished, view)
     base = base_scores(finished, out, partial(note, quiet=quiet))
     return replace(results, base=base_rows(base)), failed
 

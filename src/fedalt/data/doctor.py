@@ -149,8 +149,7 @@ def _split_report(
         truncated_prompts=sum(e.prompt_cut > 0 for e in encoded),
         answers_too_long=sum(e.answer_cut > 0 for e in encoded),
         off_options=sum(
-            bool(record.options) and record.answer.strip() not in record.options
-            for record in records
+            bool(record.options) and record.answer not in record.options for record in records
         ),
         duplicates=len(records) - len(set(records)),
         balance=dict(sorted(balance.items())),
@@ -170,16 +169,16 @@ def _balance_of(records: Sequence[Record]) -> BalanceOf:
     answers = {record.answer.strip() for record in records}
     if len(answers) <= MOST_ANSWERS and len(answers) * FEWEST_OF_EACH <= len(records):
         return "answer"
-    if sum(record.answer.strip() in record.options for record in records) > len(records) / 2:
+    if sum(record.answer in record.options for record in records) > len(records) / 2:
         return "position"
     return "nothing"
 
 
 def _name(record: Record, balance_of: BalanceOf) -> str:
-    answer = record.answer.strip()
     if balance_of != "position":
-        return answer
-    return str(record.options.index(answer) + 1) if answer in record.options else "none"
+        return record.answer.strip()
+    options = record.options
+    return str(options.index(record.answer) + 1) if record.answer in options else "none"
 
 
 def _shuffled_runs(balance: Counter[str]) -> float:

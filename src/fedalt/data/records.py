@@ -179,14 +179,14 @@ def parse_record(value: object, columns: Columns = Columns()) -> Record:
         case "instruction":
             instruction, context = _filled(fields, "instruction"), _input(fields)
             answer = _text(fields, "output" if "output" in fields else "response")
-            options = _options(fields, context or instruction)
+            options = _options(fields, context or instruction, answer)
             return Instruction(instruction, context, answer, options)
         case "prompt":
-            prompt = _filled(fields, "prompt")
-            return Completion(prompt, _text(fields, "completion"), _options(fields, prompt))
+            prompt, answer = _filled(fields, "prompt"), _text(fields, "completion")
+            return Completion(prompt, answer, _options(fields, prompt, answer))
         case "messages":
             chat = parse_conversation(fields)
-            return replace(chat, options=_options(fields, chat.turns[-1].content))
+            return replace(chat, options=_options(fields, chat.turns[-1].content, chat.answer))
         case _:
             first = "text" if "text" in fields else "sentence1"
             pair = None
@@ -253,8 +253,20 @@ def _label(fields: Mapping[str, object]) -> str:
     return _text(fields, "label").strip()
 
 
-def _options(fields: Mapping[str, object], question: str) -> tuple[str, ...]:
-    """The field `options`, or else the OPTIONS list at the end of the question."""
+def _options(fields: Mapping[str, object], question: str, answer: str) -> tuple[str, ...]:
+    """The field `options`, or else the OPTIONS list at the end of the question.
+
+    White space around the answer, such as a completion's first space, is put around every option:
+    a wrong one is then no likelier or less likely for the lack of it.
+    """
+    options, text = _listed(fields, question), answer.strip()
+    if text == answer or text not in options:
+        return options
+    before, after = answer.split(text, 1)
+    return tuple(f"{before}{option}{after}" for option in options)
+
+
+def _listed(fields: Mapping[str, object], question: str) -> tuple[str, ...]:
     value = fields.get("options")
     if value is None or value == []:
         return listed_options(question)

@@ -63,7 +63,7 @@ def results_of(
         {label: [cell.scores["own"] for cell in group] for label, group in of.items()},
         {label: [cell.costs for cell in group] for label, group in of.items()},
         view,
-        base_rows(_bases({label: group[0] for label, group in of.items()})),
+        base_rows(_bases(of)),
     )
 
 
@@ -73,10 +73,15 @@ def _compared(entry: Entry) -> Compared:
     return Compared(entry.label, settings_table(settings), tuple(notes))
 
 
-def _bases(cells: Mapping[str, Cell]) -> dict[tuple[str, ...], Scored]:
+def _bases(of: Mapping[str, Sequence[Cell]]) -> dict[tuple[str, ...], Scored]:
     """Scores of base models by the labels of the methods that share them."""
-    scores = {label: cell.scores["base"] for label, cell in cells.items() if "base" in cell.scores}
+    scores = {
+        label: cell.scores["base"]
+        for label, cells in of.items()
+        for cell in reversed(cells)
+        if "base" in cell.scores
+    }
     bases: dict[tuple[str, ...], Scored] = {}
-    for of in scores.values():
-        bases[tuple(label for label in scores if scores[label] == of)] = of
+    for known in scores.values():
+        bases[tuple(label for label in scores if scores[label] == known)] = known
     return bases

@@ -100,6 +100,7 @@ def _small(settings: Settings, place: Path) -> Settings:
         rounds=replace(rounds, rounds=min(rounds.rounds, _ROUNDS), select="last", test=True),
         scoring=Scoring(options=settings.scoring.options, generate=False, base=False),
         privacy=privacy,
+        clients={},  # none of whom takes part
         seed=0,
         local_baseline=False,
     )

@@ -122,6 +122,23 @@ def test_stages_follow_each_other_and_train_what_they_should():
     assert counts[:2] == [R * (INPUTS + OUTPUTS), R * INPUTS]
 
 
+@AXES
+def test_directions_are_sent_at_length_one_however_far_training_has_moved_them(axis):
+    method = FedLoRAOptimizer(lora=LORA, a_axis=axis)
+    states, _ = simulate(method, [EVERYONE])
+    server, client = states["server"], states["clients/a"]
+
+    def stretch(client_id, number, order):
+        return Fitted({n: 3 * t if n in order.train else t for n, t in order.tree.items()}, 10)
+
+    message = method.broadcast(server, "a")
+    _, upload = run_one(method.local(client, message), stretch, "a")
+    assert message.facts["stage"] == "global"
+    assert {name.factor for name in upload.tree} == {"U"}
+    for name, tensor in upload.tree.items():
+        torch.testing.assert_close(tensor, server.parts[name])
+
+
 def test_the_global_stage_changes_directions_of_a_alone():
     states, _ = simulate(METHOD, [EVERYONE])
     before = dict(states["server"].parts)

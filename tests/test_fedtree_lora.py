@@ -161,6 +161,18 @@ def test_what_is_bound_weighs_both_means_by_lam():
     assert alone[expert].item() == 2.0
 
 
+def test_the_rate_of_lam_multiplies_the_number_and_not_its_gradient():
+    (tree,) = pairs_on((2.0,), sites=("h.0.q",))
+    (rest,) = pairs_on((6.0,), sites=("h.0.q",))
+    z = torch.zeros(1, requires_grad=True)  # lam is one half, and a sigmoid's slope 1/4
+    lam = {Name("h.0", LAM, "weight"): z}
+    bound = mixed({**tree, **move(rest, EXPERT, EXTERNAL), **lam}, lam_rate=300.0)
+    total = sum(t.sum() for n, t in bound.items() if n.factor == "B")  # lam 2 + (1 - lam) 6
+    assert total.item() == 4.0
+    (gradient,) = torch.autograd.grad(total, [z])
+    assert gradient.item() == (2 - 6) / 4
+
+
 def test_before_groups_are_found_everyone_is_local_only():
     method = replace(METHOD, warm_up=9)
     cohorts = [("a", "b"), ("a",), ("a", "b")]

@@ -49,12 +49,12 @@ def _unit(factor: str, tensor: Tensor, a_axis: Axis) -> Tensor:
     return tensor / _length(factor, tensor, a_axis).clamp_min(SHORTEST)
 
 
-def normalise(mean: Tree, before: Tree, a_axis: Axis) -> Tree:
-    """Means of parts, their directions brought to length 1; those that cancelled stay as before."""
-    parts = dict(mean)
-    for name, tensor in mean.items():
+def normalise(parts: Tree, before: Tree, a_axis: Axis) -> Tree:
+    """These parts, their directions brought to length 1; those that vanished stay as before."""
+    normal = dict(parts)
+    for name, tensor in parts.items():
         for factor in (f for f, direction in DIRECTION.items() if direction == name.factor):
             has_direction = _length(factor, tensor, a_axis) >= SHORTEST
             unit = _unit(factor, tensor, a_axis)
-            parts[name] = torch.where(has_direction, unit, before[name])
-    return parts
+            normal[name] = torch.where(has_direction, unit, before[name])
+    return normal

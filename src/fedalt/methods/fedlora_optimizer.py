@@ -7,7 +7,7 @@ column k of B is a length times a direction:
     A = diag(a) U,  |U[k]| = 1        B = V diag(b),  |V[:, k]| = 1        s B A = s V diag(b a) U
 
     local stage   a round    train A and B;  a, U, b, V <- their means, U and V to length 1 again
-    global stage  G rounds   train U alone;  U <- its mean, to length 1 again
+    global stage  G rounds   train U alone, bring it to length 1;  U <- its mean, to length 1 again
     to serve      a client   descends on b alone:  loss + l2 / 2 |b - its mean|^2
 
 "Alone" leaves a classifier's head out, which the stages before have trained as every method does.
@@ -97,7 +97,7 @@ class FedLoRAOptimizer:
         return Message(server.parts, {"stage": stage})
 
     def local(self, client: Client, message: Message) -> Local[Client]:
-        """Train A and B and send their parts back, or U alone and send that."""
+        """Train A and B and send their parts back, or U alone and send that, of length 1 again."""
         if message.facts["stage"] == "local":
             tree = self._composed(merge(message.tree, client.head))
             fitted: Fitted = yield Fit(self.lora.plan(SHARED), tree, frozenset(tree))
@@ -106,7 +106,7 @@ class FedLoRAOptimizer:
             tree = merge(message.tree, client.head)
             trained = names_of(tree, HEAD) | _part(tree, DIRECTION["A"]).keys()
             fitted = yield Fit(self.lora.plan(SHARED), tree, trained, compose=self._composed)
-            after = _part(fitted.tree, DIRECTION["A"])
+            after = normalise(_part(fitted.tree, DIRECTION["A"]), message.tree, self.a_axis)
         upload = Message(after, {"weight": weight_of(fitted, self.weighting)})
         return Client(select(fitted.tree, HEAD)), upload
 

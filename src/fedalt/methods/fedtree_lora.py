@@ -15,8 +15,8 @@ the frozen mean of all other clients (with one group in a layer: the mean of all
                                                              A_E = mean_{i not in S} A_i, ...
 
 lam is the sigmoid of `lam_rate` times a trained number, since AdamW moves any number by about the
-learning rate a step, too little for a logit. K, tau, the rounds of the warm-up, c_0, the linkage
-and lam's rate are not in the notes, and our choice.
+learning rate a step, too little for a logit; its gradient is without that factor. K, tau, the
+rounds of the warm-up, c_0, the linkage and lam's rate are not in the notes, and our choice.
 """
 
 from collections.abc import Iterable

@@ -2,7 +2,8 @@
 
 Fang, Han, Yuan, Hosseinalipour, Brinton: "Federated Sketching LoRA: A Flexible Framework for
 Heterogeneous Collaborative Fine-Tuning of Large Language Models", arXiv 2501.19389. The server
-holds A (R, d_in) and B (d_out, R). In every round, I_k are r_k of the R rank rows, drawn anew:
+holds A (R, d_in) and B (d_out, R). In every round and on every site, I_k are r_k of the R rank
+rows, drawn anew:
 
     client k    y = W0 x + s B S_k A x,   S_k = R / r_k on the diagonal at I_k, else 0:   E[S_k] = 1
                 trains A[I_k] and B[:, I_k], and sends what changed: dA_k, dB_k
@@ -16,11 +17,12 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from fedalt.adapters.plan import HEAD, Slot, names_of, single
 from fedalt.adapters.start import Start
 from fedalt.core.seeds import generator, seed_of
-from fedalt.core.tree import Tree, accumulate, add, cast, merge, scale, select, subtract
+from fedalt.core.tree import Name, Tree, accumulate, add, cast, merge, scale, select, subtract
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Local, Message, Serving
 from fedalt.methods.defaults import deploy_shared, kept_in_averages
@@ -93,7 +95,7 @@ class FSLoRA:
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train the round's sketch and send what changed of it."""
         number = int(message.facts["round"])
-        rows = sketch(client.seed, number, self._whole.rank, client.rank)
+        rows = sketch(client.seed, number, message.tree, self._whole.rank, client.rank)
         part = taken(message.tree, rows)
         plan = single(Slot(SHARED, client.rank, self.lora.alpha), self.lora.dropout)
         tree = merge(part, client.head)
@@ -109,7 +111,7 @@ class FSLoRA:
         for client_id, upload in replies:
             weight, number = float(upload.facts["weight"]), int(upload.facts["round"])
             seed, rank = seed_of(server.seed, client_id), rank_of(upload.tree)
-            rows = sketch(seed, number, self._whole.rank, rank)
+            rows = sketch(seed, number, upload.tree, self._whole.rank, rank)
             accumulate(changes, put(upload.tree, rows, self._whole.rank), weight)
             total += weight
         mean = scale(changes, 1 / total) if total else {}
@@ -126,8 +128,17 @@ class FSLoRA:
         return Slot(SHARED, rank, self.lora.alpha)
 
 
-def sketch(seed: int, number: int, whole: int, rank: int) -> Sequence[int]:
-    """Which `rank` of the `whole` rank rows a client trains in round `number`, rising."""
-    stream = generator(seed, "sketch", number)
-    order: list[int] = torch.randperm(whole, generator=stream, device="cpu").tolist()
-    return sorted(order[:rank])
+def sketch(
+    seed: int, number: int, adapter: Mapping[Name, Tensor], whole: int, rank: int
+) -> Mapping[str, Sequence[int]]:
+    """Which `rank` of the `whole` rank rows of each site a client trains in round `number`, rising.
+
+    A site's rows depend on no other site; its A and B have one choice.
+    """
+
+    def drawn(site: str) -> Sequence[int]:
+        stream = generator(seed, "sketch", number, site)
+        order: list[int] = torch.randperm(whole, generator=stream, device="cpu").tolist()
+        return sorted(order[:rank])
+
+    return {site: drawn(site) for site in {name.site for name in adapter}}

@@ -58,9 +58,11 @@ def slots_of(tree: Tree) -> Sequence[str]:
 
 
 def mixed(tree: Tree, lam_rate: float) -> Tree:
-    """The tree that is bound: B of both means times lam and 1 - lam.
+    """The tree that is bound: B of both means times lam and 1 - lam, lam = sigmoid(lam_rate z).
 
-    In a layer with one group there are no others, and the mean counts whole.
+    In a layer with one group there are no others, and the mean counts whole. The gradient of z is
+    that of the logit, without the factor `lam_rate`: AdamW's steps are as long either way, but the
+    norm to which gradients are cut is that of all numbers, and z would take it from the adapter.
     """
     bound = select(tree, HEAD)
     for name, tensor in select(tree, EXPERT).items():
@@ -68,6 +70,7 @@ def mixed(tree: Tree, lam_rate: float) -> Tree:
         if EXTERNAL in slots_of(tree):
             bound[others] = tree.get(others, torch.zeros_like(tensor))
         if others in tree and name.factor == "B":
-            lam = torch.sigmoid(lam_rate * tree[Name(layer_of(name.site), LAM, "weight")])
+            z = tree[Name(layer_of(name.site), LAM, "weight")]
+            lam = torch.sigmoid(lam_rate * z.detach() + (z - z.detach()))
             bound[name], bound[others] = lam * tensor, (1 - lam) * tree[others]
     return bound

@@ -34,18 +34,21 @@ def first_rows(adapter: Mapping[Name, Tensor], rank: int) -> Tree:
     return {name: rows_of(name, rows_of(name, factor)[:rank]) for name, factor in adapter.items()}
 
 
-def taken(adapter: Mapping[Name, Tensor], rows: Sequence[int]) -> Tree:
-    """These rank rows of an adapter, in this order."""
-    return {name: rows_of(name, rows_of(name, factor)[rows]) for name, factor in adapter.items()}
+def taken(adapter: Mapping[Name, Tensor], rows: Mapping[str, Sequence[int]]) -> Tree:
+    """These rank rows of an adapter, by site, in this order."""
+    return {
+        name: rows_of(name, rows_of(name, factor)[rows[name.site]])
+        for name, factor in adapter.items()
+    }
 
 
-def put(part: Mapping[Name, Tensor], rows: Sequence[int], whole: int) -> Tree:
-    """The rank rows of a part where they were taken, zeros elsewhere."""
+def put(part: Mapping[Name, Tensor], rows: Mapping[str, Sequence[int]], whole: int) -> Tree:
+    """The rank rows of a part where they were taken, by site, zeros elsewhere."""
     tree: Tree = {}
     for name, factor in part.items():
         ours = rows_of(name, factor)
         full = ours.new_zeros(whole, ours.shape[1])
-        full[rows] = ours
+        full[rows[name.site]] = ours
         tree[name] = rows_of(name, full)
     return tree
 

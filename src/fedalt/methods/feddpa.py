@@ -19,7 +19,7 @@ of FedIT.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -120,10 +120,9 @@ class FedDPA:
         head = select(fitted.tree, HEAD)
         if self.schedule == "F" or not message.facts["round"]:
             return Client(head, client.individual, client.references), upload
-        slots = self.lora.slot(INDIVIDUAL), self.lora.slot(SHARED)
-        plan = Plan(slots, Sum((self.blend, 1 - self.blend)), self.lora.dropout)
+        plan = self._both(Sum((self.blend, 1 - self.blend)))
         tree = merge(_bound(client.individual), message.tree)
-        fitted = yield Fit(plan, tree, names_of(tree, INDIVIDUAL, HEAD))
+        fitted = yield Fit(plan, tree, names_of(tree, INDIVIDUAL, HEAD), head=INDIVIDUAL_HEAD)
         own = select(fitted.tree, INDIVIDUAL, HEAD)
         embedded: Tensor = yield Embed(self.lora.plan(INDIVIDUAL), own, self.references)
         individual = merge(select(own, INDIVIDUAL), move(own, HEAD, INDIVIDUAL_HEAD))
@@ -138,21 +137,23 @@ class FedDPA:
         if self.schedule == "F":
             own = merge(move(message.tree, SHARED, INDIVIDUAL), client.head)
             plan = self.lora.plan(INDIVIDUAL)
-            fitted: Fitted = yield Fit(plan, own, frozenset(own), epochs=self.tail_epochs)
+            epochs, head = self.tail_epochs, INDIVIDUAL_HEAD
+            fitted: Fitted = yield Fit(plan, own, frozenset(own), epochs, head=head)
             own = fitted.tree
             embedded: Tensor = yield Embed(plan, own, self.references)
         elif client.references:
             own, embedded = _bound(client.individual), client.references[REFERENCES]
         else:
             return self.shared(client, message)
-        slots = self.lora.slot(INDIVIDUAL), self.lora.slot(SHARED)
         weighed = Similarity(self.scale, on=int(self.similarity_on == "shared"), embeds=0)
-        plan = Plan(slots, weighed, self.lora.dropout)
-        return Serving(plan, merge(own, message.tree), embedded)
+        return Serving(self._both(weighed), merge(own, message.tree), embedded)
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The shared adapter alone, with its head."""
         return Serving(self.lora.plan(SHARED), merge(message.tree, client.head))
+
+    def _both(self, combine: Sum | Similarity) -> Plan:
+        return replace(self.lora.plan(INDIVIDUAL, SHARED), combine=combine)
 
 
 def _bound(individual: Tree) -> Tree:

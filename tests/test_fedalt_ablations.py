@@ -163,5 +163,12 @@ def test_a_frozen_a_is_never_sent_and_the_rest_of_world_is_the_mean_of_the_produ
 
 @pytest.mark.parametrize("other", [{"train_row": True}, {"shared_start": False}])
 def test_a_frozen_a_has_to_be_everybodys(other):
-    with pytest.raises(ValueError, match="freeze_a=True needs shared_start = true and train_row"):
+    with pytest.raises(ValueError, match="is only for freeze_a=False, and here freeze_a=True"):
         FedALTAblations(freeze_a=True, **other)
+
+
+@pytest.mark.parametrize("gate", ["half", "one_over_clients"])
+@pytest.mark.parametrize("other", [{"share_mixer": True}, {"mixer_init": "zeros"}])
+def test_fixed_weights_have_no_mixer_to_be_set(gate, other):
+    with pytest.raises(ValueError, match=f"is only for gate='mixer', and here gate='{gate}'"):
+        FedALTAblations(gate=gate, **other)

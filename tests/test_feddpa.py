@@ -386,6 +386,8 @@ def test_a_run_scores_every_client_and_its_model_answers(
         ({"scale": -0.1}, "scale=-0.1"),
         ({"references": 0}, "references=0"),
         ({"tail_epochs": -1}, "tail_epochs=-1"),
+        ({"tail_epochs": 2}, "tail_epochs=2 is only for schedule='F', and here schedule='T'"),
+        ({"schedule": "F", "blend": 0.3}, "blend=0.3 is only for schedule='T'"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, told):

@@ -26,6 +26,7 @@ from fedalt.core.tree import Name, select
 from fedalt.engine.states import server_of
 from fedalt.federation.agreement import write_agreement
 from fedalt.methods import METHODS
+from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
 from fedalt.methods.fedalt_ablations import FedALTAblations
 from fedalt.runs.setup import prepare
@@ -125,6 +126,17 @@ def test_one_over_k_follows_who_joins_and_who_leaves():
     for left, of in (("a", 2), ("b", 1)):
         server = method.without(server, left)
         assert method.broadcast(server, "c").facts["clients"] == of
+
+
+def test_a_newcomer_counts_in_one_over_k_once_more_have_uploaded_than_there_were_at_first():
+    method = FedALTAblations(lora=LORA, gate="one_over_clients")
+    server = method.init_server(replace(START, clients=3))
+    message = Message(START.adapter(LORA.slot(INDIVIDUAL)), {"weight": 1.0})
+    counts = []
+    for each in ("a", "new", "b", "c"):
+        server = method.aggregate(server, [(each, message)])
+        counts.append(method.broadcast(server, each).facts["clients"])
+    assert counts == [3, 3, 3, 4]  # "new" takes the place of who has not yet uploaded
 
 
 def test_a_run_tells_its_method_how_many_clients_there_are(tmp_path):

@@ -44,8 +44,8 @@ class FedALTAblations:
 
     `row`: the frozen adapter is the mean of the others, or of everybody ("global_mean").
     `train_row`: train both adapters; the trained rest of world is forgotten after the round.
-    `gate`: the mixer, or fixed weights: one half, or 1/K for the individual adapter, K being all
-    clients of the federation from the first round on.
+    `gate`: the mixer, or fixed weights: one half, or 1/K for the individual adapter, K being the
+    clients that the federation began with or, if they are more, all that have uploaded.
     `share_mixer`: average the mixers over the clients instead of keeping them private.
     `shared_start`: all clients draw the same first A; the authors' code draws one for each.
     `freeze_a`: the individual A stays as drawn, the same for everyone; B alone trains and is sent

@@ -26,6 +26,7 @@ from fedalt.core.tree import Name, select
 from fedalt.engine.states import server_of
 from fedalt.federation.agreement import write_agreement
 from fedalt.methods import METHODS
+from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT
 from fedalt.methods.fedalt_ablations import FedALTAblations
 from fedalt.runs.setup import prepare
@@ -127,6 +128,17 @@ def test_one_over_k_follows_who_joins_and_who_leaves():
         assert method.broadcast(server, "c").facts["clients"] == of
 
 
+def test_a_newcomer_counts_in_one_over_k_once_more_have_uploaded_than_there_were_at_first():
+    method = FedALTAblations(lora=LORA, gate="one_over_clients")
+    server = method.init_server(replace(START, clients=3))
+    message = Message(START.adapter(LORA.slot(INDIVIDUAL)), {"weight": 1.0})
+    counts = []
+    for each in ("a", "new", "b", "c"):
+        server = method.aggregate(server, [(each, message)])
+        counts.append(method.broadcast(server, each).facts["clients"])
+    assert counts == [3, 3, 3, 4]  # "new" takes the place of who has not yet uploaded
+
+
 def test_a_run_tells_its_method_how_many_clients_there_are(tmp_path):
     model, data = save_model(tmp_path / "model"), write_clients(tmp_path / "data", clients="abcd")
     method = {"name": "fedalt", "gate": "one_over_clients", "rank": 2}
@@ -163,5 +175,12 @@ def test_a_frozen_a_is_never_sent_and_the_rest_of_world_is_the_mean_of_the_produ
 
 @pytest.mark.parametrize("other", [{"train_row": True}, {"shared_start": False}])
 def test_a_frozen_a_has_to_be_everybodys(other):
-    with pytest.raises(ValueError, match="freeze_a=True needs shared_start = true and train_row"):
+    with pytest.raises(ValueError, match="is only for freeze_a=False, and here freeze_a=True"):
         FedALTAblations(freeze_a=True, **other)
+
+
+@pytest.mark.parametrize("gate", ["half", "one_over_clients"])
+@pytest.mark.parametrize("other", [{"share_mixer": True}, {"mixer_init": "zeros"}])
+def test_fixed_weights_have_no_mixer_to_be_set(gate, other):
+    with pytest.raises(ValueError, match=f"is only for gate='mixer', and here gate='{gate}'"):
+        FedALTAblations(gate=gate, **other)

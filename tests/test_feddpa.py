@@ -5,6 +5,7 @@ import torch
 from bases import base_of, example, random_serving_tree, start_of
 from commands import call
 from federation import (
+    HEADS,
     SITES,
     START,
     MemoryStates,
@@ -24,15 +25,16 @@ from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.core.tree import move, select
 from fedalt.data.examples import Example
+from fedalt.engine.client_work import TRAINED, training_metrics
 from fedalt.evaluation import Scoring, embed, generate, score
 from fedalt.methods.contract import Message, Serving
 from fedalt.methods.feddpa import INDIVIDUAL, INDIVIDUAL_HEAD, SHARED, FedDPA
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
-from fedalt.training.group import Training
+from fedalt.training.group import Trained, Training
 from fedalt.training.loop import train
-from fedalt.training.orders import Embed, Fit, Fitted
+from fedalt.training.orders import Embed, Fit, Fitted, Moments
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 T, F = (FedDPA(lora=LORA, schedule=schedule) for schedule in ("T", "F"))
@@ -127,6 +129,20 @@ def test_an_individual_adapter_of_t_starts_afresh():
     simulate(T, [EVERYONE] * 2, train=watch)
     start = START.adapter(LORA.slot(INDIVIDUAL), apart=True)
     assert trees.equal(select(watch.orders["a"][2].tree, INDIVIDUAL), start)
+
+
+@pytest.mark.parametrize("method", [T, F], ids="TF")
+def test_both_heads_of_a_client_count_as_trained(method):
+    watch = Watch()
+    states, _ = simulate(method, [EVERYONE] * 2, train=watch)
+    served(method, states, ["a"], watch)
+    fits = [order for order in watch.orders["a"][1:] if isinstance(order, Fit)]  # without round 0
+    assert len(fits) == 2
+    told = training_metrics(
+        [Trained({}, Moments(), 0.0, 1, 1, order.trained_numbers) for order in fits]
+    )
+    a_head = sum(torch.Size(shape).numel() for shape in HEADS.values())
+    assert sum(n for key, n in told.items() if key.startswith(TRAINED)) == 2 * (P + a_head)
 
 
 @pytest.mark.parametrize("method", [T, F], ids="TF")
@@ -370,6 +386,8 @@ def test_a_run_scores_every_client_and_its_model_answers(
         ({"scale": -0.1}, "scale=-0.1"),
         ({"references": 0}, "references=0"),
         ({"tail_epochs": -1}, "tail_epochs=-1"),
+        ({"tail_epochs": 2}, "tail_epochs=2 is only for schedule='F', and here schedule='T'"),
+        ({"schedule": "F", "blend": 0.3}, "blend=0.3 is only for schedule='T'"),
     ],
 )
 def test_impossible_settings_are_refused(wrong, told):

@@ -57,6 +57,10 @@ def test_layers_are_found_in_the_paths_of_sites_and_ordered_by_number():
     assert layer_of("embed_in") == "embed_in"
     sites = [f"model.layers.{n}.mlp.{part}" for n in (10, 2, 0) for part in ("up", "down")]
     assert layers_of(sites) == ["model.layers.0", "model.layers.2", "model.layers.10"]
+    sites = [f"model.{part}.layers.{n}.fc1" for part in ("decoder", "encoder") for n in (1, 0)]
+    assert layers_of(sites) == [
+        f"model.{part}.layers.{n}" for part in ("encoder", "decoder") for n in (0, 1)
+    ]
 
 
 def test_distances_by_hand_over_all_sites_of_a_layer():

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from bases import base_of, example, random_serving_tree
 from federation import (
     EXAMPLES,
     SITES,
@@ -200,3 +201,27 @@ def test_a_look_is_the_loss_on_all_training_examples(tmp_path):
     serving = Serving(order.plan, order.tree_of(()))
     loss = score(trainer.base, serving, examples, Scoring(generate=False)).metrics["loss"]
     assert found == Found((), pytest.approx(loss, rel=1e-5))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_look_takes_earlier_answers_of_a_conversation_too(packed, monkeypatch):
+    base = base_of()
+    tree = random_serving_tree(base, LORA.plan(CHOSEN))
+    serving = Serving(LORA.plan(CHOSEN), tree)
+    examples = [example("abc def", "x"), example("gh ijklm", "yz")]
+    places = [(2,), (1, 5)]
+
+    def total(each, begin):
+        """The loss of all that follows, as if it were the answer."""
+        (mean,) = score(base, serving, [replace(each, answer_start=begin)], Scoring()).losses
+        return mean * (len(each.ids) - begin)
+
+    losses = [total(each, each.answer_start) for each in examples]
+    for each, of_each in zip(examples, places, strict=True):
+        losses += [total(each, at) - total(each, at + 1) for at in of_each]
+    tokens = sum(len(each.ids) - each.answer_start for each in examples) + 3
+    if not packed:
+        monkeypatch.setattr("fedalt.evaluation.likelihood.can_pack", lambda *_: False)
+    earlier = [replace(each, earlier=at) for each, at in zip(examples, places, strict=True)]
+    (found,) = score(base, serving, earlier, Scoring(generate=False)).metrics.values()
+    assert found == pytest.approx(sum(losses) / tokens, rel=1e-5)

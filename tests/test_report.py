@@ -18,7 +18,7 @@ from fedalt.report.comparison import write_results
 from fedalt.report.costs import cost_of
 from fedalt.report.page import _vega, render
 from fedalt.report.records import loss_rows, mixer_record, read_record, site_parts
-from fedalt.report.run_page import run_page
+from fedalt.report.run_page import about, run_page
 from fedalt.report.similarity import similarity
 from fedalt.report.table import cells_of, joined, run_table
 from fedalt.runs.compare import Entry, jobs_of
@@ -139,6 +139,25 @@ def test_what_draws_is_bundled_once_and_a_damaged_copy_is_replaced(tmp_path, mon
     shutil.rmtree(tmp_path / "fedalt")
     (tmp_path / "fedalt").write_text("in the way")
     assert _vega() == "a\r\nb é"
+
+
+def test_trained_numbers_are_those_of_the_whole_run_or_named_after_the_first_fit(run):
+    def told():
+        return next(
+            text for name, text in about(read_record(run)).parts[0].items if "trained" in name
+        )
+
+    record = read_record(run)
+    (summary,) = record.of("summary")
+    first = record.facts["trainable_numbers"]
+    effort = {**summary["effort"], "trainable_numbers": 54321, "least_numbers": 54321}
+    append_lines(run, [{**summary, "effort": effort}])
+    assert told() == f"own 54,321, local {first['local']:,}"
+    append_lines(run, [{**summary, "effort": {**effort, "least_numbers": 1234}}])
+    assert told() == f"own 1,234–54,321, local {first['local']:,}"
+    without(run, "summary")
+    assert told() == f"own {first['own']:,}, local {first['local']:,}"
+    assert "trained numbers in the first fit" in page_of(run)
 
 
 def test_a_page_names_no_other_file(run):

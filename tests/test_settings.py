@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from fedalt.methods import METHODS
 from fedalt.methods.fedalt import FedALT
 from fedalt.methods.fedalt_ablations import FedALTAblations
 from fedalt.methods.fedit import FedIT
@@ -15,6 +16,7 @@ from fedalt.runs.settings import (
     Settings,
     SettingsError,
     read_settings,
+    settings_of,
     to_toml,
 )
 
@@ -145,6 +147,22 @@ def test_a_mistake_is_an_error_that_names_file_and_key(tmp_path, text, complaint
         read_settings(file)
     assert str(caught.value).startswith(f"{file}: ")
     assert complaint in str(caught.value)
+
+
+def test_moments_are_not_carried_over_to_what_is_something_else_in_the_next_round():
+    def refused(name):
+        table = {"method": {"name": name}, "training": {"carry_optimizer": True}}
+        try:
+            settings_of({"data": {"path": "/d"}, **table}, "x.toml")
+        except SettingsError as error:
+            return str(error)
+
+    told = {name: error for name in METHODS if (error := refused(name))}
+    assert set(told) == {"flora", "fslora", "ifca_lora"}
+    for name, error in told.items():
+        assert error.startswith(
+            f"x.toml: [training] carry_optimizer: clients of '{name}' train something else under "
+        )
 
 
 def test_a_mistake_in_a_flag_names_the_command_line():

@@ -194,7 +194,7 @@ def servings(
 def training_metrics(fits: Sequence[Trained]) -> dict[str, float]:
     """Mean loss over all steps of a client's fits, their number, and their tokens.
 
-    Under TRAINED with slot and factor: how many numbers they trained.
+    Under TRAINED with slot and factor: how many numbers they trained, once if two fits did.
     """
     steps = sum(fit.steps for fit in fits)
     loss = sum(fit.loss * fit.steps for fit in fits) / max(steps, 1)

@@ -54,9 +54,13 @@ def can_pack(base: Base, questions: Questions) -> bool:
 
 
 def questions_of(base: Base, examples: Sequence[Example]) -> Questions:
-    """Each example, and behind it one for each wrong option; the last answer alone is scored."""
-    last = [replace(example, earlier=()) for example in examples]
-    return [[example, *_wrong_options(base, example)] for example in last]
+    """Each example, and behind it one for each wrong option.
+
+    The loss is on what would be trained, so for training examples on earlier answers as well; where
+    there are options to choose from, on the last answer alone.
+    """
+    scored = [replace(each, earlier=()) if each.options else each for each in examples]
+    return [[example, *_wrong_options(base, example)] for example in scored]
 
 
 def _wrong_options(base: Base, example: Example) -> Iterator[Example]:

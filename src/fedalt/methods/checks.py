@@ -1,6 +1,8 @@
-"""Intervals of a method's settings, and the error of a value outside its own."""
+"""What a method's settings may be, each for itself and beside others, and the error of it."""
 
+from dataclasses import fields
 from math import inf
+from typing import Any
 
 
 def check(settings: object, **intervals: str) -> None:
@@ -19,6 +21,23 @@ def check(settings: object, **intervals: str) -> None:
         ):
             continue
         raise ValueError(f"{name}={value}, but {_words(least, most, closed, closed_above)}")
+
+
+def only_with(settings: Any, name: str, value: object, *others: str) -> None:
+    """Raise ValueError for the first of `others` that is set where `name` has not this value.
+
+    They mean nothing then, and a run whose setting does nothing would be told apart from one
+    without it. A field counts as set if it does not have its default.
+    """
+    if getattr(settings, name) == value:
+        return
+    defaults = {item.name: item.default for item in fields(settings)}
+    for other in others:
+        if (given := getattr(settings, other)) != defaults[other]:
+            raise ValueError(
+                f"{other}={given!r} is only for {name}={value!r}, and here "
+                f"{name}={getattr(settings, name)!r}"
+            )
 
 
 def _words(least: float, most: float, closed: bool, closed_above: bool) -> str:

@@ -34,8 +34,8 @@ REST_OF_WORLD = "rest_of_world"
 class Server:
     """Sum of all latest uploads (float64) and of their weights, how many, and the uploads.
 
-    `size` is how many clients the federation has, those that have not yet uploaded included; 0
-    where that is not known.
+    `size` is how many clients the federation began with, those that have not yet uploaded included,
+    less those that left; 0 where that is not known. Who joins later is in `clients` alone.
     """
 
     TAG: ClassVar = "fedalt/server"
@@ -81,7 +81,7 @@ class FedALT:
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The same tree for every client, so that it can be encoded once."""
         included = client_id in server.latest
-        clients = max(server.size or 2, server.clients)  # newcomers add to a size that is known
+        clients = max(server.size or 2, server.clients)  # newcomers may be more than are missing
         facts = {"weight": server.weight, "clients": clients, "included": included}
         return Message(server.total, facts)
 

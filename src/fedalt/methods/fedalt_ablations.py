@@ -14,6 +14,7 @@ import torch
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Sum, names_of
 from fedalt.adapters.start import MixerInit, Start
 from fedalt.core.tree import Tree, cast, merge, move, scale, select
+from fedalt.methods.checks import only_with
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.defaults import at_once
 from fedalt.methods.fedalt import INDIVIDUAL, REST_OF_WORLD, FedALT, Server, rest_of_world
@@ -43,8 +44,8 @@ class FedALTAblations:
 
     `row`: the frozen adapter is the mean of the others, or of everybody ("global_mean").
     `train_row`: train both adapters; the trained rest of world is forgotten after the round.
-    `gate`: the mixer, or fixed weights: one half, or 1/K for the individual adapter, K being all
-    clients of the federation from the first round on.
+    `gate`: the mixer, or fixed weights: one half, or 1/K for the individual adapter, K being the
+    clients that the federation began with or, if they are more, all that have uploaded.
     `share_mixer`: average the mixers over the clients instead of keeping them private.
     `shared_start`: all clients draw the same first A; the authors' code draws one for each.
     `freeze_a`: the individual A stays as drawn, the same for everyone; B alone trains and is sent
@@ -66,8 +67,8 @@ class FedALTAblations:
     averages = False
 
     def __post_init__(self) -> None:
-        if self.freeze_a and (self.train_row or not self.shared_start):
-            raise ValueError("freeze_a=True needs shared_start = true and train_row = false")
+        only_with(self, "freeze_a", False, "train_row", "shared_start")
+        only_with(self, "gate", "mixer", "share_mixer", "mixer_init")
 
     def init_server(self, start: Start) -> Server:
         return FedALT().init_server(start)
@@ -77,10 +78,9 @@ class FedALTAblations:
 
         With the individual adapter's A it would learn what that learns.
         """
-        only_for = "" if self.shared_start else client_id
-        row = self.lora.slot(REST_OF_WORLD)
+        own, row = self.lora.slot(INDIVIDUAL), self.lora.slot(REST_OF_WORLD)
         return Client(
-            individual=start.adapter(self.lora.slot(INDIVIDUAL), only_for=only_for),
+            individual=start.adapter(own, only_for="" if self.shared_start else client_id),
             mixer=start.mixer(2, self.mixer_init) if self.gate == "mixer" else {},
             head=start.head(),
             second=start.adapter(row, apart=True) if self.train_row else {},

@@ -19,7 +19,7 @@ of FedIT.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch import Tensor
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Sum, names_of
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, move, select
-from fedalt.methods.checks import check
+from fedalt.methods.checks import check, only_with
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.defaults import kept_in_averages
 from fedalt.methods.lora import Lora, Weighting, weight_of
@@ -69,9 +69,9 @@ class Client:
 class FedDPA:
     """The method; clients that sit out a round keep what is theirs and do not count in its mean.
 
-    `blend` in [0, 1] is c, `references` S, `scale` in [0, 1] lambda. `similarity_on` is the adapter
-    that w is for, the other one gets 1 - w. `tail_epochs`: how long the individual adapter of
-    "F" trains; None for the run's local epochs.
+    `blend` in [0, 1] is c, for "T" alone, `references` S, `scale` in [0, 1] lambda. `similarity_on`
+    is the adapter that w is for, the other one gets 1 - w. `tail_epochs`: how long the individual
+    adapter of "F" trains; None for the run's local epochs.
 
     c, S and lambda are the defaults of the authors' code.
     """
@@ -92,6 +92,8 @@ class FedDPA:
 
     def __post_init__(self) -> None:
         check(self, blend="[0, 1]", scale="[0, 1]", references="[1, inf)", tail_epochs="[0, inf)")
+        only_with(self, "schedule", "T", "blend")
+        only_with(self, "schedule", "F", "tail_epochs")
 
     def init_server(self, start: Start) -> Server:
         return Server(start.adapter(self.lora.slot(SHARED)))
@@ -120,39 +122,38 @@ class FedDPA:
         head = select(fitted.tree, HEAD)
         if self.schedule == "F" or not message.facts["round"]:
             return Client(head, client.individual, client.references), upload
-        slots = self.lora.slot(INDIVIDUAL), self.lora.slot(SHARED)
-        plan = Plan(slots, Sum((self.blend, 1 - self.blend)), self.lora.dropout)
+        plan = self._both(Sum((self.blend, 1 - self.blend)))
         tree = merge(_bound(client.individual), message.tree)
-        fitted = yield Fit(plan, tree, names_of(tree, INDIVIDUAL, HEAD))
+        fitted = yield Fit(plan, tree, names_of(tree, INDIVIDUAL, HEAD), head=INDIVIDUAL_HEAD)
         own = select(fitted.tree, INDIVIDUAL, HEAD)
         embedded: Tensor = yield Embed(self.lora.plan(INDIVIDUAL), own, self.references)
         individual = merge(select(own, INDIVIDUAL), move(own, HEAD, INDIVIDUAL_HEAD))
         return Client(head, individual, {REFERENCES: embedded}), upload
 
     def aggregate(self, server: Server, replies: Iterable[tuple[str, Message]]) -> Server:
-        mean = weighted_mean(replies)
-        return Server(mean or server.adapter, server.rounds + 1)
+        return Server(weighted_mean(replies) or server.adapter, server.rounds + 1)
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """Both adapters, weighed question by question; without a trained own one, the shared."""
         if self.schedule == "F":
             own = merge(move(message.tree, SHARED, INDIVIDUAL), client.head)
             plan = self.lora.plan(INDIVIDUAL)
-            fitted: Fitted = yield Fit(plan, own, frozenset(own), epochs=self.tail_epochs)
+            fitted = yield Fit(plan, own, frozenset(own), self.tail_epochs, head=INDIVIDUAL_HEAD)
             own = fitted.tree
             embedded: Tensor = yield Embed(plan, own, self.references)
         elif client.references:
             own, embedded = _bound(client.individual), client.references[REFERENCES]
         else:
             return self.shared(client, message)
-        slots = self.lora.slot(INDIVIDUAL), self.lora.slot(SHARED)
         weighed = Similarity(self.scale, on=int(self.similarity_on == "shared"), embeds=0)
-        plan = Plan(slots, weighed, self.lora.dropout)
-        return Serving(plan, merge(own, message.tree), embedded)
+        return Serving(self._both(weighed), merge(own, message.tree), embedded)
 
     def shared(self, client: Client, message: Message) -> Serving:
         """The shared adapter alone, with its head."""
         return Serving(self.lora.plan(SHARED), merge(message.tree, client.head))
+
+    def _both(self, combine: Sum | Similarity) -> Plan:
+        return replace(self.lora.plan(INDIVIDUAL, SHARED), combine=combine)
 
 
 def _bound(individual: Tree) -> Tree:

@@ -63,6 +63,7 @@ class FLoRA:
     server_state = Server
     client_state = Client
     averages = False
+    renewed = True
     deploy = deploy_shared
     without = kept_in_averages
 

@@ -70,6 +70,7 @@ class FSLoRA:
     server_state = Server
     client_state = Client
     averages = False
+    renewed = True
     deploy = deploy_shared
     without = kept_in_averages
 

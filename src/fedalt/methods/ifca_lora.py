@@ -63,6 +63,7 @@ class IFCALoRA:
     server_state = Server
     client_state = Client
     averages = False
+    renewed = True
     shared = nothing_shared  # which adapter is the client's, only its data tell
     without = kept_in_averages
 

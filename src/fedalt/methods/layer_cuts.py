@@ -20,10 +20,16 @@ def layer_of(site: str) -> str:
 
 
 def layers_of(sites: Iterable[str]) -> list[str]:
-    """The layers of these sites, from the input to the output: by name, numbers by size."""
+    """The layers of these sites, from the input to the output: by name, numbers by size.
 
-    def order(layer: str) -> list[tuple[int, str]]:
-        return [(int(part), "") if part.isdigit() else (-1, part) for part in layer.split(".")]
+    A decoder stands behind its encoder.
+    """
+
+    def order(layer: str) -> list[tuple[int, bool, str]]:
+        return [
+            (int(part), False, "") if part.isdigit() else (-1, part == "decoder", part)
+            for part in layer.split(".")
+        ]
 
     return sorted({layer_of(site) for site in sites}, key=order)
 

@@ -1,8 +1,6 @@
 """A run's page: what was run, its table, curves, mixer, similarity, examples, and what it took."""
 
-from collections.abc import Mapping
 from statistics import fmean
-from typing import Any
 
 from fedalt.methods import METHODS
 from fedalt.report import figures
@@ -28,7 +26,7 @@ from fedalt.report.refused import refused
 from fedalt.report.similarity import similarity
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
-from fedalt.runs.record import is_federation
+from fedalt.runs.record import is_federation, summary_in
 
 _WITH_THE_CLIENTS = (
     "The mixer's weights, similarity of clients, best and worst examples: they are made of what "
@@ -44,7 +42,7 @@ def run_page(record: Record) -> Page:
     """All that a run's folder tells; what it has no record of is named at the end."""
     absent: list[str] = []
     table = None if record.split is None else run_table(record.lines, record.split)
-    sections = [about(record.facts, record.settings)]
+    sections = [about(record)]
     if table is None:
         absent.append("Scores: no client has been scored yet.")
     else:
@@ -76,15 +74,15 @@ def explained(method: str) -> str:
     return METHODS.entries[method].title
 
 
-def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
+def about(record: Record) -> Section:
     """What was run: settings, versions, data, base model, clients."""
+    facts, settings = record.facts, record.settings
     data, model = facts["data"], facts["model"]
-    trainable = facts["trainable_numbers"]
     general = [
         ("base model", f"{model['name']} ({model['fingerprint']})"),
         ("data", "with the clients" if is_federation(facts) else str(settings["data"]["path"])),
         ("data fingerprint", data["fingerprint"]),
-        ("trained numbers", ", ".join(f"{key} {value:,}" for key, value in trainable.items())),
+        _trained(record),
         ("seed", str(settings["seed"])),
         ("versions", ", ".join(f"{key} {value}" for key, value in facts["versions"].items())),
     ]
@@ -112,6 +110,20 @@ def about(facts: Mapping[str, Any], settings: Mapping[str, Any]) -> Section:
         caption += ", which the server of a federation does not know"
     counted = Table(caption, ["client", *splits], rows)
     return Section("run", "What was run", [Facts([*general, *per_section]), counted])
+
+
+def _trained(record: Record) -> tuple[str, str]:
+    """All numbers that clients of the method trained at any time; before the test of the first fit.
+
+    Local-only training goes on with the numbers of its first fit.
+    """
+    told = {key: f"{count:,}" for key, count in record.facts["trainable_numbers"].items()}
+    label, summary = "trained numbers in the first fit", summary_in(record.lines)
+    if summary is not None and (most := summary["effort"].get("trainable_numbers")):
+        least = summary["effort"].get("least_numbers", most)
+        label = "trained numbers"
+        told["own"] = f"{most:,}" if least in (0, most) else f"{least:,}–{most:,}"
+    return label, ", ".join(f"{column} {count}" for column, count in told.items())
 
 
 def _count(number: int | None) -> Cell:

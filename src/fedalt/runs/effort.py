@@ -1,6 +1,5 @@
 """What a run's clients trained: steps in the rounds and before serving, every tensor."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -95,11 +94,12 @@ def _serving(
         steps = {client_id: method.deploy(client, method.broadcast(server, client_id))}
         run_generators(steps, partial(_unmoved, fits, examples))
         epochs = [training.local_epochs if fit.epochs is None else fit.epochs for fit in fits]
-        parts: Counter[str] = Counter()
-        for fit in fits:
-            for name in fit.train:
-                parts[f"{name.slot} {name.factor}"] += fit.tree[name].numel()
-        efforts[client_id] = sum(epochs) * -(-examples // training.batch_size), dict(parts)
+        parts = {
+            f"{slot} {factor}": count
+            for fit in fits
+            for (slot, factor), count in fit.trained_numbers.items()
+        }
+        efforts[client_id] = sum(epochs) * -(-examples // training.batch_size), parts
     return efforts
 
 

@@ -158,7 +158,7 @@ def settings_of(table: Table, source: str) -> Settings:
     }
     settings = Settings(method=_method(table.get("method", {}), source), **parts, **top)
     rules = settings.rounds, settings.firewall, settings.privacy, settings.traffic
-    require_together(settings.method, *rules, settings.clients, source)
+    require_together(settings.method, settings.training, *rules, settings.clients, source)
     return settings
 
 

@@ -269,7 +269,7 @@ def _keys(section: object) -> dict[str, object]:
 
 
 def trainable(arm: Arm, start: Start) -> int:
-    """How many numbers a client trains, in the method's first order."""
+    """How many numbers a client of the usual rank trains in its first fit, not in all."""
     method = arm.method
     client = method.init_client(start, "")
     for order in method.local(client, method.broadcast(method.init_server(start), "")):

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from fedalt.core.declared import SettingsError
-from fedalt.core.settings import Schedule, Stay
+from fedalt.core.settings import Schedule, Stay, Training
 from fedalt.core.upload_settings import Firewall, Privacy, Traffic
 from fedalt.methods import METHODS
 
@@ -16,6 +16,7 @@ else:  # a method's class needs torch
 
 def require_together(
     method: AnyMethod,
+    training: Training,
     schedule: Schedule,
     firewall: Firewall,
     privacy: Privacy,
@@ -29,6 +30,12 @@ def require_together(
         raise SettingsError(
             f"{source}: [rounds] robust: {METHODS.name_of(method)!r} does more with uploads "
             f"than to average them; methods that only do that are {able}"
+        )
+    if training.carry_optimizer and getattr(method, "renewed", False):
+        raise SettingsError(
+            f"{source}: [training] carry_optimizer: clients of {METHODS.name_of(method)!r} train "
+            "something else under the same names from round to round, and moments of what was "
+            "trained before do not belong to it; leave it out"
         )
     leavers = [name for name, stay in clients.items() if stay.leaves is not None]
     if leavers and (fault := fault_of_leaving(privacy, traffic)):

@@ -95,7 +95,7 @@ def answers_in_one(groups: Sequence[Sequence[Sequence[Example]]], device: torch.
 
     The questions stand client by client. The examples of a question have the same prompt, which is
     not empty. `owners` number the examples of all questions. The last token of an answer predicts
-    nothing and is left out.
+    nothing and is left out. Earlier answers in the prompt count to each of its answers.
     """
     ids: list[int] = []
     predicting: list[int] = []
@@ -106,13 +106,14 @@ def answers_in_one(groups: Sequence[Sequence[Sequence[Example]]], device: torch.
     for questions in groups:
         texts.append([])
         for question in questions:
-            prompt = question[0].prompt_ids
-            last = len(ids) + len(prompt) - 1
+            prompt, earlier = question[0].prompt_ids, question[0].earlier
+            first, last = len(ids), len(ids) + len(prompt) - 1
             ids += prompt
             answers = [example.ids[len(prompt) :] for example in question]
             for owner, answer in enumerate(answers, before):
-                owners += [owner] * len(answer)
-                targets += answer
+                owners += [owner] * (len(earlier) + len(answer))
+                targets += [*(prompt[at] for at in earlier), *answer]
+                predicting += [first + at - 1 for at in earlier]
                 predicting += [last, *range(len(ids), len(ids) + len(answer) - 1)][: len(answer)]
                 ids += answer[:-1]
             before += len(answers)

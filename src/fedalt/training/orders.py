@@ -7,7 +7,7 @@ from typing import ClassVar, Final, Protocol
 
 from torch import Tensor
 
-from fedalt.adapters.plan import Plan
+from fedalt.adapters.plan import HEAD, Plan
 from fedalt.core.tree import Name, Tree
 
 MOST_SPARED: Final = 32  # training examples kept from training so that a search can look at them
@@ -69,6 +69,7 @@ class Fit:
     rate. `spare` is the share of the training examples to leave out, those that a `Search` with
     the same share is answered with. `moments`: AdamW's state to go on with, `Moments()` at first,
     None for a new one that is forgotten afterwards. `penalty` of the tree is added to the loss.
+    `head` is what a head that trains is counted as, for clients that have more than one.
     """
 
     plan: Plan
@@ -81,6 +82,7 @@ class Fit:
     compose: Callable[[Tree], Tree] = as_it_is
     penalty: Callable[[Tree], Tensor] | None = None
     step: Step | None = None
+    head: str = HEAD
 
     @property
     def descending(self) -> frozenset[Name]:
@@ -93,7 +95,8 @@ class Fit:
         """How many numbers of each slot and factor it trains."""
         numbers: Counter[tuple[str, str]] = Counter()
         for name in self.train:
-            numbers[name.slot, name.factor] += self.tree[name].numel()
+            slot = self.head if name.slot == HEAD else name.slot
+            numbers[slot, name.factor] += self.tree[name].numel()
         return numbers
 
 

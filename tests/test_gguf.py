@@ -67,6 +67,30 @@ def test_a_truncated_file_is_refused_in_one_sentence_and_leaves_nothing(
     assert not cache.exists() or not list(cache.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, "it lacks 1 tensor, first "),
+        ({"model.norm.weight": torch.ones(8)}, "it has in another shape 1 tensor, first "),
+    ],
+)
+def test_weights_that_a_file_does_not_give_are_never_drawn(tmp_path, cache, change, told):
+    tensors = {**tiny_llama().state_dict(), **change}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    file = write_gguf(tmp_path / "part.gguf", tiny_llama(), tensors=tensors)
+    with pytest.raises(GGUFError, match=told + next(iter(change))):
+        converted(file)
+    assert not list(cache.iterdir())
+
+
+def test_an_output_layer_that_is_the_embedding_need_not_be_there(tmp_path):
+    tensors = {**tiny_llama().state_dict()}
+    del tensors["lm_head.weight"]
+    base = load_base(str(write_gguf(tmp_path / "tied.gguf", tiny_llama(), tensors=tensors)))
+    model = base.adapted.model
+    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
+
+
 def test_an_architecture_that_cannot_be_unpacked_is_refused_by_name(tmp_path):
     other = write_gguf(tmp_path / "other.gguf", tiny_llama(), architecture="clip")
     with pytest.raises(ModelError, match="architecture clip is not supported"):

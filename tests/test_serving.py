@@ -4,16 +4,23 @@ import json
 import shutil
 import socket
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
+import torch
 from commands import call
+from runs_for_tests import settings_for
 from serving import serving
 
+import fedalt
 from fedalt.evaluation import Scoring, generate
-from fedalt.runs.answers import answers, prompt_of, served
+from fedalt.runs import lifecycle
+from fedalt.runs.answers import answers, load_run_parts, prompt_of, served
+from fedalt.runs.serving import servings_now
+from fedalt.runs.settings import to_toml
 
 TOKEN = "a-token-of-the-test"
 SECRET = "abracadabra"
@@ -271,6 +278,21 @@ def test_a_new_best_round_is_taken_over_and_a_signal_lets_answers_end(
         text = "".join(part.choices[0].delta.content for part in (first, *stream))
         assert text == whole
         assert server.process.wait(120) == 0
+
+
+def test_a_rounded_broadcast_is_served_as_it_is_generated_with(
+    tiny_model_dir, clients_dir, tmp_path
+):
+    settings = settings_for(
+        tiny_model_dir, clients_dir, rounds={"rounds": 2}, traffic={"download": "int4"}
+    )
+    run = fedalt.run(tomllib.loads(to_toml(settings)), out=tmp_path / "run").path
+    parts = load_run_parts(run)
+    found = servings_now(parts, run, ["a", "b"], lambda act: act())
+    for client, own in found.of.items():
+        wanted = lifecycle.serving(parts, run, client, "own").tree
+        assert own.tree.keys() == wanted.keys()
+        assert all(torch.equal(own.tree[name], wanted[name]) for name in wanted)
 
 
 def test_exported_models_are_served_together(finished_run, models, tmp_path, capsys):

@@ -154,6 +154,27 @@ def test_a_seed_gives_the_same_answer_whoever_else_is_asked(base, clients):
     assert likeliest.tokens == greedy.tokens
 
 
+@pytest.mark.parametrize(
+    "how", [{"temperature": 1e-40}, {"temperature": 1e-7}, {"temperature": 1.0, "top_p": 1e-300}]
+)
+def test_no_wish_of_one_request_ends_the_answers_of_all(base, clients, how):
+    strange = Asked(clients["mixer"], "ask me", 8, **how)
+    greedy = Asked(clients["mixer"], "ask me", 8)
+    engine = engine_of(base)
+    for each in (strange, greedy):
+        engine.submit(each.request)
+    engine.start()
+    assert strange.wait() == greedy.wait()
+    engine.close()
+    assert {strange.end, greedy.end} <= {"stop", "length"}
+
+
+def test_where_logits_are_no_numbers_the_choice_is_the_greedy_one(clients):
+    request = Asked(clients["mixer"], "a", temperature=1.0).request
+    logits = torch.tensor([0.0, float("inf"), 1.0])
+    assert request.choose(logits) == 1
+
+
 def test_limits_and_those_who_have_gone(base, clients):
     engine = engine_of(base, queue=3)
     late = Asked(clients["sum"], "a", deadline=time.monotonic() - 1)

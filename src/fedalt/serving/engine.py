@@ -21,6 +21,7 @@ from fedalt.models.base import Base
 from fedalt.serving.batch import Adapters, Alone, Batch, Together, can_share
 
 _READ: Final = 512  # prompt tokens between two steps: those who are being answered wait that long
+_GREEDY: Final = 1e-6  # a temperature below is none: divided by it, logits may become infinite
 # "stop": an end token; "length": all tokens or the time are used up; the others came to nothing.
 End = Literal["stop", "length", "late", "failed"]
 
@@ -38,8 +39,8 @@ class Request:
     """A prompt, how it is to be gone on with, and who is told.
 
     `tell` gets every token as it is written, None where there is none, and at the last one why it
-    ends; it is called in the engine's thread. `temperature` 0 is greedy. Whoever waits no longer
-    sets `gone`. `deadline`: of `time.monotonic`.
+    ends; it is called in the engine's thread. A `temperature` below _GREEDY is greedy. Whoever
+    waits no longer sets `gone`. `deadline`: of `time.monotonic`.
     """
 
     adapters: Adapters
@@ -59,13 +60,18 @@ class Request:
 
     def choose(self, logits: Tensor) -> int:
         """The next token, of logits (vocabulary,)."""
-        if self.temperature == 0:
-            return int(logits.argmax())
+        likeliest = int(logits.argmax())
+        if self.temperature < _GREEDY:
+            return likeliest
         chances = (logits.float().cpu() / self.temperature).softmax(-1)
+        if not chances.isfinite().all():  # nothing can be drawn; the others' answers go on
+            return likeliest
         if self.top_p < 1:
             ordered, order = chances.sort(descending=True)
             # Of the likeliest tokens as many as make up top_p, the first always.
-            ordered[ordered.cumsum(0) - ordered >= self.top_p] = 0
+            spare = ordered.cumsum(0) - ordered >= self.top_p
+            spare[0] = False
+            ordered[spare] = 0
             chances = torch.zeros_like(chances).scatter(0, order, ordered)
         return int(chances.multinomial(1, generator=self._stream))
 

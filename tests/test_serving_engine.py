@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bases import base_of, letters, random_serving_tree
+from data_files import bytewise
 
 from fedalt.adapters.plan import Mixer, Plan, Router, Similarity, Slot, Sum
 from fedalt.core.settings import Scoring
@@ -244,3 +245,18 @@ def test_text_is_told_as_soon_as_nothing_can_change_it(base):
     assert "".join(told(["stay", "it"])) == "ab stop"
     assert "".join(told(["never"])) == "ab stop it stay"
     assert "".join(told(["ay b"])) == "ab stop it stay"  # begun, but never there
+
+
+def test_nothing_of_a_stop_is_told_while_one_of_its_signs_is_unfinished(base):
+    bytes_ = replace(base, tokenizer=bytewise())
+    ids = bytes_.tokenizer("x a\u20acb y")["input_ids"]  # the sign has three bytes, a token each
+
+    def told(*stops):
+        text, pieces = Text(bytes_, stops), []
+        while not text.stopped and len(text.ids) < len(ids):
+            pieces.append(text.add(ids[len(text.ids)], last=len(text.ids) == len(ids) - 1))
+        return pieces
+
+    assert "".join(told("a\u20acb")) == "x"
+    assert "".join(told("a\u20acc")) == "x a\u20acb y"
+    assert told() == ["x", "", " a", "", "", "\u20ac", "b", "", " y"]

@@ -194,6 +194,23 @@ def test_limits_and_those_who_have_gone(base, clients):
         engine.submit(last.request)
 
 
+def test_who_hangs_up_while_waiting_makes_room(base, clients):
+    engine = engine_of(base, queue=3)
+    gone = [Asked(clients["sum"], "a") for _ in range(2)]
+    stays, next_ = Asked(clients["sum"], "ask me", 3), Asked(clients["sum"], "ask me", 3)
+    for each in (gone[0], stays, gone[1]):
+        engine.submit(each.request)
+    for each in gone:
+        each.request.gone = True
+    assert engine.waiting == 1
+    engine.submit(next_.request)
+    assert engine.waiting == 2
+    engine.start()
+    engine.close()
+    assert stays.tokens == next_.tokens != []
+    assert not gone[0].tokens
+
+
 def test_who_hangs_up_while_being_answered_leaves_the_others_alone(base, clients):
     slow = queue.Queue()
     engine = engine_of(base)

@@ -106,8 +106,9 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
-        return len(self._waiting)
+        """Requests that have not begun and that somebody waits for."""
+        with self._changed:
+            return sum(not request.gone for request in self._waiting)
 
     @property
     def running(self) -> int:
@@ -136,6 +137,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise ClosedError
+            if len(self._waiting) >= self._queue:  # who has hung up keeps no place
+                self._waiting = deque(each for each in self._waiting if not each.gone)
             if len(self._waiting) >= self._queue:
                 raise QueueFullError
             self._waiting.append(request)
@@ -175,10 +178,9 @@ class Engine:
 
     def _admit(self) -> None:
         read = 0
-        while self._waiting and self.running < self._rows and read < _READ:
-            request = self._waiting.popleft()
-            if request.gone:
-                continue
+        while self.running < self._rows and read < _READ:
+            if (request := self._next()) is None:
+                return
             if time.monotonic() > request.deadline:
                 request.tell(None, "late")
                 continue
@@ -189,6 +191,15 @@ class Engine:
             read += len(request.prompt)
             self.counts["prompt_tokens"] += len(request.prompt)
             self._advance(running, len(running.requests) - 1, logits[0])
+
+    def _next(self) -> Request | None:
+        """The first that waits, taken out; None where nobody does."""
+        with self._changed:
+            while self._waiting:
+                request = self._waiting.popleft()
+                if not request.gone:
+                    return request
+        return None
 
     def _home(self, adapters: Adapters) -> _Running:
         """The batch that a request joins; the base model goes with any."""

@@ -123,6 +123,28 @@ def test_a_clients_rows_of_a_table_are_told_by_their_number(tmp_path):
     assert data.places("a", "train") == ["all.csv:2", "all.csv:4"]
 
 
+ORDINARY = {
+    "lines that begin like JSON": "text,label,client\n{x} y,1,a\n[z],2,a\n",
+    "the numbers that pandas writes": ",client,text,label\n0,a,{x} y,1\n1,a,[z],2\n",
+    "them twice": ",Unnamed: 0,client,text,label\n0,0,a,{x} y,1\n1,1,a,[z],2\n",
+    "Excel's comma behind": "client,text,label,,\na,{x} y,1,,\na,[z],2,,\n",
+}
+
+
+@pytest.mark.parametrize("text", ORDINARY.values(), ids=ORDINARY.keys())
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_what_programs_write_into_tables_is_read(tmp_path, text, suffix):
+    file = tmp_path / f"all.{suffix}"
+    file.write_text(text if suffix == "csv" else text.replace(",", "\t"))
+    records = open_data(file).records("a", "train")
+    assert [(record.text, record.answer) for record in records] == [("{x} y", "1"), ("[z]", "2")]
+
+
+def test_json_lines_with_a_tables_name_are_json_lines(tmp_path):
+    (tmp_path / "anna.csv").write_bytes(b"\n" + LINES)
+    assert open_data(tmp_path).counts("anna", "train") == 6
+
+
 def test_a_folder_of_tables_is_a_client_for_each(tmp_path):
     for name in ("anna", "bert"):
         (tmp_path / f"{name}.csv").write_text("instruction,output\nq,a\n")
@@ -145,6 +167,10 @@ BROKEN = {
         "line 2 has 3 cells, but the first has 2",
     ),
     "an open quote": (b'instruction,output,client\n"q,a,anna\n', "as CSV"),
+    "two columns alike beside unnamed ones": (
+        b",,client,client\n1,2,3,4\n",
+        "several columns are called 'client'",
+    ),
     "two columns alike": (b"client,client\n1,2\n", "several columns are called 'client'"),
     "a head alone": (b"instruction,output,client\n", "holds no records"),
     "nothing": (b"", "holds no records"),

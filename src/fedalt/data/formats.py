@@ -140,9 +140,11 @@ def table_of(file: Path, begin: bytes) -> Table | None:
         return None
     text = begin.removeprefix(BOM).decode(errors="replace")
     lines = text.splitlines(keepends=True)
-    if not text.strip() or any(line.lstrip()[:1] in ("{", "[") for line in lines[:5]):
-        return None
     named = [suffix for suffix in file.suffixes if suffix.lower() in (".csv", ".tsv")]
+    # A cell may begin like JSON; where the name says what it is, the first line alone tells.
+    looked = [line.lstrip() for line in lines if line.strip()][: 1 if named else 5]
+    if not looked or any(line[0] in "{[" for line in looked):
+        return None
     for delimiter, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV with semicolons")):
         rows = list(csv.reader(lines[:6], delimiter=delimiter))
         rows = rows[:-1] if len(rows) > 2 else rows  # a cell may go on where the look ends

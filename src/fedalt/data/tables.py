@@ -4,7 +4,7 @@ import csv
 import glob
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -58,10 +58,10 @@ def _rows(file: Path, table: Table, changed: int, size: int) -> list[Mapping[str
         if not table.delimiter:
             # The size of a batch would be that of the first group of rows, which may be empty.
             return list(datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place))
-        texts = datasets.Features(
-            {name: datasets.Value("string") for name in _heads(file, table.delimiter)}
-        )
+        heads = _heads(file, table.delimiter)
+        texts = datasets.Features({name: datasets.Value("string") for name in heads})
         told = {"sep": table.delimiter, "keep_default_na": False, "features": texts}
+        told |= {"names": heads, "header": 0}
         return list(datasets.load_dataset("csv", streaming=True, **told, **place))
     except TableError:
         raise
@@ -94,7 +94,11 @@ def downloaded(name: str) -> Path:
 
 
 def _heads(file: Path, delimiter: str) -> list[str]:
-    """The names in a table's first row, each of them once and enough for the second."""
+    """The names in a table's first row, each of them once and enough for the second.
+
+    A column without a name, such as the numbers of rows that pandas writes, is called as pandas
+    calls it.
+    """
     with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         cells = csv.reader(text, delimiter=delimiter)
         heads = next(cells, [])
@@ -102,12 +106,24 @@ def _heads(file: Path, delimiter: str) -> list[str]:
             first = next(cells, [])
         except csv.Error:  # a cell that is longer than this reader takes; the library takes it
             first = []
-    twice = sorted({head for head in heads if heads.count(head) > 1})
+    twice = sorted({head for head in heads if head and heads.count(head) > 1})
     if twice:
         raise TableError(f"several columns are called {', '.join(map(repr, twice))}")
     if len(first) > len(heads):  # or the library would take its first cell for a name of the row
         raise TableError(f"line 2 has {len(first)} cells, but the first has {len(heads)} names")
+    for at, head in enumerate(heads):
+        if not head:
+            heads[at] = _unnamed(at, heads)
     return heads
+
+
+def _unnamed(at: int, heads: Sequence[str]) -> str:
+    """A name that no other column has."""
+    name, more = f"Unnamed: {at}", 0
+    while name in heads:
+        more += 1
+        name = f"Unnamed: {at}.{more}"
+    return name
 
 
 def opened(file: Path) -> Any:

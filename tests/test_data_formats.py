@@ -140,6 +140,20 @@ def test_what_programs_write_into_tables_is_read(tmp_path, text, suffix):
     assert [(record.text, record.answer) for record in records] == [("{x} y", "1"), ("[z]", "2")]
 
 
+@pytest.mark.parametrize("above", ["", "\n", "\n ;;\n"])
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"])
+def test_empty_rows_are_no_records_but_count(tmp_path, above, begin):
+    file = tmp_path / "all.csv"
+    text = f'{above}client;instruction;output\n\na;"q\n\n1";r\n;;\n  \na;s;t\n\n\n'
+    file.write_bytes(begin + text.encode())
+    data, before = open_data(file), above.count("\n")
+    assert [record.answer for record in data.records("a", "train")] == ["r", "t"]
+    assert data.places("a", "train") == [f"all.csv:{before + 3}", f"all.csv:{before + 6}"]
+    file.write_bytes(begin + f"{text}a;;u\n".encode())
+    with pytest.raises(DataError, match=f"all.csv:{before + 9}: field 'instruction' is empty"):
+        open_data(file)
+
+
 def test_json_lines_with_a_tables_name_are_json_lines(tmp_path):
     (tmp_path / "anna.csv").write_bytes(b"\n" + LINES)
     assert open_data(tmp_path).counts("anna", "train") == 6
@@ -164,7 +178,7 @@ BROKEN = {
     "a cell too many": (b"instruction,output,client\nq,a,anna\nq,a,anna,b\n", "line 3"),
     "a name too few": (
         b"instruction,output\nanna,q,a\n",
-        "line 2 has 3 cells, but the first has 2",
+        "row 2 has 3 cells, but the first has 2",
     ),
     "an open quote": (b'instruction,output,client\n"q,a,anna\n', "as CSV"),
     "two columns alike beside unnamed ones": (

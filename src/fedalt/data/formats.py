@@ -146,7 +146,7 @@ def table_of(file: Path, begin: bytes) -> Table | None:
     if not looked or any(line[0] in "{[" for line in looked):
         return None
     for delimiter, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV with semicolons")):
-        rows = list(csv.reader(lines[:6], delimiter=delimiter))
+        rows = [row for row in csv.reader(lines[:6], delimiter=delimiter) if row]
         rows = rows[:-1] if len(rows) > 2 else rows  # a cell may go on where the look ends
         widths = {len(row) for row in rows}
         if (len(rows) > 1 or named) and len(widths) == 1 and min(widths) > 1:

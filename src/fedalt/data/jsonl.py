@@ -68,8 +68,8 @@ def _lines(file: Path, place: str, problems: Problems) -> Iterator[Item]:
 
 def _rows(file: Path, table: Table, place: str, problems: Problems) -> Iterator[Item]:
     try:
-        for before, row in enumerate(rows(file, table)):
-            yield Item(table.first_row + before, before, row)
+        for before, (number, row) in enumerate(rows(file, table)):
+            yield Item(number, before, row)
     except TableError as error:
         problems.add(place, str(error))
 

@@ -165,6 +165,40 @@ def test_a_folder_of_tables_is_a_client_for_each(tmp_path):
     assert open_data(tmp_path).clients == ("anna", "bert")
 
 
+def conversation(name: str, **arguments: object) -> dict[str, object]:
+    """A record that calls a tool of its own with arguments of its own."""
+    properties = {key: {"type": "string", "enum": ["x", None]} for key in arguments}
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "client": "anna",
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "r", "name": name},
+            {"role": "assistant", "content": "a"},
+        ],
+        "tools": [{"type": "function", "function": {"name": name, "parameters": properties}}],
+    }
+
+
+def test_arrow_adds_nothing_to_the_calls_of_a_conversation(tmp_path):
+    rows = [conversation("time", zone="x", at={"day": "y"}), conversation("weather", city="z")]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    wanted = open_data(tmp_path / "all.jsonl")
+    for name in ("all.parquet", "saved"):
+        found = open_data(tmp_path / name)
+        assert found.records("anna", "train") == wanted.records("anna", "train")
+        assert found.fingerprint == wanted.fingerprint
+
+
+def test_a_null_in_json_lines_is_an_argument_as_it_stands(tmp_path):
+    (tmp_path / "all.jsonl").write_text(json.dumps(conversation("time", zone=None)))
+    (record,) = open_data(tmp_path / "all.jsonl").records("anna", "train")
+    assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == {"zone": None}
+
+
 def test_a_dataset_that_was_saved_is_read_split_by_split(tmp_path):
     rows = datasets.Dataset.from_list(ROWS)
     rows.save_to_disk(tmp_path / "one")

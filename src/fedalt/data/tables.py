@@ -32,6 +32,7 @@ class Table:
     delimiter: str = ""
 
 
+_CONVERSATION: Final = ("messages", "tools", "functions")  # fields that hold objects
 # Every row with its number, as a spreadsheet counts.
 Rows = Sequence[tuple[int, Mapping[str, Any]]]
 
@@ -54,16 +55,13 @@ def _rows(file: Path, table: Table, changed: int, size: int) -> Rows:  # noqa: A
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says becomes an error here
     try:
         if table.name == SAVED:
-            return [*enumerate(datasets.load_from_disk(str(file)), 1)]
+            return _objects(datasets.load_from_disk(str(file)))
         # Streamed, the library leaves no copy of the data in its cache.
         place: dict[str, Any] = {"data_files": [glob.escape(str(file))], "split": "train"}
         if not table.delimiter:
             # The size of a batch would be that of the first group of rows, which may be empty.
-            return [
-                *enumerate(
-                    datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place), 1
-                )
-            ]
+            streamed = datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place)
+            return _objects(streamed)
         above, heads = _heads(file, table.delimiter)
         texts = datasets.Features({name: datasets.Value("string") for name in heads})
         told = {"sep": table.delimiter, "keep_default_na": False, "features": texts}
@@ -78,6 +76,25 @@ def _rows(file: Path, table: Table, changed: int, size: int) -> Rows:  # noqa: A
     except Exception as error:  # whatever a broken file does to the libraries that read it
         reason = shown(str(error.__cause__ or error).strip(), 300)
         raise TableError(f"cannot be read as {table.name}: {reason}") from error
+
+
+def _objects(found: Iterable[Mapping[str, Any]]) -> Rows:
+    """Rows of Arrow, without what it has added to the objects of a conversation.
+
+    It gives every object of a column the keys of all of them, and null where one has none.
+    """
+    return [
+        (at, {name: _given(cell) if name in _CONVERSATION else cell for name, cell in row.items()})
+        for at, row in enumerate(found, 1)
+    ]
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_given(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def downloaded(name: str) -> Path:

@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import zipfile
+import zlib
 from pathlib import Path
 
 import datasets
@@ -237,6 +238,31 @@ def test_a_broken_table_is_one_error_that_names_the_file(tmp_path, raw, told):
         open_data(file)
     assert told in str(caught.value)
     assert "all.csv" in str(caught.value)
+
+
+DAMAGE = b"\x07\xff"  # a block of a type that there is not
+
+
+@pytest.mark.parametrize("lines", [0, 2000], ids=["at once", "late"])
+@pytest.mark.parametrize("ways", ["jsonl", "csv", "json"])
+def test_a_damaged_archive_is_one_error_that_names_the_file(tmp_path, lines, ways):
+    whole = {"jsonl": LINES * lines, "csv": separated(",") * lines, "json": b"[" + LINES * lines}
+    packer = zlib.compressobj(wbits=31)
+    raw = packer.compress(whole[ways]) + packer.flush(zlib.Z_FULL_FLUSH)
+    file = tmp_path / f"all.{ways}.gz"
+    file.write_bytes(raw + DAMAGE)
+    with pytest.raises(DataError, match=rf"all\.{ways}\.gz.*cannot be read") as caught:
+        open_data(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_that_is_damaged_once_it_is_open_has_changed(tmp_path):
+    file = tmp_path / "all.jsonl.gz"
+    file.write_bytes(gzip.compress(LINES))
+    data = open_data(file)
+    file.write_bytes(zlib.compressobj(wbits=31).flush(zlib.Z_FULL_FLUSH) + DAMAGE)
+    with pytest.raises(DataError, match="changed since it was opened"):
+        data.records("anna", "train")
 
 
 def test_an_empty_parquet_file_holds_no_records(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.data.encodings import BOM, wide_encoding
-from fedalt.data.tables import PARQUET, SAVED, Table, opened
+from fedalt.data.tables import PARQUET, SAVED, UNREADABLE, Table, opened
 
 LOOK: Final = 65536  # bytes by which a file is recognised
 WANTED: Final = (
@@ -64,7 +64,7 @@ def other_format(file: Path, begin: bytes | None = None) -> str | None:
         try:
             with opened(file) as stream:
                 begin = stream.read(LOOK)
-        except (OSError, EOFError):
+        except UNREADABLE:
             return None
     if (wide := wide_encoding(begin)) is not None:
         return f"the text is {wide}, not UTF-8; save it as UTF-8"

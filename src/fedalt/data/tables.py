@@ -4,6 +4,7 @@ import csv
 import glob
 import io
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,7 @@ from fedalt.data.encodings import narrow_encoding
 
 PARQUET: Final = "Parquet"
 SAVED: Final = "a saved dataset"
+UNREADABLE: Final = (OSError, EOFError, zlib.error)  # what reading of `opened` files raises
 SAVED_AS: Final = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 
 

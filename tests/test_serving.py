@@ -162,6 +162,23 @@ def test_a_wrong_request_gets_a_sentence(server, change, status, code, said):
     assert said in told[2]
 
 
+def test_what_a_message_says_beside_its_text_is_refused_by_name(server, client):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for at, name, value in ((1, "tool_calls", [call]), (0, "name", "anna")):
+        asked = [dict(turn) for turn in turns]
+        asked[at][name] = value
+        told = error_of(
+            post(server, json.dumps({"model": "a", "messages": asked}), path="/v1/chat/completions")
+        )
+        wanted = f"messages.{at}.{name}: this server cannot do that"
+        assert told == (400, "unsupported", wanted)
+    whole = client.chat.completions.create(
+        model="a", messages=[{"role": "user", "content": "ask", "name": None}], max_tokens=3
+    )
+    assert whole.choices[0].message.content == ask(client, "a", "ask", 3)
+
+
 def test_what_is_no_request_gets_a_sentence(server, client):
     assert error_of(post(server, '{"model": "a", '))[:2] == (400, "invalid_json")
     for content in ("[1]", ""):

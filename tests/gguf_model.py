@@ -1,5 +1,6 @@
 """A tiny random Llama as a GGUF file, written as llama.cpp's converter writes one."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import gguf
@@ -37,8 +38,16 @@ def tiny_llama() -> LlamaForCausalLM:
     return model.bfloat16().float()
 
 
-def write_gguf(file: Path, model: LlamaForCausalLM, architecture: str = "llama") -> Path:
-    """The model in float32 with a byte-pair vocabulary of single characters."""
+def write_gguf(
+    file: Path,
+    model: LlamaForCausalLM,
+    architecture: str = "llama",
+    tensors: Mapping[str, torch.Tensor] | None = None,
+) -> Path:
+    """The model in float32 with a byte-pair vocabulary of single characters.
+
+    `tensors` take the place of its own.
+    """
     config = model.config
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -61,7 +70,7 @@ def write_gguf(file: Path, model: LlamaForCausalLM, architecture: str = "llama")
     writer.add_chat_template(TEMPLATE)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in (model.state_dict() if tensors is None else tensors).items():
         module = name.removesuffix(".weight")
         count = heads.get(module.rpartition(".")[2])
         if count is not None:  # llama.cpp turns neighbouring pairs of numbers, not halves

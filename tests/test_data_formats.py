@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import zipfile
+import zlib
 from pathlib import Path
 
 import datasets
@@ -123,10 +124,80 @@ def test_a_clients_rows_of_a_table_are_told_by_their_number(tmp_path):
     assert data.places("a", "train") == ["all.csv:2", "all.csv:4"]
 
 
+ORDINARY = {
+    "lines that begin like JSON": "text,label,client\n{x} y,1,a\n[z],2,a\n",
+    "the numbers that pandas writes": ",client,text,label\n0,a,{x} y,1\n1,a,[z],2\n",
+    "them twice": ",Unnamed: 0,client,text,label\n0,0,a,{x} y,1\n1,1,a,[z],2\n",
+    "Excel's comma behind": "client,text,label,,\na,{x} y,1,,\na,[z],2,,\n",
+}
+
+
+@pytest.mark.parametrize("text", ORDINARY.values(), ids=ORDINARY.keys())
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_what_programs_write_into_tables_is_read(tmp_path, text, suffix):
+    file = tmp_path / f"all.{suffix}"
+    file.write_text(text if suffix == "csv" else text.replace(",", "\t"))
+    records = open_data(file).records("a", "train")
+    assert [(record.text, record.answer) for record in records] == [("{x} y", "1"), ("[z]", "2")]
+
+
+@pytest.mark.parametrize("above", ["", "\n", "\n ;;\n"])
+@pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"])
+def test_empty_rows_are_no_records_but_count(tmp_path, above, begin):
+    file = tmp_path / "all.csv"
+    text = f'{above}client;instruction;output\n\na;"q\n\n1";r\n;;\n  \na;s;t\n\n\n'
+    file.write_bytes(begin + text.encode())
+    data, before = open_data(file), above.count("\n")
+    assert [record.answer for record in data.records("a", "train")] == ["r", "t"]
+    assert data.places("a", "train") == [f"all.csv:{before + 3}", f"all.csv:{before + 6}"]
+    file.write_bytes(begin + f"{text}a;;u\n".encode())
+    with pytest.raises(DataError, match=f"all.csv:{before + 9}: field 'instruction' is empty"):
+        open_data(file)
+
+
+def test_json_lines_with_a_tables_name_are_json_lines(tmp_path):
+    (tmp_path / "anna.csv").write_bytes(b"\n" + LINES)
+    assert open_data(tmp_path).counts("anna", "train") == 6
+
+
 def test_a_folder_of_tables_is_a_client_for_each(tmp_path):
     for name in ("anna", "bert"):
         (tmp_path / f"{name}.csv").write_text("instruction,output\nq,a\n")
     assert open_data(tmp_path).clients == ("anna", "bert")
+
+
+def conversation(name: str, **arguments: object) -> dict[str, object]:
+    """A record that calls a tool of its own with arguments of its own."""
+    properties = {key: {"type": "string", "enum": ["x", None]} for key in arguments}
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    return {
+        "client": "anna",
+        "messages": [
+            {"role": "user", "content": "q"},
+            {"role": "assistant", "tool_calls": [call]},
+            {"role": "tool", "content": "r", "name": name},
+            {"role": "assistant", "content": "a"},
+        ],
+        "tools": [{"type": "function", "function": {"name": name, "parameters": properties}}],
+    }
+
+
+def test_arrow_adds_nothing_to_the_calls_of_a_conversation(tmp_path):
+    rows = [conversation("time", zone="x", at={"day": "y"}), conversation("weather", city="z")]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "all.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    wanted = open_data(tmp_path / "all.jsonl")
+    for name in ("all.parquet", "saved"):
+        found = open_data(tmp_path / name)
+        assert found.records("anna", "train") == wanted.records("anna", "train")
+        assert found.fingerprint == wanted.fingerprint
+
+
+def test_a_null_in_json_lines_is_an_argument_as_it_stands(tmp_path):
+    (tmp_path / "all.jsonl").write_text(json.dumps(conversation("time", zone=None)))
+    (record,) = open_data(tmp_path / "all.jsonl").records("anna", "train")
+    assert record.messages[1]["tool_calls"][0]["function"]["arguments"] == {"zone": None}
 
 
 def test_a_dataset_that_was_saved_is_read_split_by_split(tmp_path):
@@ -142,9 +213,13 @@ BROKEN = {
     "a cell too many": (b"instruction,output,client\nq,a,anna\nq,a,anna,b\n", "line 3"),
     "a name too few": (
         b"instruction,output\nanna,q,a\n",
-        "line 2 has 3 cells, but the first has 2",
+        "row 2 has 3 cells, but the first has 2",
     ),
     "an open quote": (b'instruction,output,client\n"q,a,anna\n', "as CSV"),
+    "two columns alike beside unnamed ones": (
+        b",,client,client\n1,2,3,4\n",
+        "several columns are called 'client'",
+    ),
     "two columns alike": (b"client,client\n1,2\n", "several columns are called 'client'"),
     "a head alone": (b"instruction,output,client\n", "holds no records"),
     "nothing": (b"", "holds no records"),
@@ -163,6 +238,31 @@ def test_a_broken_table_is_one_error_that_names_the_file(tmp_path, raw, told):
         open_data(file)
     assert told in str(caught.value)
     assert "all.csv" in str(caught.value)
+
+
+DAMAGE = b"\x07\xff"  # a block of a type that there is not
+
+
+@pytest.mark.parametrize("lines", [0, 2000], ids=["at once", "late"])
+@pytest.mark.parametrize("ways", ["jsonl", "csv", "json"])
+def test_a_damaged_archive_is_one_error_that_names_the_file(tmp_path, lines, ways):
+    whole = {"jsonl": LINES * lines, "csv": separated(",") * lines, "json": b"[" + LINES * lines}
+    packer = zlib.compressobj(wbits=31)
+    raw = packer.compress(whole[ways]) + packer.flush(zlib.Z_FULL_FLUSH)
+    file = tmp_path / f"all.{ways}.gz"
+    file.write_bytes(raw + DAMAGE)
+    with pytest.raises(DataError, match=rf"all\.{ways}\.gz.*cannot be read") as caught:
+        open_data(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_archive_that_is_damaged_once_it_is_open_has_changed(tmp_path):
+    file = tmp_path / "all.jsonl.gz"
+    file.write_bytes(gzip.compress(LINES))
+    data = open_data(file)
+    file.write_bytes(zlib.compressobj(wbits=31).flush(zlib.Z_FULL_FLUSH) + DAMAGE)
+    with pytest.raises(DataError, match="changed since it was opened"):
+        data.records("anna", "train")
 
 
 def test_an_empty_parquet_file_holds_no_records(tmp_path):

@@ -27,6 +27,7 @@ def test_the_four_forms_are_told_apart_by_their_fields():
     pair = {"sentence1": "s", "sentence2": "u", "label": 3}
     assert parse_record(pair) == LabeledText("s", "u", "3")
     assert parse_record({**pair, "sentence2": None}) == LabeledText("s", None, "3")
+    assert parse_record({**pair, "sentence2": ""}) == LabeledText("s", None, "3")  # an empty cell
 
 
 def test_dollys_context_and_response_are_input_and_output():

@@ -1,13 +1,18 @@
 """A GGUF file as a base model."""
 
+import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
 import torch
 from commands import call
 from gguf_model import tiny_llama, write_gguf
+from peft import AutoPeftModelForCausalLM
 from runs_for_tests import write_clients
 
+from fedalt import load
+from fedalt.core.settings import Packaged
 from fedalt.models.base import PACKAGED, ModelError, load_base
 from fedalt.models.gguf import GGUFError, converted
 
@@ -67,6 +72,30 @@ def test_a_truncated_file_is_refused_in_one_sentence_and_leaves_nothing(
     assert not cache.exists() or not list(cache.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"model.layers.1.mlp.up_proj.weight": None}, "it lacks 1 tensor, first "),
+        ({"model.norm.weight": torch.ones(8)}, "it has in another shape 1 tensor, first "),
+    ],
+)
+def test_weights_that_a_file_does_not_give_are_never_drawn(tmp_path, cache, change, told):
+    tensors = {**tiny_llama().state_dict(), **change}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    file = write_gguf(tmp_path / "part.gguf", tiny_llama(), tensors=tensors)
+    with pytest.raises(GGUFError, match=told + next(iter(change))):
+        converted(file)
+    assert not list(cache.iterdir())
+
+
+def test_an_output_layer_that_is_the_embedding_need_not_be_there(tmp_path):
+    tensors = {**tiny_llama().state_dict()}
+    del tensors["lm_head.weight"]
+    base = load_base(str(write_gguf(tmp_path / "tied.gguf", tiny_llama(), tensors=tensors)))
+    model = base.adapted.model
+    assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
+
+
 def test_an_architecture_that_cannot_be_unpacked_is_refused_by_name(tmp_path):
     other = write_gguf(tmp_path / "other.gguf", tiny_llama(), architecture="clip")
     with pytest.raises(ModelError, match="architecture clip is not supported"):
@@ -81,6 +110,51 @@ def test_a_wrong_file_is_one_error_on_the_command_line(tmp_path, capsys):
     assert call(*words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"error: {wrong}: not a GGUF file: it begins with b'hell', expected b'GGUF'"
+
+
+@pytest.fixture
+def packaged(file, tmp_path, monkeypatch):
+    """The name of a model that comes in a package, and its file."""
+    module = tmp_path / "packages" / "ours_in_a_package"
+    module.mkdir(parents=True)
+    (module / "__init__.py").touch()
+    monkeypatch.syspath_prepend(module.parent)
+    monkeypatch.setitem(PACKAGED, "ours", Packaged(module.name, "tiny.gguf", "no command"))
+    return "ours", shutil.copy(file, module / "tiny.gguf")
+
+
+@pytest.mark.parametrize("named", ["by file", "by package"])
+def test_exports_lead_to_the_file_and_not_into_the_cache(
+    file, packaged, named, tmp_path, cache, monkeypatch
+):
+    monkeypatch.chdir(file.parent)
+    model, whole = (file.name, file) if named == "by file" else packaged
+    data, run = write_clients(tmp_path / "data", ("a", "b")), tmp_path / "run"
+    small = ("--rounds", 1, "--rank", 2, "--max-length", 60, "--max-new-tokens", 3, "--quiet")
+    words = ("--method", "fedit", "--data", data, "--model", model, "--device", "cpu")
+    assert call("run", *words, *small, "--out", run) == 0
+    for kind in ("fedalt", "gguf", "peft"):
+        out = tmp_path / kind
+        assert call("export", run, "--client", "a", "--format", kind, "--out", out) == 0
+    config, plain = (
+        json.loads((tmp_path / kind / "adapter_config.json").read_text())
+        for kind in ("fedalt", "peft")
+    )
+    wanted = str(file) if named == "by file" else "ours"
+    assert config["base_model_name_or_path"] == wanted
+    llama_cpp = (tmp_path / "gguf" / "README.md").read_text()
+    assert f"llama-server --model {whole} --lora adapter.gguf\n```\n\nThe command" in llama_cpp
+    # PEFT alone gets the folder, and the README says what it is.
+    (folder,) = cache.iterdir()
+    assert plain["base_model_name_or_path"] == str(folder)
+    assert f"# The base model is {model} as fedalt" in (tmp_path / "peft" / "README.md").read_text()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft").float()(ids).logits
+        shutil.rmtree(cache)
+        monkeypatch.chdir(tmp_path)
+        torch.testing.assert_close(load(tmp_path / "fedalt")(ids).logits, alone)
+    assert folder.is_dir()
 
 
 @pytest.mark.slow

@@ -2,16 +2,18 @@
 
 import json
 import math
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from commands import call
 
+from fedalt.evaluation import Scoring, generate
 from fedalt.runs import harness
 from fedalt.runs.answers import served
 from fedalt.runs.harness import HarnessError, load_tasks, measure
-
-pytest.importorskip("lm_eval", reason="`pip install 'fedalt[lm-eval]'` has not been called")
 
 DOCS = [{"question": f"is {n} even", "answer": ("yes", "no")[n % 2]} for n in range(6)]
 COMMON = """
@@ -33,6 +35,7 @@ TASKS = {
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory):
+    pytest.importorskip("lm_eval", reason="`pip install 'fedalt[lm-eval]'` has not been called")
     folder = tmp_path_factory.mktemp("tasks")
     data = folder / "docs.jsonl"
     data.write_text("".join(json.dumps(line) + "\n" for line in DOCS))
@@ -129,3 +132,36 @@ def test_without_the_package_an_error_names_the_extra(monkeypatch):
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
     with pytest.raises(HarnessError, match=r"pip install 'fedalt\[lm-eval\]'"):
         load_tasks(["told"], None)
+
+
+def test_whoever_asks_within_it_finds_neither_penalties_nor_today(finished_run, monkeypatch):
+    class Harness(SimpleNamespace):
+        """Asks as HFLM does, which is not at hand everywhere."""
+
+    def evaluate(asked, tasks, **how):
+        turns = [{"role": "user", "content": "ask 3b"}]
+        prompt = asked.tokenizer.apply_chat_template(turns, tokenize=False)
+        ids = torch.tensor([asked.tokenizer(prompt).input_ids])
+        written = asked.pretrained.generate(ids, max_new_tokens=12, use_cache=True)
+        told.append((prompt, written[0, ids.shape[1] :].tolist()))
+        return {"results": {}}
+
+    told = []
+    model = SimpleNamespace(HFLM=Harness)
+    for name, module in (("", SimpleNamespace(evaluate=evaluate)), (".models", SimpleNamespace())):
+        monkeypatch.setitem(sys.modules, f"lm_eval{name}", module)
+    monkeypatch.setitem(sys.modules, "lm_eval.models.huggingface", model)
+    of = replace(served(finished_run, "b"), form="messages")
+    base = of.parts.base
+    card = base.adapted.model.generation_config
+    card.repetition_penalty, card.max_length, card.suppress_tokens = 1.9, 5, [20]
+    template = "{{ strftime_now('%Y') }}{% for m in messages %} {{ m.content }}{% endfor %}"
+    base.tokenizer.chat_template = template
+    measure(of, {"tasks": {}})
+    assert base.adapted.model.generation_config is card
+    assert base.tokenizer.chat_template == template
+    ((prompt, written),) = told
+    assert prompt == "2024 ask 3b"
+    asked = tuple(base.tokenizer(prompt).input_ids)
+    wanted = generate(base, of.serving, [asked], Scoring(max_new_tokens=12))
+    assert base.tokenizer.decode(written, skip_special_tokens=True).strip() == wanted[0]

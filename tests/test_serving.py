@@ -4,16 +4,23 @@ import json
 import shutil
 import socket
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
 import pytest
+import torch
 from commands import call
+from runs_for_tests import settings_for
 from serving import serving
 
+import fedalt
 from fedalt.evaluation import Scoring, generate
-from fedalt.runs.answers import answers, prompt_of, served
+from fedalt.runs import lifecycle
+from fedalt.runs.answers import answers, load_run_parts, prompt_of, served
+from fedalt.runs.serving import servings_now
+from fedalt.runs.settings import to_toml
 
 TOKEN = "a-token-of-the-test"
 SECRET = "abracadabra"
@@ -155,6 +162,23 @@ def test_a_wrong_request_gets_a_sentence(server, change, status, code, said):
     assert said in told[2]
 
 
+def test_what_a_message_says_beside_its_text_is_refused_by_name(server, client):
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    for at, name, value in ((1, "tool_calls", [call]), (0, "name", "anna")):
+        asked = [dict(turn) for turn in turns]
+        asked[at][name] = value
+        told = error_of(
+            post(server, json.dumps({"model": "a", "messages": asked}), path="/v1/chat/completions")
+        )
+        wanted = f"messages.{at}.{name}: this server cannot do that"
+        assert told == (400, "unsupported", wanted)
+    whole = client.chat.completions.create(
+        model="a", messages=[{"role": "user", "content": "ask", "name": None}], max_tokens=3
+    )
+    assert whole.choices[0].message.content == ask(client, "a", "ask", 3)
+
+
 def test_what_is_no_request_gets_a_sentence(server, client):
     assert error_of(post(server, '{"model": "a", '))[:2] == (400, "invalid_json")
     for content in ("[1]", ""):
@@ -271,6 +295,21 @@ def test_a_new_best_round_is_taken_over_and_a_signal_lets_answers_end(
         text = "".join(part.choices[0].delta.content for part in (first, *stream))
         assert text == whole
         assert server.process.wait(120) == 0
+
+
+def test_a_rounded_broadcast_is_served_as_it_is_generated_with(
+    tiny_model_dir, clients_dir, tmp_path
+):
+    settings = settings_for(
+        tiny_model_dir, clients_dir, rounds={"rounds": 2}, traffic={"download": "int4"}
+    )
+    run = fedalt.run(tomllib.loads(to_toml(settings)), out=tmp_path / "run").path
+    parts = load_run_parts(run)
+    found = servings_now(parts, run, ["a", "b"], lambda act: act())
+    for client, own in found.of.items():
+        wanted = lifecycle.serving(parts, run, client, "own").tree
+        assert own.tree.keys() == wanted.keys()
+        assert all(torch.equal(own.tree[name], wanted[name]) for name in wanted)
 
 
 def test_exported_models_are_served_together(finished_run, models, tmp_path, capsys):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from bases import base_of, letters, random_serving_tree
+from data_files import bytewise
 
 from fedalt.adapters.plan import Mixer, Plan, Router, Similarity, Slot, Sum
 from fedalt.core.settings import Scoring
@@ -154,6 +155,27 @@ def test_a_seed_gives_the_same_answer_whoever_else_is_asked(base, clients):
     assert likeliest.tokens == greedy.tokens
 
 
+@pytest.mark.parametrize(
+    "how", [{"temperature": 1e-40}, {"temperature": 1e-7}, {"temperature": 1.0, "top_p": 1e-300}]
+)
+def test_no_wish_of_one_request_ends_the_answers_of_all(base, clients, how):
+    strange = Asked(clients["mixer"], "ask me", 8, **how)
+    greedy = Asked(clients["mixer"], "ask me", 8)
+    engine = engine_of(base)
+    for each in (strange, greedy):
+        engine.submit(each.request)
+    engine.start()
+    assert strange.wait() == greedy.wait()
+    engine.close()
+    assert {strange.end, greedy.end} <= {"stop", "length"}
+
+
+def test_where_logits_are_no_numbers_the_choice_is_the_greedy_one(clients):
+    request = Asked(clients["mixer"], "a", temperature=1.0).request
+    logits = torch.tensor([0.0, float("inf"), 1.0])
+    assert request.choose(logits) == 1
+
+
 def test_limits_and_those_who_have_gone(base, clients):
     engine = engine_of(base, queue=3)
     late = Asked(clients["sum"], "a", deadline=time.monotonic() - 1)
@@ -170,6 +192,23 @@ def test_limits_and_those_who_have_gone(base, clients):
     assert len(last.wait()) <= 3
     with pytest.raises(ClosedError):
         engine.submit(last.request)
+
+
+def test_who_hangs_up_while_waiting_makes_room(base, clients):
+    engine = engine_of(base, queue=3)
+    gone = [Asked(clients["sum"], "a") for _ in range(2)]
+    stays, next_ = Asked(clients["sum"], "ask me", 3), Asked(clients["sum"], "ask me", 3)
+    for each in (gone[0], stays, gone[1]):
+        engine.submit(each.request)
+    for each in gone:
+        each.request.gone = True
+    assert engine.waiting == 1
+    engine.submit(next_.request)
+    assert engine.waiting == 2
+    engine.start()
+    engine.close()
+    assert stays.tokens == next_.tokens != []
+    assert not gone[0].tokens
 
 
 def test_who_hangs_up_while_being_answered_leaves_the_others_alone(base, clients):
@@ -223,3 +262,18 @@ def test_text_is_told_as_soon_as_nothing_can_change_it(base):
     assert "".join(told(["stay", "it"])) == "ab stop"
     assert "".join(told(["never"])) == "ab stop it stay"
     assert "".join(told(["ay b"])) == "ab stop it stay"  # begun, but never there
+
+
+def test_nothing_of_a_stop_is_told_while_one_of_its_signs_is_unfinished(base):
+    bytes_ = replace(base, tokenizer=bytewise())
+    ids = bytes_.tokenizer("x a\u20acb y")["input_ids"]  # the sign has three bytes, a token each
+
+    def told(*stops):
+        text, pieces = Text(bytes_, stops), []
+        while not text.stopped and len(text.ids) < len(ids):
+            pieces.append(text.add(ids[len(text.ids)], last=len(text.ids) == len(ids) - 1))
+        return pieces
+
+    assert "".join(told("a\u20acb")) == "x"
+    assert "".join(told("a\u20acc")) == "x a\u20acb y"
+    assert told() == ["x", "", " a", "", "", "\u20ac", "b", "", " y"]

@@ -135,7 +135,7 @@ def _rendered(
     known: dict[str, Any] = {"tools": list(tools)} if tools else {}
     template = tokenizer.get_chat_template(None, known.get("tools"))
     if "strftime_now" in template:
-        known["chat_template"] = _with_a_fixed_day(template)
+        known["chat_template"] = with_a_fixed_day(template)
     text: str = tokenizer.apply_chat_template(
         list(messages), add_generation_prompt=ask, tokenize=False, **known
     )
@@ -163,8 +163,11 @@ def days_in(template: str) -> dict[str, str]:
     return {call[0]: f'"{TODAY.strftime(call[2])}"' for call in _DAY.finditer(template)}
 
 
-def _with_a_fixed_day(template: str) -> str:
-    """Transformers lets nobody tell a template another day, but takes another template."""
+def with_a_fixed_day(template: str) -> str:
+    """A template that tells TODAY, as transformers takes no other day but another template.
+
+    Raises ValueError where the template's way to ask is not known.
+    """
     for call, day in days_in(template).items():
         template = template.replace(call, day)
     if re.search(r"strftime_now\s*\(", template):

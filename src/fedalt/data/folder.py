@@ -13,6 +13,7 @@ from fedalt.data.jsonl import Item, read_at, read_items
 from fedalt.data.layouts import SPLITS, Layout, Source, find_layout
 from fedalt.data.names import fault_of_names
 from fedalt.data.records import Columns, DataError, Problems, Record, parse_record
+from fedalt.data.tables import UNREADABLE
 
 CLIENT_FIELDS = ("client", "client_id")
 
@@ -62,7 +63,7 @@ class DataFolder:
             else:
                 values = read_at(part.file, part.starts)
             records = [parse_record(value, self.columns) for value in values]
-        except (OSError, ValueError) as error:
+        except (*UNREADABLE, ValueError) as error:
             raise DataError(f"{part.file}: changed since it was opened ({error})") from error
         problems.raise_if_any()
         if len(records) != part.records:

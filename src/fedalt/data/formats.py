@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.data.encodings import BOM, wide_encoding
-from fedalt.data.tables import PARQUET, SAVED, Table, opened
+from fedalt.data.tables import PARQUET, SAVED, UNREADABLE, Table, opened
 
 LOOK: Final = 65536  # bytes by which a file is recognised
 WANTED: Final = (
@@ -64,7 +64,7 @@ def other_format(file: Path, begin: bytes | None = None) -> str | None:
         try:
             with opened(file) as stream:
                 begin = stream.read(LOOK)
-        except (OSError, EOFError):
+        except UNREADABLE:
             return None
     if (wide := wide_encoding(begin)) is not None:
         return f"the text is {wide}, not UTF-8; save it as UTF-8"
@@ -140,11 +140,13 @@ def table_of(file: Path, begin: bytes) -> Table | None:
         return None
     text = begin.removeprefix(BOM).decode(errors="replace")
     lines = text.splitlines(keepends=True)
-    if not text.strip() or any(line.lstrip()[:1] in ("{", "[") for line in lines[:5]):
-        return None
     named = [suffix for suffix in file.suffixes if suffix.lower() in (".csv", ".tsv")]
+    # A cell may begin like JSON; where the name says what it is, the first line alone tells.
+    looked = [line.lstrip() for line in lines if line.strip()][: 1 if named else 5]
+    if not looked or any(line[0] in "{[" for line in looked):
+        return None
     for delimiter, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV with semicolons")):
-        rows = list(csv.reader(lines[:6], delimiter=delimiter))
+        rows = [row for row in csv.reader(lines[:6], delimiter=delimiter) if row]
         rows = rows[:-1] if len(rows) > 2 else rows  # a cell may go on where the look ends
         widths = {len(row) for row in rows}
         if (len(rows) > 1 or named) and len(widths) == 1 and min(widths) > 1:

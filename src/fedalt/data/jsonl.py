@@ -8,7 +8,7 @@ from typing import NamedTuple
 from fedalt.data.encodings import BOM, narrow_encoding
 from fedalt.data.formats import LOOK, other_format, table_of
 from fedalt.data.records import Problems
-from fedalt.data.tables import Table, TableError, opened, rows
+from fedalt.data.tables import UNREADABLE, Table, TableError, opened, rows
 
 
 class Item(NamedTuple):
@@ -41,10 +41,8 @@ def read_items(file: Path, place: str, problems: Problems) -> Iterator[Item]:
             yield from _list_items(raw, place, problems)
         else:
             yield from _lines(file, place, problems)
-    except OSError as error:  # a broken archive has no errno
-        problems.add(place, f"cannot be read ({error.strerror or error})")
-    except EOFError as error:
-        problems.add(place, f"cannot be read ({error})")
+    except UNREADABLE as error:  # a broken archive has no errno
+        problems.add(place, f"cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
 def _lines(file: Path, place: str, problems: Problems) -> Iterator[Item]:
@@ -68,8 +66,8 @@ def _lines(file: Path, place: str, problems: Problems) -> Iterator[Item]:
 
 def _rows(file: Path, table: Table, place: str, problems: Problems) -> Iterator[Item]:
     try:
-        for before, row in enumerate(rows(file, table)):
-            yield Item(table.first_row + before, before, row)
+        for before, (number, row) in enumerate(rows(file, table)):
+            yield Item(number, before, row)
     except TableError as error:
         problems.add(place, str(error))
 

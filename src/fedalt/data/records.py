@@ -190,7 +190,7 @@ def parse_record(value: object, columns: Columns = Columns()) -> Record:
         case _:
             first = "text" if "text" in fields else "sentence1"
             pair = None
-            if first == "sentence1" and fields.get("sentence2") is not None:
+            if first == "sentence1" and fields.get("sentence2") not in (None, ""):
                 pair = _text(fields, "sentence2")
             return LabeledText(_filled(fields, first), pair, _label(fields))
 

@@ -4,7 +4,8 @@ import csv
 import glob
 import io
 import tempfile
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from fedalt.data.encodings import narrow_encoding
 
 PARQUET: Final = "Parquet"
 SAVED: Final = "a saved dataset"
+UNREADABLE: Final = (OSError, EOFError, zlib.error)  # what reading of `opened` files raises
 SAVED_AS: Final = ("dataset_dict.json", "state.json")  # what `save_to_disk` leaves in a folder
 
 
@@ -31,20 +33,23 @@ class Table:
     name: str
     delimiter: str = ""
 
-    @property
-    def first_row(self) -> int:
-        """The number of the first row of data, as a spreadsheet counts."""
-        return 2 if self.delimiter else 1
+
+_CONVERSATION: Final = ("messages", "tools", "functions")  # fields that hold objects
+# Every row with its number, as a spreadsheet counts.
+Rows = Sequence[tuple[int, Mapping[str, Any]]]
 
 
-def rows(file: Path, table: Table) -> Iterator[Mapping[str, Any]]:
-    """Every row as a record; a text's cells are texts, whatever they look like. TableError."""
+def rows(file: Path, table: Table) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Every row as a record, with its number as a spreadsheet counts. Raises TableError.
+
+    A text's cells are texts, whatever they look like; its empty rows are left out.
+    """
     about = file.stat()
     yield from _rows(file, table, about.st_mtime_ns, about.st_size)
 
 
 @lru_cache(maxsize=1)  # a table of several clients is read once for each of them
-def _rows(file: Path, table: Table, changed: int, size: int) -> list[Mapping[str, Any]]:  # noqa: ARG001
+def _rows(file: Path, table: Table, changed: int, size: int) -> Rows:  # noqa: ARG001
     if find_spec("datasets") is None:
         raise TableError(f"reading {table.name} needs a package: `pip install 'fedalt[data]'`")
     import datasets
@@ -52,17 +57,20 @@ def _rows(file: Path, table: Table, changed: int, size: int) -> list[Mapping[str
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says becomes an error here
     try:
         if table.name == SAVED:
-            return list(datasets.load_from_disk(str(file)))
+            return _objects(datasets.load_from_disk(str(file)))
         # Streamed, the library leaves no copy of the data in its cache.
         place: dict[str, Any] = {"data_files": [glob.escape(str(file))], "split": "train"}
         if not table.delimiter:
             # The size of a batch would be that of the first group of rows, which may be empty.
-            return list(datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place))
-        texts = datasets.Features(
-            {name: datasets.Value("string") for name in _heads(file, table.delimiter)}
-        )
+            streamed = datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place)
+            return _objects(streamed)
+        above, heads = _heads(file, table.delimiter)
+        texts = datasets.Features({name: datasets.Value("string") for name in heads})
         told = {"sep": table.delimiter, "keep_default_na": False, "features": texts}
-        return list(datasets.load_dataset("csv", streaming=True, **told, **place))
+        # Empty lines count, so that rows have the numbers that a spreadsheet shows.
+        told |= {"names": heads, "header": above, "skip_blank_lines": False}
+        found = datasets.load_dataset("csv", streaming=True, **told, **place)
+        return [(at, row) for at, row in enumerate(found, above + 2) if _is_filled(row.values())]
     except TableError:
         raise
     except UnicodeDecodeError as error:
@@ -70,6 +78,25 @@ def _rows(file: Path, table: Table, changed: int, size: int) -> list[Mapping[str
     except Exception as error:  # whatever a broken file does to the libraries that read it
         reason = shown(str(error.__cause__ or error).strip(), 300)
         raise TableError(f"cannot be read as {table.name}: {reason}") from error
+
+
+def _objects(found: Iterable[Mapping[str, Any]]) -> Rows:
+    """Rows of Arrow, without what it has added to the objects of a conversation.
+
+    It gives every object of a column the keys of all of them, and null where one has none.
+    """
+    return [
+        (at, {name: _given(cell) if name in _CONVERSATION else cell for name, cell in row.items()})
+        for at, row in enumerate(found, 1)
+    ]
+
+
+def _given(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_given(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _given(item) for key, item in value.items() if item is not None}
+    return value
 
 
 def downloaded(name: str) -> Path:
@@ -93,21 +120,47 @@ def downloaded(name: str) -> Path:
     return folder
 
 
-def _heads(file: Path, delimiter: str) -> list[str]:
-    """The names in a table's first row, each of them once and enough for the second."""
+def _heads(file: Path, delimiter: str) -> tuple[int, list[str]]:
+    """How many empty rows a table begins with, and the names in the next one.
+
+    Each of them is there once, and they are enough for the row below. A column without a name, such
+    as the numbers of rows that pandas writes, is called as pandas calls it.
+    """
     with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        cells = csv.reader(text, delimiter=delimiter)
-        heads = next(cells, [])
+        filled = (
+            (at, row)
+            for at, row in enumerate(csv.reader(text, delimiter=delimiter))
+            if _is_filled(row)
+        )
+        above, heads = next(filled, (0, []))
         try:
-            first = next(cells, [])
+            at, first = next(filled, (0, []))
         except csv.Error:  # a cell that is longer than this reader takes; the library takes it
-            first = []
-    twice = sorted({head for head in heads if heads.count(head) > 1})
+            at, first = 0, []
+    twice = sorted({head for head in heads if head and heads.count(head) > 1})
     if twice:
         raise TableError(f"several columns are called {', '.join(map(repr, twice))}")
     if len(first) > len(heads):  # or the library would take its first cell for a name of the row
-        raise TableError(f"line 2 has {len(first)} cells, but the first has {len(heads)} names")
-    return heads
+        raise TableError(
+            f"row {at + 1} has {len(first)} cells, but the first has {len(heads)} names"
+        )
+    for column, head in enumerate(heads):
+        if not head:
+            heads[column] = _unnamed(column, heads)
+    return above, heads
+
+
+def _is_filled(cells: Iterable[str | None]) -> bool:
+    return any(cell and not cell.isspace() for cell in cells)
+
+
+def _unnamed(at: int, heads: Sequence[str]) -> str:
+    """A name that no other column has."""
+    name, more = f"Unnamed: {at}", 0
+    while name in heads:
+        more += 1
+        name = f"Unnamed: {at}.{more}"
+    return name
 
 
 def opened(file: Path) -> Any:

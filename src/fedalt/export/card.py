@@ -11,7 +11,7 @@ from fedalt.data.chat_template import days_in, special_ids
 from fedalt.data.prompts import encode_prompt, opened, opening_ids
 from fedalt.evaluation.asking import ends, room_of
 from fedalt.export.llama_cpp import FILE
-from fedalt.models.base import BUILT_IN, location
+from fedalt.models.base import BUILT_IN, gguf_file, location
 from fedalt.models.gguf import SUFFIX
 from fedalt.runs.answers import Served
 from fedalt.runs.settings import method_name
@@ -76,9 +76,9 @@ def _use(of: Served, client_id: str, base: str, what: What) -> str:
 
 def _llama_cpp(of: Served, base: str) -> str:
     """How llama.cpp serves the adapter."""
-    whole, made = base, ""
-    if not base.endswith(SUFFIX):
-        whole = f"BASE{SUFFIX}"
+    file, made = gguf_file(of.parts.base.name), ""
+    whole = f"BASE{SUFFIX}" if file is None else str(file.absolute())
+    if file is None:
         made = f"`{whole}` is {shown(base)} as llama.cpp's `convert_hf_to_gguf.py` writes it. "
     return f"""```
 llama-server --model {shlex.quote(whole)} --lora {FILE}
@@ -116,10 +116,15 @@ tokenizer = AutoTokenizer.from_pretrained(".")
         if hasattr(model, "score"):
             lasting = "base.config.pad_token_id = None  # of one text the last token counts\n"
     imported = ", ".join([f"AutoModelFor{kind}", *names])
+    made = ""
+    if gguf_file(name := of.parts.base.name) is not None:
+        made = f"""# The base model is {shown(name)} as fedalt has converted it into its cache.
+# Where the folder is gone, `fedalt export` of the same model makes it anew.
+"""
     return f"""{asks}from peft import PeftModel
 from transformers import {imported}
 
-base = AutoModelFor{kind}.from_pretrained({base!r}{more})
+{made}base = AutoModelFor{kind}.from_pretrained({base!r}{more})
 {lasting}model = PeftModel.from_pretrained(base, ".").eval()
 tokenizer = AutoTokenizer.from_pretrained({base!r})
 """

@@ -23,7 +23,7 @@ from fedalt.export.keys import as_peft_reads
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
 from fedalt.export.targets import names_of_sites, saved_whole, targets_of, tensors_of_head
 from fedalt.methods.contract import Serving
-from fedalt.models.base import BUILT_IN, Base, location
+from fedalt.models.base import BUILT_IN, PACKAGED, Base, gguf_file, location
 
 IDENTITY = "base_model.json"
 BUILT_IN_REFERENCE = f"fedalt:{BUILT_IN}"
@@ -77,9 +77,9 @@ def export_personal(
 ) -> Path:
     """Write all slots, mixer or router, head and tokenizer: `fedalt.load` and PEFT load the folder.
 
-    The base model is not copied; it is named by hub id or absolute path, and the built-in one by
-    "fedalt:tiny". `asked` tells a server how the model wants to be asked. Raises ValueError, also
-    where the folder holds something.
+    The base model is not copied; it is named by hub id, absolute path or the name of its package,
+    and the built-in one by "fedalt:tiny". `asked` tells a server how the model wants to be asked.
+    Raises ValueError, also where the folder holds something.
     """
     _require_fit(serving, base)
     plan = serving.plan
@@ -92,9 +92,7 @@ def export_personal(
         **_for_any_type(base),
         **_for_network(base),
         target_modules=names_of_sites(base.adapted),
-        base_model_name_or_path=(
-            BUILT_IN_REFERENCE if base.name == BUILT_IN else _place(base.name)
-        ),
+        base_model_name_or_path=_reference(base.name),
         slots=[asdict(slot) for slot in plan.slots],
         weights=list(plan.combine.weights) if isinstance(plan.combine, Sum) else None,
         router=asdict(plan.combine) if isinstance(plan.combine, Router) else None,
@@ -161,8 +159,19 @@ def _write_identity(folder: Path, base: Base) -> None:
         (folder / IDENTITY).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
+def _reference(name: str) -> str:
+    """What fedalt calls a base model in another working directory, and once its cache is empty."""
+    if name == BUILT_IN:
+        return BUILT_IN_REFERENCE
+    if name in PACKAGED:
+        return name
+    file = gguf_file(name)
+    # Not resolved: what a link leads to may have another ending.
+    return _place(name) if file is None else str(file.absolute())
+
+
 def _place(name: str) -> str:
-    """Where a base model lies, for a reader in another working directory."""
+    """Where a base model lies that transformers reads, for a reader in another directory."""
     place = location(name)
     return str(Path(place).resolve()) if Path(place).is_dir() else place
 

@@ -42,7 +42,16 @@ from fedalt.models.head import notes_on_head, own_head, tensors_of_head
 from fedalt.models.identity import Identity, identify
 from fedalt.models.weights import Loaded, load_weights
 
-__all__ = ["BUILT_IN", "PACKAGED", "Base", "ModelError", "load_base", "load_tokenizer", "location"]
+__all__ = [
+    "BUILT_IN",
+    "PACKAGED",
+    "Base",
+    "ModelError",
+    "gguf_file",
+    "load_base",
+    "load_tokenizer",
+    "location",
+]
 
 _TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken.json")
 
@@ -183,18 +192,28 @@ def location(name: str) -> str:
     """The folder of a model's name, or the name itself where it is a hub id. Raises ModelError."""
     if name == BUILT_IN:
         return str(BUILT_IN_FOLDER)
-    folder = _packaged(name) if name in PACKAGED else Path(name).expanduser()
-    if folder.suffix == SUFFIX and (name in PACKAGED or folder.is_file()):
+    if (file := gguf_file(name)) is not None:
         try:
-            return str(converted(folder, lambda text: print(text, file=sys.stderr, flush=True)))
+            return str(converted(file, lambda text: print(text, file=sys.stderr, flush=True)))
         except GGUFError as error:
             raise ModelError(str(error)) from error
+    folder = _named(name)
     if folder.exists():
         require_folder_of_model(folder, name)
         return str(folder)
     if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
         raise ModelError(f"there is no model folder {name!r}")
     return name
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a model's name stands for; None for any other. Raises ModelError."""
+    file = _named(name)
+    return file if file.suffix == SUFFIX and (name in PACKAGED or file.is_file()) else None
+
+
+def _named(name: str) -> Path:
+    return _packaged(name) if name in PACKAGED else Path(name).expanduser()
 
 
 def _packaged(name: str) -> Path:

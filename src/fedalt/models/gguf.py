@@ -7,17 +7,17 @@ file. The folder lies in the user's cache, under the digest of the file's conten
 import hashlib
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fedalt.core.files import cache_folder
 
 SUFFIX: Final = ".gguf"
 _MAGIC: Final = b"GGUF"
-_FORM: Final = 1  # of a converted folder; another one is converted anew
+_FORM: Final = 2  # of a converted folder; another one is converted anew
 
 
 class GGUFError(ValueError):
@@ -74,21 +74,34 @@ def _convert(file: Path, folder: Path) -> None:
     place = {"gguf_file": file.name, "local_files_only": True, "trust_remote_code": False}
     try:
         tokenizer = AutoTokenizer.from_pretrained(file.parent, **place)
-        model = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(
             file.parent,
             dtype=torch.float32,
             quantization_config=GgufConfig(dequantize=True),
+            ignore_mismatched_sizes=True,  # refused below, by name
+            output_loading_info=True,
             **place,
         )
+        _require_all_weights(report)
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # whatever a broken file does to the library that reads it
         shutil.rmtree(folder, ignore_errors=True)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise GGUFError(
-            f"{file}: cannot be made a base model: {lines[0]}; the file is damaged, or its "
-            "architecture or quantisation is none that transformers can unpack"
+            f"{file}: cannot be made a base model: {lines[0]}; the file is damaged or "
+            "a part of a split model, or its architecture or quantisation is none that "
+            "transformers can unpack"
         ) from error
     finally:
         if not shown:
             logging.disable_progress_bar()
+
+
+def _require_all_weights(report: Mapping[str, Any]) -> None:
+    """Raise ValueError where transformers has drawn a tensor that the file does not give."""
+    wrong = {key for key, *_ in report["mismatched_keys"]}
+    for keys, what in ((report["missing_keys"], "it lacks"), (wrong, "it has in another shape")):
+        if keys:
+            count = f"{len(keys)} tensor{'' if len(keys) == 1 else 's'}"
+            raise ValueError(f"{what} {count}, first {min(keys)}")

@@ -3,15 +3,19 @@
 import difflib
 import logging
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
+from transformers import GenerationConfig
+
 from fedalt.adapters.plan import Similarity
 from fedalt.core import tree as trees
+from fedalt.data.chat_template import with_a_fixed_day
+from fedalt.evaluation.asking import ends
 from fedalt.runs.answers import Served
 
 _SEED: Final = 1234  # of the examples in a prompt, as the harness has it
@@ -88,7 +92,7 @@ def measure(of: Served, tasks: Mapping[str, Any]) -> list[Measured]:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=_SEED)
     tree = trees.on(serving.tree, base.adapted.device)
-    with base.adapted.bound(serving.plan, tree) as model:
+    with base.adapted.bound(serving.plan, tree) as model, _as_served(of):
         asked = HFLM(
             pretrained=model,
             tokenizer=base.tokenizer,
@@ -105,6 +109,27 @@ def measure(of: Served, tasks: Mapping[str, Any]) -> list[Measured]:
         for key, value in metrics.items()
         if isinstance(value, int | float) and "," in key and "_stderr," not in key
     ]
+
+
+@contextmanager
+def _as_served(of: Served) -> Iterator[None]:
+    """Within this context the harness finds what serving goes by, where it asks by itself.
+
+    Every end token ends an answer, nothing else of the model's own generation configuration takes
+    part, and a chat template tells the day that it told in training.
+    """
+    base = of.parts.base
+    model, tokenizer = base.adapted.model, base.tokenizer
+    card, template = model.generation_config, tokenizer.chat_template
+    model.generation_config = GenerationConfig(
+        eos_token_id=list(ends(base)) or None, pad_token_id=base.pad_id
+    )
+    if of.form == "messages":
+        tokenizer.chat_template = with_a_fixed_day(tokenizer.get_chat_template())
+    try:
+        yield
+    finally:
+        model.generation_config, tokenizer.chat_template = card, template
 
 
 def _error(metrics: Mapping[str, Any], key: str) -> float | None:

@@ -9,7 +9,8 @@ from typing import Any
 from fedalt.engine.client_work import servings
 from fedalt.engine.generators import Given
 from fedalt.engine.schedule import Progress
-from fedalt.engine.states import client_of, server_of
+from fedalt.engine.states import client_of
+from fedalt.engine.traffic import Coding
 from fedalt.methods.contract import Serving
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import DeployAgain
@@ -57,7 +58,8 @@ def _read(
     parts: Parts, path: Path, clients: Sequence[str], at: int, act: Act
 ) -> dict[str, Serving]:
     method, states = parts.arms[0].method, open_run(path).states("own", at + 1)
-    server, again = server_of(method, parts.start, states), DeployAgain(path, parts, at)
+    downlink = Coding(method, parts.start, parts.settings.traffic).downlink(states)
+    again = DeployAgain(path, parts, at)
 
     def execute(orders: Sequence[Given]) -> Sequence[Any]:
         done: Sequence[Any] = act(partial(again, orders))
@@ -66,6 +68,6 @@ def _read(
     found = {}
     for client_id in clients:
         client = client_of(method, parts.start, states, client_id)
-        message = method.broadcast(server, client_id)
+        message = downlink.message(client_id)
         found[client_id], _ = servings(method, client, message, client_id, execute)
     return found

@@ -21,6 +21,7 @@ from fedalt.models.base import Base
 from fedalt.serving.batch import Adapters, Alone, Batch, Together, can_share
 
 _READ: Final = 512  # prompt tokens between two steps: those who are being answered wait that long
+_GREEDY: Final = 1e-6  # a temperature below is none: divided by it, logits may become infinite
 # "stop": an end token; "length": all tokens or the time are used up; the others came to nothing.
 End = Literal["stop", "length", "late", "failed"]
 
@@ -38,8 +39,8 @@ class Request:
     """A prompt, how it is to be gone on with, and who is told.
 
     `tell` gets every token as it is written, None where there is none, and at the last one why it
-    ends; it is called in the engine's thread. `temperature` 0 is greedy. Whoever waits no longer
-    sets `gone`. `deadline`: of `time.monotonic`.
+    ends; it is called in the engine's thread. A `temperature` below _GREEDY is greedy. Whoever
+    waits no longer sets `gone`. `deadline`: of `time.monotonic`.
     """
 
     adapters: Adapters
@@ -59,13 +60,18 @@ class Request:
 
     def choose(self, logits: Tensor) -> int:
         """The next token, of logits (vocabulary,)."""
-        if self.temperature == 0:
-            return int(logits.argmax())
+        likeliest = int(logits.argmax())
+        if self.temperature < _GREEDY:
+            return likeliest
         chances = (logits.float().cpu() / self.temperature).softmax(-1)
+        if not chances.isfinite().all():  # nothing can be drawn; the others' answers go on
+            return likeliest
         if self.top_p < 1:
             ordered, order = chances.sort(descending=True)
             # Of the likeliest tokens as many as make up top_p, the first always.
-            ordered[ordered.cumsum(0) - ordered >= self.top_p] = 0
+            spare = ordered.cumsum(0) - ordered >= self.top_p
+            spare[0] = False
+            ordered[spare] = 0
             chances = torch.zeros_like(chances).scatter(0, order, ordered)
         return int(chances.multinomial(1, generator=self._stream))
 
@@ -100,8 +106,9 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """Requests that have not begun."""
-        return len(self._waiting)
+        """Requests that have not begun and that somebody waits for."""
+        with self._changed:
+            return sum(not request.gone for request in self._waiting)
 
     @property
     def running(self) -> int:
@@ -130,6 +137,8 @@ class Engine:
         with self._changed:
             if self._closed:
                 raise ClosedError
+            if len(self._waiting) >= self._queue:  # who has hung up keeps no place
+                self._waiting = deque(each for each in self._waiting if not each.gone)
             if len(self._waiting) >= self._queue:
                 raise QueueFullError
             self._waiting.append(request)
@@ -169,10 +178,9 @@ class Engine:
 
     def _admit(self) -> None:
         read = 0
-        while self._waiting and self.running < self._rows and read < _READ:
-            request = self._waiting.popleft()
-            if request.gone:
-                continue
+        while self.running < self._rows and read < _READ:
+            if (request := self._next()) is None:
+                return
             if time.monotonic() > request.deadline:
                 request.tell(None, "late")
                 continue
@@ -183,6 +191,15 @@ class Engine:
             read += len(request.prompt)
             self.counts["prompt_tokens"] += len(request.prompt)
             self._advance(running, len(running.requests) - 1, logits[0])
+
+    def _next(self) -> Request | None:
+        """The first that waits, taken out; None where nobody does."""
+        with self._changed:
+            while self._waiting:
+                request = self._waiting.popleft()
+                if not request.gone:
+                    return request
+        return None
 
     def _home(self, adapters: Adapters) -> _Running:
         """The batch that a request joins; the base model goes with any."""

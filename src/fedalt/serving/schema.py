@@ -77,6 +77,8 @@ class Part(BaseModel):
 class Message(BaseModel):
     """A message of a conversation."""
 
+    model_config = ConfigDict(extra="allow")
+
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
 
@@ -87,12 +89,24 @@ class Message(BaseModel):
             return Turn(self.role, self.content)
         return Turn(self.role, "".join(part.text for part in self.content))
 
+    def unsupported(self) -> str | None:
+        """The first field that says what no turn does, such as a call of a tool."""
+        said = (self.model_extra or {}).items()
+        return next((name for name, value in said if value not in (None, [])), None)
+
 
 class ChatAsked(Asked):
     """A request to `/v1/chat/completions`."""
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
+
+    def unsupported(self) -> str | None:
+        """See `Asked`; of a message with its place."""
+        for at, message in enumerate(self.messages):
+            if (name := message.unsupported()) is not None:
+                return f"messages.{at}.{name}"
+        return super().unsupported()
 
     @property
     def most(self) -> int | None:

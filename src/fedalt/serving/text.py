@@ -36,8 +36,9 @@ class Text:
         if found:
             self.stopped, text = True, text[: min(found)]
         elif not last:
+            text = text.rstrip(_PART_OF_A_SIGN)  # before what it may turn out to be is held back
             held = max((_begun(text, stop) for stop in self.stops), default=0)
-            text = text[: len(text) - held].rstrip(_PART_OF_A_SIGN)
+            text = text[: len(text) - held]
         new = (text.strip() if self.stripped else text)[len(self.told) :]
         self.told += new
         return new

@@ -26,7 +26,7 @@ from fedalt.federation.server_folder import open_server
 from fedalt.flower import simulate
 from fedalt.flower.message_content import bytes_of, content_of
 from fedalt.runs.budget import LEDGER
-from fedalt.runs.folder import open_run
+from fedalt.runs.folder import StoreError, locked, open_run
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.settings import Settings, to_toml
 from fedalt.runs.setup import prepare
@@ -98,6 +98,25 @@ def test_a_simulated_client_protects_what_it_sends(
 
 def _spent_in(folder: Path) -> list[float]:
     return [line["epsilon"] for line in open_run(folder).lines() if line["kind"] == "round"]
+
+
+def test_nobody_leaves_by_hand_while_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Host:
+        def __init__(self, _: object, run: Path, *__: object) -> None:
+            self.run = run
+
+        def to_the_end(self) -> None:
+            with locked(self.run):  # as `fedalt leave` does
+                pass
+
+    settings = settings_for(save_model(tmp_path / "model"), write_clients(tmp_path / "data"))
+    terms = simulate._terms(settings, tmp_path)
+    monkeypatch.setattr(simulate, "_nodes_by_client", lambda *_: {})
+    monkeypatch.setattr(simulate, "open_server", Host)
+    with pytest.raises(StoreError, match="another process is using"):
+        simulate._serve(terms, tmp_path, None, print)
 
 
 @dataclass

@@ -103,7 +103,8 @@ def _serve(terms: Agreement, folder: Path, grid: Any, say: Say) -> None:
     transport = _SimulatedNodes(grid, _nodes_by_client(grid, terms))
     rounds = terms.settings.rounds
     screening = Screening(terms.settings.firewall, rounds.robust, rounds.trim)
-    open_server(terms, folder / "run", transport, Rules(), screening, say).to_the_end()
+    with locked(folder / "run"):  # as `fedalt leave` does
+        open_server(terms, folder / "run", transport, Rules(), screening, say).to_the_end()
 
 
 def _nodes_by_client(grid: Any, terms: Agreement) -> dict[str, int]:

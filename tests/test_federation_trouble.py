@@ -95,6 +95,35 @@ def test_with_too_few_uploads_a_client_that_cannot_is_asked_again(
     assert {"c": "no memory"} in [each["unable"] for each in wire.statuses]
 
 
+@dataclass
+class Slow(Hesitant):
+    """One on which b's upload of round 1 comes when c has been called again, c's after it."""
+
+    held: list[tuple[str, bytes | Lost]] = field(default_factory=list)
+    both: bool = False
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        now = []
+        for who, came in super().receive():
+            assert isinstance(came, bytes)
+            answer = decode(Answer, came)
+            is_held = who != "a" and answer.round == 1 and answer.upload is not None
+            (self.held if is_held else now).append((who, came))
+        self.both |= {who for who, _ in self.held} == {"b", "c"}
+        return [*now, self.held.pop(0)] if self.both and self.held else now
+
+
+def test_who_is_called_again_is_waited_for(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "_REST", 0.0)
+    wire = Slow(members(machines), times=1, status=machines.run / "status.json")
+    server_from(config_of(machines), wire).to_the_end()
+    assert trained(machines) == EVERY
+    assert wire.statuses[-1]["unable"] == {}
+    assert {"c": "no memory"} in [each["unable"] for each in wire.statuses]
+
+
 def test_a_full_disk_is_an_answer_and_the_next_round_goes_on(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -178,6 +178,24 @@ def test_a_server_restored_elsewhere_from_a_backup_of_two_rounds_ago_ends_as_if_
         assert_close(ours[1], theirs[1])
 
 
+def test_who_has_not_trained_since_the_backup_goes_back_too(tmp_path: Path, model: Path) -> None:
+    made = founded(tmp_path, model, rounds={"rounds": ROUNDS, "participation": 0.34})
+    made.go_on(stopped_in(2))
+    backup = tmp_path / "server.tar"
+    assert call("federation", "backup", made.config, backup) == 0
+    made.go_on(stopped_in(4))  # two rounds of one client each
+    made.server_name = "elsewhere"
+    assert call("federation", "restore", backup, made.config.parent) == 0
+    errors: list[str] = []
+
+    def note(_: str, answer: bytes) -> bytes:
+        errors.append(decode(Answer, answer).error)
+        return answer
+
+    made.go_on(note, go_back=True)
+    assert set(errors) == {""}
+
+
 def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,9 +99,11 @@ class Client:
             place = where(call, rounds)
             answer = replace(answer, round=call.round, accepted=call.accepted)
             since = NEVER if known is None else known.round
-            if self.accepted.may_go_back and call.accepted < self.accepted.round:
+            behind = call.accepted < self.accepted.round
+            if self.accepted.may_go_back and (behind or call.round < since):
                 since = NEVER
-                self.say(f"{place}: {go_back(self.accepted, self.client_id, call.accepted)}")
+                if behind:  # else what counts is the same, and only rounds without it came since
+                    self.say(f"{place}: {go_back(self.accepted, self.client_id, call.accepted)}")
             self._require_counted(call)
             check_call(call, self.agreement, self.client_id, self._columns, since)
             call = self._received(call)

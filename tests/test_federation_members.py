@@ -219,4 +219,5 @@ def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
     assert call("federation", "backup", made.config, tmp_path / "b.tar") == 0
     assert "is not empty" in error("restore", tmp_path / "b.tar", made.config.parent)
     assert call("federation", "restore", tmp_path / "b.tar", tmp_path / "new") == 0  # not begun
-    assert (tmp_path / "new" / "server.key").stat().st_mode & 0o077 == 0
+    for path in (tmp_path / "new", *(tmp_path / "new").rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0, path

@@ -54,6 +54,9 @@ def restore(file: Path, folder: Path) -> int:
     try:
         with tarfile.open(file) as tar, whole_or_nothing(folder) as unfinished:
             tar.extractall(unfinished, filter="data")
+            for path in unfinished.rglob("*"):
+                if path.is_dir():  # the filter leaves folders to the umask
+                    path.chmod(0o700)
     except (tarfile.TarError, EOFError) as error:
         raise StoreError(f"{file} is no backup, or damaged: {error}") from None
     config = read_server_config(folder / "federation.toml")

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from commands import call
-from federations import Federation, Stopped, founded
-from runs_for_tests import save_model
+from federations import CLIENTS, Federation, Stopped, founded
+from runs_for_tests import save_model, settings_for
 
 import fedalt
 from fedalt.core.codec import decode, encode
-from fedalt.federation.messages import Answer
+from fedalt.federation.accepted import read_accepted
+from fedalt.federation.client_states import keep, round_to_serve, settle
+from fedalt.federation.messages import Answer, Call
 from fedalt.flower.client_model import client_at, evaluate, served
 from fedalt.flower.config import read_server_config
 from fedalt.flower.revocation import revoke_key
+from fedalt.methods.contract import Message
 
 ROUNDS = 3
 
@@ -238,6 +241,45 @@ def test_a_clients_model_of_the_best_round_is_kept_without_a_test(
     chosen = json.loads((made.client("a") / "state" / "served.json").read_text())
     assert chosen["own"] == best
     assert fedalt.open_run(made.client("a")).generate("a", "ask") is not None
+
+
+def test_who_did_not_train_in_the_best_round_keeps_its_model_of_it(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = founded(tmp_path, model, rounds={"rounds": 4, "participation": 0.34, "test": False})
+
+    def best() -> int:
+        at: int = json.loads((made.run / "progress.json").read_text())["best"]["own"][0]
+        return at
+
+    last: dict[str, int] = {}
+
+    def note(client_id: str, answer: bytes) -> bytes:
+        if (whole := decode(Answer, answer)).upload is not None:
+            last[client_id] = whole.round
+        return answer
+
+    made.go_on(note)
+    behind = [name for name in CLIENTS if last.get(name, -1) < best()]
+    assert behind
+    for name in behind:
+        chosen = json.loads((made.client(name) / "state" / "served.json").read_text())
+        assert chosen["own"] == best()
+        assert call("generate", made.client(name), "ask") == 0
+
+
+def test_of_a_best_round_that_a_client_was_away_from_it_has_no_model(tmp_path: Path) -> None:
+    settings, state = settings_for(tmp_path, tmp_path), read_accepted(tmp_path)
+    asked = Call("letters", "terms", "a", 3, -1, train=True, message=Message({}), keep={"own": 1})
+    keep(state, asked, settings)
+    assert round_to_serve(tmp_path, "own", None) == 2
+    settle(state, replace(asked, round=4, keep={"own": 2}), ["own"])
+    keep(state, replace(asked, round=4, keep={"own": 2}), settings)
+    assert round_to_serve(tmp_path, "own", None) == 2
+    bye = replace(asked, round=9, keep={"own": 1}, train=False, last=True)
+    settle(state, bye, ["own"])
+    keep(state, bye, settings)
+    assert round_to_serve(tmp_path, "own", None) == 2
 
 
 def test_a_client_that_has_not_heard_anything_has_no_model(

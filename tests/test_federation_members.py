@@ -6,20 +6,22 @@ from pathlib import Path
 
 import pytest
 from commands import call
-from federations import CLIENTS, Stopped, founded
+from federations import CLIENTS, Stopped, Wire, founded
 from machines import assert_close, newest_state
 from runs_for_tests import save_model, settings_for, write_clients
 from test_federation_folders import stopped_in
 
 from fedalt.core.codec import decode, read
 from fedalt.federation.messages import Answer
+from fedalt.flower import apps
 from fedalt.flower.client_keys import clients_by_key
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import require_client_credentials
 from fedalt.flower.revocation import revoked
 from fedalt.methods.fedalt import FedALT
-from fedalt.runs.folder import locked
+from fedalt.runs.folder import StoreError, locked
 from fedalt.runs.lifecycle import start_run
+from fedalt.runs.membership import leave
 from fedalt.runs.setup import prepare
 
 ROUNDS = 5
@@ -54,6 +56,25 @@ def test_who_is_added_and_removed_while_it_runs_is_so_as_in_a_run_with_the_same_
         theirs = newest_state(tmp_path / "run", name, settings.method.client_state)
         assert mine[0] == theirs[0]
         assert_close(mine[1], theirs[1])
+
+
+def test_nobody_leaves_by_hand_while_the_server_runs(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = founded(tmp_path, model, rounds={"rounds": 2, "test": False})
+    refused: list[str] = []
+
+    def try_to_leave(_: str, answer: bytes) -> bytes:
+        with pytest.raises(StoreError) as error:
+            leave(made.run, "a")
+        refused.append(str(error.value))
+        return answer
+
+    wire = Wire({name: made.member(name) for name in CLIENTS}, try_to_leave)
+    monkeypatch.setattr(apps, "GridTransport", lambda *_: wire)
+    apps._serve(None, read_server_config(made.config))
+    assert set(refused) == {f"another process is using {made.run}"}
+    leave(made.run, "a")
 
 
 def test_status_tells_who_was_added_and_removed_and_the_version(
@@ -157,6 +178,24 @@ def test_a_server_restored_elsewhere_from_a_backup_of_two_rounds_ago_ends_as_if_
         assert_close(ours[1], theirs[1])
 
 
+def test_who_has_not_trained_since_the_backup_goes_back_too(tmp_path: Path, model: Path) -> None:
+    made = founded(tmp_path, model, rounds={"rounds": ROUNDS, "participation": 0.34})
+    made.go_on(stopped_in(2))
+    backup = tmp_path / "server.tar"
+    assert call("federation", "backup", made.config, backup) == 0
+    made.go_on(stopped_in(4))  # two rounds of one client each
+    made.server_name = "elsewhere"
+    assert call("federation", "restore", backup, made.config.parent) == 0
+    errors: list[str] = []
+
+    def note(_: str, answer: bytes) -> bytes:
+        errors.append(decode(Answer, answer).error)
+        return answer
+
+    made.go_on(note, go_back=True)
+    assert set(errors) == {""}
+
+
 def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,4 +219,5 @@ def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
     assert call("federation", "backup", made.config, tmp_path / "b.tar") == 0
     assert "is not empty" in error("restore", tmp_path / "b.tar", made.config.parent)
     assert call("federation", "restore", tmp_path / "b.tar", tmp_path / "new") == 0  # not begun
-    assert (tmp_path / "new" / "server.key").stat().st_mode & 0o077 == 0
+    for path in (tmp_path / "new", *(tmp_path / "new").rglob("*")):
+        assert path.stat().st_mode & 0o077 == 0, path

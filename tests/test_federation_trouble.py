@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -17,11 +18,14 @@ from fedalt.federation import client as member
 from fedalt.federation import round_collector as desk
 from fedalt.federation.client_folder import open_client
 from fedalt.federation.messages import Answer, Call
+from fedalt.federation.roster import update_members, write_roster
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
 from fedalt.flower.credentials import make_client_key
 from fedalt.flower.participants import server_from
 from fedalt.flower.revocation import revoke_key
+from fedalt.runs import folder as store
+from fedalt.runs import standing
 
 CLIENTS = ("a", "b", "c")
 
@@ -95,6 +99,35 @@ def test_with_too_few_uploads_a_client_that_cannot_is_asked_again(
     assert {"c": "no memory"} in [each["unable"] for each in wire.statuses]
 
 
+@dataclass
+class Slow(Hesitant):
+    """One on which b's upload of round 1 comes when c has been called again, c's after it."""
+
+    held: list[tuple[str, bytes | Lost]] = field(default_factory=list)
+    both: bool = False
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        now = []
+        for who, came in super().receive():
+            assert isinstance(came, bytes)
+            answer = decode(Answer, came)
+            is_held = who != "a" and answer.round == 1 and answer.upload is not None
+            (self.held if is_held else now).append((who, came))
+        self.both |= {who for who, _ in self.held} == {"b", "c"}
+        return [*now, self.held.pop(0)] if self.both and self.held else now
+
+
+def test_who_is_called_again_is_waited_for(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(desk, "_REST", 0.0)
+    wire = Slow(members(machines), times=1, status=machines.run / "status.json")
+    server_from(config_of(machines), wire).to_the_end()
+    assert trained(machines) == EVERY
+    assert wire.statuses[-1]["unable"] == {}
+    assert {"c": "no memory"} in [each["unable"] for each in wire.statuses]
+
+
 def test_a_full_disk_is_an_answer_and_the_next_round_goes_on(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +172,28 @@ def test_a_revoked_client_is_not_waited_for(machines: Machines) -> None:
     config = config_of(machines)
     server_from(config, Without(members(machines), config=config)).to_the_end()
     assert trained(machines) == {pair for pair in EVERY if pair[1] != "c"}
+
+
+def test_a_key_that_is_revoked_while_somebody_joins_leaves_a_readable_run(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = server_from(config := config_of(machines), Wire(members(machines)))
+    host.to_the_end()  # from its first round on run.json is sealed
+    operator = Thread(target=revoke_key, args=(config.place, "c"))
+    plain = standing.write_facts
+
+    def slow(path: Path, facts: Any) -> None:
+        if not operator.ident and "d" in facts["clients"]:
+            operator.start()  # after the facts were read, before they are written
+            operator.join(0.3)
+        plain(path, facts)
+
+    monkeypatch.setattr(store, "write_facts", slow)
+    roster = write_roster(config.roster, ["d"], [], version=1)
+    update_members(host.folder, config.roster, config.terms, 2, print)
+    operator.join()
+    assert sorted(host.folder.facts()["clients"]) == ["a", "b", "c", *roster.added]
+    assert host.folder.left() == {"c"}
 
 
 def test_a_client_with_a_new_key_takes_part_again_and_one_that_has_left_does_not(

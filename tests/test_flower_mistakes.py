@@ -313,23 +313,39 @@ class Grid:
     """The part of Flower's grid that says who is there; it never has an answer."""
 
     connected = datetime.now(UTC)
+    takes = True
 
     def get_nodes(self) -> list[NodeInfo]:
         when = self.connected.isoformat()
         return [NodeInfo(node_id=1, status="online", public_key=b"key", last_activated_at=when)]
 
-    def push_messages(self, messages: list[object]) -> list[str]:
-        return [f"message-{len(messages)}"]
+    def push_messages(self, messages: list[object]) -> list[str | None]:
+        return [f"message-{len(messages)}" if self.takes else None]
 
     def pull_messages(self, _: list[str]) -> list[object]:
         return []
 
 
-def test_a_call_from_before_a_clients_connection_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def grid(monkeypatch: pytest.MonkeyPatch) -> Grid:
     monkeypatch.setattr(TaskIdentity, "_run_id", 1)
     monkeypatch.setattr(TaskIdentity, "_node_id", 2)
     monkeypatch.setattr(TaskIdentity, "_task_id", 3)
-    grid = Grid()
+    return Grid()
+
+
+def test_a_call_that_flower_does_not_take_is_lost(grid: Grid) -> None:
+    grid.takes = False
+    channel = GridTransport(grid, lambda: {"key": "a"}, 10)
+    assert channel.online() == {"a"}
+    channel.send([("a", b"call")])
+    assert channel.receive() == [("a", Lost("it was away, and its call with it"))]
+    assert channel.receive() == []
+
+
+def test_a_call_from_before_a_clients_connection_is_lost(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch
+) -> None:
     channel = GridTransport(grid, lambda: {"key": "a"}, 10)
     assert channel.online() == {"a"}
     channel.send([("a", b"call")])

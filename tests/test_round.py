@@ -13,6 +13,7 @@ from test_contract import ALL, SMALL
 
 import fedalt
 from fedalt.core import tree as trees
+from fedalt.core.reading import StoreError
 from fedalt.engine.blame import MethodFailed
 from fedalt.methods.contract import Message
 from fedalt.methods.fedit import FedIT
@@ -96,6 +97,16 @@ def test_a_method_that_fails_whatever_it_reads_says_so():
 
     with pytest.raises(MethodFailed, match=r"cannot aggregate .* no client can be blamed.*a, b, c"):
         simulate(Changed(broken), [ALL])
+
+
+def test_a_damaged_file_of_the_run_is_no_uploads_fault():
+    def damaged(method, server, replies):
+        if "b" in dict(replies):  # what the server itself keeps of b
+            raise StoreError("server/latest/b/0001.safetensors is missing")
+        return server
+
+    with pytest.raises(StoreError, match="is missing"):
+        simulate(Changed(damaged), [ALL])
 
 
 def test_a_message_without_content_is_aggregated_too():

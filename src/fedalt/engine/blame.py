@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fedalt.core.codec import read
 from fedalt.core.foreign import shown
+from fedalt.core.reading import StoreError
 from fedalt.core.seeds import generator
 from fedalt.engine.dry_run import Form
 from fedalt.engine.firewall import form_of
@@ -18,6 +19,7 @@ from fedalt.methods.contract import AnyMethod, Message
 FormsOf = Callable[[str, Message], Sequence[Form]]  # of a client's upload, after a broadcast
 
 _SMALL: Final = 0.01  # the spread of a control's numbers
+_NO_UPLOADS_FAULT: Final = (OSError, MemoryError, StoreError)
 
 
 class MethodFailed(ValueError):  # noqa: N818 - the method has, whatever was uploaded
@@ -35,8 +37,8 @@ def aggregate(
 
     An upload that is too large beside the others is rejected, and so is one with which the method
     fails: it raises, or comes to a state with NaN or infinity, or to one in which `drowning` finds
-    it too large to be sent. Raises MethodFailed where no upload can be blamed; errors of the disk
-    or of memory are no upload's fault and pass.
+    it too large to be sent. Raises MethodFailed where no upload can be blamed; errors of the disk,
+    of memory or of the run's own files are no upload's fault and pass.
     """
     trial = _Trial(method, server, uploads, forms_of)
     blamed: dict[str, str] = {}
@@ -56,7 +58,7 @@ def aggregate(
             if after is None or not (found := drowning(after, accepted)):
                 break
             blamed |= found
-        except (OSError, MemoryError):
+        except _NO_UPLOADS_FAULT:
             raise
         except Exception as error:  # whatever a method makes of what it does not expect
             why = _told(error)
@@ -130,7 +132,7 @@ class _Trial:
         self.uploads.states.drop("server")
         try:
             self.outcome(mix)
-        except (OSError, MemoryError):
+        except _NO_UPLOADS_FAULT:
             raise
         except Exception as error:
             return _told(error)

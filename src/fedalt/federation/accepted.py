@@ -70,8 +70,12 @@ _NO_ROUND: Final = 2**31  # after every round there is
 
 def client_states_of(folder: Path, column: str, round_: int) -> FileStates:
     """A client's states as its owner reads them. Raises StoreError where they are damaged."""
-    place = folder / "local" if column == "local" else folder
-    return FileStates(place, round_, kept=read_accepted(folder).kept)
+    return FileStates(folder_of(folder, column), round_, kept=read_accepted(folder).kept)
+
+
+def folder_of(folder: Path, column: str) -> Path:
+    """Where a column's states lie: the baseline's in a folder of their own, as a run's do."""
+    return folder / "local" if column == "local" else folder
 
 
 class _About(TypedDict):

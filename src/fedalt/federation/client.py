@@ -29,12 +29,12 @@ from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.schedule import Arm, Event
 from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding
-from fedalt.federation.accepted import Accepted
+from fedalt.federation.accepted import Accepted, folder_of
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import asked_of, check_answer, has_base
 from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
-from fedalt.federation.client_states import keep, received
-from fedalt.federation.going_back import go_back, last_rounds
+from fedalt.federation.client_states import keep, received, settle
+from fedalt.federation.going_back import go_back
 from fedalt.federation.messages import (
     NEVER,
     Answer,
@@ -99,9 +99,11 @@ class Client:
             place = where(call, rounds)
             answer = replace(answer, round=call.round, accepted=call.accepted)
             since = NEVER if known is None else known.round
-            if self.accepted.may_go_back and call.accepted < self.accepted.round:
+            behind = call.accepted < self.accepted.round
+            if self.accepted.may_go_back and (behind or call.round < since):
                 since = NEVER
-                self.say(f"{place}: {go_back(self.accepted, self.client_id, call.accepted)}")
+                if behind:  # else what counts is the same, and only rounds without it came since
+                    self.say(f"{place}: {go_back(self.accepted, self.client_id, call.accepted)}")
             self._require_counted(call)
             check_call(call, self.agreement, self.client_id, self._columns, since)
             call = self._received(call)
@@ -149,7 +151,7 @@ class Client:
         self._require_fitting(call)
         if rejected := what_was_rejected(self.folder, self.client_id, call):
             self.say(f"{where(call, self.agreement.settings.rounds.rounds)}: {rejected}")
-        self._settle(call)
+        settle(self.accepted, call, self._columns)
         keep(self.accepted, call, self.agreement.settings)
         scores: list[Score] = []
         costs: list[Cost] = []
@@ -213,17 +215,6 @@ class Client:
             client = client_of(own.method, self.parts.start, states, self.client_id)
             check_broadcast(whole(call.message), own.method, self.parts.start, client)
 
-    def _settle(self, call: Call) -> None:
-        """Drop what the server did not accept, and remember what it did."""
-        stale = []
-        for arm in self.parts.arms:
-            kept = min(call.keep.get(arm.column, call.accepted), call.accepted)
-            last = last_rounds(self.accepted, self.client_id, call.accepted)
-            stale += self.accepted.kept.settle(self._folder(arm.column), sorted({kept, *last}))
-        self.accepted.write(call.accepted)
-        for file in stale:
-            file.unlink(missing_ok=True)
-
     def score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
         """Score what the client serves after a round; on test data also the shared part."""
         whole = call.split == "test"
@@ -281,12 +272,8 @@ class Client:
     def _columns(self) -> tuple[str, ...]:
         return tuple(arm.column for arm in self.parts.arms)
 
-    def _folder(self, column: str) -> Path:
-        """The baseline has a folder of its own, as in a run's folder."""
-        return self.folder / "local" if column == "local" else self.folder
-
     def _states(self, column: str, round_: int) -> FileStates:
-        return FileStates(self._folder(column), round_, kept=self.accepted.kept)
+        return FileStates(folder_of(self.folder, column), round_, kept=self.accepted.kept)
 
 
 def is_last(data: bytes, answer: bytes) -> bool:

@@ -4,11 +4,11 @@
     served.json                        the round whose model counts, for each column
 
 A client's model is made of its own state and of what the server sends, in FedALT the others' mean.
-The broadcasts are dropped together with the states of their rounds.
+A broadcast counts whether or not the client's own upload of its round does.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -21,22 +21,25 @@ from fedalt.core.tree import Tree, cast
 from fedalt.engine.changes import Known, ReferenceLackedError, message_of, whole
 from fedalt.engine.firewall import quoted
 from fedalt.engine.traffic import Coding
-from fedalt.federation.accepted import Accepted
+from fedalt.federation.accepted import Accepted, folder_of
+from fedalt.federation.going_back import last_rounds
 from fedalt.federation.messages import Call
 from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.kept import AREAS, rounds_in
 from fedalt.runs.settings import Settings
 
-BROADCAST: Final = "server/broadcast"
+SERVER: Final = "server"
+BROADCAST: Final = f"{SERVER}/broadcast"
 CHOSEN: Final = "served.json"
 
 
 def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
     """Keep a call's broadcast, and which round's model the client would use now.
 
-    That is the round that is being tested; before any test the best one, if the settings say so
-    and the server has told one, else the one before the call's. `accepted` is what counts in the
-    client's folder, from now on this broadcast too.
+    That is the round that is being tested; before any test the best one, if the settings say so,
+    the server has told one and this client was there to hear of it, else the one before the
+    call's. `accepted` is what counts in the client's folder, from now on this broadcast too.
     """
     folder, after = accepted.folder, call.score.get("own", call.round - 1)
     if not call.last and after >= 0:
@@ -46,12 +49,30 @@ def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
         chosen = dict(call.score)
     else:
         best = call.keep if settings.rounds.select == "best" else {}
+        if "own" in best and best["own"] not in _broadcasts(accepted):
+            best = {}
         if call.last:
             chosen = {**_chosen(folder), **({} if settings.rounds.test else best)}
         else:
             chosen = {column: best.get(column, after) for column in ("own", "local")}
     if min(chosen.values(), default=-1) >= 0:
         atomic_write(folder / CHOSEN, json.dumps(chosen).encode())
+
+
+def settle(accepted: Accepted, call: Call, columns: Iterable[str]) -> None:
+    """Drop what the server did not accept, and what nobody needs; remember what it did accept."""
+    stale, kept = [], accepted.kept
+    used = _chosen(accepted.folder) if call.last else {}  # else `keep` is about to choose again
+    last = last_rounds(accepted, call.client, call.accepted)
+    for column in columns:
+        wanted = {each[column] for each in (call.keep, used) if column in each}
+        limits = {*last, *(min(round_, call.accepted) for round_ in wanted)}
+        place = folder_of(accepted.folder, column)
+        stale += kept.settle(place, sorted(limits), [area for area in AREAS if area != SERVER])
+        stale += kept.settle(place, sorted(limits | wanted), [SERVER])
+    accepted.write(call.accepted)
+    for file in stale:
+        file.unlink(missing_ok=True)
 
 
 def received(accepted: Accepted, call: Call, coding: Coding) -> Call:
@@ -75,14 +96,18 @@ def received(accepted: Accepted, call: Call, coding: Coding) -> Call:
 def _kept_trees(accepted: Accepted, coding: Coding, client_id: str) -> Iterator[Tree]:
     """What the server may know this client to have: nothing, its last broadcasts, the first one."""
     yield {}
-    kept = accepted.kept
-    rounds = [int(Path(name).stem) for name in kept.digests.names(accepted.folder / BROADCAST)]
-    for round_ in sorted(rounds, reverse=True):
-        message = FileStates(accepted.folder, round_ + 1, kept=kept).get(BROADCAST, Message)
+    for round_ in sorted(_broadcasts(accepted), reverse=True):
+        states = FileStates(accepted.folder, round_ + 1, kept=accepted.kept)
+        message = states.get(BROADCAST, Message)
         if message is not None:
             yield message.tree
     first = coding.method.broadcast(coding.method.init_server(coding.start), client_id)
     yield cast(first.tree, torch.float32)
+
+
+def _broadcasts(accepted: Accepted) -> list[int]:
+    """The rounds after which the server has sent what is kept."""
+    return rounds_in(accepted.kept.digests.names(accepted.folder / BROADCAST))
 
 
 def round_to_serve(folder: Path, column: str, wanted: int | None) -> int:

@@ -5,10 +5,11 @@ every message: who takes part is no setting. A running server reads the file bef
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypedDict
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from fedalt.core.files import atomic_write
 from fedalt.core.reading import read_json
@@ -78,7 +79,15 @@ def update_members(
     Whoever is named later, while the round goes on, is so in the next one. Repeated after a crash
     it changes nothing.
     """
-    roster, facts = UNCHANGED if file is None else read_roster(file), folder.facts()
+    roster = UNCHANGED if file is None else read_roster(file)
+    folder.change_facts(partial(_changes, roster, agreement, round_, say))
+    return members_of(folder)
+
+
+def _changes(
+    roster: Roster, agreement: "Agreement", round_: int, say: Say, facts: Mapping[str, Any]
+) -> dict[str, object]:
+    """What of a run's facts is another one, as a roster says."""
     clients, stays = dict(facts["clients"]), dict(facts.get("stays", {}))
     revoked = set(facts.get("revoked", ()))
     left = set(facts.get("left", ())) - revoked
@@ -96,15 +105,15 @@ def update_members(
             continue
         stays[name] = {**stays.get(name, {}), "leaves": round_}
         say(f"round {round_}: {name} has left; {what_stays(agreement)}")
-    now = {
+    now: dict[str, object] = {
         "clients": clients,
         "stays": stays,
         "left": sorted(left | revoked),
         "revoked": sorted(revoked - left),
     }
-    if any(facts.get(key, type(value)()) != value for key, value in now.items()):
-        folder.add_facts(now)
-    return members_of(folder)
+    if all(facts.get(key, type(value)()) == value for key, value in now.items()):
+        return {}
+    return now
 
 
 def what_stays(agreement: "Agreement") -> str:

@@ -69,6 +69,7 @@ class RoundCollector:
     _asked: dict[str, Asked] = field(default_factory=dict)
     _heard: dict[str, float] = field(default_factory=dict)  # when, in seconds of the epoch
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
+    _trying: set[str] = field(default_factory=set)  # called, and has not said since that it cannot
 
     def gather(
         self,
@@ -87,7 +88,7 @@ class RoundCollector:
         while missing := self._missing():
             enough = len(self.uploaded) >= least
             filled = cohort and len(self.uploaded) >= (self.rules.buffer or len(cohort) + 1)
-            if filled or (enough and (overdue or missing <= self._unable.keys())):
+            if filled or (enough and (overdue or missing <= self._unable.keys() - self._trying)):
                 self._tell(f"goes on without {', '.join(sorted(missing))}")
                 return
             if overdue and not told:
@@ -99,6 +100,7 @@ class RoundCollector:
             online = self.transport.online()
             free = [client_id for client_id in sorted(missing & online) if self._is_free(client_id)]
             self.transport.send((client_id, self._encoded(client_id)) for client_id in free)
+            self._trying.update(free)
             for client_id in free:
                 self.called.setdefault(client_id, []).append(self.asked(client_id))
             for client_id, came in self.transport.receive():
@@ -217,6 +219,7 @@ class RoundCollector:
             if self._unable.get(client_id, ("", 0.0))[0] != answer.error:
                 self._tell(f"{client_id}: {answer.error}")
             self._unable[client_id] = answer.error, time.monotonic()
+            self._trying.discard(client_id)
             return
         self._keep(client_id, answer, came)
 

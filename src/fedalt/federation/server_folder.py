@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from fedalt.core.reading import read_text
 from fedalt.engine.screening import Screening
 from fedalt.federation.agreement import Agreement, facts_of
 from fedalt.federation.round_collector import Say
@@ -9,7 +10,7 @@ from fedalt.federation.rules import Rules
 from fedalt.federation.secure_keys import Signatures
 from fedalt.federation.server import Server
 from fedalt.federation.transport import Transport
-from fedalt.runs.folder import StoreError, create, open_run, require_settings
+from fedalt.runs.folder import StoreError, create, open_run
 from fedalt.runs.settings import SettingsError, to_toml
 from fedalt.runs.setup import arms_of
 
@@ -46,8 +47,18 @@ def open_server(
             f"{folder} belongs to other terms than terms.toml (and its template.txt, if it has "
             f"one): its run.json says {terms!r}, but they are {agreement.digest!r}"
         )
-    require_settings(folder, settings)
+    _require_settings(folder, settings)
     return server
+
+
+def _require_settings(path: Path, settings: str) -> None:
+    """Raise StoreError unless a run's settings.toml has this text, which nobody may edit."""
+    file = path / "settings.toml"
+    if read_text(file) != settings:
+        raise StoreError(
+            f"{file} was changed after it was written: it is not what the terms say; put it back "
+            "from a backup"
+        )
 
 
 def _require_blind(rules: Rules, screening: Screening) -> None:

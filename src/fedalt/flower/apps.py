@@ -39,16 +39,21 @@ def _serve(grid: Grid, config: ServerConfig) -> None:
     place = config.place
     with locked(place.folder):
         atomic_write(place.pid, str(os.getpid()).encode())
-        try:
-            largest = config.firewall.max_upload_bytes
-            transport = GridTransport(grid, ClientKeys(config).now, largest)
-            server_from(config, transport).to_the_end()
-        # Mistakes that do not go away by trying again; a full disk may.
-        except (ValueError, *MISPLACED) as error:
-            why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
-            atomic_write(place.failed, str(why).encode())
-            raise
+        with locked(place.run):  # `fedalt leave` locks it too, and is soon over
+            _to_the_end(grid, config)
         place.ended.touch()
+
+
+def _to_the_end(grid: Grid, config: ServerConfig) -> None:
+    place, largest = config.place, config.firewall.max_upload_bytes
+    try:
+        transport = GridTransport(grid, ClientKeys(config).now, largest)
+        server_from(config, transport).to_the_end()
+    # Mistakes that do not go away by trying again; a full disk may.
+    except (ValueError, *MISPLACED) as error:
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error
+        atomic_write(place.failed, str(why).encode())
+        raise
 
 
 @client.train()

@@ -54,6 +54,9 @@ def restore(file: Path, folder: Path) -> int:
     try:
         with tarfile.open(file) as tar, whole_or_nothing(folder) as unfinished:
             tar.extractall(unfinished, filter="data")
+            for path in unfinished.rglob("*"):
+                if path.is_dir():  # the filter leaves folders to the umask
+                    path.chmod(0o700)
     except (tarfile.TarError, EOFError) as error:
         raise StoreError(f"{file} is no backup, or damaged: {error}") from None
     config = read_server_config(folder / "federation.toml")
@@ -75,11 +78,7 @@ def _entry(entry: tarfile.TarInfo, state: str) -> tarfile.TarInfo | None:
     parts = Path(entry.name).parts
     if parts[:1] == (state,) and _LEFT_OUT.intersection(parts[1:3]):
         return None
-    if (
-        not (entry.isfile() or entry.isdir())
-        or parts[-1:] == (".lock",)
-        or entry.name.endswith(".tmp")
-    ):
+    if not (entry.isfile() or entry.isdir()) or entry.name.endswith((".lock", ".tmp")):
         return None
     entry.mode = 0o700 if entry.isdir() else 0o600
     entry.uid = entry.gid = 0

@@ -60,7 +60,9 @@ class GridTransport:
             node = self._nodes[client_id]
             message = Message(content_of(data), dst_node_id=node, message_type=MessageType.TRAIN)
             (name,) = self.grid.push_messages([message])
-            if name is not None:  # None: the node is gone; it is called when it is back
+            if name is None:  # the node is gone; it is called when it is back
+                self._lost.append(client_id)
+            else:
                 self._open[name] = client_id, time.time()
 
     def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
@@ -81,7 +83,7 @@ class GridTransport:
         self._lost.clear()
         if any(isinstance(answer, Lost) for _, answer in answers):
             self._looked = 0.0  # whoever has lost it is not there any more
-        if not answers:
+        if not any(isinstance(answer, bytes) for _, answer in answers):
             time.sleep(_PAUSE)
         return answers
 

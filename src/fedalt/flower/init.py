@@ -146,7 +146,7 @@ def whole_or_nothing(folder: Path) -> Iterator[Path]:
     folder = folder.resolve()
     folder.parent.mkdir(parents=True, exist_ok=True)
     unfinished = folder.with_name(f".{secrets.token_hex(8)}.tmp")
-    unfinished.mkdir()
+    unfinished.mkdir(mode=0o700)
     try:
         yield unfinished
         if folder.exists():  # it is empty, and somebody may be in it

@@ -1,6 +1,7 @@
 """Clients whose keys the operator has taken away."""
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from fedalt.data.names import is_safe
 from fedalt.flower.places import ServerPlace
@@ -31,10 +32,15 @@ def record_revoked(place: ServerPlace) -> None:
 
     A client that has got another key takes part again, one that has left by itself does not.
     """
-    run, now = RunFolder(place.run), frozenset(revoked(place))
+    run = RunFolder(place.run)
     if not (run.path / "run.json").exists():
         return
-    before = frozenset(run.facts().get("revoked", ()))
-    others = run.left() - before
-    if now != before:
-        run.add_facts({"left": sorted(others | now), "revoked": sorted(now - others)})
+
+    def change(facts: Mapping[str, Any]) -> Mapping[str, object]:
+        now, before = frozenset(revoked(place)), frozenset(facts.get("revoked", ()))
+        others = frozenset(facts.get("left", ())) - before
+        if now == before:
+            return {}
+        return {"left": sorted(others | now), "revoked": sorted(now - others)}
+
+    run.change_facts(change)

@@ -28,6 +28,8 @@ from fedalt.federation.agreement import (
     write_agreement,
 )
 from fedalt.federation.client import Client
+from fedalt.federation.messages import NEVER
+from fedalt.federation.privacy import client_budget
 from fedalt.federation.round_collector import Say
 from fedalt.federation.rules import Rules
 from fedalt.federation.server_folder import open_server
@@ -101,7 +103,8 @@ def _serve(terms: Agreement, folder: Path, grid: Any, say: Say) -> None:
     transport = _SimulatedNodes(grid, _nodes_by_client(grid, terms))
     rounds = terms.settings.rounds
     screening = Screening(terms.settings.firewall, rounds.robust, rounds.trim)
-    open_server(terms, folder / "run", transport, Rules(), screening, say).to_the_end()
+    with locked(folder / "run"):  # as `fedalt leave` does
+        open_server(terms, folder / "run", transport, Rules(), screening, say).to_the_end()
 
 
 def _nodes_by_client(grid: Any, terms: Agreement) -> dict[str, int]:
@@ -164,8 +167,11 @@ def _answer_in(folder: Path) -> Any:
         make_private_folder(place)
         with locked(place):
             accepted = claim(place, terms, client_id)
-            trainer = trainer_of(prepared)
-            member = Client(terms, client_id, prepared.parts, trainer, place, accepted)
+            begun = accepted.round != NEVER
+            examples, _ = prepared.task.training_size(client_id)
+            budget = client_budget(place, terms, client_id, examples, begun=begun)
+            trainer, parts = trainer_of(prepared), prepared.parts
+            member = Client(terms, client_id, parts, trainer, place, accepted, budget=budget)
             return Message(content_of(member.answer(bytes_of(message.content))), reply_to=message)
 
     return answer

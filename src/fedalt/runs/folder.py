@@ -17,7 +17,7 @@ import json
 import os
 import shutil
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -36,6 +36,7 @@ from fedalt.runs.standing import (
     LISTS,
     PROGRESS,
     RECORD,
+    facts_locked,
     read_facts,
     read_standing,
     seal_of_facts,
@@ -170,12 +171,21 @@ class RunFolder:
         return read_facts(self.path)
 
     def add_facts(self, facts: Mapping[str, object]) -> None:
-        """Add to what run.json holds, or replace a part of it; None takes it out.
+        """Add to what run.json holds, or replace a part of it; None takes it out."""
+        self.change_facts(lambda _: facts)
+
+    def change_facts(self, change: Callable[[dict[str, Any]], Mapping[str, object]]) -> None:
+        """Add to what run.json holds what `change` makes of that; nobody writes it meanwhile.
 
         What was written of states since the last commit counts from now on, too.
         """
-        before = self.facts()
-        after = {key: value for key, value in {**before, **facts}.items() if value is not None}
+        with facts_locked(self.path):
+            before = self.facts()
+            if changes := change(before):
+                self._replace_facts(before, {**before, **changes})
+
+    def _replace_facts(self, before: Mapping[str, object], now: Mapping[str, object]) -> None:
+        after = {key: value for key, value in now.items() if value is not None}
         seals = tuple(dict.fromkeys(seal_of_facts(state) for state in (before, after)))
         if len(seals) == 1 or not read_standing(self.path).facts:
             write_facts(self.path, after)
@@ -268,16 +278,6 @@ def open_run(path: Path) -> RunFolder:
     """An existing run's folder, if it is one and of this format."""
     require_run(path)
     return RunFolder(path)
-
-
-def require_settings(path: Path, settings: str) -> None:
-    """Raise StoreError unless a run's settings.toml has this text, which nobody may edit."""
-    file = path / "settings.toml"
-    if read_text(file) != settings:
-        raise StoreError(
-            f"{file} was changed after it was written: it is not what the terms say; put it back "
-            "from a backup"
-        )
 
 
 @contextmanager

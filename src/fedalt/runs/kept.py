@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -33,13 +33,13 @@ class Kept:
         upto = [number for number in rounds if number <= round_]
         return folder / file_of(max(upto)) if upto else None
 
-    def settle(self, folder: Path, keep: list[int]) -> list[Path]:
-        """Let only those files count that are the newest of any of these rounds.
+    def settle(self, folder: Path, keep: Sequence[int], areas: Sequence[str] = AREAS) -> list[Path]:
+        """Let only those files of these areas count that are the newest of any of these rounds.
 
         The others that are there are returned: they can be dropped once this is on disk.
         """
         stale = []
-        for area in AREAS:
+        for area in areas:
             for parent, _, files in os.walk(folder / area):
                 where = Path(parent)
                 there = set(rounds_in(files))

@@ -7,10 +7,13 @@ progress.json that is missing was deleted.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NotRequired, TypedDict
+
+from filelock import FileLock
 
 from fedalt.core.digests import Digests, digest_of
 from fedalt.core.files import atomic_write
@@ -146,12 +149,20 @@ def read_facts(path: Path) -> dict[str, Any]:
 def seal_of_facts(facts: Mapping[str, Any]) -> str:
     """The digest of what run.json holds, but for what the keys of a federation's clients decide.
 
-    Who is revoked is noted there without a lock, while the server runs; it follows from the keys.
+    Who is revoked is noted there while the server runs; it follows from the keys.
     """
     revoked = facts.get("revoked", [])
     left = [client for client in facts.get("left", []) if client not in revoked]
     rest = {key: value for key, value in facts.items() if key not in ("revoked", "left")}
     return seal_of({**rest, "left": left})
+
+
+@contextmanager
+def facts_locked(path: Path) -> Iterator[None]:
+    """Wait until nobody else is changing run.json, which is done beside a running server too."""
+    lock = FileLock(path / ".facts.lock", mode=0o600, thread_local=False, fallback_to_soft=False)
+    with lock:
+        yield
 
 
 def write_facts(path: Path, facts: Mapping[str, Any]) -> None:

@@ -126,10 +126,10 @@ class Machines:
         file = self.server / "state" / "app.pid"
 
         def alive() -> bool:
-            return file.exists() and psutil.pid_exists(int(file.read_text() or 0))
+            return file.exists() and psutil.pid_exists(int((file.read_text() or "0").split()[0]))
 
         wait_for(alive, "the app")
-        return psutil.Process(int(file.read_text()))
+        return psutil.Process(int(file.read_text().split()[0]))
 
     def process(self, name: str) -> psutil.Process:
         """What `start` has started last for a name."""

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pytest
 from commands import call
 from flwr.proto.node_pb2 import NodeInfo
@@ -25,7 +26,13 @@ from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_server
 from fedalt.flower.fleet_client import server_trouble
 from fedalt.flower.grid_transport import GridTransport
-from fedalt.flower.processes import end_leftovers, process_group, shorten
+from fedalt.flower.processes import (
+    end_leftovers,
+    is_running,
+    process_group,
+    shorten,
+    write_pid,
+)
 from fedalt.flower.supervisor import _MOST_DEATHS, Patience, progress_of
 from fedalt.runs.folder import StoreError, locked
 
@@ -274,6 +281,25 @@ def test_trouble_that_lasts_comes_with_what_to_do_if_the_federation_has_ended() 
         "it cannot be reached",
         "it cannot be reached; if the federation has ended, Ctrl-C stops this, and nothing is lost",
     ]
+
+
+def test_a_clock_that_is_set_anew_makes_no_process_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "app.pid"
+    write_pid(file)
+    assert is_running(file)
+    # What psutil tells of all processes, and of the machine, moves with the clock.
+    boot, born = psutil.boot_time(), psutil.Process.create_time
+    monkeypatch.setattr(psutil, "boot_time", lambda: boot + 3600)
+    monkeypatch.setattr(psutil.Process, "create_time", lambda self: born(self) + 3600)
+    assert is_running(file)
+    pid, begun = file.read_text().split()
+    file.write_text(f"{pid} {float(begun) - 1}")  # another one had this number
+    assert not is_running(file)
+    file.write_text(pid)
+    with pytest.raises(StoreError, match="is damaged: expected the number of a process and when"):
+        is_running(file)
 
 
 def test_a_process_ends_with_its_group_and_a_killed_ones_are_ended_by_the_next(

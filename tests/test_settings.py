@@ -88,6 +88,12 @@ def test_paths_are_relative_to_the_file_and_those_of_flags_to_the_current_folder
     assert read_settings(file, {"data": {"path": "e"}}).data.path == tmp_path / "here" / "e"
 
 
+def test_a_model_that_is_a_file_is_found_from_every_folder(tmp_path):
+    (tmp_path / "tiny.gguf").touch()
+    file = written(tmp_path, f"{DATA}[model]\nname = 'tiny.gguf'\n")
+    assert read_settings(file).model.name == str(tmp_path / "tiny.gguf")
+
+
 def test_a_hub_id_is_no_path(tmp_path):
     file = written(tmp_path, f"{DATA}[model]\nname = 'org/name'\n")
     assert read_settings(file).model.name == "org/name"

@@ -1,6 +1,5 @@
 """The two apps that Flower starts: the server's half, and a client's half for stock SuperNodes."""
 
-import os
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,6 +15,7 @@ from fedalt.flower.crash_log import recording_crashes
 from fedalt.flower.grid_transport import GridTransport
 from fedalt.flower.message_content import bytes_of, content_of
 from fedalt.flower.participants import client_from, server_from
+from fedalt.flower.processes import write_pid
 from fedalt.runs.folder import locked
 
 MISPLACED = (IsADirectoryError, NotADirectoryError, PermissionError)
@@ -38,7 +38,7 @@ def serve(grid: Grid, context: Context) -> None:
 def _serve(grid: Grid, config: ServerConfig) -> None:
     place = config.place
     with locked(place.folder):
-        atomic_write(place.pid, str(os.getpid()).encode())
+        write_pid(place.pid)
         with locked(place.run):  # `fedalt leave` locks it too, and is soon over
             _to_the_end(grid, config)
         place.ended.touch()

@@ -22,6 +22,7 @@ from fedalt.flower.crash_log import last_line, length
 from fedalt.runs.settings import SettingsError
 
 _POLITE: Final = 5.0  # seconds from asking a process to end to killing it
+_APART: Final = 0.005  # seconds; the system counts in hundredths
 _LONGEST_LOG: Final = 10 * 2**20  # bytes; a longer one is begun anew, and one old one is kept
 
 # Flower counts its users and asks for updates unless told otherwise.
@@ -104,7 +105,8 @@ class ProcessGroup:
         born = {}
         for process in self._seen.values():
             with contextlib.suppress(psutil.Error):
-                born[str(process.pid)] = process.create_time()
+                if process.is_running():
+                    born[str(process.pid)] = _begun(process.pid)
         if not self.register.exists() or read_json(self.register, dict[str, float]) != born:
             atomic_write(self.register, json.dumps(born).encode())
 
@@ -125,7 +127,7 @@ def end_leftovers(register: Path) -> None:
             raise StoreError(f"{register} is damaged: expected numbers of processes, got {pid!r}")
         with contextlib.suppress(psutil.Error):
             process = psutil.Process(int(pid))
-            if process.create_time() == born:  # the number may be another's by now
+            if _is_same(process, born):  # the number may be another's by now
                 left += [process, *process.children(recursive=True)]
     _end(left)
     register.unlink()
@@ -153,17 +155,41 @@ def process_group(environment: Mapping[str, str], register: Path) -> Iterator[Pr
         group.stop()
 
 
+def write_pid(pid_file: Path) -> None:
+    """Note which process this is, for `is_running`."""
+    atomic_write(pid_file, f"{os.getpid()} {_begun(os.getpid()):.6f}".encode())
+
+
 def is_running(pid_file: Path) -> bool:
-    """Whether the process runs that has written its number into a file. Raises StoreError."""
-    text = read_text(pid_file)
-    if not text.isdecimal():
-        raise StoreError(f"{pid_file} is damaged: expected the number of a process, got {text!r}")
+    """Whether the process runs that has written a file by `write_pid`. Raises StoreError."""
+    pid, _, begun = (text := read_text(pid_file)).partition(" ")
+    if not pid.isdecimal() or not begun.replace(".", "", 1).isdecimal():
+        raise StoreError(
+            f"{pid_file} is damaged: expected the number of a process and when it began, "
+            f"got {text!r}"
+        )
     try:
-        process = psutil.Process(int(text))
-        is_it = process.create_time() <= pid_file.stat().st_mtime + 1  # or another has its number
-        return bool(is_it and process.status() != psutil.STATUS_ZOMBIE)
+        process = psutil.Process(int(pid))
+        return _is_same(process, float(begun)) and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+def _begun(pid: int) -> float:
+    """Seconds from the start of the machine to that of a process: no clock set anew changes them.
+
+    Of the time of day, which is what psutil tells, both ends are moved.
+    """
+    while True:
+        boot = psutil.boot_time()
+        begun = psutil.Process(pid).create_time() - boot  # which an older object would remember
+        if psutil.boot_time() == boot:
+            return float(begun)
+
+
+def _is_same(process: psutil.Process, begun: float) -> bool:
+    """Whether it is the process that began then, and not another one with its number."""
+    return abs(_begun(process.pid) - begun) < _APART
 
 
 def require_free(address: str) -> None:

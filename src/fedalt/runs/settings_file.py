@@ -38,7 +38,7 @@ def rooted(table: Mapping[str, Any], root: Path) -> dict[str, Any]:
         if section == "data" and str(value).startswith(HUB):
             continue
         path = Path(os.path.abspath(root / Path(value).expanduser()))  # noqa: PTH100 - keeps links
-        if section == "data" or path.is_dir() or str(value).startswith((".", "~")):
+        if section == "data" or path.exists() or str(value).startswith((".", "~")):
             whole[section] = {**whole[section], key: str(path)}
     return whole
 

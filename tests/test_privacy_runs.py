@@ -8,6 +8,7 @@ from runs_for_tests import save_model, settings_for, write_clients
 from test_federation import CLIENTS, Wire, assert_close, place, states_of
 
 from fedalt.core.codec import decode
+from fedalt.core.declared import SettingsError
 from fedalt.core.reading import StoreError
 from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.run import Run
@@ -111,6 +112,16 @@ def test_the_settings_of_a_private_run_may_not_be_changed(tmp_path, model):
     (folder / "settings.toml").write_text(text.replace("clip = 0.5", "clip = 5.0"))
     with pytest.raises(StoreError, match=r"\[privacy\] clip was 0.5 when the run began"):
         reopen(folder)
+
+
+def test_late_uploads_do_not_weigh_less_where_one_of_them_has_the_noise(tmp_path, model):
+    sections = {"rounds": ROUNDS, "privacy": PRIVACY["client"], "method": {"name": "fedit"}}
+    there, _ = place(tmp_path, model, **sections)
+    with pytest.raises(SettingsError, match="all noise of a round is in one upload"):
+        there.host(Wire({}), late="count", staleness=0.5)
+    there.host(Wire({}), late="count")
+    total, _ = place(tmp_path / "total", model, **{**sections, "method": {"name": "fedalt"}})
+    total.host(Wire({}), late="count", staleness=0.5)  # which nothing weighs there
 
 
 def test_the_server_hears_why_a_client_will_not_train():

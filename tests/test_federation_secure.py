@@ -18,7 +18,7 @@ from fedalt.core.declared import SettingsError
 from fedalt.core.tree import Tree
 from fedalt.engine.states import client_of, server_of
 from fedalt.federation import secure_sum
-from fedalt.federation.messages import Answer, SumAnswer, SumCall
+from fedalt.federation.messages import Answer, Call, SumAnswer, SumCall
 from fedalt.federation.secure_client import MASKED
 from fedalt.federation.secure_sum import steps_of
 from fedalt.federation.transport import Lost
@@ -286,6 +286,39 @@ def test_a_client_answers_no_step_twice_to_different_calls(tmp_path: Path, model
     assert "was answered already, to another call" in other.error
     assert not other.seeds
     assert not other.keys
+
+
+def test_a_client_trains_for_no_sum_twice(tmp_path: Path, model: Path) -> None:
+    """Or the sum of four without the sum of three would be what the fourth has uploaded."""
+    place = founded(tmp_path, model, FOUR, **SHORT, **SECURE)
+    calls: list[bytes] = []
+
+    from fedalt.federation.client import Client
+
+    told = Client.answer
+
+    def listen(self: Any, data: bytes) -> bytes:
+        if self.client_id == "a":
+            calls.append(data)
+        return told(self, data)
+
+    def stop(client_id: str, data: bytes) -> bytes:
+        if client_id == "a" and step_of(data) == "share":
+            raise Stopped
+        return data
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Client, "answer", listen)
+        place.go_on(stop)
+    member, call = place.member("a"), decode(Call, calls[0])
+    before = states(member.folder)
+    unlike = replace(call, message=replace(call.message, facts={"other": 1}))
+    answer = decode(Answer, member.answer(encode(unlike)))
+    assert "it does not train for that sum again" in answer.error
+    assert answer.keys is None
+    assert states(member.folder) == before
+    again = decode(Answer, member.answer(calls[0]))  # an honest server asks in the same words
+    assert again.keys is not None
 
 
 def test_a_server_that_forgot_whom_it_had_asked_refuses_the_round_and_goes_on(

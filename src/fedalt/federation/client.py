@@ -146,6 +146,8 @@ class Client:
             return data, None
 
     def _execute(self, call: Call, answer: Answer) -> Answer:
+        if self.secure is not None and call.train:
+            self.secure.require_new(call.round)
         self._require_fitting(call)
         if rejected := what_was_rejected(self.folder, self.client_id, call):
             self.say(f"{where(call, self.agreement.settings.rounds.rounds)}: {rejected}")

@@ -440,6 +440,25 @@ def test_noise_for_clients_comes_on_top(tmp_path: Path, model: Path) -> None:
             assert (ours[key].double() - tensor.double()).abs().max() < 1e-3
 
 
+def test_a_round_for_which_there_is_no_budget_has_no_sum(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    noisy = {"unit": "client", "epsilon": 8.0, "clip": 0.5, "seed": 1, "secure_sum": True}
+    sections = {**SHORT, "rounds": {**SHORT["rounds"], "select": "last"}}
+    place = founded(tmp_path, model, **sections, privacy=noisy)
+    place.config.write_text(place.config.read_text().split("[firewall]")[0])
+
+    def stop(client_id: str, data: bytes) -> bytes:
+        if step_of(data) == "share" and first(place, data):
+            raise Stopped
+        return data
+
+    place.go_on(stop)
+    place.go_on()
+    assert [len(trained(place, round_)) for round_ in range(3)] == [3, 3, 0]
+    assert (place.run.parent / "logs" / "server.log").read_text().count("nobody trains") == 1
+    assert "no secure sum" not in (place.run.parent / "logs" / "server.log").read_text()
+
+
 def test_what_makes_no_sense_beside_it_is_one_sentence(tmp_path: Path, model: Path) -> None:
     for number, (section, message) in enumerate(
         [

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from runs_for_tests import save_model, settings_for, write_clients
-from test_federation import CLIENTS, Wire, assert_close, place, states_of
+from test_federation import CLIENTS, Killed, Wire, assert_close, place, states_of
 
 from fedalt.core.codec import decode
 from fedalt.core.declared import SettingsError
@@ -13,7 +13,7 @@ from fedalt.core.reading import StoreError
 from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.run import Run
 from fedalt.federation.call_checks import told_outside
-from fedalt.federation.messages import Call
+from fedalt.federation.messages import Answer, Call
 from fedalt.report.table import describe
 from fedalt.runs.budget import LEDGER
 from fedalt.runs.folder import open_run
@@ -122,6 +122,60 @@ def test_late_uploads_do_not_weigh_less_where_one_of_them_has_the_noise(tmp_path
     there.host(Wire({}), late="count")
     total, _ = place(tmp_path / "total", model, **{**sections, "method": {"name": "fedalt"}})
     total.host(Wire({}), late="count", staleness=0.5)  # which nothing weighs there
+
+
+def test_a_federation_that_was_killed_once_ends_without_its_last_private_round(tmp_path, model):
+    schedule = {"rounds": 3, "select": "last", "evaluate_every": 1}
+    there, _ = place(
+        tmp_path, model, rounds=schedule, privacy={**PRIVACY["client"], "epsilon": 8.0}
+    )
+
+    def kill(_, answer):
+        if decode(Answer, answer).round == 1:
+            raise Killed
+        return answer
+
+    with pytest.raises(Killed):
+        there.host(Wire(there.members(), kill)).to_the_end()
+    told = []
+    host = replace(there.host(Wire(there.members())), say=told.append)
+    host.to_the_end()
+    spent = [line.get("epsilon") for line in rounds_of(tmp_path / "server")]
+    assert spent[1] == pytest.approx(8.0, rel=0.01)
+    assert [line["cohort"] for line in rounds_of(tmp_path / "server")] == [3, 3, 0]
+    assert spent[2] is None
+    assert any(line.startswith("round 2: nobody trains: the next round would") for line in told)
+    lines = open_run(tmp_path / "server").lines()
+    assert {line["round"] for line in lines if line.get("split") == "test"} == {2, -1}
+    (sentence,) = (each for each in describe(lines) if "priv" in each)
+    assert "epsilon 8 at" in sentence
+
+
+class Patient(Wire):
+    """Whoever is waited for without an end fails the test."""
+
+    silent = 0
+
+    def receive(self):
+        came = super().receive()
+        self.silent += not came
+        assert self.silent < 1000, "the server waits on"
+        return came
+
+
+@pytest.mark.parametrize("exhausted", ["a", "abc"])
+def test_a_round_ends_without_clients_whose_budget_is_spent(tmp_path, model, exhausted):
+    schedule = {"rounds": 2, "select": "last"}
+    there, _ = place(tmp_path, model, rounds=schedule, privacy=PRIVACY["example"])
+    members = there.members()
+    for who in exhausted:  # a round of it was cut short
+        members[who].budget.begin((who,))
+    there.host(Patient(members), minimum=3).to_the_end()
+    lines = open_run(tmp_path / "server").lines()
+    own = [line for line in lines if line["kind"] == "train" and line["column"] == "own"]
+    trained = {line["client"] for line in own if line["round"] == 1}
+    assert trained == set(CLIENTS) - set(exhausted)
+    assert any(line.get("split") == "test" for line in lines)
 
 
 def test_the_server_hears_why_a_client_will_not_train():

@@ -32,7 +32,7 @@ from fedalt.engine.traffic import Coding
 from fedalt.federation.accepted import Accepted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import asked_of, check_answer, has_base
-from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
+from fedalt.federation.call_checks import CallRefused, check_call, lasts, read_call, told_outside
 from fedalt.federation.client_states import keep, received
 from fedalt.federation.going_back import go_back, last_rounds
 from fedalt.federation.messages import (
@@ -125,8 +125,10 @@ class Client:
         self.say(f"{place}: this client could not answer: {named}; the server asks it again")
         if not isinstance(error, ValueError | OSError):
             _log.error("%s: %s", self.client_id, error, exc_info=True)
-        lacks = isinstance(error, ReferenceLackedError)
-        answer = replace(answer, upload=None, keys=None, scores=(), costs=(), lacks=lacks)
+        lacks, over = isinstance(error, ReferenceLackedError), lasts(error)
+        answer = replace(
+            answer, upload=None, keys=None, scores=(), costs=(), lacks=lacks, over=over
+        )
         return encode(replace(answer, error=self._told(error)))
 
     def _told(self, error: Exception) -> str:
@@ -289,11 +291,3 @@ class Client:
 
     def _states(self, column: str, round_: int) -> FileStates:
         return FileStates(self._folder(column), round_, kept=self.accepted.kept)
-
-
-def is_last(data: bytes, answer: bytes) -> bool:
-    """Whether a call says that nothing comes after it, and this answer does not refuse it."""
-    try:
-        return decode(Call, data).last and not decode(Answer, answer).error
-    except CodecError:
-        return False

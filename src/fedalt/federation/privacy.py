@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
-from fedalt.engine.privacy import Release
+from fedalt.engine.privacy import PrivacyError, Release
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import Answer
+from fedalt.federation.owner_messages import Say
 from fedalt.runs.budget import RunBudget, budget_of
 from fedalt.runs.folder import RunFolder
 
@@ -14,20 +15,25 @@ SPENT: Final = "epsilon"  # the metric with which a client says what it has spen
 
 
 def begin_private(
-    folder: RunFolder, agreement: Agreement, round_: int, cohort: Sequence[str]
-) -> tuple[dict[str, object], Release | None]:
-    """Count a round before anyone is called; what the record says of it, and its noise.
+    folder: RunFolder, agreement: Agreement, round_: int, cohort: Sequence[str], say: Say
+) -> tuple[Sequence[str], dict[str, object], Release | None]:
+    """Count a round before anyone is called: who trains, what the record says of it, its noise.
 
-    Where clients add the noise themselves the server counts nothing. Raises PrivacyError.
+    Where the budget does not allow it nobody trains: terms stay as they are, so a round is held for
+    each of theirs. Where clients add the noise themselves the server counts nothing.
     """
     settings = agreement.settings
     if settings.privacy.unit != "client":
-        return {}, None
+        return cohort, {}, None
     begun, clients = folder.rounds_done(), agreement.clients
     budget = budget_of(folder.path, settings, clients, lambda _: 1, begun)
     assert budget is not None
-    spent = budget.begin(cohort)
-    return spent, budget.release(settings.method, folder.states("own", round_), round_)
+    try:
+        spent = budget.begin(cohort)
+    except PrivacyError as error:
+        say(f"round {round_}: nobody trains: {error}")
+        return (), {}, None
+    return cohort, spent, budget.release(settings.method, folder.states("own", round_), round_)
 
 
 def client_budget(

@@ -69,6 +69,7 @@ class RoundCollector:
     _asked: dict[str, Asked] = field(default_factory=dict)
     _heard: dict[str, float] = field(default_factory=dict)  # when, in seconds of the epoch
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
+    _over: set[str] = field(default_factory=set)  # of those, who will not do this round at all
 
     def gather(
         self,
@@ -83,8 +84,8 @@ class RoundCollector:
         self.resume(calls, sent)
         began, overdue, told = time.monotonic(), False, False
         limit = self.rules.deadline
-        least = min(self.rules.minimum, len(cohort))
         while missing := self._missing():
+            least = min(self.rules.minimum, len(set(cohort) - self._over))
             enough = len(self.uploaded) >= least
             filled = cohort and len(self.uploaded) >= (self.rules.buffer or len(cohort) + 1)
             if filled or (enough and (overdue or missing <= self._unable.keys())):
@@ -153,6 +154,8 @@ class RoundCollector:
         """Whether a client has no call to answer first and did not just say that it cannot."""
         if client_id in self._unable and time.monotonic() - self._unable[client_id][1] < _REST:
             return False
+        if client_id in self._over:
+            return False
         calls = self.called.get(client_id, [])
         if self.rules.late == "count":
             return not calls
@@ -217,6 +220,7 @@ class RoundCollector:
             if self._unable.get(client_id, ("", 0.0))[0] != answer.error:
                 self._tell(f"{client_id}: {answer.error}")
             self._unable[client_id] = answer.error, time.monotonic()
+            self._over |= {client_id} if answer.over else set()
             return
         self._keep(client_id, answer, came)
 

@@ -73,7 +73,8 @@ class RunBudget:
             raise PrivacyError(
                 f"the next round would spend epsilon {after:.3g}, but [privacy] allows {limit:g} "
                 f"at delta {delta:g}; {ledger['begun']} rounds have begun, and those that were cut "
-                "short count too; with fewer rounds in [rounds] a run ends here and is tested"
+                "short count too; on one machine a run with fewer rounds in [rounds] ends here and "
+                "is tested"
             )
         pairs = {who: sorted(of.items()) for who, of in spent.items()}
         content = {"begun": ledger["begun"] + 1, "noise": dict(self._noise), "spent": pairs}

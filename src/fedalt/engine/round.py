@@ -93,7 +93,9 @@ def run_round(
             sent = broadcast_size(downlink.sent(client_id)) if sent is None else sent
             costs.append((client_id, len(data), sent, upload.seconds, upload.metrics))
         if cohort:
-            after = aggregate(method, server, uploads, forms_of, coding.drowning)
+            # By others' sizes, which no noise hides, nobody is rejected where there is to be some.
+            drowning = (coding.drowning,) if release is None else ()
+            after = aggregate(method, server, uploads, forms_of, *drowning)
         else:  # a round in which nobody takes part is a round too
             after = method.aggregate(server, ())
         if after is not None or leaving:

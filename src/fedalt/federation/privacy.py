@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from fedalt.engine.members import Members
 from fedalt.engine.privacy import PrivacyError, Release
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import Answer
@@ -25,8 +26,8 @@ def begin_private(
     settings = agreement.settings
     if settings.privacy.unit != "client":
         return cohort, {}, None
-    begun, clients = folder.rounds_done(), agreement.clients
-    budget = budget_of(folder.path, settings, clients, lambda _: 1, begun)
+    begun, members = folder.rounds_done(), Members(agreement.clients)
+    budget = budget_of(folder.path, settings, members, lambda _: 1, begun)
     assert budget is not None
     try:
         spent = budget.begin(cohort)
@@ -43,9 +44,8 @@ def client_budget(
 
     Where clients are what is protected it only bounds its upload, and the server counts.
     """
-    return budget_of(
-        folder, agreement.settings, agreement.clients, lambda _: examples, int(begun), (client_id,)
-    )
+    members, only = Members(agreement.clients), (client_id,)
+    return budget_of(folder, agreement.settings, members, lambda _: examples, int(begun), only)
 
 
 def own_spending(budget: RunBudget | None, client_id: str) -> Mapping[str, float]:

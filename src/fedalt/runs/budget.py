@@ -19,6 +19,7 @@ from fedalt.core.settings import Training
 from fedalt.core.upload_settings import Privacy
 from fedalt.engine.accounting import Spent, epsilon, noise_for
 from fedalt.engine.adaptive_clip import AdaptiveClip, clip_now
+from fedalt.engine.members import Members
 from fedalt.engine.privacy import PrivacyError, Protection, Release
 from fedalt.engine.privacy_checks import Fits, fits_of
 from fedalt.engine.states import States
@@ -141,12 +142,12 @@ class RunBudget:
 def budget_of(
     folder: Path,
     settings: Settings,
-    clients: Sequence[str],
+    members: Members,
     examples: Callable[[str], int],
     least: int,
     counted: Collection[str] = (),
 ) -> RunBudget | None:
-    """The budget of these clients' rounds, of which `least` have begun; None without privacy.
+    """The budget of these members' rounds, of which `least` have begun; None without privacy.
 
     `examples` says how many training examples a client has. `counted` are those whose ledger it
     is, all if none is named.
@@ -155,10 +156,10 @@ def budget_of(
     if privacy.unit is None:
         return None
     fits = fits_of(settings.method, schedule.rounds) if privacy.unit == "example" else None
-    cohorts = [schedule.cohort(clients, at, settings.seed) for at in range(schedule.rounds)]
+    cohorts = [schedule.cohort(members.at(at), at, settings.seed) for at in range(schedule.rounds)]
     of_a_round = {
         who: {1.0: 1} if fits is None else _sums(fits, settings.training, examples(who))
-        for who in counted or clients
+        for who in counted or members.clients
     }
     planned = {
         who: {
@@ -178,7 +179,8 @@ def budget_of_run(prepared: Prepared, folder: RunFolder) -> RunBudget | None:
     def examples(client_id: str) -> int:
         return task.training_size(client_id)[0]
 
-    return budget_of(folder.path, settings, task.clients, examples, folder.rounds_done())
+    members = Members(task.clients, settings.clients)
+    return budget_of(folder.path, settings, members, examples, folder.rounds_done())
 
 
 def _sums(fits: Fits, training: Training, examples: int) -> Spent:

@@ -13,7 +13,8 @@ from fedalt.core.reading import StoreError
 from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.run import Run
 from fedalt.federation.call_checks import told_outside
-from fedalt.federation.messages import Answer, Call
+from fedalt.federation.messages import Answer, Call, Cost
+from fedalt.federation.privacy import told_by
 from fedalt.report.table import describe
 from fedalt.runs.budget import LEDGER
 from fedalt.runs.folder import open_run
@@ -64,8 +65,7 @@ def test_apart_is_as_in_one_process(tmp_path, model, unit):
     spent = [line["epsilon"] for line in whole]
     assert 0 < spent[0] <= spent[1] <= 50.0
     assert spent[1] > 49.5  # the noise was solved for exactly these rounds
-    # In a federation only those who answered a round tell what they have spent of their own.
-    assert max(line["epsilon"] for line in apart) == pytest.approx(spent[1])
+    assert apart[-1]["epsilon"] == pytest.approx(spent[1])
     (sentence,) = (each for each in describe(open_run(tmp_path / "run").lines()) if "priv" in each)
     assert sentence.endswith("at delta 1e-05 spent in 2 rounds")
 
@@ -176,6 +176,16 @@ def test_a_round_ends_without_clients_whose_budget_is_spent(tmp_path, model, exh
     trained = {line["client"] for line in own if line["round"] == 1}
     assert trained == set(CLIENTS) - set(exhausted)
     assert any(line.get("split") == "test" for line in lines)
+
+
+def test_the_record_says_what_the_client_has_spent_that_has_spent_most(tmp_path, model):
+    there, _ = place(tmp_path, model, rounds=ROUNDS, privacy=PRIVACY["example"])
+    about = there.terms.name, there.terms.digest, "a", 1, 0, ""
+    answer = Answer(*about, costs=(Cost("own", {"loss": 1.0, "epsilon": 2.0}, 1.0),))
+    before = [{"kind": "round", "epsilon": 3.0}, {"kind": "train"}, {"kind": "round"}]
+    assert told_by(there.terms, [answer], before)["epsilon"] == 3.0
+    assert told_by(there.terms, [answer], [])["epsilon"] == 2.0
+    assert told_by(there.terms, [replace(answer, costs=())], before) == {}
 
 
 def test_the_server_hears_why_a_client_will_not_train():

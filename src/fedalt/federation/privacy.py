@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fedalt.engine.members import Members
 from fedalt.engine.privacy import PrivacyError, Release
@@ -56,12 +56,20 @@ def own_spending(budget: RunBudget | None, client_id: str) -> Mapping[str, float
     return {SPENT: float(spent)} if isinstance(spent, float) else {}
 
 
-def told_by(agreement: Agreement, answers: Iterable[Answer]) -> dict[str, object]:
-    """What a round's answers tell of privacy, the most of all clients, for the record."""
+def told_by(
+    agreement: Agreement, answers: Iterable[Answer], lines: Iterable[Mapping[str, Any]]
+) -> dict[str, object]:
+    """What a round's answers tell of privacy, for the record: the most of any client up to now.
+
+    `lines` are those recorded before: who has spent most need not be in the round.
+    """
     spent = [
         cost.metrics[SPENT]
         for answer in answers
         for cost in answer.costs
         if cost.column == "own" and SPENT in cost.metrics
     ]
-    return {SPENT: max(spent), "delta": agreement.settings.privacy.delta} if spent else {}
+    if not spent:
+        return {}
+    spent += [line[SPENT] for line in lines if line["kind"] == "round" and SPENT in line]
+    return {SPENT: max(spent), "delta": agreement.settings.privacy.delta}

@@ -126,7 +126,7 @@ class Server:
         if secure is not None:
             trained = secure.settle(collector.answers, states, outcome, collector.downloads)
         rejected = record(self.folder, self.say, collector, trained)
-        spent |= told_by(self.agreement, collector.answers.values())
+        spent |= told_by(self.agreement, collector.answers.values(), self.folder.lines())
         line = round_line(round_, len(cohort), began, outcome)
         self.folder.record({**line, **spent})
         progress = self._with_best(progress, collector, score, rejected)

@@ -178,6 +178,26 @@ def test_a_round_ends_without_clients_whose_budget_is_spent(tmp_path, model, exh
     assert any(line.get("split") == "test" for line in lines)
 
 
+def test_a_clients_ledger_of_an_earlier_time_is_refused(tmp_path, model):
+    schedule = {"rounds": 3, "select": "last"}
+    there, _ = place(tmp_path, model, rounds=schedule, privacy=PRIVACY["example"])
+    ledger, older = tmp_path / "state-a" / LEDGER, []
+
+    def keep(who, answer):
+        if who == "a" and decode(Answer, answer).round == 0:
+            older.append(ledger.read_bytes())
+        if decode(Answer, answer).round == 2:
+            raise Killed
+        return answer
+
+    with pytest.raises(Killed):
+        there.host(Wire(there.members(), keep)).to_the_end()
+    ledger.write_bytes(older[0])
+    member = there.member("a")
+    with pytest.raises(StoreError, match="counts 1 rounds, but 3 have counted"):
+        member.budget.begin(("a",))
+
+
 def test_the_record_says_what_the_client_has_spent_that_has_spent_most(tmp_path, model):
     there, _ = place(tmp_path, model, rounds=ROUNDS, privacy=PRIVACY["example"])
     about = there.terms.name, there.terms.digest, "a", 1, 0, ""

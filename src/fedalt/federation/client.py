@@ -250,7 +250,7 @@ class Client:
     def _train(self, arm: Arm, call: Call) -> tuple[Sent, Cost]:
         """The client's half of a round; its new state stays here, its upload is returned."""
         budget = self.budget if arm.column == "own" else None
-        spent = own_spending(budget, self.client_id)  # before anything is computed
+        spent = own_spending(budget, self.client_id, self.accepted)  # before anything is computed
         (upload,) = self._work(arm, call, call.round, call.round).train([self.client_id])
         return upload.message, Cost(arm.column, {**upload.metrics, **spent}, upload.seconds)
 

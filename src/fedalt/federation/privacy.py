@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from fedalt.engine.members import Members
 from fedalt.engine.privacy import PrivacyError, Release
+from fedalt.federation.accepted import Accepted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import Answer
 from fedalt.federation.owner_messages import Say
@@ -38,21 +39,28 @@ def begin_private(
 
 
 def client_budget(
-    folder: Path, agreement: Agreement, client_id: str, examples: int, *, begun: bool
+    folder: Path, agreement: Agreement, client_id: str, examples: int, begun: int
 ) -> RunBudget | None:
-    """What a client counts of its own examples; `begun`: whether a round of it has counted.
+    """What a client counts of its own examples, `begun` rounds at least.
 
     Where clients are what is protected it only bounds its upload, and the server counts.
     """
     members, only = Members(agreement.clients), (client_id,)
-    return budget_of(folder, agreement.settings, members, lambda _: examples, int(begun), only)
+    return budget_of(folder, agreement.settings, members, lambda _: examples, begun, only)
 
 
-def own_spending(budget: RunBudget | None, client_id: str) -> Mapping[str, float]:
-    """Count a client's round before it begins, where it counts; what it tells the server of it."""
+def own_spending(
+    budget: RunBudget | None, client_id: str, accepted: Accepted
+) -> Mapping[str, float]:
+    """Count a client's round before it begins, where it counts; what it tells the server of it.
+
+    How many were counted is also put into what its folder says, beside its ledger.
+    """
     if budget is None or budget.privacy.unit == "client":
         return {}
     spent = budget.begin((client_id,))[SPENT]
+    accepted.begun = budget.begun
+    accepted.write(accepted.round)
     return {SPENT: float(spent)} if isinstance(spent, float) else {}
 
 

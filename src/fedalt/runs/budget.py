@@ -62,6 +62,11 @@ class RunBudget:
             return Protection(self.privacy, self._noise, self.fits)
         return Protection(self.privacy, self._noise, norm=norm or self.privacy.clip)
 
+    @property
+    def begun(self) -> int:
+        """How many rounds the ledger counts."""
+        return self._read()["begun"]
+
     def begin(self, cohort: Iterable[str]) -> dict[str, object]:
         """Count a round in the ledger, if the budget allows it; what the record says of it."""
         ledger = self._read()

@@ -85,8 +85,8 @@ class Server:
         began = time.monotonic()
         schedule, method = self.agreement.settings.rounds, self.arms[0].method
         members = update_members(self.folder, self.roster, self.agreement, round_, self.say)
-        cohort = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
-        begun = begin_private(self.folder, self.agreement, round_, cohort, self.say)
+        drawn = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
+        begun = begin_private(self.folder, self.agreement, round_, drawn, self.say)
         cohort, spent, release = begun
         clients = schedule.called(self._clients(), round_, cohort)
         scored = round_ > 0 and round_ % schedule.evaluate_every == 0

@@ -157,7 +157,15 @@ def run_groups(
 
     cohort = list(chain.from_iterable(groups))
     return run_round(
-        method, start, states, cohort, train, screening, release=release, coding=coding
+        method,
+        start,
+        states,
+        cohort,
+        train,
+        screening,
+        release=release,
+        coding=coding,
+        heard=lambda: cohort,
     )
 
 

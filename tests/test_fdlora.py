@@ -35,7 +35,7 @@ from fedalt.methods.lora import Lora
 from fedalt.runs.length import is_finished
 from fedalt.runs.lifecycle import reopen, resume_run, start_run
 from fedalt.runs.setup import prepare, trainer_of
-from fedalt.training.orders import Found, Moments
+from fedalt.training.orders import Fit, Found, Moments
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 METHOD = FDLoRA(lora=LORA)
@@ -344,7 +344,8 @@ def search_of(method, prepared, seed=0):
 
 def objective(trainer, order, numbers):
     """What the search minimises, computed anew."""
-    examples = trainer._spared("a", order.spare)
+    every = trainer.task.examples("a", "train")
+    examples = [every[at] for at in trainer._spared("a", order.spare, order.most)]
     serving = Serving(order.plan, order.tree_of(numbers))
     scores = score(trainer.base, serving, examples, Scoring(batch_size=32, generate=False))
     return scores.metrics["loss"] + 0.05 * sum(abs(number) for number in numbers)
@@ -389,6 +390,20 @@ def test_after_training_a_search_finds_what_no_grid_of_weights_betters(prepared,
     grid = [-1.5 + 0.5 * step for step in range(7)]
     best = min(objective(trainer, order, pair) for pair in product(grid, grid))
     assert found.objective < best
+
+
+def test_a_text_that_is_there_twice_is_spared_once(trainer):
+    """The ledger of privacy counts so many examples as are left, and no fewer are trained on."""
+
+    class Twice:
+        def examples(self, client_id, split):
+            return trainer.task.examples(client_id, split) * 2
+
+    twice = replace(trainer, task=Twice())
+    order = Fit(METHOD.lora.plan(SHARED), {}, frozenset(), spare=0.3)
+    count = len(Twice().examples("a", "train"))
+    fit = twice._client_fit("a", 0, 0, order, None)
+    assert len(fit.share.examples) == count - int(0.3 * count)
 
 
 def test_the_spared_examples_are_searched_on_and_never_trained_on(prepared, trainer, monkeypatch):

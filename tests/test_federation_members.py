@@ -12,6 +12,7 @@ from runs_for_tests import save_model, settings_for, write_clients
 from test_federation_folders import stopped_in
 
 from fedalt.core.codec import decode, read
+from fedalt.core.declared import SettingsError
 from fedalt.federation.messages import Answer
 from fedalt.flower import apps
 from fedalt.flower.client_keys import clients_by_key
@@ -194,6 +195,26 @@ def test_who_has_not_trained_since_the_backup_goes_back_too(tmp_path: Path, mode
 
     made.go_on(note, go_back=True)
     assert set(errors) == {""}
+
+
+def test_a_server_that_counts_what_noise_it_has_spent_has_no_backup(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("dp_accounting")
+    noisy = {"unit": "client", "epsilon": 8.0, "clip": 0.5}
+    made = founded(tmp_path, model, rounds={"rounds": 3, "select": "last"}, privacy=noisy)
+    file = tmp_path / "server.tar"
+    assert call("federation", "backup", made.config, file) == 2
+    assert "its ledger would not count the first time" in capsys.readouterr().err
+    assert not file.exists()
+    with monkeypatch.context() as patch:  # one of before
+        patch.setattr("fedalt.flower.backup._require_without_ledger", lambda _: None)
+        assert call("federation", "backup", made.config, file) == 0
+    assert call("federation", "restore", file, tmp_path / "elsewhere") == 2
+    assert "its ledger would not count the first time" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(SettingsError, match="--go-back makes no sense with"):
+        made.member("a", go_back=True)
 
 
 def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from scipy.stats import chisquare
 from fedalt.core.codec import CodecError, decode, encode
 from fedalt.core.declared import SettingsError
 from fedalt.core.tree import Tree
+from fedalt.engine.changes import Change
 from fedalt.engine.states import client_of, server_of
 from fedalt.federation import secure_sum
-from fedalt.federation.messages import Answer, SumAnswer, SumCall
+from fedalt.federation.messages import Answer, Call, SumAnswer, SumCall
 from fedalt.federation.secure_client import MASKED
 from fedalt.federation.secure_sum import steps_of
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_server_config
 from fedalt.flower.roster_changes import add_clients, remove_client, rotate_key
 from fedalt.methods import METHODS
+from fedalt.methods.contract import Message
 from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.setup import prepare
@@ -246,6 +249,67 @@ def scores_without_bytes(place: Federation) -> list[dict[str, Any]]:
     ]
 
 
+def test_who_was_in_no_round_but_is_in_the_total_is_sent_the_whole_message(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = founded(tmp_path, model, FOUR, **SHORT, **SECURE, traffic={"download": "int8"})
+    hurry(place, 0.5)
+    calls = listened(monkeypatch, "d")
+
+    def lose(client_id: str, data: bytes) -> bytes | Lost:
+        away = client_id == "d" and not is_step(data) and decode(Answer, data).round == 1
+        return Lost("it was away") if away else data
+
+    place.go_on(lose)
+    sent = {call.round: type(call.message) for call in calls}
+    assert sent[1] is Change
+    assert sent[2] is Message
+
+
+def test_killed_within_a_sum_it_knows_who_was_sent_the_whole_message(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = founded(tmp_path, model, **SHORT, **SECURE, traffic={"download": "int8"})
+
+    def forget(client: Any, call: Call) -> None:
+        folder = client.folder / "server" / "broadcast"
+        if call.round == 2 and isinstance(call.message, Change):
+            shutil.rmtree(folder)
+            client.accepted.kept.digests.forget_below(folder)
+
+    calls = listened(monkeypatch, "b", forget)
+
+    def kill(client_id: str, data: bytes) -> bytes:
+        if step_of(data) == "share" and decode(SumAnswer, data).round == 2:
+            raise Stopped
+        return data
+
+    place.go_on(kill)
+    place.go_on()
+    assert [type(call.message) for call in calls if call.round == 2] == [Change, Message]
+    assert trained(place, 2) == dict.fromkeys("abc")
+
+
+def listened(
+    monkeypatch: pytest.MonkeyPatch, name: str, see: Callable[[Any, Call], None] | None = None
+) -> list[Call]:
+    """The calls that a client will have got; `see` may look at it before it answers one."""
+    from fedalt.federation.client import Client
+
+    told, calls = Client.answer, list[Call]()
+
+    def listen(self: Any, data: bytes) -> bytes:
+        with contextlib.suppress(CodecError):
+            if self.client_id == name:
+                calls.append(decode(Call, data))
+                if see is not None:
+                    see(self, calls[-1])
+        return told(self, data)
+
+    monkeypatch.setattr(Client, "answer", listen)
+    return calls
+
+
 def answers_to(place: Federation, name: str, *calls: SumCall) -> list[SumAnswer]:
     """What a client says to calls that no honest server sends."""
     member = place.member(name)
@@ -286,6 +350,30 @@ def test_a_client_answers_no_step_twice_to_different_calls(tmp_path: Path, model
     assert "was answered already, to another call" in other.error
     assert not other.seeds
     assert not other.keys
+
+
+def test_a_client_trains_for_no_sum_twice(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or the sum of four without the sum of three would be what the fourth has uploaded."""
+    place = founded(tmp_path, model, FOUR, **SHORT, **SECURE)
+    calls = listened(monkeypatch, "a")
+
+    def stop(client_id: str, data: bytes) -> bytes:
+        if client_id == "a" and step_of(data) == "share":
+            raise Stopped
+        return data
+
+    place.go_on(stop)
+    member, call = place.member("a"), calls[0]
+    before = states(member.folder)
+    unlike = replace(call, message=replace(call.message, facts={"other": 1}))
+    answer = decode(Answer, member.answer(encode(unlike)))
+    assert "it does not train for that sum again" in answer.error
+    assert answer.keys is None
+    assert states(member.folder) == before
+    again = decode(Answer, member.answer(encode(call)))  # an honest server asks in the same words
+    assert again.keys is not None
 
 
 def test_a_server_that_forgot_whom_it_had_asked_refuses_the_round_and_goes_on(
@@ -405,6 +493,25 @@ def test_noise_for_clients_comes_on_top(tmp_path: Path, model: Path) -> None:
         ours, theirs = sent_after(secure, round_), sent_after(plain, round_)
         for key, tensor in theirs.items():
             assert (ours[key].double() - tensor.double()).abs().max() < 1e-3
+
+
+def test_a_round_for_which_there_is_no_budget_has_no_sum(tmp_path: Path, model: Path) -> None:
+    pytest.importorskip("dp_accounting")
+    noisy = {"unit": "client", "epsilon": 8.0, "clip": 0.5, "seed": 1, "secure_sum": True}
+    sections = {**SHORT, "rounds": {**SHORT["rounds"], "select": "last"}}
+    place = founded(tmp_path, model, **sections, privacy=noisy)
+    place.config.write_text(place.config.read_text().split("[firewall]")[0])
+
+    def stop(client_id: str, data: bytes) -> bytes:
+        if step_of(data) == "share" and first(place, data):
+            raise Stopped
+        return data
+
+    place.go_on(stop)
+    place.go_on()
+    assert [len(trained(place, round_)) for round_ in range(3)] == [3, 3, 0]
+    assert (place.run.parent / "logs" / "server.log").read_text().count("nobody trains") == 1
+    assert "no secure sum" not in (place.run.parent / "logs" / "server.log").read_text()
 
 
 def test_what_makes_no_sense_beside_it_is_one_sentence(tmp_path: Path, model: Path) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import tomllib
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -17,7 +18,9 @@ from fedalt.engine.privacy_checks import adds_up, fits_of
 from fedalt.engine.states import client_of, server_of
 from fedalt.methods import METHODS
 from fedalt.methods.fedalt import rest_of_world
+from fedalt.methods.fedit import FedIT
 from fedalt.runs.settings import settings_of, to_toml
+from fedalt.training.orders import look_at
 
 ADMITTED = [
     name for name, method in METHODS.items() if method.averages or name == "fedalt"
@@ -170,6 +173,34 @@ def test_what_clients_train_in_a_round_is_found_by_playing():
     assert fits_of(METHODS["fdlora"], 3).spare == 0.05
     with pytest.raises(ValueError, match="a step of its own"):
         fits_of(METHODS["pf2lora"], 2)
+
+
+def test_what_else_a_client_asks_its_data_may_shape_nothing_that_it_sends():
+    reason = "depends on more of a client's texts than their gradients"
+    with pytest.raises(ValueError, match=reason):
+        fits_of(METHODS["ifca_lora"], 2)  # the group that fits best, without noise
+    assert fits_of(replace(METHODS["ifca_lora"], groups=1), 2).count == 1  # which looks at nothing
+    for name in set(METHODS) - {"ifca_lora", "pf2lora", "hilora"}:
+        assert fits_of(METHODS[name], 6).count >= 1
+
+
+def test_nor_what_it_trains():
+    """The noise of a fit hides the texts in its gradients, not a tensor that was chosen before."""
+
+    class Chosen(FedIT):
+        def local(self, client, message):
+            found = yield look_at(self.lora.plan("shared"), message.tree)
+            steps = super().local(client, message)
+            fit = next(steps)
+            factor = 1 + found.objective**2
+            frozen = replace(fit, compose=lambda tree: {n: t * factor for n, t in tree.items()})
+            try:
+                steps.send((yield frozen))
+            except StopIteration as end:
+                return end.value
+
+    with pytest.raises(ValueError, match="more of a client's texts than their gradients"):
+        fits_of(Chosen(), 2)
 
 
 GOOD = {"unit": "client", "epsilon": 8.0, "clip": 1.0}

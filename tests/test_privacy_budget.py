@@ -11,6 +11,7 @@ from fedalt.core.reading import StoreError
 from fedalt.core.upload_settings import Privacy
 from fedalt.engine import accounting
 from fedalt.engine.accounting import epsilon, noise_for
+from fedalt.engine.members import Members
 from fedalt.engine.privacy import PrivacyError
 from fedalt.methods import METHODS
 from fedalt.runs.budget import LEDGER, RunBudget, budget_of
@@ -67,7 +68,7 @@ def test_who_is_in_no_cohort_asks_for_no_noise(tmp_path):
     assert noise_for({1.0: 0}, 1.0, DELTA) == 0.0
     settings = plan("client", rounds={"participation": 0.1, "rounds": 2})
     solved = replace(settings, privacy=Privacy(unit="client", clip=1.0, epsilon=1.0))
-    whole = budget_of(tmp_path, solved, [f"c{at}" for at in range(10)], lambda _: 1, 0)
+    whole = budget_of(tmp_path, solved, Members([f"c{at}" for at in range(10)]), lambda _: 1, 0)
     assert 0 in {sum(of.values()) for of in whole.planned.values()}
     first = settings.rounds.cohort([f"c{at}" for at in range(10)], 0, 0)
     assert whole.begin(first)["noise"] > 1
@@ -147,7 +148,7 @@ def plan(unit, **sections):
 def test_a_clients_rounds_are_those_of_its_cohorts_without_amplification(tmp_path):
     settings = plan("client", rounds={"participation": 0.5})
     clients = ["a", "b", "c", "d"]
-    whole = budget_of(tmp_path, settings, clients, lambda _: 1, 0)
+    whole = budget_of(tmp_path, settings, Members(clients), lambda _: 1, 0)
     taken = {who: sum(of.values()) for who, of in whole.planned.items()}
     cohorts = [settings.rounds.cohort(clients, at, 0) for at in range(4)]
     assert taken == {who: sum(who in cohort for cohort in cohorts) for who in clients}
@@ -155,10 +156,22 @@ def test_a_clients_rounds_are_those_of_its_cohorts_without_amplification(tmp_pat
     assert all(set(of) == {1.0} for of in whole.planned.values())
 
 
+def test_noise_is_solved_for_the_cohorts_of_those_who_are_there(tmp_path):
+    """Of a and b alone each trains more often than of four."""
+    clients, joins = ("a", "b", "c", "d"), {"c": {"joins": 15}, "d": {"joins": 15}}
+    settings = plan("client", rounds={"participation": 0.25, "rounds": 20}, clients=joins)
+    solved = replace(settings, privacy=Privacy(unit="client", clip=1.0, epsilon=4.0))
+    members = Members(clients, solved.clients)
+    whole = budget_of(tmp_path, solved, members, lambda _: 1, 0)
+    cohorts = [solved.rounds.cohort(members.at(at), at, solved.seed) for at in range(20)]
+    spent = [whole.begin(cohort)["epsilon"] for cohort in cohorts]  # none is refused
+    assert spent[-1] == pytest.approx(4.0, rel=5e-3)
+
+
 def test_an_examples_sums_are_all_steps_at_its_own_rate(tmp_path):
     settings = plan("example", training={"batch_size": 8, "local_epochs": 2})
     sizes = {"a": 32, "b": 5}
-    whole = budget_of(tmp_path, settings, ["a", "b"], sizes.get, 0)
+    whole = budget_of(tmp_path, settings, Members(["a", "b"]), sizes.get, 0)
     assert whole.of_a_round == {"a": {0.25: 8}, "b": {1.0: 2}}
     assert whole.planned == {"a": {0.25: 32}, "b": {1.0: 8}}
     assert METHODS["fedalt"] == settings.method

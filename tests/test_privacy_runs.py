@@ -5,14 +5,16 @@ from dataclasses import replace
 
 import pytest
 from runs_for_tests import save_model, settings_for, write_clients
-from test_federation import CLIENTS, Wire, assert_close, place, states_of
+from test_federation import CLIENTS, Killed, Wire, assert_close, place, states_of
 
 from fedalt.core.codec import decode
+from fedalt.core.declared import SettingsError
 from fedalt.core.reading import StoreError
 from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.run import Run
 from fedalt.federation.call_checks import told_outside
-from fedalt.federation.messages import Call
+from fedalt.federation.messages import Answer, Call, Cost
+from fedalt.federation.privacy import told_by
 from fedalt.report.table import describe
 from fedalt.runs.budget import LEDGER
 from fedalt.runs.folder import open_run
@@ -63,8 +65,7 @@ def test_apart_is_as_in_one_process(tmp_path, model, unit):
     spent = [line["epsilon"] for line in whole]
     assert 0 < spent[0] <= spent[1] <= 50.0
     assert spent[1] > 49.5  # the noise was solved for exactly these rounds
-    # In a federation only those who answered a round tell what they have spent of their own.
-    assert max(line["epsilon"] for line in apart) == pytest.approx(spent[1])
+    assert apart[-1]["epsilon"] == pytest.approx(spent[1])
     (sentence,) = (each for each in describe(open_run(tmp_path / "run").lines()) if "priv" in each)
     assert sentence.endswith("at delta 1e-05 spent in 2 rounds")
 
@@ -111,6 +112,100 @@ def test_the_settings_of_a_private_run_may_not_be_changed(tmp_path, model):
     (folder / "settings.toml").write_text(text.replace("clip = 0.5", "clip = 5.0"))
     with pytest.raises(StoreError, match=r"\[privacy\] clip was 0.5 when the run began"):
         reopen(folder)
+
+
+def test_late_uploads_do_not_weigh_less_where_one_of_them_has_the_noise(tmp_path, model):
+    sections = {"rounds": ROUNDS, "privacy": PRIVACY["client"], "method": {"name": "fedit"}}
+    there, _ = place(tmp_path, model, **sections)
+    with pytest.raises(SettingsError, match="all noise of a round is in one upload"):
+        there.host(Wire({}), late="count", staleness=0.5)
+    there.host(Wire({}), late="count")
+    total, _ = place(tmp_path / "total", model, **{**sections, "method": {"name": "fedalt"}})
+    total.host(Wire({}), late="count", staleness=0.5)  # which nothing weighs there
+
+
+def test_a_federation_that_was_killed_once_ends_without_its_last_private_round(tmp_path, model):
+    schedule = {"rounds": 3, "select": "last", "evaluate_every": 1}
+    there, _ = place(
+        tmp_path, model, rounds=schedule, privacy={**PRIVACY["client"], "epsilon": 8.0}
+    )
+
+    def kill(_, answer):
+        if decode(Answer, answer).round == 1:
+            raise Killed
+        return answer
+
+    with pytest.raises(Killed):
+        there.host(Wire(there.members(), kill)).to_the_end()
+    told = []
+    host = replace(there.host(Wire(there.members())), say=told.append)
+    host.to_the_end()
+    spent = [line.get("epsilon") for line in rounds_of(tmp_path / "server")]
+    assert spent[1] == pytest.approx(8.0, rel=0.01)
+    assert [line["cohort"] for line in rounds_of(tmp_path / "server")] == [3, 3, 0]
+    assert spent[2] is None
+    assert any(line.startswith("round 2: nobody trains: the next round would") for line in told)
+    lines = open_run(tmp_path / "server").lines()
+    assert {line["round"] for line in lines if line.get("split") == "test"} == {2, -1}
+    (sentence,) = (each for each in describe(lines) if "priv" in each)
+    assert "epsilon 8 at" in sentence
+
+
+class Patient(Wire):
+    """Whoever is waited for without an end fails the test."""
+
+    silent = 0
+
+    def receive(self):
+        came = super().receive()
+        self.silent += not came
+        assert self.silent < 1000, "the server waits on"
+        return came
+
+
+@pytest.mark.parametrize("exhausted", ["a", "abc"])
+def test_a_round_ends_without_clients_whose_budget_is_spent(tmp_path, model, exhausted):
+    schedule = {"rounds": 2, "select": "last"}
+    there, _ = place(tmp_path, model, rounds=schedule, privacy=PRIVACY["example"])
+    members = there.members()
+    for who in exhausted:  # a round of it was cut short
+        members[who].budget.begin((who,))
+    there.host(Patient(members), minimum=3).to_the_end()
+    lines = open_run(tmp_path / "server").lines()
+    own = [line for line in lines if line["kind"] == "train" and line["column"] == "own"]
+    trained = {line["client"] for line in own if line["round"] == 1}
+    assert trained == set(CLIENTS) - set(exhausted)
+    assert any(line.get("split") == "test" for line in lines)
+
+
+def test_a_clients_ledger_of_an_earlier_time_is_refused(tmp_path, model):
+    schedule = {"rounds": 3, "select": "last"}
+    there, _ = place(tmp_path, model, rounds=schedule, privacy=PRIVACY["example"])
+    ledger, older = tmp_path / "state-a" / LEDGER, []
+
+    def keep(who, answer):
+        if who == "a" and decode(Answer, answer).round == 0:
+            older.append(ledger.read_bytes())
+        if decode(Answer, answer).round == 2:
+            raise Killed
+        return answer
+
+    with pytest.raises(Killed):
+        there.host(Wire(there.members(), keep)).to_the_end()
+    ledger.write_bytes(older[0])
+    member = there.member("a")
+    with pytest.raises(StoreError, match="counts 1 rounds, but 3 have counted"):
+        member.budget.begin(("a",))
+
+
+def test_the_record_says_what_the_client_has_spent_that_has_spent_most(tmp_path, model):
+    there, _ = place(tmp_path, model, rounds=ROUNDS, privacy=PRIVACY["example"])
+    about = there.terms.name, there.terms.digest, "a", 1, 0, ""
+    answer = Answer(*about, costs=(Cost("own", {"loss": 1.0, "epsilon": 2.0}, 1.0),))
+    before = [{"kind": "round", "epsilon": 3.0}, {"kind": "train"}, {"kind": "round"}]
+    assert told_by(there.terms, [answer], before)["epsilon"] == 3.0
+    assert told_by(there.terms, [answer], [])["epsilon"] == 2.0
+    assert told_by(there.terms, [replace(answer, costs=())], before) == {}
 
 
 def test_the_server_hears_why_a_client_will_not_train():

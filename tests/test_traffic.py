@@ -5,15 +5,27 @@ from dataclasses import replace
 
 import pytest
 import torch
-from federation import START, USUAL, ByteStates, MemoryStates, pull, served, simulate
+from federation import (
+    START,
+    USUAL,
+    ByteStates,
+    MemoryStates,
+    one_by_one,
+    pull,
+    run_groups,
+    served,
+    simulate,
+)
 from test_contract import ALL, COHORTS, SMALL
 
 from fedalt.core import tree as trees
 from fedalt.core.codec import encode
+from fedalt.core.noise import Randomness
 from fedalt.core.seeds import generator
 from fedalt.engine.changes import Change, Known, ReferenceLackedError, change_of, message_of
 from fedalt.engine.dry_run import dry_run
 from fedalt.engine.firewall import Refused
+from fedalt.engine.privacy import Release
 from fedalt.engine.states import server_of
 from fedalt.engine.traffic import Coding, Traffic
 from fedalt.methods.contract import Message
@@ -174,6 +186,29 @@ def test_one_client_a_million_times_larger_is_refused_by_name(download):
     expected, _ = simulate(FEDALT, [("a", "c")])
     assert states["server"].latest.clients() == ["a", "c"]
     assert trees.equal(states["server"].total, expected["server"].total)
+
+
+def test_one_client_with_a_hundred_times_the_weight_is_refused_by_name():
+    def weighty(client_id, number, order):
+        return replace(pull(client_id, number, order), examples=1000 if client_id == "b" else 10)
+
+    method = FedALT(lora=SMALL, weighting="examples")
+    _, costs = simulate(method, [ALL], train=weighty, traffic=Traffic(download="int4"))
+    (refused,) = [cost for cost in costs if cost.refused]
+    assert refused.client_id == "b"
+    assert "the upload's norm times its weight" in refused.refused
+    _, costs = simulate(FEDALT, [ALL], train=weighty, traffic=Traffic(download="int4"))
+    assert not any(cost.refused for cost in costs)
+
+
+def test_where_noise_hides_a_client_nobody_is_rejected_by_what_others_have_sent():
+    states = ByteStates()
+    release = Release(states, 0.0, Randomness(0), carries=True)
+    execute, traffic = one_by_one(large(1e6)), Traffic(download="float32")
+    outcome = run_groups(
+        FEDALT, START, states, [sorted(ALL)], execute, release=release, traffic=traffic
+    )
+    assert not any(client.refused for client in outcome.clients)
 
 
 def test_one_client_a_million_times_larger_passes_where_sums_are_exact_or_nobody_subtracts():

@@ -132,8 +132,10 @@ class LocalTrainer:
         """What one client brings to a fit."""
         examples = self.task.examples(client_id, "train")
         if order.spare:
-            spared = set(self._spared(client_id, order.spare))
-            examples = [example for example in examples if example not in spared] or examples
+            # Not by what they are: a text that is there twice is spared once, as it is counted.
+            spared = set(self._spared(client_id, order.spare, MOST_SPARED))
+            kept = [example for at, example in enumerate(examples) if at not in spared]
+            examples = kept or examples
         key = f"moments/{client_id}/{number}"
         carried = states if self.training.carry_optimizer and order.moments is None else None
         if carried is not None:
@@ -145,8 +147,9 @@ class LocalTrainer:
         return _ClientFit(client_id, Share(order, examples, seed), key, carried)
 
     def _embed(self, client_id: str, order: Embed) -> Tensor:
-        examples = self._drawn(client_id, "references")[: order.examples]
-        prompts = [example.prompt_ids for example in examples]
+        examples = self.task.examples(client_id, "train")
+        drawn = self._drawn(client_id, "references")[: order.examples]
+        prompts = [examples[at].prompt_ids for at in drawn]
         return embed(self.base, order.plan, order.tree, prompts, self.scoring.batch_size)
 
     def _search(self, client_id: str, order: Search) -> Found:
@@ -155,7 +158,8 @@ class LocalTrainer:
         Where there are no numbers to find there is one point to look at.
         """
         scoring = replace(self.scoring, generate=False)
-        spared = self._spared(client_id, order.spare, order.most)
+        every = self.task.examples(client_id, "train")
+        spared = [every[at] for at in self._spared(client_id, order.spare, order.most)]
         # Without options there is nothing but the loss to compute; a classifier's name its labels.
         examples = [replace(e, options=()) if e.label is None else e for e in spared]
         seen: list[Found] = []
@@ -176,18 +180,17 @@ class LocalTrainer:
         minimize(objective, order.start, method="Nelder-Mead", bounds=bounds, options=limit)
         return min(seen, key=lambda look: look.objective)
 
-    def _spared(
-        self, client_id: str, share: float, most: int | None = MOST_SPARED
-    ) -> Sequence[Example]:
-        """The share of a client's training examples that searches look at, one at least."""
+    def _spared(self, client_id: str, share: float, most: int | None) -> Sequence[int]:
+        """Which training examples of a client searches look at: this share, one at least."""
         drawn = self._drawn(client_id, "spared")
         return drawn[: max(1, int(share * len(drawn)))][:most]
 
-    def _drawn(self, client_id: str, purpose: str) -> Sequence[Example]:
-        """All training examples of a client in an order that is the same every time."""
-        examples = self.task.examples(client_id, "train")
+    def _drawn(self, client_id: str, purpose: str) -> list[int]:
+        """The numbers of all training examples of a client, in an order that is always the same."""
+        count = len(self.task.examples(client_id, "train"))
         stream = generator(self.seed, client_id, purpose)
-        return [examples[at] for at in torch.randperm(len(examples), generator=stream).tolist()]
+        numbers: list[int] = torch.randperm(count, generator=stream).tolist()
+        return numbers
 
     def scored(
         self, clients: Sequence[str], split: Split

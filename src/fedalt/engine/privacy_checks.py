@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -95,15 +96,15 @@ def weighs_alike(method: AnyMethod) -> bool:
 def fits_of(method: AnyMethod, rounds: int) -> Fits:
     """What a client trains in a round at most. Raises ValueError where DP-SGD does not cover it.
 
-    That is a step or a penalty of a method's own, and an upload that depends on what else it has
-    asked its data.
+    That is a step or a penalty of a method's own, and an upload, or what is trained for one, that
+    depends on what else it has asked its data.
     """
-    play, other = (_Play(method, 0, asked=value) for value in (0.0, 1.0))
+    play, other = (_Play(method, 0, looks=number) for number in range(2))
     fits: list[list[Fit]] = []
     for _ in range(min(rounds, _MOST_ROUNDS)):
         uploads, ordered = play.round(_CLIENTS)
-        unlike, _ = other.round(_CLIENTS)
-        if any(not trees.equal(uploads[who].tree, unlike[who].tree) for who in uploads):
+        unlike, differently = other.round(_CLIENTS)
+        if not (_sends_alike(uploads, unlike) and _trains_alike(ordered, differently)):
             raise ValueError(
                 "what this method uploads depends on more of a client's texts than their gradients"
             )
@@ -115,14 +116,35 @@ def fits_of(method: AnyMethod, rounds: int) -> Fits:
     return Fits(max(map(len, fits)), epochs, max(fit.spare for fit in every))
 
 
-class _Play:
-    """A federation of three clients whose training moves all that trains by random numbers."""
+def _sends_alike(one: dict[str, Message], other: dict[str, Message]) -> bool:
+    """Whether all uploads are the same, the facts beside their trees too."""
+    return all(
+        trees.equal(one[who].tree, other[who].tree) and one[who].facts == other[who].facts
+        for who in one
+    )
 
-    def __init__(
-        self, method: AnyMethod, seed: int, *, asked: float = 0.0, examples: int = 3
-    ) -> None:
-        self.method, self.asked, self.examples = method, asked, examples
-        self.stream = generator("privacy", seed)
+
+def _trains_alike(one: list[list[Fit]], other: list[list[Fit]]) -> bool:
+    """Whether all clients train the same: its noise hides texts, not a choice made before it."""
+    if [len(of_client) for of_client in one] != [len(of_client) for of_client in other]:
+        return False
+    pairs = zip(chain.from_iterable(one), chain.from_iterable(other), strict=True)
+    return all(
+        (left.plan, left.train) == (right.plan, right.train)
+        and trees.equal(left.compose(left.tree), right.compose(right.tree))
+        for left, right in pairs
+    )
+
+
+class _Play:
+    """A federation of three clients whose training moves all that trains by random numbers.
+
+    What else it asks its data is answered at random, unlike for other `looks`.
+    """
+
+    def __init__(self, method: AnyMethod, seed: int, *, looks: int = 0, examples: int = 3) -> None:
+        self.method, self.examples = method, examples
+        self.stream, self.looks = generator("privacy", seed), generator("looks", looks)
         self.server = method.init_server(_TOY)
         self.states = {who: method.init_client(_TOY, who) for who in _CLIENTS}
 
@@ -151,9 +173,14 @@ class _Play:
                     fits.append(order)
                     answer = Fitted(self._moved(order), self.examples, Moments())
                 case Embed():
-                    answer = torch.full((order.examples, 2), self.asked)
+                    answer = torch.randn((order.examples, 2), generator=self.looks)
                 case _:
-                    answer = Found(tuple(x + self.asked for x in order.start), self.asked)
+                    *found, objective = self._looked(len(order.start) + 1)
+                    answer = Found(tuple(found), objective)
+
+    def _looked(self, count: int) -> list[float]:
+        numbers: list[float] = torch.randn(count, generator=self.looks).tolist()
+        return numbers
 
     def _moved(self, fit: Fit) -> Tree:
         return {

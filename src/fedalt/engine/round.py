@@ -70,7 +70,7 @@ def run_round(
     again. Without an accepted upload the server keeps its state, but for the part of those who are
     `leaving`. `release` has the noise of the uploads' sum, where there is any. Nothing counts
     before the caller commits the round. `heard` tells afterwards who has received what the server
-    sent, beside those who trained.
+    sent: uploads may be of others, too, who were sent something else or nothing.
     """
     coding = Coding(method, start) if coding is None else coding
     states.begin()
@@ -93,7 +93,9 @@ def run_round(
             sent = broadcast_size(downlink.sent(client_id)) if sent is None else sent
             costs.append((client_id, len(data), sent, upload.seconds, upload.metrics))
         if cohort:
-            after = aggregate(method, server, uploads, forms_of, coding.drowning)
+            # By others' sizes, which no noise hides, nobody is rejected where there is to be some.
+            drowning = (coding.drowning,) if release is None else ()
+            after = aggregate(method, server, uploads, forms_of, *drowning)
         else:  # a round in which nobody takes part is a round too
             after = method.aggregate(server, ())
         if after is not None or leaving:
@@ -101,9 +103,8 @@ def run_round(
         if after is not None and release is not None:
             accepted = (cost[-1] for cost in costs if cost[0] in uploads.accepted)
             release.settle([metrics.get(WITHIN, 1) > 0.5 for metrics in accepted])
-        received = {cost[0] for cost in costs} | set(heard())
         sends = server if after is None else after
-        error = coding.close(states, downlink, sends, uploads.accepted, received)
+        error = coding.close(states, downlink, sends, uploads.accepted, heard())
     clients = [ClientRound(*cost, refused=uploads.rejected.get(cost[0])) for cost in costs]
     return Outcome(clients, after is not None, error, None if release is None else release.clip)
 

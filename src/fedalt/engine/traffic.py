@@ -129,19 +129,25 @@ class Coding:
     def drowning(self, server: Any, uploads: Mapping[str, Spooled]) -> dict[str, str]:
         """Whose upload is too large for the others' numbers to survive in what is sent, and why.
 
-        A method that sends float64 sends a sum that its readers subtract from.
+        A method that sends float64 sends a sum that its readers subtract from. An upload is in it
+        times its weight.
         """
         room = ROOM.get(self.settings.download)
-        norms = {who: upload.size.norm for who, upload in uploads.items() if upload.size.norm}
-        if room is None or len(norms) < 2 or not self._sends_sums(server, min(norms)):
+        sizes = ((who, upload.size) for who, upload in uploads.items())
+        parts = {
+            who: size.norm * (1.0 if size.weight is None else size.weight)
+            for who, size in sizes
+            if size.norm
+        }
+        if room is None or len(parts) < 2 or not self._sends_sums(server, min(parts)):
             return {}
-        usual = median_low(norms.values())
+        usual = median_low(parts.values())
         return {
-            client_id: f"the upload's norm is {norm:.6g}, more than {room:g} times the median "
-            f"{usual:.6g} of the round's {len(norms)} uploads, which would be lost in a sum sent "
-            f"in {self.settings.download}; with download = 'exact' it counts"
-            for client_id, norm in norms.items()
-            if norm > room * usual
+            client_id: f"the upload's norm times its weight is {part:.6g}, more than {room:g} "
+            f"times the median {usual:.6g} of the round's {len(parts)} uploads, which would be "
+            f"lost in a sum sent in {self.settings.download}; with download = 'exact' it counts"
+            for client_id, part in parts.items()
+            if part > room * usual
         }
 
     def _sends_sums(self, server: Any, client_id: str) -> bool:

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypedDict
+from typing import Final, NotRequired, TypedDict
 
 from fedalt.core.digests import Digests
 from fedalt.core.files import atomic_write
@@ -22,13 +22,15 @@ class Accepted:
     """The last round of which the server said that it counts, and which states there are.
 
     States of later rounds may count, too: the server has not said yet. `may_go_back`: the owner
-    lets the next call take that back.
+    lets the next call take that back. `begun` is how many rounds the client's own ledger of privacy
+    has counted: never again fewer.
     """
 
     folder: Path
     round: int
     kept: Kept
     may_go_back: bool = False
+    begun: int = 0
 
     def write(self, round_: int) -> None:
         """Put it on disk, with what was noted of states since the last time."""
@@ -36,12 +38,15 @@ class Accepted:
         states = {
             file.relative_to(self.folder).as_posix(): digest for file, digest in digests.files()
         }
-        atomic_write(self.folder / ACCEPTED, sealed({"accepted": round_, "states": states}))
+        begun = {"begun": self.begun} if self.begun else {}
+        content = {"accepted": round_, **begun, "states": states}
+        atomic_write(self.folder / ACCEPTED, sealed(content))
         self.round = round_
 
 
 class _Form(TypedDict):
     accepted: int
+    begun: NotRequired[int]
     states: dict[str, str]
 
 
@@ -62,7 +67,7 @@ def read_accepted(folder: Path) -> Accepted:
     raw = read_sealed(file, _Form)
     for name, digest in raw["states"].items():
         digests.note(folder / name, digest)
-    return Accepted(folder, raw["accepted"], kept)
+    return Accepted(folder, raw["accepted"], kept, begun=raw.get("begun", 0))
 
 
 _NO_ROUND: Final = 2**31  # after every round there is

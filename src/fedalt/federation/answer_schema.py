@@ -155,6 +155,8 @@ def check_answer(answer: Answer, asked: Asked, agreement: Agreement) -> None:
     _check_sender(answer, asked, agreement)
     if answer.lacks and not answer.error:
         raise Refused("it lacks what the call is a change of, and does not say so")
+    if answer.over and not answer.error:
+        raise Refused("it will not do this round, and does not say why")
     if answer.error:
         _check_error(answer, asked)
         return

@@ -14,8 +14,8 @@ from fedalt.engine.firewall import Refused, quoted
 from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.schedule import Schedule
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.messages import NEVER, Call
-from fedalt.federation.secure_sum import SecureSumError
+from fedalt.federation.messages import NEVER, Answer, Call
+from fedalt.federation.secure_sum import SecureSumError, StepOverError
 from fedalt.training.group import TrainingError
 
 # After the last round it is scored, then tested, then everyone is told that it has ended.
@@ -59,6 +59,14 @@ def check_call(
     problems = _problems(call, settings.rounds, columns, since), _clipping(call, settings.privacy)
     for problem in chain.from_iterable(problems):
         raise CallRefused(f"client {client_id!r}: the call is refused: {problem}")
+
+
+def is_last(data: bytes, answer: bytes) -> bool:
+    """Whether a call says that nothing comes after it, and this answer does not refuse it."""
+    try:
+        return decode(Call, data).last and not decode(Answer, answer).error
+    except CodecError:
+        return False
 
 
 def _problems(
@@ -125,6 +133,11 @@ def _validation_problems(call: Call, schedule: Schedule) -> Iterable[str]:
     for column, round_ in call.score.items():
         if round_ != call.round - 1 or round_ < 0:
             yield f"to score round {round_} of column {column!r} in round {call.round}"
+
+
+def lasts(error: Exception) -> bool:
+    """Whether it will go wrong until the round is over, so that the server need not ask again."""
+    return isinstance(error, PrivacyError | StepOverError)
 
 
 # Where a path begins: a root, a drive, a share or a home folder, not in the middle of a name.

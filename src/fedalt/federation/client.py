@@ -32,7 +32,7 @@ from fedalt.engine.traffic import Coding
 from fedalt.federation.accepted import Accepted, folder_of
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import asked_of, check_answer, has_base
-from fedalt.federation.call_checks import CallRefused, check_call, read_call, told_outside
+from fedalt.federation.call_checks import CallRefused, check_call, lasts, read_call, told_outside
 from fedalt.federation.client_states import keep, received, settle
 from fedalt.federation.going_back import go_back
 from fedalt.federation.messages import (
@@ -127,8 +127,10 @@ class Client:
         self.say(f"{place}: this client could not answer: {named}; the server asks it again")
         if not isinstance(error, ValueError | OSError):
             _log.error("%s: %s", self.client_id, error, exc_info=True)
-        lacks = isinstance(error, ReferenceLackedError)
-        answer = replace(answer, upload=None, keys=None, scores=(), costs=(), lacks=lacks)
+        lacks, over = isinstance(error, ReferenceLackedError), lasts(error)
+        answer = replace(
+            answer, upload=None, keys=None, scores=(), costs=(), lacks=lacks, over=over
+        )
         return encode(replace(answer, error=self._told(error)))
 
     def _told(self, error: Exception) -> str:
@@ -148,6 +150,8 @@ class Client:
             return data, None
 
     def _execute(self, call: Call, answer: Answer) -> Answer:
+        if self.secure is not None and call.train:
+            self.secure.require_new(call.round)
         self._require_fitting(call)
         if rejected := what_was_rejected(self.folder, self.client_id, call):
             self.say(f"{where(call, self.agreement.settings.rounds.rounds)}: {rejected}")
@@ -237,7 +241,7 @@ class Client:
     def _train(self, arm: Arm, call: Call) -> tuple[Sent, Cost]:
         """The client's half of a round; its new state stays here, its upload is returned."""
         budget = self.budget if arm.column == "own" else None
-        spent = own_spending(budget, self.client_id)  # before anything is computed
+        spent = own_spending(budget, self.client_id, self.accepted)  # before anything is computed
         (upload,) = self._work(arm, call, call.round, call.round).train([self.client_id])
         return upload.message, Cost(arm.column, {**upload.metrics, **spent}, upload.seconds)
 
@@ -274,11 +278,3 @@ class Client:
 
     def _states(self, column: str, round_: int) -> FileStates:
         return FileStates(folder_of(self.folder, column), round_, kept=self.accepted.kept)
-
-
-def is_last(data: bytes, answer: bytes) -> bool:
-    """Whether a call says that nothing comes after it, and this answer does not refuse it."""
-    try:
-        return decode(Call, data).last and not decode(Answer, answer).error
-    except CodecError:
-        return False

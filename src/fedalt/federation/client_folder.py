@@ -49,8 +49,8 @@ def open_client(
     make_private_folder(folder)
     accepted = claim(folder, agreement, client_id)
     examples, _ = prepared.task.training_size(client_id)
-    begun = accepted.round != NEVER
-    budget = client_budget(folder, agreement, client_id, examples, begun=begun)
+    begun = accepted.begun or int(accepted.round != NEVER)
+    budget = client_budget(folder, agreement, client_id, examples, begun)
     secure = None
     if agreement.settings.privacy.secure_sum:
         assert signatures is not None

@@ -84,8 +84,9 @@ class Answer:
     """What a client sends back: its upload if it trained, its scores, or why there is neither.
 
     `call` is the digest of the call that it answers, `accepted` the round it trained from. `lacks`:
-    the call's message was a change of what is not here, and has to be sent in full. Where uploads
-    are summed securely there are `keys` in the place of the upload.
+    the call's message was a change of what is not here, and has to be sent in full. `over`: it has
+    an error that will not go away in this round. Where uploads are summed securely there are `keys`
+    in the place of the upload.
     """
 
     TAG: ClassVar = "answer"
@@ -102,6 +103,7 @@ class Answer:
     error: str = ""
     lacks: bool = False
     keys: RoundKeys | None = None
+    over: bool = False
 
 
 @dataclass(frozen=True)

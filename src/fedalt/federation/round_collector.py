@@ -1,7 +1,7 @@
 """What a federation's server collects in a round: calls out, answers in, checked and on disk."""
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,26 +11,22 @@ from fedalt.core.codec import CodecError, atomic_write, decode, encode, read
 from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.core.reading import read_bytes
-from fedalt.engine.changes import Sent, whole
-from fedalt.engine.dry_run import DryRuns, Form, dry_run
-from fedalt.engine.firewall import Refused, check_size, check_upload
+from fedalt.engine.changes import Change, Sent, whole
+from fedalt.engine.firewall import Refused, check_size
 from fedalt.engine.screening import Screening
 from fedalt.engine.traffic import Coding
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.answer_schema import Asked, asked_of, check_answer, check_trained
+from fedalt.federation.answer_forms import AnswerForms
+from fedalt.federation.answer_schema import Asked, asked_of, check_answer
 from fedalt.federation.late import Late, counts, require_counting
 from fedalt.federation.messages import NEVER, Answer, Call, digest
 from fedalt.federation.rules import Rules
-from fedalt.federation.secure_keys import Signatures, from_hex, signed_of
-from fedalt.federation.secure_sum import SecureSumError
+from fedalt.federation.secure_keys import Signatures
 from fedalt.federation.status_file import StatusFile
 from fedalt.federation.transport import Lost, Transport
-from fedalt.methods.contract import Message
-from fedalt.methods.local import LocalOnly
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder
-from fedalt.runs.settings import lora_of
 
 _REST: Final = 30.0  # seconds before a client that could not do it is asked again
 
@@ -70,6 +66,7 @@ class RoundCollector:
     _heard: dict[str, float] = field(default_factory=dict)  # when, in seconds of the epoch
     _unable: dict[str, tuple[str, float]] = field(default_factory=dict)  # why, since when
     _trying: set[str] = field(default_factory=set)  # called, and has not said since that it cannot
+    _over: set[str] = field(default_factory=set)  # of the unable, who will not do this round at all
 
     def gather(
         self,
@@ -84,8 +81,8 @@ class RoundCollector:
         self.resume(calls, sent)
         began, overdue, told = time.monotonic(), False, False
         limit = self.rules.deadline
-        least = min(self.rules.minimum, len(cohort))
         while missing := self._missing():
+            least = min(self.rules.minimum, len(set(cohort) - self._over))
             enough = len(self.uploaded) >= least
             filled = cohort and len(self.uploaded) >= (self.rules.buffer or len(cohort) + 1)
             if filled or (enough and (overdue or missing <= self._unable.keys() - self._trying)):
@@ -98,7 +95,8 @@ class RoundCollector:
                 )
                 told = True
             online = self.transport.online()
-            free = [client_id for client_id in sorted(missing & online) if self._is_free(client_id)]
+            waiting = sorted((missing & online) - self._over)
+            free = [client_id for client_id in waiting if self._is_free(client_id)]
             self.transport.send((client_id, self._encoded(client_id)) for client_id in free)
             self._trying.update(free)
             for client_id in free:
@@ -138,14 +136,8 @@ class RoundCollector:
         return StatusFile(self.folder / "status.json", self.agreement.settings.rounds.rounds)
 
     @cached_property
-    def _forms_of(self) -> DryRuns:
-        return DryRuns(self.agreement.settings.method, self.agreement.start)
-
-    @cached_property
-    def _forms_alone(self) -> Sequence[Form]:
-        """What training of the local-only baseline looks like."""
-        baseline = LocalOnly(lora=lora_of(self.agreement.settings.method))
-        return dry_run(baseline, self.agreement.start, "", Message({}))
+    def _forms(self) -> AnswerForms:
+        return AnswerForms(self.agreement, self.coding, self.states, self.signatures)
 
     def _missing(self) -> set[str]:
         """Who has not answered yet, of those who still take part."""
@@ -210,8 +202,7 @@ class RoundCollector:
             self._keep(client_id, Answer(*about), b"")
             return
         if answer.lacks and client_id not in self._in_vain:
-            self._in_vain[client_id] = self.downloads[client_id]
-            del self._digests[client_id], self._asked[client_id]
+            self._send_whole(client_id)
             self._tell(f"{client_id}: {shown(answer.error)}; it is sent the whole message")
             return
         if answer.error:
@@ -220,8 +211,24 @@ class RoundCollector:
                 self._tell(f"{client_id}: {answer.error}")
             self._unable[client_id] = answer.error, time.monotonic()
             self._trying.discard(client_id)
+            self._over |= {client_id} if answer.over else set()
             return
         self._keep(client_id, answer, came)
+
+    def _send_whole(self, client_id: str) -> None:
+        """Call a client with the whole message: it lacks what its first call was a change of."""
+        self._in_vain[client_id] = self.downloads[client_id]
+        del self._digests[client_id]
+        self._asked.pop(client_id, None)
+
+    def _was_sent_whole(self, client_id: str, answer: Answer) -> bool:
+        """Whether an answer from before a kill may be one to the whole message: it is to no other.
+
+        Who was sent it is known of those alone that have lacked something since.
+        """
+        if client_id in self._in_vain or answer.call == self._digest(client_id):
+            return False
+        return self._sent is not None and isinstance(self._sent(client_id), Change)
 
     def _keep(self, client_id: str, answer: Answer, data: bytes) -> None:
         """Put a client's answer of this round on disk."""
@@ -252,20 +259,12 @@ class RoundCollector:
             answer = decode(Answer, data, finite=True)
         except CodecError as error:
             raise Refused(f"it cannot be read: {error}") from error
+        if asked is None and self._was_sent_whole(client_id, answer):
+            self._send_whole(client_id)
         check_answer(answer, asked or self.asked(client_id), self.agreement)
         if answer.error and late:
             raise Late(f"in round {answer.round} it could not: {answer.error}")
-        if answer.upload is not None or answer.keys is not None:
-            forms = self._forms_of(client_id, whole(self._calls[client_id].message))
-            check_trained(answer.costs, {"own": forms, "local": self._forms_alone})
-        if answer.upload is not None:
-            check_upload(self.coding.open(self.states, client_id, answer.upload, forms), forms)
-        if answer.keys is not None and self.signatures is not None:
-            content = signed_of(self.agreement, client_id, answer.round, answer.keys)
-            try:
-                self.signatures.check(client_id, content, from_hex(answer.keys.signature))
-            except SecureSumError as error:
-                raise Refused(str(error)) from None
+        self._forms.require(client_id, answer, whole(self._calls[client_id].message))
         if late:
             self._tell(f"{client_id}: late: its upload of round {answer.round} counts in this one")
         return answer
@@ -280,7 +279,7 @@ class RoundCollector:
             file = self.answer_file(client_id)
             data = read_bytes(file) if file.exists() else b""
             try:
-                answer = self._checked(client_id, data, self.asked(client_id)) if data else None
+                answer = self._checked(client_id, data, None) if data else None
             except Refused as error:
                 file.unlink()
                 self._tell(f"{client_id}: its answer on disk is dropped: {error}")

@@ -92,6 +92,19 @@ class SecureClient:
     signatures: Signatures
     say: Say = silent
 
+    def require_new(self, round_: int) -> None:
+        """Refuse to train for a sum a second time once shares of the first have been told.
+
+        Fresh keys would let the server ask for a sum of fewer clients, and training repeats its
+        bits: the difference of both sums is what one client has uploaded.
+        """
+        session = read(Session, self._file) if self._file.exists() else None
+        if session is not None and session.round == round_ and "share" in session.answered:
+            raise StepOverError(
+                f"client {self.client_id!r}: it has trained for the sum of round {round_} and "
+                "shared its keys; it does not train for that sum again"
+            )
+
     def begin(self, round_: int, upload: Message) -> RoundKeys:
         """Keep an upload instead of sending it; the keys of the round's sum."""
         integers(upload.tree, 1.0)  # its numbers fit, or it is said now

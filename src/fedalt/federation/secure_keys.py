@@ -3,7 +3,7 @@
 import re
 from typing import Final, Protocol
 
-from fedalt.engine.firewall import quoted
+from fedalt.engine.firewall import Refused, quoted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import RoundKeys
 from fedalt.federation.secure_sum import SecureSumError, threshold
@@ -27,6 +27,17 @@ def signed_of(agreement: Agreement, client_id: str, round_: int, keys: RoundKeys
     """What a client signs of its keys: whose they are, and for which round of which federation."""
     about = about_of(agreement, round_)
     return f"fedalt secure sum, {about}: {client_id}: {keys.mask} {keys.share}".encode()
+
+
+def check_keys(
+    signatures: Signatures, agreement: Agreement, client_id: str, round_: int, keys: RoundKeys
+) -> None:
+    """Refuse keys that their client has not signed."""
+    content = signed_of(agreement, client_id, round_, keys)
+    try:
+        signatures.check(client_id, content, from_hex(keys.signature))
+    except SecureSumError as error:
+        raise Refused(str(error)) from None
 
 
 def about_of(agreement: Agreement, round_: int) -> str:

@@ -85,15 +85,16 @@ class Server:
         began = time.monotonic()
         schedule, method = self.agreement.settings.rounds, self.arms[0].method
         members = update_members(self.folder, self.roster, self.agreement, round_, self.say)
-        cohort = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
+        drawn = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
+        begun = begin_private(self.folder, self.agreement, round_, drawn, self.say)
+        cohort, spent, release = begun
         clients = schedule.called(self._clients(), round_, cohort)
         scored = round_ > 0 and round_ % schedule.evaluate_every == 0
         score = dict.fromkeys(self._columns, round_ - 1) if scored else {}
         self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
-        spent, release = begin_private(self.folder, self.agreement, round_, cohort)
         clip = None if release is None else release.clip
-        secure, states = self._secure(round_, called), self._states(round_)
+        secure, states = self._secure(round_, called, cohort), self._states(round_)
 
         def train(downlink: Downlink, cohort: Sequence[str]) -> Iterator[Upload]:
             call = self._calling(progress, round_, score, downlink, clip=clip)
@@ -125,7 +126,7 @@ class Server:
         if secure is not None:
             trained = secure.settle(collector.answers, states, outcome, collector.downloads)
         rejected = record(self.folder, self.say, collector, trained)
-        spent |= told_by(self.agreement, collector.answers.values())
+        spent |= told_by(self.agreement, collector.answers.values(), self.folder.lines())
         line = round_line(round_, len(cohort), began, outcome)
         self.folder.record({**line, **spent})
         progress = self._with_best(progress, collector, score, rejected)
@@ -263,9 +264,9 @@ class Server:
             self.signatures,
         )
 
-    def _secure(self, round_: int, called: Called) -> SecureRound | None:
-        """The round's secure sum, where uploads are to be summed so."""
-        if not self.agreement.settings.privacy.secure_sum:
+    def _secure(self, round_: int, called: Called, cohort: Sequence[str]) -> SecureRound | None:
+        """The round's secure sum, where there are uploads and they are to be summed so."""
+        if not (cohort and self.agreement.settings.privacy.secure_sum):
             return None
         limit, place = self.screening.firewall.max_upload_bytes, self.folder.path
         rules, say = self.rules, self.say

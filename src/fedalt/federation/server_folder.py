@@ -37,6 +37,12 @@ def open_server(
             "[rules] late = 'count' makes no sense with [privacy] quantile in the terms: leave it "
             "out; the clip of an earlier round may be above what this round's noise hides"
         )
+    if rules.staleness and privacy.unit == "client" and agreement.settings.method.averages:
+        raise SettingsError(
+            f"[rules] staleness = {rules.staleness:g} makes no sense with [privacy] unit = "
+            "'client' in the terms: leave it out; all noise of a round is in one upload, and a "
+            "late one that counts less would take it along"
+        )
     arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
     if not (folder / "run.json").exists():
         create(folder, settings, facts_of(agreement, arms))

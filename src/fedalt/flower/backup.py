@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.core.files import atomic_write, open_private
-from fedalt.federation.agreement import read_agreement
+from fedalt.federation.agreement import Agreement, read_agreement
 from fedalt.flower.config import ServerConfig, read_server_config
 from fedalt.flower.init import whole_or_nothing
 from fedalt.runs.folder import StoreError, locked, open_run
@@ -20,6 +20,7 @@ def back_up(config: ServerConfig, file: Path) -> int:
 
     Raises StoreError where it runs or is damaged, SettingsError where its state lies elsewhere.
     """
+    _require_without_ledger(config.terms)
     root, place = config.file.parent, config.place
     for path in (place.folder, place.clients, place.key, place.certificate, place.authority):
         if not path.resolve().is_relative_to(root.resolve()):
@@ -57,6 +58,7 @@ def restore(file: Path, folder: Path) -> int:
             for path in unfinished.rglob("*"):
                 if path.is_dir():  # the filter leaves folders to the umask
                     path.chmod(0o700)
+            _require_without_ledger(read_agreement(unfinished / "terms.toml"))
     except (tarfile.TarError, EOFError) as error:
         raise StoreError(f"{file} is no backup, or damaged: {error}") from None
     config = read_server_config(folder / "federation.toml")
@@ -71,6 +73,16 @@ def restore(file: Path, folder: Path) -> int:
         rounds = restored.progress().rounds_done
         restored.require_whole()
     return rounds
+
+
+def _require_without_ledger(agreement: Agreement) -> None:
+    """Refuse a federation whose server counts what noise it has spent, which no backup knows."""
+    if agreement.settings.privacy.unit == "client":
+        raise SettingsError(
+            "[privacy] unit = 'client' in the terms: a server restored from a backup would send "
+            "rounds again with other noise, and its ledger would not count the first time; to move "
+            "the server, stop it and move its whole folder"
+        )
 
 
 def _entry(entry: tarfile.TarInfo, state: str) -> tarfile.TarInfo | None:

@@ -44,6 +44,12 @@ def client_from(
 ) -> Client:
     """The client of a configuration, its model loaded and its data read; see `open_client`."""
     place = config.place
+    if config.go_back and config.terms.settings.privacy.unit == "client":
+        raise SettingsError(
+            f"{config.file}: --go-back makes no sense with [privacy] unit = 'client' in the terms: "
+            "the rounds since have been sent with noise that the server has forgotten, and would "
+            "be sent again with other noise"
+        )
     try:
         client = open_client(
             config.terms,

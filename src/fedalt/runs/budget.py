@@ -19,6 +19,7 @@ from fedalt.core.settings import Training
 from fedalt.core.upload_settings import Privacy
 from fedalt.engine.accounting import Spent, epsilon, noise_for
 from fedalt.engine.adaptive_clip import AdaptiveClip, clip_now
+from fedalt.engine.members import Members
 from fedalt.engine.privacy import PrivacyError, Protection, Release
 from fedalt.engine.privacy_checks import Fits, fits_of
 from fedalt.engine.states import States
@@ -61,6 +62,11 @@ class RunBudget:
             return Protection(self.privacy, self._noise, self.fits)
         return Protection(self.privacy, self._noise, norm=norm or self.privacy.clip)
 
+    @property
+    def begun(self) -> int:
+        """How many rounds the ledger counts."""
+        return self._read()["begun"]
+
     def begin(self, cohort: Iterable[str]) -> dict[str, object]:
         """Count a round in the ledger, if the budget allows it; what the record says of it."""
         ledger = self._read()
@@ -73,7 +79,8 @@ class RunBudget:
             raise PrivacyError(
                 f"the next round would spend epsilon {after:.3g}, but [privacy] allows {limit:g} "
                 f"at delta {delta:g}; {ledger['begun']} rounds have begun, and those that were cut "
-                "short count too; with fewer rounds in [rounds] a run ends here and is tested"
+                "short count too; on one machine a run with fewer rounds in [rounds] ends here and "
+                "is tested"
             )
         pairs = {who: sorted(of.items()) for who, of in spent.items()}
         content = {"begun": ledger["begun"] + 1, "noise": dict(self._noise), "spent": pairs}
@@ -140,12 +147,12 @@ class RunBudget:
 def budget_of(
     folder: Path,
     settings: Settings,
-    clients: Sequence[str],
+    members: Members,
     examples: Callable[[str], int],
     least: int,
     counted: Collection[str] = (),
 ) -> RunBudget | None:
-    """The budget of these clients' rounds, of which `least` have begun; None without privacy.
+    """The budget of these members' rounds, of which `least` have begun; None without privacy.
 
     `examples` says how many training examples a client has. `counted` are those whose ledger it
     is, all if none is named.
@@ -154,10 +161,10 @@ def budget_of(
     if privacy.unit is None:
         return None
     fits = fits_of(settings.method, schedule.rounds) if privacy.unit == "example" else None
-    cohorts = [schedule.cohort(clients, at, settings.seed) for at in range(schedule.rounds)]
+    cohorts = [schedule.cohort(members.at(at), at, settings.seed) for at in range(schedule.rounds)]
     of_a_round = {
         who: {1.0: 1} if fits is None else _sums(fits, settings.training, examples(who))
-        for who in counted or clients
+        for who in counted or members.clients
     }
     planned = {
         who: {
@@ -177,7 +184,8 @@ def budget_of_run(prepared: Prepared, folder: RunFolder) -> RunBudget | None:
     def examples(client_id: str) -> int:
         return task.training_size(client_id)[0]
 
-    return budget_of(folder.path, settings, task.clients, examples, folder.rounds_done())
+    members = Members(task.clients, settings.clients)
+    return budget_of(folder.path, settings, members, examples, folder.rounds_done())
 
 
 def _sums(fits: Fits, training: Training, examples: int) -> Spent:

@@ -1,0 +1,48 @@
+"""What an answer's upload, costs and keys are held against: what a dry run of its call comes to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from fedalt.engine.dry_run import DryRuns, Form, dry_run
+from fedalt.engine.firewall import check_upload
+from fedalt.engine.traffic import Coding
+from fedalt.federation.agreement import Agreement
+from fedalt.federation.answer_schema import check_trained
+from fedalt.federation.messages import Answer
+from fedalt.federation.secure_keys import Signatures, check_keys
+from fedalt.methods.contract import Message
+from fedalt.methods.local import LocalOnly
+from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.settings import lora_of
+
+
+@dataclass(frozen=True)
+class AnswerForms:
+    """The forms of a round's answers; `signatures` tell whose keys of a secure sum are whose."""
+
+    agreement: Agreement
+    coding: Coding
+    states: FileStates
+    signatures: Signatures | None
+
+    def require(self, client_id: str, answer: Answer, sent: Message) -> None:
+        """Raise Refused for what no training comes to on what the client was `sent`."""
+        if answer.upload is None and answer.keys is None:
+            return
+        forms = self._own(client_id, sent)
+        check_trained(answer.costs, {"own": forms, "local": self._alone})
+        if answer.upload is not None:
+            check_upload(self.coding.open(self.states, client_id, answer.upload, forms), forms)
+        if answer.keys is not None and self.signatures is not None:
+            check_keys(self.signatures, self.agreement, client_id, answer.round, answer.keys)
+
+    @cached_property
+    def _own(self) -> DryRuns:
+        return DryRuns(self.agreement.settings.method, self.agreement.start)
+
+    @cached_property
+    def _alone(self) -> Sequence[Form]:
+        """What training of the local-only baseline looks like."""
+        baseline = LocalOnly(lora=lora_of(self.agreement.settings.method))
+        return dry_run(baseline, self.agreement.start, "", Message({}))

@@ -7,7 +7,8 @@ client FedALT's plan with rank 8: two adapters and a mixer. `served` is the engi
 `fedalt serve`, `alone` asks one question after the other as `fedalt generate` does; how many of
 their answers are the same is counted. `PEFT` is `adapter_names` of PEFT's generate with one plain
 adapter of rank 8 for each client, in batches of as many questions as are served at once, all of
-whose answers are as long as they may be. All linear layers are adapted. Variants take turns;
+whose answers are as long as they may be, so that no row is idle; `served whole` is the engine with
+answers of that length. All linear layers are adapted. Variants take turns;
 figures are medians of written tokens for each second of one processor. `adapters` is what the
 clients' adapters take in memory beside the base model.
 
@@ -48,10 +49,18 @@ Asked = Sequence[tuple[int, tuple[int, ...]]]  # a client, and a prompt
 
 
 def served(
-    base: Base, clients: Sequence[Adapters], asked: Asked, tokens: int, rows: int
+    base: Base,
+    clients: Sequence[Adapters],
+    asked: Asked,
+    tokens: int,
+    rows: int,
+    *,
+    ends: bool = True,
 ) -> list[list[int]]:
-    """What the engine writes."""
+    """What the engine writes; without `ends` every answer has all tokens."""
     engine = Engine(base, rows=rows, queue=len(asked))
+    if not ends:
+        engine._ends = frozenset()
     left = threading.Semaphore(0)
     requests = [
         Request(clients[who], prompt, tokens, lambda _, end: left.release() if end else None)
@@ -116,7 +125,7 @@ def measure(count: int, requests: int, tokens: int, rows: int, turns: int) -> di
     random.Random(0).shuffle(asked)
     with_peft = mixed(servings, base.pad_id)
     scoring = Scoring(max_new_tokens=tokens)
-    seconds: dict[str, list[float]] = {"served": [], "alone": [], "PEFT": []}
+    seconds: dict[str, list[float]] = {"served": [], "alone": [], "whole": [], "PEFT": []}
     written = served(base, adapters, asked[:rows], 4, rows)  # to warm up
     with_peft(asked[:rows], 4, rows)
     for _ in range(turns):
@@ -127,18 +136,23 @@ def measure(count: int, requests: int, tokens: int, rows: int, turns: int) -> di
         alone = [generate(base, servings[who], [prompt], scoring)[0] for who, prompt in asked]
         seconds["alone"].append(time.process_time() - began)
         began = time.process_time()
+        whole = served(base, adapters, asked, tokens, rows, ends=False)
+        seconds["whole"].append(time.process_time() - began)
+        began = time.process_time()
         of_peft = with_peft(asked, tokens, rows)
         seconds["PEFT"].append(time.process_time() - began)
     same = [text_of(base, ids) == text for ids, text in zip(written, alone, strict=True)]
     median = {name: statistics.median(taken) for name, taken in seconds.items()}
     ours = sum(map(len, written))
+    assert sum(map(len, whole)) == of_peft
     return {
         "clients": count,
         "served, tokens/s": f"{ours / median['served']:.0f}",
         "alone": f"{ours / median['alone']:.0f}",
-        "PEFT": f"{of_peft / median['PEFT']:.0f}",
         "served / alone": f"{median['alone'] / median['served']:.1f}",
-        "served / PEFT": f"{ours / median['served'] / (of_peft / median['PEFT']):.1f}",
+        "served whole": f"{of_peft / median['whole']:.0f}",
+        "PEFT": f"{of_peft / median['PEFT']:.0f}",
+        "served whole / PEFT": f"{median['PEFT'] / median['whole']:.2f}",
         "same answers": f"{sum(same)} of {len(same)}",
         "adapters, MB": f"{sum(t.nbytes for s in servings for t in s.tree.values()) / 1e6:.0f}",
     }

@@ -77,7 +77,8 @@ def back_up(drill: Drill, file: Path) -> None:
 def restore(drill: Drill, file: Path) -> None:
     """Lose the server and restore it in another place; its clients are ahead of it.
 
-    Each says so and changes nothing, until its owner lets it go back.
+    Each says so and changes nothing, until its owner lets it go back. The server is started again
+    in between: it would go on without those who have told it that they cannot.
     """
     machines = drill.machines
     with drill.event("server lost, restored elsewhere from before", *machines.clients) as round_:
@@ -95,6 +96,9 @@ def restore(drill: Drill, file: Path) -> None:
             machines.wait_for(lambda name=name: AHEAD in machines.said(name), f"{name}, ahead")
             machines.started[name].send_signal(signal.SIGTERM)
         machines.wait_for_end(machines.clients)
+        machines.started["server"].send_signal(signal.SIGTERM)
+        machines.wait_for_end(["server"])
+        machines.start("server")
         for name in machines.clients:
             machines.start(name, "--go-back")
 

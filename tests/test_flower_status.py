@@ -16,6 +16,7 @@ from fedalt.federation.client_folder import open_client
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
 from fedalt.flower.participants import server_from
+from fedalt.flower.processes import write_pid
 from fedalt.flower.status import shown
 from fedalt.runs.folder import StoreError
 
@@ -52,7 +53,7 @@ def wire(machines: Machines, **more: int) -> OneByOne:
         members[each] = open_client(config.terms, each, config.place.data, folder, device="cpu")
     config = read_server_config(machines.server / "federation.toml")
     config.place.folder.mkdir(exist_ok=True)
-    config.place.pid.write_text(str(os.getpid()))  # as the app does
+    write_pid(config.place.pid)  # as the app does
     return OneByOne(members, config=config, **more)
 
 
@@ -96,16 +97,17 @@ def test_of_a_server_that_does_not_run_nobody_is_online(machines: Machines) -> N
     with pytest.raises(KeyboardInterrupt):
         server_from(config, carrier).to_the_end()
     assert "the server seen 0 seconds ago" in shown(config.place, config.terms)
+    begun = config.place.pid.read_text().split()[1]
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    config.place.pid.write_text(str(dead.pid))
+    config.place.pid.write_text(f"{dead.pid} {begun}")
     assert "the server does not run; it was seen " in shown(config.place, config.terms)
     assert {
         each.split(",")[0].split(";")[0]
         for each in lines_of(shown(config.place, config.terms)).values()
     } == {"absent"}
-    config.place.pid.write_text(str(os.getpid()))
-    os.utime(config.place.pid, (1e9, 1e9))  # the number was another's before the power went
+    # The number was another's before the power went.
+    config.place.pid.write_text(f"{os.getpid()} {float(begun) - 60}")
     assert "the server does not run" in shown(config.place, config.terms)
 
 

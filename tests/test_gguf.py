@@ -147,7 +147,9 @@ def test_exports_lead_to_the_file_and_not_into_the_cache(
     # PEFT alone gets the folder, and the README says what it is.
     (folder,) = cache.iterdir()
     assert plain["base_model_name_or_path"] == str(folder)
-    assert f"# The base model is {model} as fedalt" in (tmp_path / "peft" / "README.md").read_text()
+    assert (
+        f"# The base model is {wanted} as fedalt" in (tmp_path / "peft" / "README.md").read_text()
+    )
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
         alone = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "peft").float()(ids).logits

@@ -63,7 +63,7 @@ def private_names(path: Path) -> set[tuple[str, str]]:
     return {
         (node.module, alias.name)
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flwr.")
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("flwr")
         if node.module not in FLOWER_PUBLIC
         for alias in node.names
     }

@@ -1,13 +1,15 @@
 """A module imports from its own floor and from lower ones, never upward and never in a circle."""
 
 import ast
+import sys
 from collections.abc import Iterator, Mapping
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "src" / "fedalt"
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+from size import PACKAGE, private_names
 
 FLOORS = {
     "core": 0,
@@ -195,18 +197,8 @@ def test_only_the_servers_gateway_needs_posix_to_be_imported() -> None:
     assert needing == {"fedalt.flower.gateway"}
 
 
-FLOWERS_PUBLIC = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.simulation"}
-
-
 def test_the_names_of_flower_that_are_not_public_are_as_many_as_the_documents_say() -> None:
-    used = {
-        (node.module, alias.name)
-        for source in read_package().values()
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flwr")
-        for alias in node.names
-        if node.module not in FLOWERS_PUBLIC
-    }
+    used = {name for path in PACKAGE.rglob("*.py") for name in private_names(path)}
     modules = {module for module, _ in used}
     text = (PACKAGE.parents[1] / "docs" / "deployment.md").read_text()
     assert f"{len(used)} names from {len(modules)} of its internal modules" in text

@@ -7,7 +7,6 @@ from fedalt.federation.accepted import claim, read_accepted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.client import Client, OnEvent, ignore
 from fedalt.federation.client_settings import require_model, settings_here
-from fedalt.federation.messages import NEVER
 from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.privacy import client_budget
 from fedalt.federation.secure_client import SecureClient
@@ -49,8 +48,7 @@ def open_client(
     make_private_folder(folder)
     accepted = claim(folder, agreement, client_id)
     examples, _ = prepared.task.training_size(client_id)
-    begun = accepted.begun or int(accepted.round != NEVER)
-    budget = client_budget(folder, agreement, client_id, examples, begun)
+    budget = client_budget(accepted, agreement, client_id, examples)
     secure = None
     if agreement.settings.privacy.secure_sum:
         assert signatures is not None

@@ -1,14 +1,13 @@
 """Who keeps the ledger of privacy in a federation: the server, or a client for its own texts."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Final
 
 from fedalt.engine.members import Members
 from fedalt.engine.privacy import PrivacyError, Release
 from fedalt.federation.accepted import Accepted
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.messages import Answer
+from fedalt.federation.messages import NEVER, Answer
 from fedalt.federation.owner_messages import Say
 from fedalt.runs.budget import RunBudget, budget_of
 from fedalt.runs.folder import RunFolder
@@ -39,14 +38,16 @@ def begin_private(
 
 
 def client_budget(
-    folder: Path, agreement: Agreement, client_id: str, examples: int, begun: int
+    accepted: Accepted, agreement: Agreement, client_id: str, examples: int
 ) -> RunBudget | None:
-    """What a client counts of its own examples, `begun` rounds at least.
+    """What a client counts of its own examples: as many rounds at least as its folder says.
 
     Where clients are what is protected it only bounds its upload, and the server counts.
     """
     members, only = Members(agreement.clients), (client_id,)
-    return budget_of(folder, agreement.settings, members, lambda _: examples, begun, only)
+    begun = accepted.begun or int(accepted.round != NEVER)
+    folder, settings = accepted.folder, agreement.settings
+    return budget_of(folder, settings, members, lambda _: examples, begun, only)
 
 
 def own_spending(

@@ -28,7 +28,6 @@ from fedalt.federation.agreement import (
     write_agreement,
 )
 from fedalt.federation.client import Client
-from fedalt.federation.messages import NEVER
 from fedalt.federation.privacy import client_budget
 from fedalt.federation.round_collector import Say
 from fedalt.federation.rules import Rules
@@ -167,9 +166,8 @@ def _answer_in(folder: Path) -> Any:
         make_private_folder(place)
         with locked(place):
             accepted = claim(place, terms, client_id)
-            begun = accepted.round != NEVER
             examples, _ = prepared.task.training_size(client_id)
-            budget = client_budget(place, terms, client_id, examples, begun=begun)
+            budget = client_budget(accepted, terms, client_id, examples)
             trainer, parts = trainer_of(prepared), prepared.parts
             member = Client(terms, client_id, parts, trainer, place, accepted, budget=budget)
             return Message(content_of(member.answer(bytes_of(message.content))), reply_to=message)

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
+import httpx
 import pytest
 from commands import call
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
@@ -19,7 +21,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatResponse
 from machines import Machines, found
 
-from fedalt.flower import client_process
+from fedalt.flower import client_process, fleet_client
 from fedalt.flower.config import read_client_config
 from fedalt.flower.parent_pipe import receive
 from fedalt.flower.signatures import _not_let_in
@@ -66,10 +68,31 @@ class Server(BaseHTTPRequestHandler):
         pass
 
 
+class Lossy(Server):
+    """Drops the connection when it is asked for a call; a client that asks again has to go."""
+
+    asked: ClassVar[list[str]] = []
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        request = self.path.rpartition("/")[2]
+        Lossy.asked.append(request)
+        if request == "activate-node":
+            self.answer(200, ActivateNodeResponse(node_id=7).SerializeToString())
+        elif request != "pull-messages":
+            self.answer(200, SendNodeHeartbeatResponse(success=True).SerializeToString())
+        elif Lossy.asked.count(request) > 1:
+            self.answer(401, b"no key")
+        else:
+            self.connection.close()
+            self.close_connection = True
+
+
 @contextmanager
-def serving() -> Iterator[str]:
+def serving(kind: type[Server] = Server) -> Iterator[str]:
     Server.removed = False
-    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+    Lossy.asked.clear()
+    with ThreadingHTTPServer(("127.0.0.1", 0), kind) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -98,6 +121,51 @@ def test_a_key_that_is_removed_during_a_request_is_told_at_the_next_try(machines
     assert second == []
     assert "its key is not known or was revoked" in why
     assert why.endswith("trying again")
+
+
+def test_a_call_whose_way_failed_is_not_asked_for_again_over_the_same_connection(
+    machines: Machines,
+) -> None:
+    # Flower hands a call out once. One that was on its way when the network failed comes again to
+    # a new connection, and to none that goes on asking.
+    file = machines.client("a") / "client.toml"
+    with serving(Lossy) as address:
+        file.write_text(f'[client]\nname = "a"\nserver = "{address}"\n')
+        config = read_client_config(file, insecure=True)
+        config.place.folder.mkdir()
+        kinds, _ = heard(config, "")
+        asked = list(Lossy.asked)
+    assert kinds == ["connected"]
+    assert asked.count("pull-messages") == 1
+    assert "deactivate-node" in asked  # so that the next connection is let in at once
+
+
+def failing(error: Exception, times: int) -> Callable[[], str]:
+    """A request that fails so often and then has an answer."""
+    left = [error] * times
+
+    def ask() -> str:
+        if left:
+            raise left.pop()
+        return "there"
+
+    return ask
+
+
+def status(code: int) -> httpx.HTTPStatusError:
+    """An error that the server answers with."""
+    request = httpx.Request("POST", "http://127.0.0.1/v1/fleet/push-object")
+    return httpx.HTTPStatusError("", request=request, response=httpx.Response(code))
+
+
+def test_all_else_is_asked_again_where_the_network_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_client, "_RETRY", (0.0,))
+    assert fleet_client._patiently(failing(httpx.ReadError(""), 3)) == "there"
+    assert fleet_client._patiently(failing(status(503), 3)) == "there"
+    with pytest.raises(httpx.HTTPStatusError):
+        fleet_client._patiently(failing(status(400), 1))
+    with pytest.raises(httpx.ConnectError):
+        fleet_client._patiently(failing(httpx.ConnectError(""), 100))
 
 
 def half(file: Path) -> None:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 import httpx
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
@@ -48,8 +48,16 @@ from fedalt.flower.signatures import AHEAD, BEHIND, signed_headers
 _PAUSE: Final = 0.2  # seconds between two looks where a call has just been
 _LONGEST_PAUSE: Final = 2.0  # where there was none for a while: many look at one server
 _RETRY: Final = (1.0, 2.0, 5.0)  # seconds to the next try to reach the server
+_TRIES: Final = 20  # of a request, before the connection is made anew
+_NOT_NOW: Final = (
+    HTTPStatus.BAD_GATEWAY,
+    HTTPStatus.SERVICE_UNAVAILABLE,
+    HTTPStatus.GATEWAY_TIMEOUT,
+)
 _FORMAT: Final = "application/protobuf"  # of requests
 _LAST_WORDS: Final = 8.0  # seconds that leaving may take
+
+Answer = TypeVar("Answer")
 
 
 def main() -> None:
@@ -116,9 +124,14 @@ def _sign_off(server: _Server, node: int) -> None:
 
 
 def _pass_on(pipe: Pipe, server: _Server) -> None:
-    """Hand on calls and answers for as long as there is a connection."""
+    """Hand on calls and answers for as long as there is a connection.
+
+    Flower tries nothing again: a call whose way here failed is handed out to a new connection only.
+    """
     keys = server.key, server.key.public_key()
-    with http_request_response(server.address, server.insecure, server.certificate, keys) as parts:
+    with http_request_response(
+        server.address, server.insecure, server.certificate, keys, max_retries=0
+    ) as parts:
         connection = _Connection(*parts)
         send(pipe, "connected", str(connection.node).encode())
         pause = _PAUSE
@@ -144,9 +157,11 @@ def _next_call(connection: _Connection) -> tuple[Message, bytes] | None:
         run, wanted = head.metadata.run_id, head.metadata.message_id
         names = [node.object_id for node in iterate_object_tree(tree)]
         contents = pull_objects(  # which may still be on their way to the server
-            names, lambda name: connection.pull_object(run, name), initial_backoff=_PAUSE
+            names,
+            lambda name: _patiently(lambda: connection.pull_object(run, name)),
+            initial_backoff=_PAUSE,
         )
-        connection.confirm(run, wanted)
+        _patiently(lambda: connection.confirm(run, wanted))
     except RunNotRunningException:  # the server has begun anew since
         return None
     message: Any = inflate_object_from_contents(wanted, contents)
@@ -168,15 +183,30 @@ def _answer(connection: _Connection, call: Message, data: bytes) -> None:
         reply.metadata.__dict__["_message_id"] = reply.object_id
         objects = get_all_nested_objects(reply)
         try:
-            wanted, session = connection.send(reply, get_object_tree(reply), 0.0)
+            tree = get_object_tree(reply)
+            wanted, session = _patiently(lambda: connection.send(reply, tree, 0.0))
             push_object_contents_from_iterable(
                 ((name, part.deflate()) for name, part in objects.items() if name in wanted),
-                push_object_fn=lambda name, content: connection.push_object(
-                    run, session, name, content
+                push_object_fn=lambda name, content: _patiently(
+                    lambda: connection.push_object(run, session, name, content)
                 ),
             )
         except RunNotRunningException:
             print("the server has begun anew; it will ask again", file=sys.stderr)
+
+
+def _patiently(ask: Callable[[], Answer]) -> Answer:
+    """Ask again where the network failed; only what may be asked twice. Raises httpx.HTTPError."""
+    for tried in range(_TRIES):
+        try:
+            return ask()
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code not in _NOT_NOW:
+                raise
+        except httpx.TransportError:
+            pass
+        time.sleep(_RETRY[min(tried, len(_RETRY) - 1)])
+    return ask()
 
 
 def _reach(pipe: Pipe, server: _Server) -> None:

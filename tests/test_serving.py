@@ -262,6 +262,8 @@ def test_a_port_in_use_and_a_folder_that_cannot_be_served_are_told(finished_run,
     assert "is not a run's folder" in capsys.readouterr().err
     assert call("serve", finished_run, "--host", "0.0.0.0") == 2
     assert "--token-file FILE names a file" in capsys.readouterr().err
+    assert call("serve", finished_run, "--queue", 0) == 2  # which would refuse everything
+    assert "at least 1" in capsys.readouterr().err
     (tmp_path / "token").write_text("two words")
     assert call("serve", finished_run, "--token-file", tmp_path / "token") == 2
     assert "expected one word" in capsys.readouterr().err

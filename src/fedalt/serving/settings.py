@@ -20,7 +20,9 @@ class ServeSettings:
         Path | None, setting("File with the token that requests have to bring.", strict=False)
     ] = None
     rows: Annotated[int, setting("Requests answered at once.", ge=1)] = 16
-    queue: Annotated[int, setting("Requests that may wait.", ge=0)] = 64
+    queue: Annotated[
+        int, setting("Requests that may wait, those that begin at once among them.", ge=1)
+    ] = 64
     max_tokens: Annotated[int, setting("Longest answer, in tokens.", ge=1)] = 1024
     max_bytes: Annotated[int, setting("Largest request, in bytes.", ge=1)] = 2**20
     seconds: Annotated[

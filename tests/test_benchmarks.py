@@ -1,9 +1,13 @@
-"""The command for a GPU is known to work before there is one."""
+"""The command for a GPU is known to work before there is one; other commands measure fairly."""
 
+import gc
+import importlib
 import json
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from weakref import ref
 
 import pytest
 
@@ -22,6 +26,27 @@ def test_the_gpu_command_proves_and_measures_in_its_small_form():
     assert step["clients"] == 8
     (memory,) = [row for row in rows if "memory, GiB" in row]
     assert memory["memory, GiB"] == "nan"  # a CPU does not tell
+
+
+@pytest.fixture
+def benchmarks(monkeypatch):
+    """The modules of benchmarks/, which their files import from one another."""
+    monkeypatch.syspath_prepend(FILE.parent)
+    return importlib.import_module
+
+
+def test_a_model_is_gone_before_the_next_one_is_measured(benchmarks, monkeypatch):
+    gpu, small = benchmarks("gpu"), benchmarks("step_variants").random_llama
+    monkeypatch.setattr(gpu, "base_of", cache(lambda _: small(gpu.SMALL)))
+    monkeypatch.setattr(gpu, "LLAMA_2_7B", gpu.SMALL)
+    measured = gpu.models("cpu", tiny=False)
+    _, model = next(measured)
+    weight = ref(model.get_input_embeddings().weight)
+    del model
+    name, _ = next(measured)
+    gc.collect()
+    assert name == "Llama-2-7B's shape"
+    assert weight() is None
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import json
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -47,6 +48,18 @@ def test_a_model_is_gone_before_the_next_one_is_measured(benchmarks, monkeypatch
     gc.collect()
     assert name == "Llama-2-7B's shape"
     assert weight() is None
+
+
+def test_a_process_of_a_federation_that_fails_ends_the_others(benchmarks):
+    end_well = benchmarks("federation").end_well
+
+    def started(*programs):
+        return [subprocess.Popen([sys.executable, "-c", program]) for program in programs]
+
+    assert end_well(started("", ""))
+    processes = started("import time; time.sleep(600)", "raise SystemExit(3)")
+    assert not end_well(processes)
+    assert [each.returncode for each in processes] == [-signal.SIGTERM, 3]
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):

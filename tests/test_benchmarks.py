@@ -62,6 +62,20 @@ def test_a_process_of_a_federation_that_fails_ends_the_others(benchmarks):
     assert [each.returncode for each in processes] == [-signal.SIGTERM, 3]
 
 
+def test_records_with_any_sign_that_ends_a_line_are_dealt_out_whole(benchmarks, tmp_path):
+    records = [{"sentence": f"one\u2028two\x85 {number}"} for number in range(4)]
+    text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    (tmp_path / "task.train.jsonl").write_text(text, encoding="utf-8")
+    deal = benchmarks("clients_of_tasks").deal
+    assert deal(tmp_path, tmp_path, "task", "train", clients=2, size=9, seed=0) == 2
+    dealt = [
+        json.loads(line)
+        for client in range(2)
+        for line in (tmp_path / f"task-{client}.train.jsonl").open(encoding="utf-8")
+    ]
+    assert sorted(dealt, key=lambda record: record["sentence"]) == records
+
+
 def test_without_a_gpu_the_command_says_so(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = subprocess.run([sys.executable, FILE], capture_output=True, text=True)

@@ -3,6 +3,7 @@
 import gc
 import importlib
 import json
+import random
 import signal
 import subprocess
 import sys
@@ -74,6 +75,19 @@ def test_records_with_any_sign_that_ends_a_line_are_dealt_out_whole(benchmarks, 
         for line in (tmp_path / f"task-{client}.train.jsonl").open(encoding="utf-8")
     ]
     assert sorted(dealt, key=lambda record: record["sentence"]) == records
+
+
+def test_a_corpus_without_a_whole_sequence_ends_pretraining_at_once(monkeypatch):
+    monkeypatch.syspath_prepend(FILE.parents[1] / "scripts")
+    drawn = importlib.import_module("pretrain_tiny_base").forever
+
+    class Impatient(random.Random):
+        def shuffle(self, items):
+            assert items
+
+    assert next(drawn([7], Impatient())) == 7
+    with pytest.raises(SystemExit, match="too small"):
+        next(drawn([], Impatient()))
 
 
 def test_without_a_gpu_the_command_says_so(monkeypatch):

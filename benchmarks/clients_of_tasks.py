@@ -18,12 +18,15 @@ from fedalt.core.seeds import generator
 
 def deal(source: Path, out: Path, task: str, split: str, clients: int, size: int, seed: int) -> int:
     """Write one split of one task; how many records each client got."""
-    lines = (source / f"{task}.{split}.jsonl").read_text(encoding="utf-8").splitlines()
+    text = (source / f"{task}.{split}.jsonl").read_text(encoding="utf-8")
+    lines = text.removesuffix("\n").split("\n")  # a text may hold other signs that end lines
     order = torch.randperm(len(lines), generator=generator(seed, task, split)).tolist()
     each = min(size, len(lines) // clients)
     for client in range(clients):
         mine = [lines[at] for at in order[client::clients][:each]]
-        (out / f"{task}-{client}.{split}.jsonl").write_text("\n".join(mine) + "\n")
+        (out / f"{task}-{client}.{split}.jsonl").write_text(
+            "\n".join(mine) + "\n", encoding="utf-8"
+        )
     return each
 
 

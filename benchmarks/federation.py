@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -114,12 +114,23 @@ def run_fedalt(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
             subprocess.Popen([*FEDALT, word, "--config", str(place)], stdout=subprocess.DEVNULL)
             for word, place in zip(words, places, strict=True)
         ]
-        for process in running:
-            if process.wait():
-                raise SystemExit(f"a process of {federation} failed")
+        if not end_well(running):
+            raise SystemExit(f"a process of {federation} failed")
     found = rounds_of(federation / "server" / "state" / "run", slowest=True)
     shutil.rmtree(federation)
     return {**found, "memory": most}
+
+
+def end_well(processes: Sequence["subprocess.Popen[Any]"]) -> bool:
+    """Wait until all have ended, and whether they did well; one that fails ends the others."""
+    try:
+        while not any(codes := [each.poll() for each in processes]) and None in codes:
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.terminate()
+        codes = [process.wait() for process in processes]
+    return not any(codes)
 
 
 def run_in_process(folder: Path, rank: int, rounds: int) -> dict[str, Any]:

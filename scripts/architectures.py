@@ -1,6 +1,6 @@
 """Try fedalt on a tiny random model of every architecture that transformers offers.
 
-    python scripts/architectures.py [--write] [TYPE...]
+    python scripts/architectures.py [--write | TYPE...]
 
 For each: the answer loss next to that of transformers, a training step, greedy text next to that of
 transformers, and the exported adapter next to what PEFT makes of it, merged as well. Where fedalt
@@ -213,6 +213,10 @@ def main() -> int:
     parser.add_argument("types", nargs="*")
     parser.add_argument("--write", action="store_true", help="write docs/architectures.md")
     asked = parser.parse_args()
+    if unknown := sorted({*asked.types} - {*CAUSAL, *CLASSIFIERS}):
+        parser.error(f"transformers has no architecture {', '.join(unknown)}")
+    if asked.types and asked.write:
+        parser.error("--write takes no types: the page is of all architectures")
     warnings.filterwarnings("ignore")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -387,6 +387,8 @@ def build_cache(args: argparse.Namespace, folder: Path) -> None:
 def forever(items: Sequence[int], rng: random.Random) -> Iterator[int]:
     """Yield the items in a new random order per epoch, without end."""
     order = list(items)
+    if not order:
+        raise SystemExit("the corpus is too small: its books have less than two sequences")
     while True:
         rng.shuffle(order)
         yield from order

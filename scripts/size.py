@@ -42,6 +42,7 @@ def code_lines(source: str) -> int:
                 ast.Module(body=[ast.Expr(value=ast.Constant(value=str())) as text, *_])
                 | ast.ClassDef(body=[ast.Expr(value=ast.Constant(value=str())) as text, *_])
                 | ast.FunctionDef(body=[ast.Expr(value=ast.Constant(value=str())) as text, *_])
+                | ast.AsyncFunctionDef(body=[ast.Expr(value=ast.Constant(value=str())) as text, *_])
             ):
                 documents.update(range(text.lineno, (text.end_lineno or text.lineno) + 1))
     return sum(

@@ -62,6 +62,19 @@ def test_a_classifier_that_does_not_overlook_padding_is_told(tmp_path: Path) -> 
     assert not [note for note in notes["bert"] if note.startswith(told)]
 
 
+@pytest.mark.parametrize("words", [["lama"], ["llama", "--write"]])
+def test_no_page_is_written_of_a_few_architectures_and_no_unknown_one_passes(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(architectures, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(architectures, "CAUSAL", {"llama": "LlamaForCausalLM"})
+    monkeypatch.setattr(architectures, "build", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["architectures.py", *words])
+    with pytest.raises(SystemExit) as ended:
+        architectures.main()
+    assert ended.value.code == 2
+
+
 def test_what_no_text_goes_through_is_not_adapted(tmp_path: Path) -> None:
     build("gemma3", classifies=False, folder=tmp_path / "gemma3")
     gemma = load_base(str(tmp_path / "gemma3"), targets="all-linear", device="cpu").adapted

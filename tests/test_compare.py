@@ -12,6 +12,7 @@ import pytest
 from commands import call
 from runs_for_tests import adapters_of, save_model, write_clients
 
+from fedalt.report.compared_figures import ranked
 from fedalt.report.comparison import grid_of
 from fedalt.report.gaps import SIGNIFICANT, p_value
 from fedalt.report.grid import grid_csv, grid_markdown
@@ -261,6 +262,23 @@ def test_many_clients_are_shown_by_task():
     grid = grid_of(table)
     assert grid.columns == ("one", "two", "mean", "worst client")
     assert [cell.seeds for cell in grid.rows["x"]] == [(25.0,), (0.0,), (12.5,), (0.0,)]
+
+
+def test_a_task_whose_name_begins_as_anothers_keeps_all_of_its_clients():
+    names = [f"qa-{number}" for number in range(1, 10)] + [f"qa-2-{n}" for n in range(4)]
+    grid = grid_of(joined({"x": scored({name: 0.1 * (name < "qa-2") for name in names})}))
+    assert grid.columns == ("qa", "qa-2", "mean", "worst client")
+    assert grid.rows["x"][0].seeds == pytest.approx((10 / 9,))
+
+
+def test_clients_may_be_called_as_a_column_of_the_whole():
+    better = {"a": 0.9, "mean": 0.9, "worst client": 0.5, "z": 0.1}
+    table = joined({"x": scored(better), "y": scored(dict.fromkeys(better, 0.2))})
+    grid = grid_of(table)
+    assert grid.columns[1:3] == ("client mean", "client worst client")
+    assert grid.columns[-2:] == ("mean", "worst client")
+    assert [cell.seeds for cell in grid.rows["x"]][-2:] == [(pytest.approx(60.0),), (10.0,)]
+    assert list(ranked(table)) == ["x", "y"]
 
 
 def test_methods_with_other_clients_have_cells_but_no_test():

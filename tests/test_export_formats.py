@@ -1,6 +1,8 @@
 """Whole models as one plain adapter, or merged: exact for fixed weights, measured for mixers."""
 
+import copy
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from fedalt.core.tree import Name
 from fedalt.evaluation import score
 from fedalt.evaluation.gate_statistics import weights_of
 from fedalt.export.fixed import with_fixed_weights
-from fedalt.export.folders import export_individual
+from fedalt.export.folders import export_individual, export_personal
 from fedalt.export.merged import export_merged
 from fedalt.methods.contract import Serving
 from fedalt.runs.answers import served
@@ -51,6 +53,22 @@ def test_slots_of_fixed_weights_are_one_adapter_and_can_be_merged_exactly(kind, 
     torch.testing.assert_close(logits_of(merged), wanted)
     assert not torch.allclose(logits_of(AutoModelForCausalLM.from_pretrained(base.name)), wanted)
     assert {file.stat().st_mode & 0o777 for file in (tmp_path / "merged").iterdir()} == {0o600}
+
+
+def test_whatever_is_exported_is_for_its_owner_alone_templates_in_a_folder_too(tmp_path):
+    base = base_on_disk("llama")
+    tokenizer = copy.deepcopy(base.tokenizer)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tools": "{{ tools }}"}
+    base = replace(base, tokenizer=tokenizer)
+    serving = serving_for(base, PLANS["single"])
+    export_personal(serving, base, tmp_path / "personal", readme="about it")
+    export_individual(serving, base, tmp_path / "lora", readme="about it")
+    fixed = with_fixed_weights(serving, base, (), ()).serving
+    export_merged(fixed, base, tmp_path / "merged", readme="about it")
+    for kind in ("personal", "merged"):
+        assert (tmp_path / kind / "additional_chat_templates" / "tools.jinja").is_file()
+    for path in tmp_path.glob("*/**/*"):
+        assert path.stat().st_mode & 0o777 == (0o700 if path.is_dir() else 0o600), path
 
 
 def test_a_mixers_weights_become_their_means_and_the_loss_is_told():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-from size import PACKAGE, private_names
+from size import PACKAGE, code_lines, private_names
 
 FLOORS = {
     "core": 0,
@@ -202,3 +202,8 @@ def test_the_names_of_flower_that_are_not_public_are_as_many_as_the_documents_sa
     modules = {module for module, _ in used}
     text = (PACKAGE.parents[1] / "docs" / "deployment.md").read_text()
     assert f"{len(used)} names from {len(modules)} of its internal modules" in text
+
+
+@pytest.mark.parametrize("word", ["def", "async def"])
+def test_what_documents_a_function_is_no_line_of_code(word):
+    assert code_lines(f'{word} act():\n    """What it does."""\n    return 1\n') == 2

@@ -216,6 +216,20 @@ def test_the_mixers_means_are_those_of_their_lines(run):
     assert site_parts("transformer.h.11.attn.c_attn") == ("11", "c_attn")
 
 
+def test_of_three_slots_the_first_is_weighed_against_all_others(run):
+    assert "the individual adapter against rest of world: 1 is individual alone, one half" in (
+        page_of(run)
+    )
+    without(run, "mixer")
+    line = mixer_line("a", 1, {"model.layers.0.self_attn.q_proj": 0.2})
+    weights = {site: [first, rest, 0.0] for site, (first, rest) in line["weights"].items()}
+    append_lines(run, [{**line, "slots": ["one", "two", "three"], "weights": weights}])
+    examples_into(run, [example_line("a", 1, slots=["one", "two", "three"])])
+    text = page_of(run)
+    assert "the one adapter against all others: 1 is one alone." in text
+    assert "<span>all others 0</span>" in text
+
+
 def test_the_worst_and_the_best_examples_are_shown_and_none_twice(run):
     examples_into(
         run,

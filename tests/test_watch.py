@@ -251,6 +251,11 @@ def test_more_clients_than_the_screen_has_rows_are_ranked_by_loss(long_run, tmp_
     screen.send("q")
     screen.expect(pexpect.EOF)
     assert "c00" in screen.before  # the frame that stays has no end of the screen
+    (run / "rounds.jsonl").write_text("")
+    screen = watch(run, rows=24)
+    screen.expect("more clients, with lower losses or none yet")
+    screen.send("q")
+    screen.expect(pexpect.EOF)
 
 
 def test_a_curve_is_as_wide_as_allowed_and_flat_where_nothing_changes():

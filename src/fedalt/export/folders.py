@@ -199,7 +199,10 @@ def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], read
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name once it is complete and is removed if it never is."""
+    """A folder to fill, which gets its name once it is complete and is removed if it never is.
+
+    All that others have written into it, such as a tokenizer, is then for its owner alone too.
+    """
     folder = folder.resolve()
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists already and is not empty")
@@ -207,6 +210,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     make_private_folder(unfinished)
     try:
         yield unfinished
+        for path in unfinished.rglob("*"):
+            path.chmod(0o700 if path.is_dir() else 0o600)
         unfinished.replace(folder)
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)

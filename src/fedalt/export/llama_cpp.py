@@ -55,7 +55,6 @@ def export_gguf(serving: Serving, base: Base, folder: Path, *, readme: str = "")
     tensors = _named(serving, slot, base, architecture, reordered=reordered)
     with new_folder(folder) as unfinished:
         _write(unfinished / FILE, architecture, slot.alpha, tensors)
-        (unfinished / FILE).chmod(0o600)
         if readme:
             write_private(unfinished / "README.md", readme)
     return folder

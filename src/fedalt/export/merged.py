@@ -42,6 +42,4 @@ def export_merged(serving: Serving, base: Base, folder: Path, *, readme: str = "
         base.tokenizer.save_pretrained(unfinished)
         if readme:
             write_private(unfinished / "README.md", readme)
-        for file in unfinished.iterdir():
-            file.chmod(0o600)
     return folder

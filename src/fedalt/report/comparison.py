@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -35,6 +34,7 @@ from fedalt.runs.cells import Cost
 from fedalt.runs.view import USUAL, Metric, View
 
 MOST_COLUMNS = 12  # more clients than this are shown by task, if their names tell tasks
+_OF_ALL: Final = ("mean", "worst client")  # the last two columns
 
 
 # What all methods of a comparison mostly have in common, by section and key of their settings.
@@ -124,9 +124,10 @@ def grid_of(table: Table) -> Grid:
     columns: dict[str, list[Cell]] = {}
     for task, rows in _tasks(table.clients).items():
         columns[task] = _marked(rows, table)
-    columns["mean"] = _marked(table.clients, table)
+    mean, lowest = _OF_ALL
+    columns[mean] = _marked(table.clients, table)
     worst = max if table.of_losses else min
-    columns["worst client"] = [_cell(table.clients, at, worst) for at in range(len(table.columns))]
+    columns[lowest] = [_cell(table.clients, at, worst) for at in range(len(table.columns))]
     rows_of = {
         method: tuple(cells[at] for cells in columns.values())
         for at, method in enumerate(table.columns)
@@ -258,12 +259,16 @@ def _parts(trained: Mapping[str, int]) -> str:
     return ", ".join(f"{slot} {count}" for slot, count in sorted(trained.items()))
 
 
-def _tasks(clients: Sequence[Row]) -> dict[str, Sequence[Row]]:
-    """Rows by column: each client, or each task where clients are TASK-0, TASK-1 and many."""
-    if len(clients) <= MOST_COLUMNS:
-        return {row.name: [row] for row in clients}
-    grouped = groupby(clients, key=lambda row: re.sub(r"-\d+$", "", row.name))
-    return {task: list(rows) for task, rows in grouped}
+def _tasks(clients: Sequence[Row]) -> dict[str, list[Row]]:
+    """Rows by column: each client, or each task where clients are TASK-0, TASK-1 and many.
+
+    One that is called as a column of the whole has "client" before its name.
+    """
+    columns: dict[str, list[Row]] = {}
+    for row in clients:
+        name = row.name if len(clients) <= MOST_COLUMNS else re.sub(r"-\d+$", "", row.name)
+        columns.setdefault(f"client {name}" if name in _OF_ALL else name, []).append(row)
+    return columns
 
 
 def _cell(rows: Sequence[Row], at: int, fold: Callable[[Values], float] = fmean) -> Cell:

@@ -28,8 +28,14 @@ def examples(record: Record, absent: list[str]) -> list[Section]:
     clients = [(name, _extremes(lines, most)) for name, lines in sorted(by_client.items())]
     slots = next((line["slots"] for line in record.examples if line.get("tokens")), None)
     lead = f"Up to {most} test examples of each client with the highest and the lowest loss."
-    ends = None if slots is None else (slots[0].replace("_", " "), slots[-1].replace("_", " "))
+    ends = None if slots is None else ends_of(slots)
     return [Section("examples", "Examples", [Notes([lead]), Examples(clients, ends)])]
+
+
+def ends_of(slots: Sequence[str]) -> tuple[str, str]:
+    """What a weight of 1 and one of 0 stand for: the first slot, and the other one or others."""
+    first, *others = (name.replace("_", " ") for name in slots)
+    return first, others[0] if len(others) == 1 else "all others"
 
 
 def _extremes(lines: Sequence[Line], most: int) -> list[Example]:

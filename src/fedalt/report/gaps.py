@@ -20,6 +20,7 @@ from fedalt.report.table import Row, Table
 SIGNIFICANT: Final = 0.05
 DRAWS: Final = 10_000
 _EXACT: Final = 50  # clients; of more, the normal distribution is as good
+_DIGITS: Final = 9  # behind the point; beyond them is what rounding adds to a mean over seeds
 GAP_HEADS = ("method", "over", "metric", "clients", "gap", "95 % interval", "p", "p, Holm")
 ABOUT_GAPS = (
     "Gaps, above 0 better than the method named under over: means over clients of their means over "
@@ -61,7 +62,7 @@ def p_value(gaps: Sequence[float] | Floats) -> float:
 
     Clients without a gap are left out. The least that n others can give is 2 / 2^n: 0.03 of six.
     """
-    values = np.asarray(gaps, dtype=np.float64)
+    values = np.round(np.asarray(gaps, dtype=np.float64), _DIGITS)
     values = values[values != 0]
     if not len(values):
         return 1.0

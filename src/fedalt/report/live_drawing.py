@@ -129,7 +129,9 @@ def _drawn_clients(clients: Sequence[Client], most: int) -> RenderableType:
     heads = ("client", "train loss", "validation loss", "curve", "upload")
     drawn = Sheet(heads, rows, left=(0, 3))
     if len(chosen) < len(clients):
-        more = f"{len(clients) - len(chosen)} more clients, all with lower losses"
+        known = all(_best_known(client) is not None for client in clients)
+        losses = "all with lower losses" if known else "with lower losses or none yet"
+        more = f"{len(clients) - len(chosen)} more clients, {losses}"
         return Group(drawn, Text(f"  {more}"))
     return drawn
 

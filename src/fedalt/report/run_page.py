@@ -4,7 +4,7 @@ from statistics import fmean
 
 from fedalt.methods import METHODS
 from fedalt.report import figures
-from fedalt.report.examples import examples
+from fedalt.report.examples import ends_of, examples
 from fedalt.report.parts import (
     Cell,
     Facts,
@@ -196,10 +196,10 @@ def _mixer(record: Record, absent: list[str]) -> list[Section]:
     if mixer is None:
         absent.append(_ABSENT_MIXER)
         return []
-    slot, other = mixer.slots[0].replace("_", " "), mixer.slots[-1].replace("_", " ")
+    slot, other = ends_of(mixer.slots)
     lead = (
-        f"The mixer weighs, token by token and at every site, the {slot} adapter against the "
-        f"{other} one: 1 is {slot} alone, one half is as much of each."
+        f"The mixer weighs, token by token and at every site, the {slot} adapter against {other}: "
+        f"1 is {slot} alone{', one half is as much of each' if len(mixer.slots) == 2 else ''}."
     )
     after = f"After round {mixer.round}"
     parts: list[Part] = [

@@ -143,7 +143,7 @@ def _sums(
             if watched is not None and text.right and text.question < watched.examples
         ]
         with (
-            _watching(watched, seen) as watch,
+            _watching(watched, seen, whole.ids.numel()) as watch,
             group.bound(batch, shares, packing=whole.packing, watch=watch) as model,
         ):
             try:
@@ -175,12 +175,12 @@ def _texts(questions: Sequence[Questions], *, pack: bool) -> list[list[_Text]]:
 
 
 def _watching(
-    watched: Watched | None, seen: Sequence[tuple[int, range]]
+    watched: Watched | None, seen: Sequence[tuple[int, range]], tokens: int
 ) -> AbstractContextManager[Watch | None]:
-    """Counts the weights of these tokens of a pass, each for its client, if that is wanted."""
+    """Counts the weights of some of a pass's tokens, each for its client, if that is wanted."""
     if watched is None or not any(where for _, where in seen):
         return nullcontext()
-    return watched.tally.counting(seen)
+    return watched.tally.counting(seen, tokens)
 
 
 def classified(
@@ -204,7 +204,7 @@ def classified(
             if watched is not None and at < watched.examples
         ]
         with (
-            _watching(watched, seen) as watch,
+            _watching(watched, seen, whole.ids.numel()) as watch,
             group.bound(batch, shares, watch=watch) as model,
         ):
             logits = label_logits(model, whole).float()

@@ -12,9 +12,10 @@ from torch.nn import functional
 from fedalt.adapters.packing import Packs
 from fedalt.adapters.plan import Mixer, Plan, Router, Similarity, Slot, Sum, single
 from fedalt.data.examples import Example
-from fedalt.evaluation import Scoring, generate, in_groups, score, score_together
+from fedalt.evaluation import Scoring, embed, generate, in_groups, score, score_together
 from fedalt.methods.contract import Serving
 from fedalt.metrics import text_metrics
+from fedalt.training.group import TrainingError
 
 PLAN = single(Slot("individual", 2, 4))
 EXAMPLES = [
@@ -134,6 +135,30 @@ def test_a_model_without_finite_losses_is_right_about_nothing():
     assert "accuracy" in whole[0].metrics
     assert math.isnan(whole[1].metrics["loss"])
     assert "accuracy" not in whole[1].metrics
+
+
+@pytest.mark.parametrize("what", ["losses", "answers", "beams", "labels", "prompts"])
+def test_memory_that_runs_out_while_scoring_is_told_with_what_to_lower(what):
+    base = base_of(CLASSIFIERS["bert_classifier"]() if what == "labels" else None)
+    served = serving_of(base)
+    text = Example((5, 6, 7), 3, "0", tuple("012"), 0)
+    score_it = {
+        "losses": lambda: score(base, served, EXAMPLES, replace(QUICK, generate=False)),
+        "answers": lambda: generate(base, served, [(5, 6)], QUICK),
+        "beams": lambda: generate(base, served, [(5, 6)], replace(QUICK, beams=2)),
+        "labels": lambda: score(base, served, [text], QUICK),
+        "prompts": lambda: embed(base, PLAN, served.tree, [(5, 6)], 3),
+    }[what]
+    score_it()
+
+    def fill_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    base.adapted.model.get_submodule(next(iter(base.adapted.sites))).register_forward_hook(
+        fill_memory
+    )
+    with pytest.raises(TrainingError, match="tokens at once; lower --eval-batch-size or"):
+        score_it()
 
 
 def test_two_servings_answer_differently():

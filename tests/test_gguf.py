@@ -6,6 +6,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+from bases import letters
 from commands import call
 from gguf_model import tiny_llama, write_gguf
 from peft import AutoPeftModelForCausalLM
@@ -48,6 +49,16 @@ def test_a_file_is_converted_once(file, cache, capsys):
     assert load_base(str(file)).fingerprint == first
     assert "converting" not in capsys.readouterr().err
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_what_lies_beside_a_file_is_no_part_of_it(file, tmp_path):
+    alone = load_base(str(file)).identity
+    letters().save_pretrained(tmp_path / "crowd")
+    adapter = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "other")}
+    (tmp_path / "crowd" / "adapter_config.json").write_text(json.dumps(adapter))
+    copy = shutil.copy(file, tmp_path / "crowd" / "copy.gguf")
+    shutil.rmtree(tmp_path / "cache")  # both have the same content, and so the same folder
+    assert load_base(str(copy)).identity == alone
 
 
 def test_the_same_name_with_another_content_is_another_model(file, tmp_path, cache):

@@ -94,6 +94,25 @@ def test_every_token_of_a_watched_answer_counts_at_every_site():
         assert found.weights[site] == pytest.approx(weights.mean(0).tolist(), rel=1e-4)
 
 
+def test_a_site_that_sees_one_row_of_each_text_has_no_weights_of_tokens():
+    texts = [Example(tuple(range(3, 9 + n)), 6 + n, "0", tuple("012"), 0) for n in range(4)]
+    for targets, seen in (("all-linear", 12), ("pooler.dense", 0)):
+        base = base_of(CLASSIFIERS["bert_classifier"](), targets)
+        served = Serving(PLANS["mixer"], random_serving_tree(base, PLANS["mixer"]))
+        (found,) = score_together(base, [(served, texts)], QUICK, watch=3)
+        told = list(example_log(base, served, texts, found))
+        by_site = weights_by_site(base, served, texts[0].ids)
+        assert "bert.pooler.dense" in base.adapted.sites.keys() - by_site.keys()
+        assert len(by_site) == seen
+        assert all(("tokens" in line) == bool(seen) for line in told)
+        if seen:
+            assert found.weighing.weights.keys() == by_site.keys()
+            assert weights_of(base, served, texts[0].ids).shape == (6, 2)
+        else:
+            assert found.weighing is None
+            assert weights_of(base, served, texts[0].ids) is None
+
+
 def test_a_run_records_how_its_own_mixers_weigh_whenever_they_are_scored(finished_run):
     lines = mixer_lines(finished_run)
     scored = [

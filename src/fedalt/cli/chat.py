@@ -138,8 +138,10 @@ def _answered(
         return
     answer = ids_of(texts["own"], members.base.tokenizer)
     ids = (*prompt, *answer)[: members.base.positions]
-    weights = weights_of(members.base, own.serving, ids)[:, 0].tolist()
-    shown = list(zip(pieces(members.base.tokenizer, ids), weights, strict=True))
+    weights = weights_of(members.base, own.serving, ids)
+    if weights is None:
+        return
+    shown = zip(pieces(members.base.tokenizer, ids), weights[:, 0].tolist(), strict=True)
     yield Text(f"weight of {own.serving.plan.slots[0].name}, the mean over sites: ") + (
         _legend() if colours else Text("percent behind each token")
     )

@@ -47,11 +47,12 @@ def example_log(
             "prediction": scores.predictions[at] if scores.predictions else None,
             "loss": rounded(scores.losses[at]),
         }
-        if serving.plan.gate is not None:
-            weights = weights_of(base, serving, example.ids, example.segments)[:, 0].tolist()
-            texts = pieces(base.tokenizer, example.ids)
+        gated = serving.plan.gate is not None
+        weights = weights_of(base, serving, example.ids, example.segments) if gated else None
+        if weights is not None:
+            texts = zip(pieces(base.tokenizer, example.ids), weights[:, 0].tolist(), strict=True)
             line["slots"] = [slot.name for slot in serving.plan.slots]
-            tokens = _without_middle(list(zip(texts, weights, strict=True)), example.answer_start)
+            tokens = _without_middle(list(texts), example.answer_start)
             line["tokens"] = [[text, rounded(weight)] for text, weight in tokens]
         yield line
 

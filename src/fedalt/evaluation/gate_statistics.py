@@ -53,18 +53,18 @@ class Tally:
     parts: list[_Part] = field(default_factory=list)
 
     @contextmanager
-    def counting(self, seen: Sequence[tuple[int, range]]) -> Iterator[Watch]:
-        """While the pass runs, these of its tokens count, each for its client."""
+    def counting(self, seen: Sequence[tuple[int, range]], tokens: int) -> Iterator[Watch]:
+        """While a pass of so many `tokens` runs, these of them count, each for its client."""
         whole: dict[str, Tensor] = {}
-        yield whole.__setitem__
-        tokens = torch.cat([torch.arange(where.start, where.stop) for _, where in seen])
+        yield _keeping(whole, tokens)
+        rows = torch.cat([torch.arange(where.start, where.stop) for _, where in seen])
         sizes = torch.tensor([len(where) for _, where in seen])
         owners = torch.tensor([client for client, _ in seen]).repeat_interleave(sizes)
         if whole:
-            self._add(whole, tokens, owners)
+            self._add(whole, rows, owners)
 
-    def of(self, client: int) -> Weighing:
-        """One client's share."""
+    def of(self, client: int) -> Weighing | None:
+        """One client's share; None where no site sees every token."""
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
         bins = torch.zeros(BINS, dtype=torch.long)
@@ -74,6 +74,8 @@ class Tally:
                 for site, added in zip(part.sites, part.sums[client], strict=True):
                     sums[site] = sums.get(site, 0) + added
                     counts[site] = counts.get(site, 0) + tokens
+        if not sums:
+            return None
         slots = tuple(slot.name for slot in self.plan.slots)
         means = {site: tuple((total / counts[site]).tolist()) for site, total in sums.items()}
         return Weighing(slots, means, tuple(bins.tolist()))
@@ -104,27 +106,35 @@ def weights_by_site(
 ) -> dict[str, Tensor]:
     """For each site the weights of the slots, (tokens, slots) float32, for the tokens of a text.
 
-    `segments`: those of a classifier's example. Raises ValueError for a plan that does not weigh
+    Sites that see anything but these tokens in their order are left out. `segments`: those of a
+    classifier's example. Raises ValueError for a plan that does not weigh
     its slots token by token.
     """
     if serving.plan.gate is None:
         raise ValueError("the plan has no mixer or router: every token's weights are the same")
     device = base.adapted.device
     by_site: dict[str, Tensor] = {}
-
-    def watch(site: str, weights: Tensor) -> None:
-        by_site[site] = weights.float().cpu()
-
     tree = trees.on(serving.tree, device)
-    with base.adapted.bound(serving.plan, tree, watch=watch) as model:
+    with base.adapted.bound(serving.plan, tree, watch=_keeping(by_site, len(ids))) as model:
         row = torch.tensor([list(ids)], device=device)
         of_pair = torch.tensor([list(segments)], device=device) if segments else None
         model.base_model(input_ids=row, **segments_for(model, of_pair))
-    return by_site
+    return {site: weights.float().cpu() for site, weights in by_site.items()}
 
 
 def weights_of(
     base: Base, serving: Serving, ids: Sequence[int], segments: Sequence[int] = ()
-) -> Tensor:
-    """The same as a mean over sites: (tokens, slots) float32."""
-    return torch.stack(list(weights_by_site(base, serving, ids, segments).values())).mean(0)
+) -> Tensor | None:
+    """The same as a mean over sites: (tokens, slots) float32; None where there are none."""
+    by_site = weights_by_site(base, serving, ids, segments)
+    return torch.stack(list(by_site.values())).mean(0) if by_site else None
+
+
+def _keeping(by_site: dict[str, Tensor], tokens: int) -> Watch:
+    """Keeps the weights of sites that see all tokens: a pooler sees one of each text."""
+
+    def watch(site: str, weights: Tensor) -> None:
+        if len(weights) == tokens:
+            by_site[site] = weights
+
+    return watch

@@ -13,7 +13,15 @@ from transformers.cache_utils import Cache
 from fedalt.data.answers import without_end
 from fedalt.evaluation.asking import ends, fitted, greedily, longest_answer, without_card
 from fedalt.evaluation.cache import cache_for, can_select
-from fedalt.evaluation.group import Group, Ids, Share, Shares, shares_of, sizes_of
+from fedalt.evaluation.group import (
+    Group,
+    Ids,
+    Share,
+    Shares,
+    shares_of,
+    sizes_of,
+    within_memory,
+)
 from fedalt.evaluation.scores import Scoring
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
@@ -118,7 +126,12 @@ def _continued(
         known["past_key_values"] = cache
     while batch:
         config = greedily(group.base, scoring, whole_width - ids.shape[1])
-        with group.bound(batch, shares) as model, without_card(model):
+        rows = len(ids) * scoring.beams
+        with (
+            within_memory(rows, rows * whole_width),
+            group.bound(batch, shares) as model,
+            without_card(model),
+        ):
             if cache is not None and not greedy:
                 _read_once(model, ids, mask, cache, scoring.beams)
             out: Any = model.generate(

@@ -19,6 +19,7 @@ from fedalt.data.examples import Example
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.training.batches import collate, in_turn
+from fedalt.training.group import TrainingError, out_of_memory
 
 Ids = Sequence[int]
 Share = tuple[int, list[int]]  # a client, and which of its texts
@@ -81,6 +82,20 @@ class Group:
             yield model
 
 
+@contextmanager
+def within_memory(texts: int, tokens: int) -> Iterator[None]:
+    """While so many texts of so many tokens are scored. Raises TrainingError if memory runs out."""
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, too
+        if not out_of_memory(error):
+            raise
+        raise TrainingError(
+            f"out of memory while scoring {texts} texts, {tokens} tokens at once; "
+            "lower --eval-batch-size or --max-length"
+        ) from error
+
+
 def embedded_by(group: Group, prompts: Sequence[Sequence[Ids]], batch_size: int) -> list[Tensor]:
     """The last hidden state at each client's prompts' last tokens, on the CPU."""
     states: list[dict[int, Tensor]] = [{} for _ in prompts]
@@ -88,7 +103,7 @@ def embedded_by(group: Group, prompts: Sequence[Sequence[Ids]], batch_size: int)
         chosen = [tuple(prompts[client][at]) for client, texts in batch for at in texts]
         examples = [Example(ids, len(ids), "", label=0) for ids in chosen]
         padded = collate([examples], group.base.pad_id, group.base.adapted.device)
-        with group.bound(batch) as model:
+        with within_memory(len(chosen), padded.ids.numel()), group.bound(batch) as model:
             hidden = model.base_model(padded.ids, attention_mask=padded.mask).last_hidden_state
         last = torch.tensor([len(ids) - 1 for ids in chosen])
         rows = iter(hidden[torch.arange(len(chosen)), last].float().cpu())

@@ -15,11 +15,11 @@ from fedalt.adapters.binding import Watch
 from fedalt.data.answers import encode_answer
 from fedalt.data.examples import Example
 from fedalt.evaluation.gate_statistics import Watched
-from fedalt.evaluation.group import Group, Shares
+from fedalt.evaluation.group import Group, Shares, within_memory
 from fedalt.evaluation.scores import Scores, Scoring
 from fedalt.models.base import Base
 from fedalt.training.batches import answers_in_one, collate, in_turn
-from fedalt.training.group import TrainingError, out_of_memory, packs
+from fedalt.training.group import packs
 from fedalt.training.loop import usual_tokens
 from fedalt.training.loss import label_logits, token_losses
 
@@ -143,18 +143,11 @@ def _sums(
             if watched is not None and text.right and text.question < watched.examples
         ]
         with (
-            _watching(watched, seen) as watch,
+            within_memory(len(rows), whole.ids.numel()),
+            _watching(watched, seen, whole.ids.numel()) as watch,
             group.bound(batch, shares, packing=whole.packing, watch=watch) as model,
         ):
-            try:
-                losses = token_losses(model, whole).double()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                if not out_of_memory(error):
-                    raise
-                raise TrainingError(
-                    f"out of memory while scoring {len(rows)} texts, {whole.ids.numel()} tokens "
-                    "at once; lower --eval-batch-size or --max-length"
-                ) from error
+            losses = token_losses(model, whole).double()
         zeros = losses.new_zeros(len(rows))
         sums[rows] = zeros.index_add(0, whole.owners, losses).cpu()
         counts[rows] = zeros.index_add(0, whole.owners, torch.ones_like(losses)).cpu()
@@ -175,12 +168,12 @@ def _texts(questions: Sequence[Questions], *, pack: bool) -> list[list[_Text]]:
 
 
 def _watching(
-    watched: Watched | None, seen: Sequence[tuple[int, range]]
+    watched: Watched | None, seen: Sequence[tuple[int, range]], tokens: int
 ) -> AbstractContextManager[Watch | None]:
-    """Counts the weights of these tokens of a pass, each for its client, if that is wanted."""
+    """Counts the weights of some of a pass's tokens, each for its client, if that is wanted."""
     if watched is None or not any(where for _, where in seen):
         return nullcontext()
-    return watched.tally.counting(seen)
+    return watched.tally.counting(seen, tokens)
 
 
 def classified(
@@ -204,7 +197,8 @@ def classified(
             if watched is not None and at < watched.examples
         ]
         with (
-            _watching(watched, seen) as watch,
+            within_memory(len(rows), whole.ids.numel()),
+            _watching(watched, seen, whole.ids.numel()) as watch,
             group.bound(batch, shares, watch=watch) as model,
         ):
             logits = label_logits(model, whole).float()

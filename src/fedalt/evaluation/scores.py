@@ -13,7 +13,8 @@ class Scores:
     `loss`: mean over all answer tokens, nats. `accuracy` in [0, 1]: share of examples whose right
     option is the likeliest of its options, counted over those that list their answer.
     `predictions` are generated texts, or the names of a classifier's labels; `losses` means over
-    each example's answer tokens. `weighing` is what a mixer or router did, if that was watched.
+    each example's answer tokens. `weighing` is what a mixer or router did, if that was watched
+    where all tokens are seen.
     """
 
     metrics: dict[str, float]

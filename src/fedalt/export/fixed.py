@@ -67,13 +67,13 @@ def with_fixed_weights(
         )
     losses = Scoring(generate=False)
     (seen,) = score_together(base, [(serving, known)], losses, watch=len(known))
-    assert seen.weighing is not None
-    if unseen := base.adapted.sites.keys() - seen.weighing.weights.keys():
+    weights = {} if seen.weighing is None else seen.weighing.weights
+    if unseen := base.adapted.sites.keys() - weights.keys():
         raise ValueError(
             f"{min(unseen)} does not see all tokens, so the mean weights of its adapters are not "
             "known; --format fedalt writes the mixer too"
         )
-    fixed = _stacked(serving, seen.weighing.weights)
+    fixed = _stacked(serving, weights)
     before, after = (
         score_together(base, [(each, held_out)], losses)[0].metrics["loss"]
         for each in (serving, fixed)

@@ -17,7 +17,7 @@ from fedalt.core.files import cache_folder
 
 SUFFIX: Final = ".gguf"
 _MAGIC: Final = b"GGUF"
-_FORM: Final = 2  # of a converted folder; another one is converted anew
+_FORM: Final = 3  # of a converted folder; another one is converted anew
 
 
 class GGUFError(ValueError):
@@ -39,7 +39,7 @@ def converted(file: Path, say: Callable[[str], None] = lambda _: None) -> Path:
         say(f"converting {file.name} once into {folder}")
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as unfinished:
-            _convert(file, Path(unfinished) / "model")
+            _convert(_apart(file, Path(unfinished)), Path(unfinished) / "model", file)
             try:
                 (Path(unfinished) / "model").rename(folder)
             except OSError:  # another process was faster; it wrote the same
@@ -64,7 +64,18 @@ def _digest(file: Path, size: int, changed: int) -> str:  # noqa: ARG001 - they 
         return hashlib.file_digest(opened, "sha256").hexdigest()[:32]
 
 
-def _convert(file: Path, folder: Path) -> None:
+def _apart(file: Path, folder: Path) -> Path:
+    """The file in a folder of its own: transformers takes what lies beside it for parts of it."""
+    alone = folder / "file" / file.name
+    alone.parent.mkdir()
+    try:
+        alone.symlink_to(file.resolve())
+    except OSError:  # Windows lets not everyone make links
+        shutil.copyfile(file, alone)
+    return alone
+
+
+def _convert(file: Path, folder: Path, named: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
@@ -89,7 +100,7 @@ def _convert(file: Path, folder: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise GGUFError(
-            f"{file}: cannot be made a base model: {lines[0]}; the file is damaged or "
+            f"{named}: cannot be made a base model: {lines[0]}; the file is damaged or "
             "a part of a split model, or its architecture or quantisation is none that "
             "transformers can unpack"
         ) from error

@@ -4,6 +4,12 @@ from pathlib import Path
 
 import pytest
 from commands import call
+from runs_for_tests import settings_for, write_clients
+
+from fedalt.runs.length import set_rounds
+from fedalt.runs.lifecycle import start_run
+from fedalt.runs.settings import SettingsError
+from fedalt.runs.setup import prepare
 
 
 def test_a_run_that_is_not_tested_shows_its_validation_however_it_came_to_its_end(
@@ -17,3 +23,16 @@ def test_a_run_that_is_not_tested_shows_its_validation_however_it_came_to_its_en
         said = capsys.readouterr()
         assert "validation data" in said.out
         assert "no client has" not in said.err
+
+
+def test_a_length_that_a_run_cannot_have_leaves_it_as_it_is(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    data = write_clients(tmp_path / "data", ("a", "b"))
+    stays = {name: {"leaves": 2} for name in "ab"}
+    settings = settings_for(tiny_model_dir, data, rounds={"rounds": 2}, clients=stays)
+    run = start_run(prepare(settings), tmp_path / "run").path
+    before = (run / "settings.toml").read_bytes()
+    with pytest.raises(SettingsError, match="nobody takes part in round 2"):
+        set_rounds(run, 4)
+    assert (run / "settings.toml").read_bytes() == before

@@ -1,4 +1,4 @@
-"""How long a run is: what is shown at its end, and lengths that it cannot have."""
+"""How long a run is: what is shown at its end, lengths and rounds that it cannot have."""
 
 from pathlib import Path
 
@@ -6,8 +6,10 @@ import pytest
 from commands import call
 from runs_for_tests import settings_for, write_clients
 
+from fedalt.runs.folder import StoreError
 from fedalt.runs.length import set_rounds
-from fedalt.runs.lifecycle import start_run
+from fedalt.runs.lifecycle import serving, start_run
+from fedalt.runs.membership import join
 from fedalt.runs.settings import SettingsError
 from fedalt.runs.setup import prepare
 
@@ -36,3 +38,17 @@ def test_a_length_that_a_run_cannot_have_leaves_it_as_it_is(
     with pytest.raises(SettingsError, match="nobody takes part in round 2"):
         set_rounds(run, 4)
     assert (run / "settings.toml").read_bytes() == before
+
+
+def test_a_newcomer_has_no_model_of_a_round_before_it_came(
+    tmp_path: Path, tiny_model_dir: Path
+) -> None:
+    data = write_clients(tmp_path / "data", ("a", "b"))
+    settings = settings_for(tiny_model_dir, data, rounds={"rounds": 2, "select": "last"})
+    prepared = prepare(settings)
+    run = start_run(prepared, tmp_path / "run").path
+    join(run, write_clients(tmp_path / "new", ("c",)))
+    assert serving(prepared.parts, run, "c", "own", 1).tree
+    for column in ("own", "local"):
+        with pytest.raises(StoreError, match="client 'c' has joined after round 0"):
+            serving(prepared.parts, run, "c", column, 0)

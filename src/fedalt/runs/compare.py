@@ -238,7 +238,8 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
         if section in given:
             if not isinstance(given[section], dict):
                 raise SettingsError(f"{place}: [methods.{section}]: expected a section")
-            table[section] = {**common.get(section, {}), **given[section]}
+            if isinstance(shared := common.get(section, {}), dict):  # else it is refused below
+                table[section] = {**shared, **given[section]}
     other = (*_OVERRIDES, "label", "tune")
     method = {key: value for key, value in given.items() if key not in other}
     if "name" not in method:
@@ -248,11 +249,11 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
         raise SettingsError(
             f"{place}: label: expected letters, digits and plain signs, got {label!r}"
         )
-    shared = table.pop("tune", {})
+    tried = table.pop("tune", {})
     whole = {**table, "method": method}
     settings_of(whole, place)  # an error is about what the user has written
     filled, advice = recommended(whole)
-    grid = _grid(shared, given.get("tune", {}), table, method, place)
+    grid = _grid(tried, given.get("tune", {}), table, method, place)
     return Entry(label, settings_of(filled, place), grid, advice, whole)
 
 

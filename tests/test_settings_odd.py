@@ -6,7 +6,7 @@ import pytest
 
 from fedalt.models.base import load_tokenizer
 from fedalt.models.errors import ModelError
-from fedalt.runs.compare import read_comparison
+from fedalt.runs.compare import default_workers, read_comparison
 from fedalt.runs.settings import SettingsError, read_settings
 
 NOBODY = "~nobody-of-this-name/data"
@@ -39,3 +39,10 @@ def test_a_section_of_a_comparison_that_is_none_is_named(tmp_path: Path) -> None
     file.write_text(f'training = 5\n[data]\npath = "."\n{own}')
     with pytest.raises(SettingsError, match=r"\[training\]: expected a section, got 5"):
         read_comparison(file)
+
+
+def test_as_many_runs_go_on_as_a_scheduler_has_left_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 64)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert default_workers([]) == 3

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from commands import call
 
 from fedalt.models.base import load_tokenizer
 from fedalt.models.errors import ModelError
@@ -46,3 +47,12 @@ def test_as_many_runs_go_on_as_a_scheduler_has_left_cores(monkeypatch: pytest.Mo
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {3, 5, 7}, raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert default_workers([]) == 3
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_stream_that_is_closed_ends_no_command(
+    monkeypatch: pytest.MonkeyPatch, finished_run: Path, stream: str
+) -> None:
+    monkeypatch.setattr(f"sys.{stream}", None)
+    assert call("generate", finished_run, "--client", "a", *(["x"] * (stream != "stdin"))) == 0
+    assert call("resume", finished_run) == 0

@@ -300,7 +300,7 @@ def test_methods_with_other_clients_have_cells_but_no_test():
     ("workers", "jobs", "expected"), [(2, 5, [4, 4, 4, 4, 8]), (4, 2, [4, 4]), (2, 2, [4, 4])]
 )
 def test_the_last_runs_share_all_cores(monkeypatch, workers, jobs, expected):
-    monkeypatch.setattr("fedalt.runs.compare.os.cpu_count", lambda: 8)
+    monkeypatch.setattr("fedalt.runs.compare.cores", lambda: 8)
     given = {}
     monkeypatch.setattr(
         "fedalt.runs.compare._run", lambda job, cores, _: given.__setitem__(job, cores)

@@ -1,10 +1,12 @@
 """The command line: `fedalt --help` lists its commands."""
 
+import os
 import signal
 import sys
 import threading
 from collections.abc import Sequence
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -58,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     `--debug`, anywhere, shows the traceback of an error.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # whoever started the command has closed it
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):  # what a terminal cannot show is no reason to end
             stream.reconfigure(errors="backslashreplace")

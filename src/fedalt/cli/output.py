@@ -91,7 +91,7 @@ def show_run(
     path: Path,
     lines: "Sequence[Line] | None" = None,
     *,
-    split: str = "test",
+    split: str | None = None,
     method: str | None = None,
     measured: "Sequence[Measured]" = (),
     as_json: bool = False,
@@ -99,13 +99,16 @@ def show_run(
 ) -> None:
     """Tables of a run's scores and losses, as a drawing or as JSON.
 
-    Lines and method are the run's own where none are given; then it is also said if it has learnt
-    nothing. `measured` by lm-evaluation-harness stands below.
+    Lines, method and split are the run's own where none are given: a run that is not tested shows
+    its validation. Of its own lines it is also said if it has learnt nothing. `measured` by
+    lm-evaluation-harness stands below.
     """
     from fedalt.report.learning import nothing_learnt
     from fedalt.report.table import describe, run_table, to_json
     from fedalt.runs.folder import open_run
+    from fedalt.runs.record import read_length
 
+    split = split or ("test" if read_length(path).test else "validation")
     of_itself = lines is None
     if method is None:
         method = open_run(path).facts().get("method")

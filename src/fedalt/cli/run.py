@@ -49,5 +49,4 @@ def run(
     introduce(prepared, out, advice, quiet=quiet)
     new_run(prepared, out)
     train(prepared, out, report_to=report_to or (), quiet=quiet)
-    split = "test" if settings.rounds.test else "validation"
-    show_run(out, split=split, as_json=as_json, quiet=quiet)
+    show_run(out, as_json=as_json, quiet=quiet)

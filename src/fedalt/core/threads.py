@@ -1,4 +1,4 @@
-"""How long a thread of PyTorch spins while it waits for the others, told before torch is loaded."""
+"""How many cores there are, and how long a thread of PyTorch spins while it waits for others."""
 
 import os
 import sys
@@ -8,6 +8,13 @@ from typing import Final
 # other work the one that is waited for has no core to run on, because the others are spinning.
 _SPINS: Final = "100000"
 _OF_THE_USER: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
+
+
+def cores() -> int:
+    """How many cores this process may use; a scheduler may give it few of a large machine's."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def spin_briefly() -> bool:

@@ -213,7 +213,10 @@ def gguf_file(name: str) -> Path | None:
 
 
 def _named(name: str) -> Path:
-    return _packaged(name) if name in PACKAGED else Path(name).expanduser()
+    try:
+        return _packaged(name) if name in PACKAGED else Path(name).expanduser()
+    except RuntimeError:
+        raise ModelError(f"there is no model {name!r}: no such user's home") from None
 
 
 def _packaged(name: str) -> Path:

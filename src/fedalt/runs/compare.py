@@ -14,6 +14,7 @@ from typing import Any
 
 from fedalt.core.files import atomic_write, make_private_folder, open_private
 from fedalt.core.reading import read_text
+from fedalt.core.threads import cores
 from fedalt.data.folder import DataFolder, open_data
 from fedalt.data.records import Columns
 from fedalt.methods import METHODS
@@ -163,7 +164,7 @@ def run_all(
     running: list[subprocess.Popen[bytes]] = []
 
     def cores_of(at: int) -> int:
-        return max(1, (os.cpu_count() or 1) // (last if at >= len(jobs) - last else workers))
+        return max(1, cores() // (last if at >= len(jobs) - last else workers))
 
     with ThreadPoolExecutor(workers) as pool:
         waiting = {
@@ -200,7 +201,7 @@ def default_workers(jobs: Sequence[Job]) -> int:
 
     wanted = {job.settings.model.device for job in jobs}
     on_gpu = wanted != {"cpu"} and torch.cuda.is_available()
-    return 1 if on_gpu else os.cpu_count() or 1
+    return 1 if on_gpu else cores()
 
 
 def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], None]) -> str | None:
@@ -238,7 +239,8 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
         if section in given:
             if not isinstance(given[section], dict):
                 raise SettingsError(f"{place}: [methods.{section}]: expected a section")
-            table[section] = {**common.get(section, {}), **given[section]}
+            if isinstance(shared := common.get(section, {}), dict):  # else it is refused below
+                table[section] = {**shared, **given[section]}
     other = (*_OVERRIDES, "label", "tune")
     method = {key: value for key, value in given.items() if key not in other}
     if "name" not in method:
@@ -248,11 +250,11 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
         raise SettingsError(
             f"{place}: label: expected letters, digits and plain signs, got {label!r}"
         )
-    shared = table.pop("tune", {})
+    tried = table.pop("tune", {})
     whole = {**table, "method": method}
     settings_of(whole, place)  # an error is about what the user has written
     filled, advice = recommended(whole)
-    grid = _grid(shared, given.get("tune", {}), table, method, place)
+    grid = _grid(tried, given.get("tune", {}), table, method, place)
     return Entry(label, settings_of(filled, place), grid, advice, whole)
 
 

@@ -1,12 +1,14 @@
 """How long a run is, and whether it is at its end; its rounds may change while it stands."""
 
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from fedalt.core.files import atomic_write
 from fedalt.runs.folder import StoreError, locked, open_run
+from fedalt.runs.preflight import require_known
 from fedalt.runs.record import require_clients
-from fedalt.runs.settings import to_toml
+from fedalt.runs.settings import settings_of, to_toml
 from fedalt.runs.setup import settings_of_run
 from fedalt.runs.summary import is_summarised
 
@@ -27,7 +29,8 @@ def set_rounds(path: Path, rounds: int) -> None:
 
     What is done is what a run of that length begins with; if it was tested, it is tested again
     after the new last round. A round that was the last one has been validated, whatever
-    `evaluate_every` says.
+    `evaluate_every` says. Raises SettingsError, and leaves the run as it is, for a length that its
+    other settings exclude.
     """
     folder = open_run(path)
     require_clients(path)
@@ -38,4 +41,7 @@ def set_rounds(path: Path, rounds: int) -> None:
             raise StoreError(f"{path} has {done} rounds already; it cannot end after {rounds}")
         if rounds != settings.rounds.rounds:
             changed = replace(settings, rounds=replace(settings.rounds, rounds=rounds))
-            atomic_write(path / "settings.toml", to_toml(changed).encode())
+            text = to_toml(changed)
+            settings_of(tomllib.loads(text), f"{path} with {rounds} rounds")
+            require_known(changed, [*folder.facts()["clients"]])
+            atomic_write(path / "settings.toml", text.encode())

@@ -187,6 +187,9 @@ def serving(
     with locked(path):
         at = _round(parts.settings, folder.progress(), wanted, round_)
         method, states = arms[wanted].method, folder.states(wanted, at + 1)
+        joined = client_id in folder.facts().get("joined", {})
+        if joined and states.get(f"clients/{client_id}", method.client_state) is None:
+            raise StoreError(f"{path}: client {client_id!r} has joined after round {at}")
         client = client_of(method, parts.start, states, client_id)
         coding = Coding(method, parts.start, parts.settings.traffic)
         message = coding.downlink(states).message(client_id)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedalt.core.declared import SettingsError
 from fedalt.core.settings import BUILT_IN, HUB, PACKAGED
-from fedalt.data.encodings import EncodingError, decoded
+from fedalt.data.encodings import decoded
 
 
 def read_table(file: Path) -> dict[str, Any]:
@@ -37,7 +37,11 @@ def rooted(table: Mapping[str, Any], root: Path) -> dict[str, Any]:
             continue
         if section == "data" and str(value).startswith(HUB):
             continue
-        path = Path(os.path.abspath(root / Path(value).expanduser()))  # noqa: PTH100 - keeps links
+        try:
+            home = Path(value).expanduser()
+        except RuntimeError:
+            raise SettingsError(f"[{section}] {key}: {str(value)!r}: no such user's home") from None
+        path = Path(os.path.abspath(root / home))  # noqa: PTH100 - keeps links
         if section == "data" or path.exists() or str(value).startswith((".", "~")):
             whole[section] = {**whole[section], key: str(path)}
     return whole
@@ -51,5 +55,7 @@ def parsed(file: Path) -> dict[str, Any]:
         raise SettingsError(f"{file}: there is no such settings file") from None
     except OSError as error:
         raise SettingsError(f"{file}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, EncodingError) as error:
+    except RecursionError:
+        raise SettingsError(f"{file}: nested deeper than any settings") from None
+    except ValueError as error:  # of TOML, of its encoding, or of a number of thousands of digits
         raise SettingsError(f"{file}: not valid TOML: {error}") from None

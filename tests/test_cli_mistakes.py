@@ -197,6 +197,20 @@ def test_an_unknown_client_is_answered_with_those_there_are(finished_run, capsys
     assert "has no client 'x', but a, b, c" in capsys.readouterr().err
 
 
+def test_a_simulation_goes_on_with_the_settings_it_has_begun_with_or_says_so(
+    finished_run, tmp_path, capsys
+):
+    text = (finished_run / "settings.toml").read_text()
+    same, other = tmp_path / "same.toml", tmp_path / "other.toml"
+    same.write_text(text)
+    other.write_text(re.sub(r"(?m)^lr = .*$", "lr = 0.5", text))
+    assert call("simulate", same, "--out", finished_run) == 0
+    assert call("simulate", other, "--out", finished_run) == 2
+    complaint = capsys.readouterr().err
+    assert f"{finished_run} was run with other settings: [training] was" in complaint
+    assert "'lr': 0.5" in complaint
+
+
 def test_a_second_process_on_a_run_is_refused(finished_run, capsys):
     with locked(finished_run):
         assert call("resume", finished_run) == 2

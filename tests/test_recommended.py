@@ -7,7 +7,8 @@ from commands import call
 from runs_for_tests import write_clients
 
 from fedalt.methods.lora import Lora
-from fedalt.runs.compare import jobs_of, read_comparison, settings_table
+from fedalt.runs.compare import jobs_of, read_comparison
+from fedalt.runs.kept_settings import settings_table
 from fedalt.runs.settings import (
     DataSettings,
     Settings,

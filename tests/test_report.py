@@ -14,6 +14,7 @@ from runs_for_tests import write_clients
 
 from fedalt.report.cells import collect
 from fedalt.report.compared_figures import gain_map, method_bars, ranked
+from fedalt.report.compared_page import comparison_page, read_results
 from fedalt.report.comparison import write_results
 from fedalt.report.costs import cost_of
 from fedalt.report.page import _vega, render
@@ -432,3 +433,19 @@ def test_every_command_of_the_document_runs(finished_run, clients_dir, tmp_path,
         assert "Learning curves" in Path(file).read_text()
     assert Path("figures/similarity.svg").exists()
     assert "What the loss is on" in Path("data.html").read_text()
+
+
+def test_curves_of_a_comparison_stand_only_where_its_best_method_was_run_here(
+    finished_run, tmp_path
+):
+    labels = ("one", "two")
+    for label in labels:
+        shutil.copytree(finished_run, tmp_path / label / "seed-0")
+    settings = read_settings(finished_run / "settings.toml")
+    entries = [Entry(label, settings) for label in labels]
+    write_results(tmp_path, collect(entries, (0,), jobs_of(entries, (0,), tmp_path)))
+    assert "Learning curves" in render(comparison_page(tmp_path))
+    best, *_ = ranked(read_results(tmp_path).tables()["scores"])
+    (tmp_path / best / "seed-0").rename(tmp_path / "elsewhere")
+    shutil.copy(tmp_path / "elsewhere" / "settings.toml", tmp_path / best / "seed-0.toml")
+    assert "Learning curves" not in render(comparison_page(tmp_path))

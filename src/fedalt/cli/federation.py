@@ -234,10 +234,12 @@ def simulate(
             show_run(out / "run", quiet=quiet)
         case "in_process":
             from fedalt.cli.training import introduce, train
+            from fedalt.runs.kept_settings import require_settings
             from fedalt.runs.lifecycle import new_run, reopen
             from fedalt.runs.setup import prepare
 
-            begun = (out / "run.json").exists()
+            if begun := (out / "run.json").exists():
+                require_settings(out, settings)
             prepared = reopen(out) if begun else prepare(settings)
             introduce(prepared, out, "" if begun else advice, quiet=quiet)
             if not begun:

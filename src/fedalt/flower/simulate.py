@@ -36,6 +36,7 @@ from fedalt.federation.transport import Lost
 from fedalt.flower.message_content import bytes_of, content_of
 from fedalt.flower.processes import QUIET
 from fedalt.runs.folder import StoreError, locked
+from fedalt.runs.kept_settings import require_settings
 from fedalt.runs.settings import Settings, read_settings, to_toml
 from fedalt.runs.setup import Prepared, prepare, trainer_of
 from fedalt.runs.together import require_seen
@@ -59,8 +60,10 @@ def simulate(settings: Settings, folder: Path, say: Say, *, gpus: float = 0.0) -
     os.environ.update(_RAY)
     make_private_folder(folder)
     with locked(folder):
-        terms = _terms(settings, folder)
         settings_file = folder / "settings.toml"
+        if settings_file.exists():
+            require_settings(folder, settings)
+        terms = _terms(settings, folder)
         if not settings_file.exists():
             atomic_write(settings_file, to_toml(settings).encode())
         server, client, failed = ServerApp(), ClientApp(), []

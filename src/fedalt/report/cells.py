@@ -9,8 +9,9 @@ from fedalt.report.costs import cost_of
 from fedalt.report.table import Scored, scores_of
 from fedalt.runs.base_scores import base_rows
 from fedalt.runs.cells import Cell
-from fedalt.runs.compare import Entry, Job, settings_table
+from fedalt.runs.compare import Entry, Job
 from fedalt.runs.folder import open_run
+from fedalt.runs.kept_settings import settings_table
 from fedalt.runs.origin import settings_in
 from fedalt.runs.view import USUAL, View
 

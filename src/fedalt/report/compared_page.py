@@ -239,9 +239,10 @@ def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> l
         ]
         for entry in results.entries
     }
-    if not any(lines.values()):
+    if not lines[best]:
         return []
-    chart = figures.method_curves(figures.curve_rows(lines), best, yardstick)
+    shown = yardstick if yardstick and lines[yardstick] else None
+    chart = figures.method_curves(figures.curve_rows(lines), best, shown)
     caption = "Mean over clients and seeds. Point at a line for its name."
     figure = Figure("training-loss", "Training loss", caption, chart, wide=True)
     return [Section("curves", "Learning curves", [figure])]

@@ -4,11 +4,9 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,8 @@ from fedalt.data.folder import DataFolder, open_data
 from fedalt.data.records import Columns
 from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
-from fedalt.runs.folder import StoreError, open_run
+from fedalt.runs.folder import open_run
+from fedalt.runs.kept_settings import require_settings
 from fedalt.runs.preflight import require_known
 from fedalt.runs.settings import (
     DataSettings,
@@ -114,17 +113,8 @@ def require_same(jobs: Sequence[Job], *, grows: bool = False) -> None:
     """Refuse runs that have other settings; with `grows` their rounds may differ. StoreError."""
     free = [("scoring", "base"), *([("rounds", "rounds")] if grows else [])]  # trains nothing else
     for job in jobs:
-        if not (job.path / "run.json").exists():
-            continue
-        then, now = read_table(job.path / "settings.toml"), settings_table(job.settings)
-        for table, (section, key) in product((then, now), free):
-            table.get(section, {}).pop(key, None)
-        for section in sorted({*then, *now}):
-            if then.get(section) != now.get(section):
-                raise StoreError(
-                    f"{job.path} was run with other settings: [{section}] was "
-                    f"{then.get(section)}, but is {now.get(section)} now; take another --out"
-                )
+        if (job.path / "run.json").exists():
+            require_settings(job.path, job.settings, free)
 
 
 def require_data(jobs: Sequence[Job]) -> None:
@@ -143,11 +133,6 @@ def write_settings(job: Job) -> Path:
     make_private_folder(file.parent)
     atomic_write(file, to_toml(job.settings).encode())
     return file
-
-
-def settings_table(settings: Settings) -> dict[str, Any]:
-    """Settings as the table that their file holds."""
-    return tomllib.loads(to_toml(settings))
 
 
 def run_all(

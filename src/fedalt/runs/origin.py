@@ -22,8 +22,9 @@ from fedalt.data.records import Columns
 from fedalt.methods import METHODS
 from fedalt.models.base import load_base
 from fedalt.runs.cells import Cell, named
-from fedalt.runs.compare import Entry, Job, settings_table
+from fedalt.runs.compare import Entry, Job
 from fedalt.runs.folder import open_run
+from fedalt.runs.kept_settings import settings_table
 from fedalt.runs.rehearsal import difference, rehearse
 from fedalt.runs.settings import Settings, settings_of
 

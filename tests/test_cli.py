@@ -13,13 +13,14 @@ import pytest
 from commands import call
 from rich.console import Console
 from rich.progress import Progress
-from runs_for_tests import adapters_of, write_clients
+from runs_for_tests import adapters_of, settings_for, write_clients
 
 import fedalt
-from fedalt.cli.progress import Bars, RoundLines
+from fedalt.cli.progress import Bars, RoundLines, _trainings
 from fedalt.data import suite
 from fedalt.engine.schedule import Event
 from fedalt.methods import METHODS
+from fedalt.runs.setup import prepare
 
 
 def test_help_and_version_do_without_the_heavy_libraries():
@@ -285,6 +286,13 @@ def test_the_bars_follow_the_clients_of_a_round():
     assert drawn.tasks[0].description == "round 2/2"
     assert (drawn.tasks[1].completed, drawn.tasks[1].total) == (3, 8)
     assert drawn.tasks[1].description == "training own, a, loss 1.250"
+
+
+def test_the_bar_counts_only_clients_that_take_part(tiny_model_dir, clients_dir):
+    stays = {"b": {"joins": 2}, "c": {"leaves": 1}}
+    prepared = prepare(settings_for(tiny_model_dir, clients_dir, clients=stays))
+    arms = len(prepared.parts.arms)
+    assert [_trainings(prepared, done) for done in range(4)] == [0, 2 * arms, 3 * arms, 5 * arms]
 
 
 def test_a_round_is_told_in_one_line_with_its_means_and_the_time_left():

@@ -19,6 +19,7 @@ from rich.table import Column
 
 from fedalt.cli.output import console, note
 from fedalt.core.foreign import shown
+from fedalt.engine.members import Members
 from fedalt.engine.schedule import Event, Line
 from fedalt.report.live_drawing import shown_time
 from fedalt.runs.observer import NullObserver, Observer
@@ -137,8 +138,8 @@ def watching(prepared: Prepared, *, done: int = 0, quiet: bool = False) -> Itera
         rounds = prepared.parts.settings.rounds.rounds
         if not quiet and sys.stderr.isatty() and console(stderr=True).width >= _ROOM:
             bars = open_.enter_context(_bars())
-            total = _clients_to_train(prepared)
-            at = bars.add_task("begins", total=total, completed=done * total // rounds)
+            total, trained = _trainings(prepared, rounds), _trainings(prepared, done)
+            at = bars.add_task("begins", total=total, completed=trained)
             observers.append(Bars(bars, at, bars.add_task("", total=None), rounds))
             observers.append(RoundLines(rounds, bars.console.print))
         elif not quiet:
@@ -157,8 +158,9 @@ def _bars() -> Progress:
     )
 
 
-def _clients_to_train(prepared: Prepared) -> int:
-    """Trainings of a client in the whole run: cohorts times arms."""
-    settings, clients = prepared.parts.settings, prepared.task.clients
-    cohort = settings.rounds.cohort(clients, 0, settings.seed)
-    return settings.rounds.rounds * len(cohort) * len(prepared.parts.arms)
+def _trainings(prepared: Prepared, rounds: int) -> int:
+    """Trainings of a client in so many rounds from the first on: cohorts times arms."""
+    settings = prepared.parts.settings
+    members = Members(prepared.task.clients, settings.clients)
+    cohorts = [settings.rounds.cohort(members.at(at), at, settings.seed) for at in range(rounds)]
+    return sum(map(len, cohorts)) * len(prepared.parts.arms)

@@ -6,7 +6,6 @@ not the library's version, not the precision it is kept in, as long as no number
 
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -14,6 +13,8 @@ from typing import Any, Final
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from fedalt.core.threads import cores
 
 _CHUNK: Final = 2**20  # numbers widened at a time
 _THREADS: Final = 4
@@ -155,7 +156,7 @@ def _weights(model: PreTrainedModel, without: frozenset[str]) -> dict[str, str]:
             place = tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
             once.setdefault(place if tensor.numel() else (name,), (name, tensor))
     named = [(name, tensor) for name, tensor in once.values() if not _is_packed_facts(name)]
-    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as threads:
+    with ThreadPoolExecutor(min(_THREADS, cores())) as threads:
         return dict(
             zip(
                 [name for name, _ in named],

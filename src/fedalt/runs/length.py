@@ -1,11 +1,11 @@
 """How long a run is, and whether it is at its end; its rounds may change while it stands."""
 
-import tomllib
 from dataclasses import replace
 from pathlib import Path
 
 from fedalt.core.files import atomic_write
 from fedalt.runs.folder import StoreError, locked, open_run
+from fedalt.runs.kept_settings import settings_table
 from fedalt.runs.preflight import require_known
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import settings_of, to_toml
@@ -41,7 +41,6 @@ def set_rounds(path: Path, rounds: int) -> None:
             raise StoreError(f"{path} has {done} rounds already; it cannot end after {rounds}")
         if rounds != settings.rounds.rounds:
             changed = replace(settings, rounds=replace(settings.rounds, rounds=rounds))
-            text = to_toml(changed)
-            settings_of(tomllib.loads(text), f"{path} with {rounds} rounds")
+            settings_of(settings_table(changed), f"{path} with {rounds} rounds")
             require_known(changed, [*folder.facts()["clients"]])
-            atomic_write(path / "settings.toml", text.encode())
+            atomic_write(path / "settings.toml", to_toml(changed).encode())

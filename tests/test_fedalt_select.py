@@ -87,6 +87,23 @@ def test_closeness_by_hand(similar, expected):
     assert closeness(similar, tau=0.2, width=0.2) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("similar", "kin"),
+    [
+        ({"c": 0.5, "a": 0.9, "b": 0.8, "d": 0.45}, "ab"),  # 0.5 does the same form, not the task
+        ({"a": 0.9, "b": 0.72, "c": 0.55, "d": 0.4}, "abcd"),  # no gap is large
+        ({"a": 0.5, "b": 0.45, "c": 0.2}, "ab"),  # tau ends it before any gap
+        ({"a": 0.25}, ""),
+    ],
+)
+def test_kin_end_before_the_first_large_gap(similar, kin):
+    near = closeness(similar, tau=0.3, width=0.3, gap=0.2)
+    assert sorted(near) == sorted(kin)
+    assert list(near) == [other for other in similar if other in near]
+    whole = closeness(similar, tau=0.3, width=0.3)
+    assert near == {other: whole[other] for other in near}
+
+
 def test_the_sum_of_products_is_exact_as_long_as_the_rank_holds_it():
     adapters = {
         "a": pair([[1.0], [0.0], [2.0]], [[1.0, 0.0, 1.0, 0.0]]),
@@ -237,7 +254,7 @@ def test_what_is_sent_is_an_adapter_up_and_one_down_or_nothing():
     assert 0 < later.upload_bytes - 4 * P < 4000
 
 
-@pytest.mark.parametrize("wrong", [{"tau": 1.0}, {"width": 0.0}, {"alone": 0}])
+@pytest.mark.parametrize("wrong", [{"tau": 1.0}, {"width": 0.0}, {"alone": 0}, {"gap": 0.0}])
 def test_impossible_settings_are_refused(wrong):
     ((name, value),) = wrong.items()
     with pytest.raises(ValueError, match=f"{name}={value}, but it "):

@@ -64,15 +64,17 @@ class FedALTSelect:
     `tau` in [-1, 1) is the similarity from which on clients hear each other, tau + `width` that
     from which on they count as much as the client itself. `alone` >= 1 rounds are plain LoRA.
 
-    Two choices to compare with: `mean` of "factors" in the place of products, and a rest of world
-    that stands `beside` the adapter, frozen and of full strength (of the closest of its kin), in
-    the place of one that is folded into it.
+    With a `gap` in (0, 2], a client's kin end before the first that is so much less alike than
+    the one before it, from the closest on. Two choices to compare with: `mean` of "factors" in
+    the place of products, and a rest of world that stands `beside` the adapter, frozen and of full
+    strength (of the closest of its kin), in the place of one that is folded into it.
     """
 
     lora: Lora = Lora()
     tau: float = 0.3
     width: float = 0.3
     alone: int = 2
+    gap: float | None = None
     mean: Literal["products", "factors"] = "products"
     beside: bool = False
 
@@ -82,7 +84,7 @@ class FedALTSelect:
     without = kept_in_averages  # what was folded in has become part of others' adapters
 
     def __post_init__(self) -> None:
-        check(self, tau="[-1, 1)", width="(0, inf)", alone="[1, inf)")
+        check(self, tau="[-1, 1)", width="(0, inf)", alone="[1, inf)", gap="(0, 2]")
 
     def init_server(self, start: Start) -> Server:
         """Nobody has been heard yet."""
@@ -116,7 +118,7 @@ class FedALTSelect:
         heard = {client: latest[client].tree for client in uploads if uploads[client] >= self.alone}
         sent: dict[str, Tree] = {}
         for client, similar in similarities(heard).items():
-            if kin := closeness(similar, tau=self.tau, width=self.width):
+            if kin := closeness(similar, tau=self.tau, width=self.width, gap=self.gap):
                 sent[client] = self._mean(heard, kin if self.beside else {client: 1.0, **kin})
         return Server(latest, uploads, sent)
 

@@ -1,6 +1,7 @@
 """Whom a client should hear: how alike clients' products are, weights, and sums of products."""
 
 from collections.abc import Mapping
+from math import inf
 
 import torch
 from torch.nn.functional import pad
@@ -25,9 +26,23 @@ def similarities(adapters: Mapping[str, Tree]) -> dict[str, dict[str, float]]:
     }
 
 
-def closeness(similar: Mapping[str, float], *, tau: float, width: float) -> dict[str, float]:
-    """(s - tau) / width of each other one with a similarity s above tau, at most 1."""
-    return {other: min((s - tau) / width, 1.0) for other, s in similar.items() if s > tau}
+def closeness(
+    similar: Mapping[str, float], *, tau: float, width: float, gap: float | None = None
+) -> dict[str, float]:
+    """(s - tau) / width of each other one with a similarity s above tau, at most 1.
+
+    With a `gap`, only of those before the first one that is so much less alike than the one
+    before it, from the closest on: whoever does another task in the same form is above any fixed
+    tau where all answer in one form.
+    """
+    near: dict[str, float] = {}
+    last = -inf
+    for other, s in sorted(similar.items(), key=lambda item: -item[1]):
+        if s <= tau or (gap is not None and last - s >= gap):
+            break
+        near[other] = min((s - tau) / width, 1.0)
+        last = s
+    return {other: near[other] for other in similar if other in near}
 
 
 def sum_of_products(

@@ -20,13 +20,13 @@ PLAN: Mapping[int, tuple[str, str]] = {
     3: ("huge", "the upload's norm is"),
     5: ("shape", "the upload has"),
     7: ("identity", "it is from client 'a', but 'd' was called"),
-    9: ("yesterday", "it is of round 0, but round 9 was asked for"),
+    9: ("yesterday", "it is of round 1, but round 10 was asked for"),
     11: ("truncated", "it cannot be read"),
     13: ("gigantic", "the upload has"),
     15: ("flood", ""),  # the gateway does not take it; then it sends its own
     16: ("no loss", "the score of column 'own' has no 'loss'"),
     17: ("tempting loss", "the score of column 'own': loss is -1000000.0"),
-    18: ("round to come", "the score of column 'own' is of round 999999"),
+    18: ("round to come", "the score of column 'own' is of round 1000000"),
     19: ("no costs", "the cost of column 'local' is missing"),
 }
 GIGANTIC = 20 * 2**20  # bytes, more than the drill's server allows

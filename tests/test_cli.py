@@ -154,7 +154,7 @@ def test_evaluate_finds_the_run_s_own_scores_and_writes_nothing(finished_run, ca
     told = json.loads(capsys.readouterr().out)
     assert call("evaluate", finished_run, "--json") == 0
     assert json.loads(capsys.readouterr().out) == told
-    assert call("evaluate", finished_run, "--split", "validation", "--round", 0, "--json") == 0
+    assert call("evaluate", finished_run, "--split", "validation", "--round", 1, "--json") == 0
     other = json.loads(capsys.readouterr().out)
     assert other["split"] == "validation"
     assert other["losses"] != told["losses"]
@@ -163,7 +163,7 @@ def test_evaluate_finds_the_run_s_own_scores_and_writes_nothing(finished_run, ca
 
 def test_evaluate_refuses_a_round_whose_states_are_gone(finished_run, capsys):
     assert call("evaluate", finished_run, "--round", 7) == 2
-    assert "round 7 is not kept; the rounds kept for 'own' are 0, 1" in capsys.readouterr().err
+    assert "round 7 is not kept; the rounds kept for 'own' are 1, 2" in capsys.readouterr().err
 
 
 def test_generate_answers_a_prompt_and_every_line_of_stdin(finished_run, capsys, monkeypatch):

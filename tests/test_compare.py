@@ -179,7 +179,7 @@ def test_a_run_that_fails_is_named_and_the_others_end(place, capsys):
     file.write_text(FILE.replace("seeds = [0, 1]", "seeds = [0]").replace("3e-2", "1e30"))
     assert call("compare", file, "--out", place / "failing") == 1
     said = capsys.readouterr()
-    assert "FFA-LoRA, faster, seed 0: error: client 'a', round 0: the loss became" in said.err
+    assert "FFA-LoRA, faster, seed 0: error: client 'a', round 1: the loss became" in said.err
     assert "fedalt" in said.out
 
 

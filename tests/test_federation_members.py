@@ -99,8 +99,8 @@ def test_status_tells_who_was_added_and_removed_and_the_version(
     assert "its last upload is subtracted" in said("remove", made.config, "c")
     shown = said("status", "--config", made.config)
     assert "members: version 3, after adding d and removing b, c" in shown
-    assert "d: absent, takes part from round 0 on" in shown
-    assert "b: left in round 1" in shown
+    assert "d: absent, takes part from round 1 on" in shown
+    assert "b: left in round 2" in shown
     assert "c: leaves in the next round" in shown
 
 

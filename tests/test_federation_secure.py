@@ -418,7 +418,7 @@ def test_a_server_cannot_put_its_own_key_in_a_peers_place(tmp_path: Path, model:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"round": 1}, "it has not trained for the sum of round 1"),
+        ({"round": 1}, "it has not trained for the sum of round 2"),
         ({"client": "b"}, "the call is for client 'b'"),
         ({"federation": "others"}, "the call is for federation 'others'"),
         ({"terms": "0"}, "the call is for terms '0'"),

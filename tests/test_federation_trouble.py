@@ -63,7 +63,7 @@ def test_a_round_goes_on_without_a_client_that_cannot(machines: Machines) -> Non
     config = config_of(machines)
     server_from(config, Wire(members(machines), {(1, "c")})).to_the_end()
     assert trained(machines) == EVERY - {(1, "c")}
-    assert "round 1: c: left out" in (config.place.logs / "server.log").read_text()
+    assert "round 2: c: left out" in (config.place.logs / "server.log").read_text()
 
 
 @dataclass
@@ -147,7 +147,7 @@ def test_a_full_disk_is_an_answer_and_the_next_round_goes_on(
     server_from(config, Wire(members(machines))).to_the_end()
     assert trained(machines) == EVERY - {(0, "c")}
     said = (config.place.logs / "server.log").read_text()
-    assert "round 0: c: client 'c': No space left on device: answer.bin\n" in said
+    assert "round 1: c: client 'c': No space left on device: answer.bin\n" in said
     assert str(machines.root / "clients") not in said
 
 

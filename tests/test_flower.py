@@ -49,7 +49,7 @@ def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
     for each in everyone:
         machines.start(each)
 
-    machines.wait_for(lambda: "round 0:" in machines.said("server"), "round 0")
+    machines.wait_for(lambda: "round 1:" in machines.said("server"), "round 1")
     kill(machines.fleet_client("a"))  # Flower keeps its client out for a minute
     machines.wait_for(lambda: machines.answered(0) == ["b", "c"], "the answers of b and c")
     kill(machines.app())

@@ -296,7 +296,7 @@ def test_what_a_client_says_reaches_log_and_status_clean(
     log = (made.root / "server" / "state" / "logs" / "server.log").read_text()
     assert all(line.isprintable() and len(line) < 1100 for line in log.split("\n"))
     assert not any(line.startswith("12:00") for line in log.split("\n"))
-    assert "round 0: a: " in log
+    assert "round 1: a: " in log
     config = read_server_config(made.root / "server" / "federation.toml")
     seen = status(config.place, config.terms)
     assert all(line.isprintable() for line in seen.split("\n"))

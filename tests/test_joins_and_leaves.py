@@ -94,7 +94,7 @@ def test_settings_with_members_are_read_again_as_they_were_written(
     ("clients", "said"),
     [
         ({"x": {"joins": 1}}, r"\[clients.x\]: there is no such client, but a, b, c"),
-        ({name: {"joins": 1} for name in "abc"}, "nobody takes part in round 0"),
+        ({name: {"joins": 1} for name in "abc"}, "nobody takes part in round 1"),
         ({"a": {"joins": 3, "leaves": 2}}, r"\[clients.a\]: joins = 3 and leaves = 2"),
         ({"a": {"join": 3}}, r"\[clients.a\]: unknown key 'join'"),
         ({"a": {"joins": -1}}, r"\[clients.a\]: joins=-1, but it cannot be negative"),

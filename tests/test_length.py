@@ -35,7 +35,7 @@ def test_a_length_that_a_run_cannot_have_leaves_it_as_it_is(
     settings = settings_for(tiny_model_dir, data, rounds={"rounds": 2}, clients=stays)
     run = start_run(prepare(settings), tmp_path / "run").path
     before = (run / "settings.toml").read_bytes()
-    with pytest.raises(SettingsError, match="nobody takes part in round 2"):
+    with pytest.raises(SettingsError, match="nobody takes part in round 3"):
         set_rounds(run, 4)
     assert (run / "settings.toml").read_bytes() == before
 
@@ -50,5 +50,5 @@ def test_a_newcomer_has_no_model_of_a_round_before_it_came(
     join(run, write_clients(tmp_path / "new", ("c",)))
     assert serving(prepared.parts, run, "c", "own", 1).tree
     for column in ("own", "local"):
-        with pytest.raises(StoreError, match="client 'c' has joined after round 0"):
+        with pytest.raises(StoreError, match="client 'c' has joined after round 1"):
             serving(prepared.parts, run, "c", column, 0)

@@ -144,7 +144,7 @@ def test_a_federation_that_was_killed_once_ends_without_its_last_private_round(t
     assert spent[1] == pytest.approx(8.0, rel=0.01)
     assert [line["cohort"] for line in rounds_of(tmp_path / "server")] == [3, 3, 0]
     assert spent[2] is None
-    assert any(line.startswith("round 2: nobody trains: the next round would") for line in told)
+    assert any(line.startswith("round 3: nobody trains: the next round would") for line in told)
     lines = open_run(tmp_path / "server").lines()
     assert {line["round"] for line in lines if line.get("split") == "test"} == {2, -1}
     (sentence,) = (each for each in describe(lines) if "priv" in each)

@@ -139,7 +139,7 @@ def test_training_that_fails_in_another_process_is_told_with_its_client(places, 
     data = write_clients(tmp_path / "data", ["a"], count=4)  # one step, which does no harm yet
     write_clients(data, ["b"])
     prepared = run_of((places[0], data), processes=2, lr=1e30)
-    other = "^in a worker process: client 'b', round 0: the loss became nan"
+    other = "^in a worker process: client 'b', round 1: the loss became nan"
     with pytest.raises(TrainingError, match=other):
         start_run(prepared, tmp_path / "run")
 

@@ -204,14 +204,14 @@ def test_the_mixers_means_are_those_of_their_lines(run):
         ],
     )
     mixer = mixer_record(read_record(run))
-    assert mixer.round == 1
+    assert mixer.round == 2  # as people count
     assert {(row["round"], row["layer"]): row["weight"] for row in mixer.layers} == {
-        (0, "0"): 0.5,
-        (0, "1"): 0.5,
-        (1, "0"): 0.3,
-        (1, "1"): 0.8,
+        (1, "0"): 0.5,
+        (1, "1"): 0.5,
+        (2, "0"): 0.3,
+        (2, "1"): 0.8,
     }
-    last = {row["client"]: row["weight"] for row in mixer.clients if row["round"] == 1}
+    last = {row["client"]: row["weight"] for row in mixer.clients if row["round"] == 2}
     assert last == {"a": 0.4, "b": 0.7}
     assert [row["share"] for row in mixer.tokens if row["client"] == "b"].count(0.5) == 2
     assert site_parts("transformer.h.11.attn.c_attn") == ("11", "c_attn")
@@ -281,7 +281,7 @@ def test_a_round_that_was_begun_twice_is_shown_once(run):
         file.writelines(json.dumps({**line, "round": 2}) + "\n" for line in half)
     rows = loss_rows(read_record(run), "train")
     assert len(rows) == len({(row["round"], row["client"], row["column"]) for row in rows}) == 12
-    assert {row["round"] for row in rows} == {0, 1}
+    assert {row["round"] for row in rows} == {1, 2}
 
 
 def test_clients_that_ask_alike_are_alike(run):

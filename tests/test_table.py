@@ -176,7 +176,7 @@ def test_sentences_tell_the_rounds_and_what_a_round_sends():
     train = {"kind": "train", "column": "own", "upload_bytes": 2500, "download_bytes": 0}
     said = describe([*LINES, train, {**train, "upload_bytes": 1500}])
     assert said == [
-        "scored on test data: own after round 4, shared after round 4, local after round 3",
+        "scored on test data: own after round 5, shared after round 5, local after round 4",
         "a client uploads 2.0 kB and downloads 0 bytes per round (mean)",
     ]
 

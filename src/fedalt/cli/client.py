@@ -22,7 +22,13 @@ Model = Annotated[
 ]
 Round = Annotated[
     int | None,
-    typer.Option("--round", help="Use the model after this round instead of the tested one."),
+    typer.Option(
+        "--round",
+        metavar="N",
+        min=1,
+        callback=lambda count: None if count is None else count - 1,  # states count from 0
+        help="Use the model after the Nth round instead of the tested one.",
+    ),
 ]
 AsColumn = Annotated[
     Literal["own", "shared", "local"],

@@ -167,11 +167,12 @@ class Schedule:
 
 @declared
 class Stay:
-    """From when until when one client takes part; rounds are counted from 0."""
+    """From when until when one client takes part, in rounds that are over."""
 
-    joins: Annotated[int, setting("First round of the client.", flag=None, ge=0)] = 0
+    joins: Annotated[int, setting("The client joins after so many rounds.", flag=None, ge=0)] = 0
     leaves: Annotated[
-        int | None, setting("First round without the client, after `joins`.", flag=None, ge=1)
+        int | None,
+        setting("The client leaves after so many rounds, more than `joins`.", flag=None, ge=1),
     ] = None
 
     def __post_init__(self) -> None:

@@ -213,9 +213,9 @@ def _require_finite(
     for column, of_column in metrics.items():
         if not isfinite(of_column["loss"]):
             raise TrainingError(
-                f"client {client_id!r}, round {round_}: the {split} loss of column {column!r} is "
-                f"{of_column['loss']}, not a finite number; its model has diverged, so try a lower "
-                "learning rate or alpha"
+                f"client {client_id!r}, round {round_ + 1}: the {split} loss of column {column!r} "
+                f"is {of_column['loss']}, not a finite number; its model has diverged, so try a "
+                "lower learning rate or alpha"
             )
 
 

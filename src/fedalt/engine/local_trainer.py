@@ -16,6 +16,7 @@ from fedalt.data.examples import Example, Split
 from fedalt.data.task import Task
 from fedalt.engine.generators import Execute, Given
 from fedalt.engine.privacy import Protection
+from fedalt.engine.schedule import moment
 from fedalt.engine.states import States
 from fedalt.evaluation import Scores, Scoring, embed, in_groups, score, score_together
 from fedalt.methods.contract import Serving
@@ -46,7 +47,7 @@ def _named(clients: Sequence[str], when: int | str) -> Iterator[None]:
     except TrainingError as error:
         known = clients if error.which is None else [clients[error.which]]
         who = f"client{'s' if len(known) > 1 else ''} {', '.join(map(repr, known))}"
-        raise TrainingError(f"{who}, round {when}: {error}") from error
+        raise TrainingError(f"{who}, {moment(when)}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from fedalt.core.upload_settings import Privacy as Privacy
 from fedalt.engine.adaptive_clip import AdaptiveClip
 from fedalt.engine.dry_run import play
 from fedalt.engine.privacy_checks import Fits
+from fedalt.engine.schedule import moment
 from fedalt.engine.states import States
 from fedalt.methods.contract import AnyMethod, Local, Message
 from fedalt.training.clipping import Clipping
@@ -72,7 +73,7 @@ class Protection:
             return None
         if not (self.fits and self.fits.count_in(number, fit)):
             raise PrivacyError(
-                f"client {client_id!r}, round {when}: the method orders more training than has "
+                f"client {client_id!r}, {moment(when)}: the method orders more training than has "
                 "been counted for the privacy of its examples"
             )
         randomness = Randomness(self.privacy.seed, client_id, when, number)

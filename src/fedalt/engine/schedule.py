@@ -18,6 +18,17 @@ Line = Mapping[str, object]
 UNTRAINED: Final = -1  # the round of a score before any training
 
 
+def moment(when: int | str) -> str:
+    """When something trains, as people count: in a round, from 1, or once a round is over.
+
+    `when` is the round from 0, or a word and the round that it comes after, as in "deploy 3".
+    """
+    if isinstance(when, int):
+        return f"round {when + 1}"
+    what, _, after = when.partition(" ")
+    return f"{what} after round {int(after) + 1}"
+
+
 @dataclass(frozen=True)
 class Arm:
     """One method of a run: the one asked for ("own"), or the local-only baseline ("local").

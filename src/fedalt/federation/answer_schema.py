@@ -161,11 +161,13 @@ def check_answer(answer: Answer, asked: Asked, agreement: Agreement) -> None:
         _check_error(answer, asked)
         return
     if answer.round != asked.round:
-        raise Refused(f"it is of round {answer.round}, but round {asked.round} was asked for")
+        raise Refused(
+            f"it is of round {answer.round + 1}, but round {asked.round + 1} was asked for"
+        )
     if answer.call != asked.digest:
-        raise Refused(f"it answers another call than the one of round {asked.round}")
+        raise Refused(f"it answers another call than the one of round {asked.round + 1}")
     if answer.accepted != asked.accepted:
-        raise Refused(f"it goes on from round {answer.accepted}, which is not the last counted")
+        raise Refused(f"it goes on from round {answer.accepted + 1}, which is not the last counted")
     secure = agreement.settings.privacy.secure_sum
     _check_sent("upload", answer.upload is not None, wanted=bool(asked.trains) and not secure)
     _check_sent("key", answer.keys is not None, wanted=bool(asked.trains) and secure)
@@ -209,9 +211,9 @@ def _check_error(answer: Answer, asked: Asked) -> None:
         ("last counted round", answer.accepted, asked.accepted),
     ):
         if theirs not in (ours, NEVER):  # a client that could not read the call knows neither
-            raise Refused(f"it has an error about {what} {theirs}, expected {ours}")
+            raise Refused(f"it has an error about {what} {theirs + 1}, expected {ours + 1}")
     if answer.call != asked.digest:
-        raise Refused(f"it has an error about another call than the one of round {asked.round}")
+        raise Refused(f"it has an error about another call than the one of round {asked.round + 1}")
 
 
 def _check_columns(given: Collection[str], expected: Collection[str], what: str) -> None:
@@ -249,5 +251,7 @@ def _check_score(score: Score, asked: Asked, metrics: Metrics) -> None:
     if score.split != asked.split:
         raise Refused(f"{what} is of the {score.split} data, expected {asked.split}")
     if score.round != asked.scores[score.column]:
-        raise Refused(f"{what} is of round {score.round}, expected {asked.scores[score.column]}")
+        raise Refused(
+            f"{what} is of round {score.round + 1}, expected {asked.scores[score.column] + 1}"
+        )
     metrics.require(score.metrics, what)

@@ -75,24 +75,30 @@ def _problems(
     """What is wrong with a call, in the words of whoever reads it."""
     end, round_ = schedule.rounds, call.round
     if not 0 <= round_ <= end + _ENDED:
-        yield f"round {round_}, but the terms are about {end} rounds"
+        yield f"round {round_ + 1}, but the terms are about {end} rounds"
     if round_ < since:
-        yield f"round {round_}, but round {since} was answered already, and rounds only go forward"
+        yield (
+            f"round {round_ + 1}, but round {since + 1} was answered already, and rounds only go "
+            "forward"
+        )
     if not NEVER <= call.accepted < min(round_, end):
-        yield f"round {call.accepted} cannot have counted before round {round_}"
+        yield f"round {call.accepted + 1} cannot have counted before round {round_ + 1}"
     if call.train and round_ >= end:
-        yield f"training in round {round_}, but the last one is {end - 1}"
+        yield f"training in round {round_ + 1}, but the last one is {end}"
     if not (call.train or call.score or call.last):
         yield "there is nothing to do"
     if call.last and (call.train or call.score or round_ != end + _ENDED):
         yield "it says that nothing comes after it, but it is no farewell"
     if round_ == end + _ENDED and not call.last:
-        yield f"round {round_}, in which there is nothing but a farewell"
+        yield f"round {round_ + 1}, in which there is nothing but a farewell"
     yield from _columns("keep", call.keep, columns)
     yield from _columns("score", call.score, columns)
     for column, kept in call.keep.items():
         if not 0 <= kept < min(round_, end):
-            yield f"to keep round {kept} of column {column!r}, which is not over in round {round_}"
+            yield (
+                f"to keep round {kept + 1} of column {column!r}, which is not over in round "
+                f"{round_ + 1}"
+            )
     if call.split == "test":
         yield from _test_problems(call, schedule)
     else:
@@ -117,22 +123,26 @@ def _test_problems(call: Call, schedule: Schedule) -> Iterable[str]:
     if not schedule.test:
         yield "to score test data, which the terms leave alone"
     if call.train or call.last or call.round != end + _TESTED:
-        yield f"to score test data in round {call.round}, but that is done after the last one"
+        yield f"to score test data in round {call.round + 1}, but that is done after the last one"
     for column, round_ in call.score.items():
         best = call.keep.get(column, end - 1) if schedule.select == "best" else end - 1
         if round_ != best:
-            yield f"to test round {round_} of column {column!r}, but the chosen one is {best}"
+            yield (
+                f"to test round {round_ + 1} of column {column!r}, but the chosen one is {best + 1}"
+            )
 
 
 def _validation_problems(call: Call, schedule: Schedule) -> Iterable[str]:
     end = schedule.rounds
     if call.score and call.round > end + _SCORED:
-        yield f"to score validation data in round {call.round}, after the last one"
+        yield f"to score validation data in round {call.round + 1}, after the last one"
     if call.score and call.round < end and call.round % schedule.evaluate_every:
-        yield f"to score in round {call.round}, but that is done every {schedule.evaluate_every}"
+        yield (
+            f"to score in round {call.round + 1}, but that is done every {schedule.evaluate_every}"
+        )
     for column, round_ in call.score.items():
         if round_ != call.round - 1 or round_ < 0:
-            yield f"to score round {round_} of column {column!r} in round {call.round}"
+            yield f"to score round {round_ + 1} of column {column!r} in round {call.round + 1}"
 
 
 def lasts(error: Exception) -> bool:

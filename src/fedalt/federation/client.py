@@ -186,10 +186,10 @@ class Client:
         known = self.accepted.round
         if call.accepted < known:
             raise CallRefused(
-                f"client {self.client_id!r}: the server says that round {call.accepted} was the "
-                f"last to count, but it said {known} before; nothing was changed. It was set back "
-                "to an older state, or this is an old message. Where its operator has restored a "
-                "backup, `fedalt client --go-back` follows it"
+                f"client {self.client_id!r}: the server says that round {call.accepted + 1} was "
+                f"the last to count, but it said {known + 1} before; nothing was changed. It was "
+                "set back to an older state, or this is an old message. Where its operator has "
+                "restored a backup, `fedalt client --go-back` follows it"
             )
         mine = self.accepted.kept.newest(self.folder / "clients" / self.client_id, call.accepted)
         is_there = mine is not None and int(mine.stem) == call.accepted

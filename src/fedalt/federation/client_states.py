@@ -122,7 +122,8 @@ def round_to_serve(folder: Path, column: str, wanted: int | None) -> int:
     at = chosen if wanted is None else wanted
     if column != "local" and at not in kept:
         raise StoreError(
-            f"{folder}: round {at} is not kept; the rounds kept are {', '.join(map(str, kept))}"
+            f"{folder}: round {at + 1} is not kept; the rounds kept are "
+            + ", ".join(str(known + 1) for known in kept)
         )
     return at
 
@@ -132,7 +133,7 @@ def broadcast_after(folder: Path, round_: int) -> Message:
     try:
         return read(Message, folder / BROADCAST / f"{round_:04d}.safetensors")
     except (CodecError, OSError) as error:
-        raise StoreError(f"what the server sent after round {round_}: {error}") from error
+        raise StoreError(f"what the server sent after round {round_ + 1}: {error}") from error
 
 
 def _chosen(folder: Path) -> Mapping[str, int]:

@@ -31,11 +31,11 @@ def go_back(accepted: Accepted, client_id: str, round_: int) -> str:
     """
     there, before = _rounds_of(accepted, client_id), accepted.round
     if round_ != NEVER and round_ not in there:
+        states = ", ".join(str(at + 1) for at in there) or "no round"
         raise CallRefused(
-            f"client {client_id!r}: the server goes back to round {round_}, but this client has "
-            f"the states of {', '.join(map(str, there)) or 'no round'}; nothing was changed. "
-            "Restore its folder from a backup of that time, or let the server's operator restore a "
-            "newer one or take the client out"
+            f"client {client_id!r}: the server goes back to round {round_ + 1}, but this client "
+            f"has the states of {states}; nothing was changed. Restore its folder from a backup of "
+            "that time, or let the server's operator restore a newer one or take the client out"
         )
     digests = accepted.kept.digests
     newer = [file for file, _ in digests.files() if int(file.stem) > round_]

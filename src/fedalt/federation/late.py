@@ -14,7 +14,7 @@ def require_counting(asked: Asked, call: Call | None, rules: Rules) -> None:
 
     `call` is None for a client that is not called in this round.
     """
-    over = f"its answer to the call of round {asked.round} came after that round had ended"
+    over = f"its answer to the call of round {asked.round + 1} came after that round had ended"
     if rules.late == "drop":
         raise Late(f"{over}; it is dropped")
     if call is None or not call.train or not asked.trains:

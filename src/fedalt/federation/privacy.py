@@ -32,7 +32,7 @@ def begin_private(
     try:
         spent = budget.begin(cohort)
     except PrivacyError as error:
-        say(f"round {round_}: nobody trains: {error}")
+        say(f"round {round_ + 1}: nobody trains: {error}")
         return (), {}, None
     return cohort, spent, budget.release(settings.method, folder.states("own", round_), round_)
 

@@ -94,7 +94,7 @@ def _changes(
     for name in roster.added:
         if name not in clients and name not in roster.removed:
             clients[name], stays[name] = {}, {"joins": round_}
-            say(f"round {round_}: {name} takes part from now on")
+            say(f"round {round_ + 1}: {name} takes part from now on")
     for name in roster.removed:
         if name not in clients or name in left:
             continue
@@ -104,7 +104,7 @@ def _changes(
             stays.pop(name, None)
             continue
         stays[name] = {**stays.get(name, {}), "leaves": round_}
-        say(f"round {round_}: {name} has left; {what_stays(agreement)}")
+        say(f"round {round_ + 1}: {name} has left; {what_stays(agreement)}")
     now: dict[str, object] = {
         "clients": clients,
         "stays": stays,

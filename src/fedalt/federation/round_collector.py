@@ -254,7 +254,7 @@ class RoundCollector:
         if asked is not None and late:
             require_counting(asked, self._calls.get(client_id), self.rules)
         if client_id not in self._calls:
-            raise Refused(f"nothing was asked in round {self.round}")
+            raise Refused(f"nothing was asked in round {self.round + 1}")
         try:
             answer = decode(Answer, data, finite=True)
         except CodecError as error:
@@ -263,10 +263,12 @@ class RoundCollector:
             self._send_whole(client_id)
         check_answer(answer, asked or self.asked(client_id), self.agreement)
         if answer.error and late:
-            raise Late(f"in round {answer.round} it could not: {answer.error}")
+            raise Late(f"in round {answer.round + 1} it could not: {answer.error}")
         self._forms.require(client_id, answer, whole(self._calls[client_id].message))
         if late:
-            self._tell(f"{client_id}: late: its upload of round {answer.round} counts in this one")
+            self._tell(
+                f"{client_id}: late: its upload of round {answer.round + 1} counts in this one"
+            )
         return answer
 
     def _resume(self) -> None:
@@ -293,4 +295,4 @@ class RoundCollector:
         self._status.show(self.round, self._heard, online, missing, unable)
 
     def _tell(self, text: str) -> None:
-        self.say(f"round {self.round}: {text}")
+        self.say(f"round {self.round + 1}: {text}")

@@ -20,7 +20,7 @@ def record(
             folder.record(score_line(*about, score.metrics))
     for client in clients:
         if client.refused is not None:
-            say(f"round {collector.round}: {client.client_id}: refused: {client.refused}")
+            say(f"round {collector.round + 1}: {client.client_id}: refused: {client.refused}")
         answer = collector.answers[client.client_id]
         for cost in answer.costs:
             trained = replace(client, seconds=cost.seconds, metrics=cost.metrics)

@@ -97,7 +97,7 @@ class SumCalls:
                 break
             if limit is not None and time.monotonic() - began > limit:
                 self.say(
-                    f"round {self.round}, {step}: goes on without {', '.join(sorted(missing))}"
+                    f"round {self.round + 1}, {step}: goes on without {', '.join(sorted(missing))}"
                 )
                 break
             resting = {who for who, (_, at) in unable.items() if time.monotonic() - at < _REST}
@@ -109,7 +109,7 @@ class SumCalls:
                 if asked is None or asked.digest != digests.get(who) or who in answers:
                     continue  # late: the step or the round that it is of goes on without it
                 if isinstance(came, Lost):
-                    self.say(f"round {self.round}, {step}: {who}: {shown(came.reason)}")
+                    self.say(f"round {self.round + 1}, {step}: {who}: {shown(came.reason)}")
                     continue
                 try:
                     answers[who] = self._answer(came, who, digests[who], check)
@@ -117,7 +117,7 @@ class SumCalls:
                     over |= {who} if isinstance(error, StepOverError) else set()
                     told = shown(str(error))
                     if unable.get(who, ("", 0.0))[0] != told:
-                        self.say(f"round {self.round}, {step}: {who}: {told}")
+                        self.say(f"round {self.round + 1}, {step}: {who}: {told}")
                     unable[who] = told, time.monotonic()
                     continue
                 atomic_write(self._place(step) / f"{who}.bin", came)
@@ -150,7 +150,9 @@ class SumCalls:
                 try:
                     answers[who] = self._answer(data, who, digests[who], check)
                 except (SecureSumError, Refused, CodecError) as error:
-                    self.say(f"round {self.round}: {who}: its answer on disk is dropped: {error}")
+                    self.say(
+                        f"round {self.round + 1}: {who}: its answer on disk is dropped: {error}"
+                    )
                     file.unlink()
                     continue
                 self._count(who, up=len(data))

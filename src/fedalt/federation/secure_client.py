@@ -101,7 +101,7 @@ class SecureClient:
         session = read(Session, self._file) if self._file.exists() else None
         if session is not None and session.round == round_ and "share" in session.answered:
             raise StepOverError(
-                f"client {self.client_id!r}: it has trained for the sum of round {round_} and "
+                f"client {self.client_id!r}: it has trained for the sum of round {round_ + 1} and "
                 "shared its keys; it does not train for that sum again"
             )
 
@@ -155,7 +155,7 @@ class SecureClient:
                 raise SecureSumError(f"the call is for {what} {quoted(theirs)}, not {ours!r}")
         session = read(Session, self._file) if self._file.exists() else None
         if session is None or session.round != call.round:
-            raise StepOverError(f"it has not trained for the sum of round {call.round}")
+            raise StepOverError(f"it has not trained for the sum of round {call.round + 1}")
         return session
 
     def _step(self, call: SumCall, done: SumAnswer, session: Session) -> tuple[Session, SumAnswer]:
@@ -197,7 +197,7 @@ class SecureClient:
         steps = steps_of(len(self.agreement.clients))
         upload = self._states(call.round + 1).get(self._upload, Message)
         if upload is None:
-            raise StepOverError(f"its upload of round {call.round} is not here any more")
+            raise StepOverError(f"its upload of round {call.round + 1} is not here any more")
         whole = integers(upload.tree, steps)
         if not self.agreement.settings.method.averages:  # its server adds up all latest uploads
             before = self._states(call.round).get(self._upload, Message)

@@ -83,7 +83,7 @@ class SecureRound:
             total = self._sum(keys, needed, size)
         except SecureSumError as error:
             self.refused = str(error)
-            self.calls.say(f"round {self.calls.round}: no secure sum: {error}")
+            self.calls.say(f"round {self.calls.round + 1}: no secure sum: {error}")
             return
         whole, clients = self._counted(total, states)
         steps = steps_of(len(self.agreement.clients)) * len(clients)

@@ -91,7 +91,7 @@ class Server:
         clients = schedule.called(self._clients(), round_, cohort)
         scored = round_ > 0 and round_ % schedule.evaluate_every == 0
         score = dict.fromkeys(self._columns, round_ - 1) if scored else {}
-        self.say(f"round {round_}: {len(cohort)} of {len(self._clients())} clients train")
+        self.say(f"round {round_ + 1}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
         clip = None if release is None else release.clip
         secure, states = self._secure(round_, called, cohort), self._states(round_)
@@ -121,7 +121,9 @@ class Server:
             leaving=members.leaving(round_),
         )
         if not outcome.aggregated:
-            self.say(f"round {round_}: no upload was accepted; the server's state stays as it was")
+            self.say(
+                f"round {round_ + 1}: no upload was accepted; the server's state stays as it was"
+            )
         trained: Sequence[ClientRound] = outcome.clients
         if secure is not None:
             trained = secure.settle(collector.answers, states, outcome, collector.downloads)

@@ -62,11 +62,11 @@ def shown(place: ServerPlace, federation: Federation, roster: Roster = UNCHANGED
         state = "revoked" if client_id in out else "online" if online else "absent"
         stay = stays.get(client_id, {})
         if client_id in gone:
-            state = f"left in round {stay['leaves']}" if "leaves" in stay else "left"
+            state = f"left in round {stay['leaves'] + 1}" if "leaves" in stay else "left"
         elif client_id in roster.removed:
             state = "leaves in the next round"
         elif client_id in roster.added:
-            since = f"round {stay['joins']}" if stay else "the next round"
+            since = f"round {stay['joins'] + 1}" if stay else "the next round"
             state += f", takes part from {since} on"
         waits = ", awaited" if client_id in status["awaited"] and not ended else ""
         heard = status["heard"].get(client_id)
@@ -77,7 +77,9 @@ def shown(place: ServerPlace, federation: Federation, roster: Roster = UNCHANGED
     lines += [f"  {sentence}" for sentence in spent_privacy(RunFolder(folder).lines())]
     uploads = refusals(folder)
     lines.append(f"  refused uploads: {len(uploads)}")
-    lines += [f"    round {e['round']}, {e['client']}: {e['reason']}" for e in uploads[-_SHOWN:]]
+    lines += [
+        f"    round {e['round'] + 1}, {e['client']}: {e['reason']}" for e in uploads[-_SHOWN:]
+    ]
     return "\n".join(one_line(line) for line in [*lines, *_refused_requests(place)])
 
 

@@ -133,7 +133,7 @@ def curve_rows(curves: Mapping[str, Iterable[Mapping[str, Any]]]) -> Rows:
         losses: dict[int, list[float]] = {}
         for line in lines:
             if line["kind"] == "train" and line["column"] == "own":
-                losses.setdefault(line["round"], []).append(line["metrics"]["loss"])
+                losses.setdefault(line["round"] + 1, []).append(line["metrics"]["loss"])
         rows += [
             {"method": method, "round": at, "loss": short(fmean(values))}
             for at, values in sorted(losses.items())

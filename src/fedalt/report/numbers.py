@@ -16,11 +16,8 @@ def numbers_of(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def step_of(line: Mapping[str, Any]) -> int:
-    """The round of a line as trackers count it, from 0; scores before any training are there, too.
-
-    TensorBoard does not forget what has a step below 0.
-    """
-    return max(int(line["round"]), 0)
+    """How many rounds are over when a line's numbers are: 0 for scores before any training."""
+    return int(line["round"]) + 1
 
 
 def _numbers_of(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

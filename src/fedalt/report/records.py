@@ -61,7 +61,7 @@ def loss_rows(record: Record, part: str) -> Rows:
     kind, split = ("train", None) if part == "train" else ("score", part)
     return [
         {
-            "round": line["round"],
+            "round": line["round"] + 1,
             "client": line["client"],
             "column": line["column"],
             "loss": short(line["metrics"]["loss"]),
@@ -75,7 +75,7 @@ def cost_rows(record: Record) -> Rows:
     """Seconds of training and bytes by round, client and column."""
     return [
         {
-            "round": line["round"],
+            "round": line["round"] + 1,
             "client": line["client"],
             "column": line["column"],
             "seconds": short(line["seconds"]),
@@ -90,7 +90,7 @@ def round_rows(record: Record) -> Rows:
     """Seconds and peak memory (MB) of each round, scoring included."""
     return [
         {
-            "round": line["round"],
+            "round": line["round"] + 1,
             "seconds": short(line["seconds"]),
             "memory": short(line["peak_memory_bytes"] / 1e6),
         }
@@ -125,15 +125,15 @@ def mixer_record(record: Record) -> MixerRecord | None:
     newest = {line["client"]: line for line in lines if line["round"] == last}
     return MixerRecord(
         slots=lines[-1]["slots"],
-        round=last,
+        round=last + 1,
         layers=_means(
-            {"round": line["round"], "layer": site_parts(site)[0]} | {"weight": weights[0]}
+            {"round": line["round"] + 1, "layer": site_parts(site)[0]} | {"weight": weights[0]}
             for line in lines
             for site, weights in line["weights"].items()
         ),
         clients=[
             {
-                "round": line["round"],
+                "round": line["round"] + 1,
                 "client": line["client"],
                 "weight": short(fmean(weights[0] for weights in line["weights"].values())),
             }

@@ -63,7 +63,7 @@ def similarity(record: Record) -> Similarity | str:
     ]
     return Similarity(
         column=known["column"],
-        round=known["round"],
+        round=known["round"] + 1,
         signal=known["signal"],
         names=[f"{name} · group {groups[name]}" if name in groups else name for name in names],
         cosines=[[short(1 - far[i, j]) for j in leaves] for i in leaves],

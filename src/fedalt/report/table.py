@@ -195,7 +195,7 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
         if line["kind"] == "score" and line["split"] == split
     }
     after = ", ".join(
-        f"{column} after round {round_}" if round_ >= 0 else f"{column} without any training"
+        f"{column} after round {round_ + 1}" if round_ >= 0 else f"{column} without any training"
         for column, round_ in rounds.items()
     )
     sentences = [f"scored on {split} data: {after}"]

@@ -189,7 +189,7 @@ def serving(
         method, states = arms[wanted].method, folder.states(wanted, at + 1)
         joined = client_id in folder.facts().get("joined", {})
         if joined and states.get(f"clients/{client_id}", method.client_state) is None:
-            raise StoreError(f"{path}: client {client_id!r} has joined after round {at}")
+            raise StoreError(f"{path}: client {client_id!r} has joined after round {at + 1}")
         client = client_of(method, parts.start, states, client_id)
         coding = Coding(method, parts.start, parts.settings.traffic)
         message = coding.downlink(states).message(client_id)
@@ -268,8 +268,10 @@ def _round(settings: Settings, progress: Progress, column: str, wanted: int | No
         return progress.chosen(column, settings.rounds.select)
     kept = kept_rounds(progress, column)
     if wanted not in kept:
-        there = ", ".join(map(str, kept))
-        raise StoreError(f"round {wanted} is not kept; the rounds kept for {column!r} are {there}")
+        there = ", ".join(str(known + 1) for known in kept)
+        raise StoreError(
+            f"round {wanted + 1} is not kept; the rounds kept for {column!r} are {there}"
+        )
     return wanted
 
 

@@ -24,7 +24,7 @@ def require_known(settings: Settings, clients: Sequence[str]) -> None:
     for round_ in range(settings.rounds.rounds if settings.clients else 0):
         if not members.at(round_):
             raise SettingsError(
-                f"[clients]: nobody takes part in round {round_}; by `joins` and `leaves` "
+                f"[clients]: nobody takes part in round {round_ + 1}; by `joins` and `leaves` "
                 "expected at least one client in each round"
             )
 

@@ -8,6 +8,13 @@ the memory of the machine sets no limit. Beside it, up to 64 clients, the mean o
 formed anew for each client, as the method is usually written. `of copy` is the bandwidth as a share
 of that of a plain copy of 256 MiB; what must be read and written is, in `aggregate`, the old and
 the new upload, and twice the total; in `rest_of_world` the total, the own adapter and the result.
+`clone` is the own adapter copied to memory that was not there before, as the result's is not.
+
+The second table is of FedALT-select's server in a round in which everybody has trained: the
+similarities of all pairs, and each client's sum of its kin, who come in groups of four. All of a
+group count alike or, where it says `unlike`, each client counts its kin a little differently. The
+adapters of all clients are in memory, so they have an eighth of the sites, and what is measured is
+multiplied by eight: both times grow with the number of sites.
 """
 
 import json
@@ -20,11 +27,15 @@ from dataclasses import dataclass
 import torch
 from document import table, write
 
-from fedalt.core.tree import Name, Tree
+from fedalt.core.tree import Name, Tree, apply, copy
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import INDIVIDUAL, FedALT, Server, rest_of_world
+from fedalt.methods.kin import similarities
+from fedalt.methods.kin_sums import sums_of_products
 
 SITES, RANK, WIDTH = 64, 8, 4096  # 64 x 2 x 8 x 4096 = 4.2 million numbers
+FEWER = 8  # sites of FedALT-select's clients
+GROUP = 4  # clients that are alike
 NUMBERS = SITES * 2 * RANK * WIDTH
 DIFFERENT = 8
 
@@ -99,6 +110,7 @@ def measure(clients: int, given: list[Message]) -> dict[str, float]:
     aggregate = seconds(lambda: method.aggregate(server, iter(few)), 3) / clients
     message = method.broadcast(server, "0")
     row = seconds(lambda: rest_of_world(given[0].tree, 1.0, message))
+    clone = seconds(lambda: copy(given[0].tree))
     rate = copied()
     result = {
         "clients": clients,
@@ -106,6 +118,7 @@ def measure(clients: int, given: list[Message]) -> dict[str, float]:
         "rest of world, ms": row * 1e3,
         "aggregate, of copy": (4 + 4 + 4 * 8) * NUMBERS / aggregate / rate,
         "rest of world, of copy": (8 + 4 + 4) * NUMBERS / row / rate,
+        "clone, of copy": (4 + 4) * NUMBERS / clone / rate,
     }
     if clients <= 64:
         trees = [given[c % DIFFERENT].tree for c in range(1, clients)]
@@ -118,6 +131,34 @@ def measure(clients: int, given: list[Message]) -> dict[str, float]:
     return {name: round(value, 2) for name, value in result.items()}
 
 
+def measure_kin(clients: int) -> dict[str, float]:
+    """Milliseconds for a client of FedALT-select, were its sites as many as FedALT's."""
+    stream, groups = torch.Generator().manual_seed(0), uploads()
+    adapters: dict[str, Tree] = {}
+    for client in range(clients):
+        like = groups[client // GROUP % DIFFERENT].tree
+        few = {name: like[name] for name in like if int(name.site.split(".")[1]) < FEWER}
+        adapters[f"{client:04}"] = apply(
+            lambda tensor: tensor + torch.randn(tensor.shape, generator=stream), few
+        )
+    names, share = list(adapters), 1 / GROUP
+    kin = {}
+    for at, client in enumerate(names):
+        first = at - at % GROUP
+        kin[client] = dict.fromkeys(names[first : first + GROUP], share)
+    unlike = {client: {**of, client: 0.3 + at / 1e4} for at, (client, of) in enumerate(kin.items())}
+    of_each = SITES / FEWER / clients * 1e3
+    result = {
+        "clients": clients,
+        "similarities, ms": of_each * seconds(lambda: similarities(adapters), 3),
+        "sums, ms": of_each * seconds(lambda: sums_of_products(adapters, kin, "row", RANK), 3),
+        "sums, unlike, ms": of_each
+        * seconds(lambda: sums_of_products(adapters, unlike, "row", RANK), 3),
+    }
+    result["a round, s"] = clients * (result["similarities, ms"] + result["sums, unlike, ms"]) / 1e3
+    return {name: round(value, 2) for name, value in result.items()}
+
+
 def main() -> None:
     """A line for each number of clients."""
     given, rows = uploads(), []
@@ -126,6 +167,12 @@ def main() -> None:
         print(json.dumps(rows[-1]), flush=True)
     if "--write" in sys.argv:
         write("server", table(rows))
+    kin = []
+    for count in (8, 64, 512):
+        kin.append(measure_kin(count))
+        print(json.dumps(kin[-1]), flush=True)
+    if "--write" in sys.argv:
+        write("server-kin", table(kin))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from fedalt.methods.fedalt_select import (
     FedALTSelect,
     Server,
 )
-from fedalt.methods.kin import closeness, mean_of_factors, similarities, sum_of_products
+from fedalt.methods.kin import closeness, mean_of_factors, similarities
+from fedalt.methods.kin_sums import sums_of_products
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.runs.checkpoints import FileLedger
@@ -112,19 +113,68 @@ def test_the_sum_of_products_is_exact_as_long_as_the_rank_holds_it():
     weights = {"a": 0.25, "b": 0.75}
     dense = sum(w * product(adapters[each], INDIVIDUAL, "s") for each, w in weights.items())
     for rank in (2, 3):
-        found = sum_of_products(adapters, weights, REST_OF_WORLD, rank)
+        found = sums_of_products(adapters, {"a": weights}, REST_OF_WORLD, rank)["a"]
         assert found[Name("s", REST_OF_WORLD, "A")].shape == (rank, 4)
         torch.testing.assert_close(product(found, REST_OF_WORLD, "s"), dense, rtol=0, atol=1e-6)
     u, s, v = torch.linalg.svd(dense, full_matrices=False)
-    cut = product(sum_of_products(adapters, weights, REST_OF_WORLD, 1), REST_OF_WORLD, "s")
+    cut = sums_of_products(adapters, {"a": weights}, REST_OF_WORLD, 1)["a"]
+    cut = product(cut, REST_OF_WORLD, "s")
     torch.testing.assert_close(cut, s[0] * u[:, :1] @ v[:1], rtol=0, atol=1e-6)
+
+
+def test_clients_that_are_done_together_are_sent_what_each_would_be_alone():
+    stream = torch.Generator().manual_seed(0)
+    drawn = torch.randn(3, 40, generator=stream)
+    adapters = {}
+    for client in "abcde":  # all A close to the drawn one, as where training has just begun
+        a = drawn + 1e-3 * torch.randn(3, 40, generator=stream)
+        adapters[client] = {
+            Name("s", INDIVIDUAL, "A"): a,
+            Name("s", INDIVIDUAL, "B"): torch.randn(30, 3, generator=stream),
+        }
+    kin = {
+        "a": {"a": 0.5, "b": 0.3, "c": 0.2},
+        "b": {"a": 0.2, "b": 0.6, "c": 0.2},
+        "c": {"c": 0.2, "b": 0.3, "a": 0.5},  # the same weights as a
+        "d": {"d": 0.5, "e": 0.5},
+        "e": {"e": 0.7, "d": 0.2, "a": 0.1},  # kin that do not hear it
+    }
+    together = sums_of_products(adapters, kin, REST_OF_WORLD, 3)
+    assert list(together) == list(kin)
+    for client, weights in kin.items():
+        dense = sum(w * product(adapters[k], INDIVIDUAL, "s") for k, w in weights.items())
+        u, s, v = torch.linalg.svd(dense)
+        cut = (u[:, :3] * s[:3]) @ v[:3]
+        found = product(together[client], REST_OF_WORLD, "s")
+        torch.testing.assert_close(found, cut, rtol=0, atol=1e-6 * float(s[0]))
+        alone = sums_of_products(adapters, {client: weights}, REST_OF_WORLD, 3)[client]
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[client][name], tensor)
+            assert together[client][name].is_contiguous()
+
+
+def test_similarities_of_many_clients_are_those_of_each_two():
+    stream = torch.Generator().manual_seed(0)
+    adapters = {
+        f"{number:03}": pair(
+            torch.randn(3, 2, generator=stream).tolist(),
+            torch.randn(2, 4, generator=stream).tolist(),
+        )
+        for number in range(150)  # 300 rows: more than are computed at a time
+    }
+    found = similarities(adapters)
+    for one, other in (("000", "001"), ("003", "149"), ("070", "069"), ("140", "080")):
+        x, y = (product(adapters[client], INDIVIDUAL, "s").flatten() for client in (one, other))
+        assert found[one][other] == pytest.approx(float(x @ y / (x.norm() * y.norm())), abs=1e-9)
+        assert found[one][other] == found[other][one]
 
 
 def test_the_mean_of_factors_is_another_matrix_than_that_of_products():
     adapters = {"a": pair([[2.0]], [[1.0]]), "b": pair([[4.0]], [[3.0]])}
     found = mean_of_factors(adapters, {"a": 0.25, "b": 0.25}, REST_OF_WORLD)
     assert product(found, REST_OF_WORLD, "s").item() == 0.5 * 3 * 2  # not 0.25 (2 + 12)
-    found = sum_of_products(adapters, {"a": 0.25, "b": 0.25}, REST_OF_WORLD, 1)
+    weights = {"a": 0.25, "b": 0.25}
+    found = sums_of_products(adapters, {"a": weights}, REST_OF_WORLD, 1)["a"]
     assert product(found, REST_OF_WORLD, "s").item() == pytest.approx(0.25 * (2 + 12))
 
 

@@ -1,9 +1,9 @@
 """Groups of clients, found in what they have trained: distances, average linkage, silhouette."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
-from typing import Literal
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 from fedalt.core.tree import Name, Tree
 
 Signal = Literal["B", "BA"]
+
+_BLOCK: Final = 128  # rows of a Gram matrix that are computed at a time
 
 
 @dataclass(frozen=True)
@@ -39,20 +41,26 @@ def distances(adapters: Mapping[str, Tree], signal: Signal) -> Tensor:
     have no common basis, and only "BA" can compare them. Raises ValueError where a client's B (or
     B A) is zero on a site: a zero vector has no direction.
     """
-    trees = list(adapters.values())
-    outer = [name for name in trees[0] if name.factor == "B"]
-    total = torch.zeros(len(trees), len(trees), dtype=torch.float64)
-    for name in outer:
-        products = _products(trees, name, signal)
-        norms = products.diagonal().sqrt()
-        if not norms.all():
-            client_id = list(adapters)[int((norms == 0).nonzero()[0])]
+    cosines = []
+    for name, of_site in _cosines(list(adapters.values()), signal):
+        if (nowhere := of_site.diagonal().isnan()).any():
+            client_id = list(adapters)[int(nowhere.nonzero()[0])]
             raise ValueError(
                 f"{signal} of client {client_id!r} is zero on {name.site}: it was not trained, "
                 "and by its direction no group can be found for the client"
             )
-        total += 1 - products / norms.outer(norms)
-    return (total / len(outer)).clamp_min(0).fill_diagonal_(0)
+        cosines.append(of_site)
+    return (1 - torch.stack(cosines).mean(0)).clamp_min(0).fill_diagonal_(0)
+
+
+def mean_cosines(adapters: Mapping[str, Tree], signal: Signal) -> Tensor:
+    """Mean over sites of the cosine, for each pair of clients: (N, N), float64.
+
+    The rows and columns of a client whose B (or B A) is zero on a site are NaN. For the rest see
+    `distances`.
+    """
+    cosines = [of_site for _, of_site in _cosines(list(adapters.values()), signal)]
+    return torch.stack(cosines).mean(0)
 
 
 def has_direction(adapter: Tree, signal: Signal) -> bool:
@@ -111,6 +119,13 @@ def numbered(labels: Sequence[int], far: Tensor) -> tuple[int, ...]:
     return tuple(order.index(label) for label in labels)
 
 
+def _cosines(trees: Sequence[Tree], signal: Signal) -> Iterator[tuple[Name, Tensor]]:
+    for name in (name for name in trees[0] if name.factor == "B"):
+        products = _products(trees, name, signal)
+        norms = products.diagonal().sqrt()
+        yield name, products / norms.outer(norms)
+
+
 def _products(trees: Sequence[Tree], outer: Name, signal: Signal) -> Tensor:
     """Inner products of all clients' B, or B A, on one site: (N, N), float64.
 
@@ -118,10 +133,18 @@ def _products(trees: Sequence[Tree], outer: Name, signal: Signal) -> Tensor:
     """
     b = torch.stack([tree[outer].double() for tree in trees])
     if signal == "B":
-        flat = b.flatten(1)
-        return flat @ flat.T
+        return _gram(b.flatten(1))
     a = torch.stack([tree[outer._replace(factor="A")].double() for tree in trees])
     count, rank, _ = a.shape
-    columns, rows = b.mT.flatten(0, 1), a.flatten(0, 1)
-    blocks = (columns @ columns.T) * (rows @ rows.T)
+    blocks = _gram(b.mT.flatten(0, 1)) * _gram(a.flatten(0, 1))
     return blocks.reshape(count, rank, count, rank).sum((1, 3))
+
+
+def _gram(rows: Tensor) -> Tensor:
+    """X X^T; of many rows only the half is computed of which the other is a mirror image."""
+    gram = rows.new_empty(len(rows), len(rows))
+    for at in range(0, len(rows), _BLOCK):
+        here = slice(at, at + _BLOCK)
+        part = rows[here] @ rows[at:].T
+        gram[here, at:], gram[at:, here] = part, part.T
+    return gram

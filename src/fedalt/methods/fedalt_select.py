@@ -27,7 +27,8 @@ from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
 from fedalt.methods.defaults import at_once, kept_in_averages
-from fedalt.methods.kin import closeness, mean_of_factors, similarities, sum_of_products
+from fedalt.methods.kin import closeness, mean_of_factors, similarities
+from fedalt.methods.kin_sums import sums_of_products
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
 
@@ -116,11 +117,11 @@ class FedALTSelect:
             latest = latest.put(client_id, upload)
             uploads[client_id] = uploads.get(client_id, 0) + 1
         heard = {client: latest[client].tree for client in uploads if uploads[client] >= self.alone}
-        sent: dict[str, Tree] = {}
-        for client, similar in similarities(heard).items():
-            if kin := closeness(similar, tau=self.tau, width=self.width, gap=self.gap):
-                sent[client] = self._mean(heard, kin if self.beside else {client: 1.0, **kin})
-        return Server(latest, uploads, sent)
+        kin = {
+            client: closeness(similar, tau=self.tau, width=self.width, gap=self.gap)
+            for client, similar in similarities(heard).items()
+        }
+        return Server(latest, uploads, self._means(heard, kin))
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """What the client has trained."""
@@ -133,14 +134,19 @@ class FedALTSelect:
         slot = self.lora.slot(REST_OF_WORLD if self.beside else INDIVIDUAL)
         return Serving(single(slot, self.lora.dropout), merge(message.tree, client.head))
 
-    def _mean(self, adapters: Mapping[str, Tree], kin: Mapping[str, float]) -> Tree:
-        """What the closeness of its kin makes of them: a client's start, or its rest of world."""
-        total = sum(kin.values()) / (max(kin.values()) if self.beside else 1.0)
-        weights = {client: near / total for client, near in kin.items()}
+    def _means(
+        self, adapters: Mapping[str, Tree], kin: Mapping[str, Mapping[str, float]]
+    ) -> dict[str, Tree]:
+        """What the closeness of their kin makes of them: clients' starts, or rests of world."""
+        weights = {}
+        for client, near in ((client, near) for client, near in kin.items() if near):
+            counted = near if self.beside else {client: 1.0, **near}
+            total = sum(counted.values()) / (max(near.values()) if self.beside else 1.0)
+            weights[client] = {other: of / total for other, of in counted.items()}
         slot = REST_OF_WORLD if self.beside else INDIVIDUAL
         if self.mean == "factors":
-            return mean_of_factors(adapters, weights, slot)
-        return sum_of_products(adapters, weights, slot, self.lora.rank)
+            return {who: mean_of_factors(adapters, of, slot) for who, of in weights.items()}
+        return sums_of_products(adapters, weights, slot, self.lora.rank)
 
     def _serving(self, client: Client) -> Serving:
         tree = merge(client.individual, client.row, client.head)

@@ -1,15 +1,13 @@
-"""Whom a client should hear: how alike clients' products are, weights, and sums of products."""
+"""Whom a client should hear: how alike clients' products are, and how much each counts."""
 
 from collections.abc import Mapping
 from math import inf
 
 import torch
-from torch.nn.functional import pad
 
-from fedalt.core.tree import Name, Tree
-from fedalt.methods.clustering import distances, has_direction
+from fedalt.core.tree import Tree
+from fedalt.methods.clustering import mean_cosines
 from fedalt.methods.contract import Message
-from fedalt.methods.low_rank_sums import Pair, core_svd, factors, strongest, weighted_stack
 from fedalt.methods.mean import weighted_mean
 
 
@@ -18,11 +16,12 @@ def similarities(adapters: Mapping[str, Tree]) -> dict[str, dict[str, float]]:
 
     Clients whose B A is zero on a site point nowhere and are left out.
     """
-    known = {client: tree for client, tree in adapters.items() if has_direction(tree, "BA")}
-    cosines = (1 - distances(known, "BA")).tolist() if known else []
+    cosines = mean_cosines(adapters, "BA") if adapters else torch.empty(0, 0)
+    there = (~cosines.diagonal().isnan()).nonzero().flatten()
+    known = [list(adapters)[at] for at in there]
     return {
         client: {other: s for other, s in zip(known, row, strict=True) if other != client}
-        for client, row in zip(known, cosines, strict=True)
+        for client, row in zip(known, cosines[there][:, there].tolist(), strict=True)
     }
 
 
@@ -45,29 +44,10 @@ def closeness(
     return {other: near[other] for other in similar if other in near}
 
 
-def sum_of_products(
-    adapters: Mapping[str, Tree], weights: Mapping[str, float], target: str, rank: int
-) -> Tree:
-    """sum_j w_j B_j A_j on every site, cut to its `rank` strongest directions, in slot `target`.
-
-    Summed in float64 and exact before the cut. All of the strength lies in B; where there are
-    fewer directions, rows and columns of zeros fill up.
-    """
-    tree: Tree = {}
-    for name in (name for name in adapters[min(weights)] if name.factor == "B"):
-        a = name._replace(factor="A")
-        pairs = ((w, Pair(adapters[k][name], adapters[k][a])) for k, w in weights.items())
-        pair = factors(strongest(core_svd(weighted_stack(*pairs)), rank), "in_b")
-        missing = rank - len(pair.a)
-        tree[Name(name.site, target, "A")] = pad(pair.a, (0, 0, 0, missing)).to(torch.float32)
-        tree[Name(name.site, target, "B")] = pad(pair.b, (0, missing)).to(torch.float32)
-    return tree
-
-
 def mean_of_factors(
     adapters: Mapping[str, Tree], weights: Mapping[str, float], target: str
 ) -> Tree:
-    """The same with A and B averaged each for itself; the sum of the weights counts in B."""
+    """A weighted sum with A and B averaged each for itself; the sum of the weights counts in B."""
     total = sum(weights.values())
     mean = weighted_mean((k, Message(adapters[k], {"weight": w})) for k, w in weights.items())
     return {

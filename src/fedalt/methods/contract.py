@@ -84,8 +84,8 @@ class Method(Protocol[S, C]):
     S and C are the method's own frozen dataclasses of trees and numbers. What is not in a returned
     state does not exist: that makes resuming, the wire and the tests one and the same thing.
 
-    A method whose clients train something else under the same names from round to round, such as
-    other rank rows, says so with `renewed = True`: an optimiser's moments are not carried over.
+    A method whose clients train something else from round to round, such as other rank rows or the
+    other factor, says so with `renewed = True`: an optimiser's moments are not carried over.
     """
 
     @property

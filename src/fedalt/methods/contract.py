@@ -86,6 +86,9 @@ class Method(Protocol[S, C]):
 
     A method whose clients train something else from round to round, such as other rank rows or the
     other factor, says so with `renewed = True`: an optimiser's moments are not carried over.
+
+    A method whose server can forget a client's upload, but whose clients have gone on from means
+    or sums with it in them, says so with `mingled = True`: that does not take out what it put in.
     """
 
     @property
@@ -130,7 +133,7 @@ class Method(Protocol[S, C]):
         """The shared part alone, without what the client keeps; None where nothing is shared."""
 
     def without(self, server: S, client_id: str) -> S | None:
-        """The server's state as if this client had not uploaded; None where it cannot be told."""
+        """The server's state without this client's upload; None where it cannot be told apart."""
 
 
 AnyMethod = Method[Any, Any]

@@ -165,7 +165,7 @@ def test_moments_are_not_carried_over_to_what_is_something_else_in_the_next_roun
 
     told = {name: error for name in METHODS if (error := refused(name))}
     drawn, chosen, alternating = {"flora", "fslora"}, {"ifca_lora"}, {"rolora", "fedlora_optimizer"}
-    directions = {"flexlora", "florist", "hilora"}
+    directions = {"flexlora", "florist", "hilora", "fedalt_select"}
     assert set(told) == drawn | chosen | alternating | directions
     for name, error in told.items():
         assert error.startswith(

@@ -26,8 +26,8 @@ from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
-from fedalt.methods.defaults import at_once, kept_in_averages
-from fedalt.methods.kin import closeness, mean_of_factors, similarities, sum_of_products
+from fedalt.methods.defaults import at_once
+from fedalt.methods.kin import closeness, mean_of_factors, similarities, sum_of_products, trainable
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
 
@@ -81,7 +81,8 @@ class FedALTSelect:
     server_state = Server
     client_state = Client
     averages = False
-    without = kept_in_averages  # what was folded in has become part of others' adapters
+    # What is folded in becomes part of others' adapters, whose rows are then other directions.
+    mingled = renewed = True
 
     def __post_init__(self) -> None:
         check(self, tau="[-1, 1)", width="(0, inf)", alone="[1, inf)", gap="(0, 2]")
@@ -100,7 +101,7 @@ class FedALTSelect:
 
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train the individual adapter from where it shall start, and send it back."""
-        individual = select(message.tree, INDIVIDUAL) or client.individual
+        individual = trainable(select(message.tree, INDIVIDUAL), client.individual)
         begun = replace(client, individual=individual, row=select(message.tree, REST_OF_WORLD))
         serving = self._serving(begun)
         fitted: Fitted = yield Fit(
@@ -128,10 +129,14 @@ class FedALTSelect:
 
     def shared(self, client: Client, message: Message) -> Serving | None:
         """What the client would begin the next round with, if it has kin."""
-        if not message.tree:
-            return None
         slot = self.lora.slot(REST_OF_WORLD if self.beside else INDIVIDUAL)
-        return Serving(single(slot, self.lora.dropout), merge(message.tree, client.head))
+        tree = merge(message.tree, client.head)
+        return Serving(single(slot, self.lora.dropout), tree) if message.tree else None
+
+    def without(self, server: Server, client_id: str) -> Server:
+        """Who has left is heard no more."""
+        uploads = {other: n for other, n in server.uploads.items() if other != client_id}
+        return self.aggregate(Server(server.latest.without(client_id), uploads), ())
 
     def _mean(self, adapters: Mapping[str, Tree], kin: Mapping[str, float]) -> Tree:
         """What the closeness of its kin makes of them: a client's start, or its rest of world."""

@@ -64,6 +64,17 @@ def sum_of_products(
     return tree
 
 
+def trainable(start: Tree, own: Tree) -> Tree:
+    """The client's own adapter or, if there is one, a start with rows of its own A for zeros.
+
+    That changes no product; with zeros in A and B a rank row could never train again.
+    """
+    return {
+        name: torch.where(t.any(1, keepdim=True), t, own[name]) if name.factor == "A" else t
+        for name, t in (start or own).items()
+    }
+
+
 def mean_of_factors(
     adapters: Mapping[str, Tree], weights: Mapping[str, float], target: str
 ) -> Tree:

@@ -271,6 +271,26 @@ def test_a_rest_of_world_beside_the_adapter_is_frozen_and_as_strong_as_the_close
     assert trees.equal(states["clients/a"].row, select(order.tree, REST_OF_WORLD))
 
 
+def test_a_sum_of_few_directions_leaves_no_dead_rows():
+    def of_one_direction(client_id, number, order):
+        """B has one column, so that all sums have one direction; A is what it was."""
+        tree = dict(order.tree)
+        for name in order.train:
+            if name.factor == "B" and name.slot == INDIVIDUAL:
+                tree[name] = torch.ones_like(tree[name]) * torch.tensor([1.0, 0.0])
+        return Fitted(tree, 10)
+
+    watch = Watch(of_one_direction)
+    simulate(EVERYBODY, ["ab"] * 3, train=watch)
+    begun, before = watch.orders["a"][2].tree, watch.ends["a"][1]
+    for site in SITES:
+        a, b = (Name(site, INDIVIDUAL, factor) for factor in "AB")
+        assert not begun[b][:, 1].any()
+        assert torch.equal(begun[a][1], before[a][1])
+        dense = product(before, INDIVIDUAL, site)  # that of b is the same
+        torch.testing.assert_close(product(begun, INDIVIDUAL, site), dense)
+
+
 def test_an_absent_client_is_still_heard():
     states, _ = simulate(EVERYBODY, ["abc", "abc", "ab"])
     uploads = [states[f"clients/{each}"].individual for each in "abc"]
@@ -279,7 +299,18 @@ def test_an_absent_client_is_still_heard():
         u, s, v = torch.linalg.svd(dense, full_matrices=False)
         found = product(states["server"].sent["c"], INDIVIDUAL, site)
         torch.testing.assert_close(found, u[:, :2] * s[:2] @ v[:2], rtol=1e-5, atol=1e-5)
-    assert EVERYBODY.without(states["server"], "c") is None  # it has become part of a and b
+
+
+def test_who_has_left_is_heard_no_more_but_stays_in_what_others_made_of_it():
+    states, _ = simulate(EVERYBODY, ["abc", "abc"])
+    after = EVERYBODY.without(states["server"], "c")
+    expected, _ = simulate(EVERYBODY, ["ab", "ab"])  # alone so far: a and b have trained the same
+    assert (after.latest.clients(), after.uploads) == (["a", "b"], {"a": 2, "b": 2})
+    assert after.sent.keys() == {"a", "b"}
+    assert all(trees.equal(after.sent[who], expected["server"].sent[who]) for who in "ab")
+    again = EVERYBODY.without(after, "c")
+    assert all(trees.equal(again.sent[who], after.sent[who]) for who in "ab")
+    assert EVERYBODY.mingled  # no `fedalt leave`: it is in what a and b have trained on
 
 
 def test_this_rounds_uploads_are_summed_up_from_a_ledger_on_disk_too(tmp_path):

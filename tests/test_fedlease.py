@@ -20,6 +20,7 @@ from fedalt.core import tree as trees
 from fedalt.core.tree import Name, move, select
 from fedalt.engine.states import client_of, server_of
 from fedalt.methods.clustering import cluster, distances
+from fedalt.methods.contract import Message
 from fedalt.methods.fedlease import INDIVIDUAL, FedLEASE, Server
 from fedalt.methods.lora import Lora
 from fedalt.runs.folder import RunFolder
@@ -103,6 +104,15 @@ def test_a_zero_b_has_no_direction_and_is_an_error():
     pairs["client 2"][Name("block.1.q", INDIVIDUAL, "B")].zero_()
     with pytest.raises(ValueError, match=r"B of client 'client 2' is zero on block\.1\.q"):
         distances(pairs, "B")
+
+
+def test_whose_b_is_zero_is_in_no_group_yet_and_goes_on_alone():
+    pairs = random_pairs()
+    pairs["client 2"][Name("block.1.q", INDIVIDUAL, "B")].zero_()
+    uploads = [(each, Message(tree, {"weight": 1.0})) for each, tree in pairs.items()]
+    after = METHOD.aggregate(METHOD.init_server(START), uploads)
+    assert after.clusters.keys() == pairs.keys() - {"client 2"}
+    assert METHOD.broadcast(after, "client 2").facts["own"] == -1
 
 
 def test_the_silhouettes_of_four_blocks_are_those_computed_by_hand():

@@ -248,6 +248,21 @@ def test_an_absent_client_is_in_the_means_with_its_latest_upload():
     assert b == pytest.approx({EXPERT: 1.2, EXTERNAL: -1.1})
 
 
+def test_what_a_leaver_put_into_its_group_stays_in_what_the_others_go_on_from():
+    name = Name("block.1.q", EXPERT, "B")
+
+    def moved(client_id, number, order):
+        """B of b begins far off, and everybody adds 1 in every round."""
+        far = client_id == "b" and not order.tree[name].any()
+        return Fitted({**order.tree, name: order.tree[name] + (100 if far else 1)}, 10)
+
+    method = replace(METHOD, width=1, one_group=1.0)  # one group: FedIT
+    states, _ = simulate(method, ["ab", "ab"], train=moved)
+    after = method.without(states["server"], "b")
+    assert method.broadcast(after, "a").tree[name][0, 0].item() == (100 + 1) / 2 + 1
+    assert method.mingled
+
+
 def test_who_leaves_is_out_of_every_mean_and_groups_stay():
     states, _ = simulate(METHOD, ["abcd"], train=two_groups_in_the_second_layer)
     server = states["server"]

@@ -153,15 +153,16 @@ def test_joining_and_leaving_on_the_command_line(run, tmp_path, capsys):
     assert "no client 'nobody'" in capsys.readouterr().err
 
 
-def test_leaving_a_method_of_averages_is_refused(model, tmp_path, capsys):
+@pytest.mark.parametrize("method", ["fedit", "fedtree_lora"])
+def test_leaving_a_method_of_averages_is_refused(model, tmp_path, capsys, method):
     settings = settings_for(
         model,
         write_clients(tmp_path / "data", clients=("a", "b")),
         rounds={"rounds": 1},
-        method={"name": "fedit"},
+        method={"name": method},
     )
     run = start_run(prepare(settings), tmp_path / "run")
     before = adapters_of(run.path)
     assert call("leave", run.path, "--client", "a") == 2
-    assert "fedit averages uploads" in capsys.readouterr().err
+    assert f"{method} averages uploads" in capsys.readouterr().err
     assert adapters_of(run.path) == before

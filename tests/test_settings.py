@@ -156,19 +156,22 @@ def test_a_mistake_is_an_error_that_names_file_and_key(tmp_path, text, complaint
 
 
 def test_moments_are_not_carried_over_to_what_is_something_else_in_the_next_round():
-    def refused(name):
-        table = {"method": {"name": name}, "training": {"carry_optimizer": True}}
+    def refused(name, **own):
+        table = {"method": {"name": name, **own}, "training": {"carry_optimizer": True}}
         try:
             settings_of({"data": {"path": "/d"}, **table}, "x.toml")
         except SettingsError as error:
             return str(error)
 
     told = {name: error for name in METHODS if (error := refused(name))}
-    assert set(told) == {"flora", "fslora", "ifca_lora"}
+    drawn, chosen, alternating = {"flora", "fslora"}, {"ifca_lora"}, {"rolora", "fedlora_optimizer"}
+    directions = {"flexlora", "florist", "hilora", "fedalt_select"}
+    assert set(told) == drawn | chosen | alternating | directions
     for name, error in told.items():
         assert error.startswith(
-            f"x.toml: [training] carry_optimizer: clients of '{name}' train something else under "
+            f"x.toml: [training] carry_optimizer: clients of '{name}' train something else from "
         )
+    assert not refused("fedlora_optimizer", global_rounds=0)
 
 
 def test_a_mistake_in_a_flag_names_the_command_line():

@@ -10,6 +10,7 @@ from fedalt.adapters.plan import Slot
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name
 from fedalt.methods import METHODS
+from fedalt.methods.contract import Message
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.methods.unequal_ranks import SHARED, UnequalRanks
@@ -151,6 +152,17 @@ def test_directions_that_no_client_trained_leave_no_dead_rows(method):
     )
     for client, serving in served(method, untrained, "ab").items():
         assert trees.equal(serving.tree, served(method, MemoryStates(), client)[client].tree)
+
+
+def test_a_rank_row_of_a_sum_is_another_one_in_the_next_round_and_that_of_a_mean_is_not():
+    a, b = torch.eye(2, 5), torch.diag(torch.tensor([1.0, 2.0]))  # the second row is the stronger
+    tree = {Name("s", SHARED, "A"): a, Name("s", SHARED, "B"): b}
+    for variant, moves in (("flexlora", True), ("florist", True), ("owner_mean", False)):
+        method = replace(METHODS[variant], lora=Lora(rank=2))
+        server = method.aggregate(method.init_server(START), [("a", Message(tree, {"weight": 1}))])
+        first = server.adapter[Name("s", SHARED, "A")][0]
+        torch.testing.assert_close(first, a[1] if moves else a[0])
+        assert method.renewed == moves
 
 
 def test_florist_is_flexlora_where_its_threshold_keeps_everything():

@@ -121,4 +121,6 @@ def what_stays(agreement: "Agreement") -> str:
     method = agreement.settings.method
     if method.without(method.init_server(agreement.start), "") is None:
         return "the method stores only averages, so what it has contributed stays in them"
+    if getattr(method, "mingled", False):
+        return "its last upload no longer counts, but what others' adapters have of it stays"
     return "its last upload is subtracted from what the server sends"

@@ -84,8 +84,11 @@ class Method(Protocol[S, C]):
     S and C are the method's own frozen dataclasses of trees and numbers. What is not in a returned
     state does not exist: that makes resuming, the wire and the tests one and the same thing.
 
-    A method whose clients train something else under the same names from round to round, such as
-    other rank rows, says so with `renewed = True`: an optimiser's moments are not carried over.
+    A method whose clients train something else from round to round, such as other rank rows or the
+    other factor, says so with `renewed = True`: an optimiser's moments are not carried over.
+
+    A method whose server can forget a client's upload, but whose clients have gone on from means
+    or sums with it in them, says so with `mingled = True`: that does not take out what it put in.
     """
 
     @property
@@ -130,7 +133,7 @@ class Method(Protocol[S, C]):
         """The shared part alone, without what the client keeps; None where nothing is shared."""
 
     def without(self, server: S, client_id: str) -> S | None:
-        """The server's state as if this client had not uploaded; None where it cannot be told."""
+        """The server's state without this client's upload; None where it cannot be told apart."""
 
 
 AnyMethod = Method[Any, Any]

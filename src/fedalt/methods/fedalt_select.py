@@ -26,8 +26,8 @@ from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
-from fedalt.methods.defaults import at_once, kept_in_averages
-from fedalt.methods.kin import closeness, mean_of_factors, similarities
+from fedalt.methods.defaults import at_once
+from fedalt.methods.kin import Weights, closeness, mean_of_factors, shares, similarities, trainable
 from fedalt.methods.kin_sums import sums_of_products
 from fedalt.methods.lora import Lora
 from fedalt.training.orders import Fit, Fitted
@@ -82,7 +82,8 @@ class FedALTSelect:
     server_state = Server
     client_state = Client
     averages = False
-    without = kept_in_averages  # what was folded in has become part of others' adapters
+    # What is folded in becomes part of others' adapters, whose rows are then other directions.
+    mingled = renewed = True
 
     def __post_init__(self) -> None:
         check(self, tau="[-1, 1)", width="(0, inf)", alone="[1, inf)", gap="(0, 2]")
@@ -101,7 +102,7 @@ class FedALTSelect:
 
     def local(self, client: Client, message: Message) -> Local[Client]:
         """Train the individual adapter from where it shall start, and send it back."""
-        individual = select(message.tree, INDIVIDUAL) or client.individual
+        individual = trainable(select(message.tree, INDIVIDUAL), client.individual)
         begun = replace(client, individual=individual, row=select(message.tree, REST_OF_WORLD))
         serving = self._serving(begun)
         fitted: Fitted = yield Fit(
@@ -121,7 +122,7 @@ class FedALTSelect:
             client: closeness(similar, tau=self.tau, width=self.width, gap=self.gap)
             for client, similar in similarities(heard).items()
         }
-        return Server(latest, uploads, self._means(heard, kin))
+        return Server(latest, uploads, self._means(heard, shares(kin, beside=self.beside)))
 
     def deploy(self, client: Client, message: Message) -> Deploy:
         """What the client has trained."""
@@ -129,20 +130,17 @@ class FedALTSelect:
 
     def shared(self, client: Client, message: Message) -> Serving | None:
         """What the client would begin the next round with, if it has kin."""
-        if not message.tree:
-            return None
         slot = self.lora.slot(REST_OF_WORLD if self.beside else INDIVIDUAL)
-        return Serving(single(slot, self.lora.dropout), merge(message.tree, client.head))
+        tree = merge(message.tree, client.head)
+        return Serving(single(slot, self.lora.dropout), tree) if message.tree else None
 
-    def _means(
-        self, adapters: Mapping[str, Tree], kin: Mapping[str, Mapping[str, float]]
-    ) -> dict[str, Tree]:
-        """What the closeness of their kin makes of them: clients' starts, or rests of world."""
-        weights = {}
-        for client, near in ((client, near) for client, near in kin.items() if near):
-            counted = near if self.beside else {client: 1.0, **near}
-            total = sum(counted.values()) / (max(near.values()) if self.beside else 1.0)
-            weights[client] = {other: of / total for other, of in counted.items()}
+    def without(self, server: Server, client_id: str) -> Server:
+        """Who has left is heard no more."""
+        uploads = {other: n for other, n in server.uploads.items() if other != client_id}
+        return self.aggregate(Server(server.latest.without(client_id), uploads), ())
+
+    def _means(self, adapters: Mapping[str, Tree], weights: Weights) -> dict[str, Tree]:
+        """Clients' starts, or their rests of world."""
         slot = REST_OF_WORLD if self.beside else INDIVIDUAL
         if self.mean == "factors":
             return {who: mean_of_factors(adapters, of, slot) for who, of in weights.items()}

@@ -85,6 +85,11 @@ class FedLoRAOptimizer:
         check(self, global_rounds="[0, inf)", personal_epochs="[0, inf)", l2="[0, inf)")
         check(self, personal_rate="(0, inf)")
 
+    @property
+    def renewed(self) -> bool:
+        """Whether there are two stages, of which each trains something else."""
+        return self.global_rounds > 0
+
     def init_server(self, start: Start) -> Server:
         return Server(decompose(start.adapter(self.lora.slot(SHARED)), self.a_axis))
 

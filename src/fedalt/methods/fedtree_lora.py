@@ -83,6 +83,7 @@ class FedTreeLoRA:
     server_state = Server
     client_state = Client
     averages = False
+    mingled = True  # who is in a client's group goes on from means that it is in
 
     def __post_init__(self) -> None:
         check(self, warm_up="[1, inf)", width="[1, inf)", one_group="[-1, 1]", lam_rate="(0, inf)")

@@ -82,6 +82,7 @@ class HiLoRA:
     server_state = Server
     client_state = Client
     averages = False
+    renewed = True  # rows of root and clusters are directions by strength, others in every round
     without = kept_in_averages
 
     def __post_init__(self) -> None:

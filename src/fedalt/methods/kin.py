@@ -11,6 +11,9 @@ from fedalt.methods.contract import Message
 from fedalt.methods.mean import weighted_mean
 
 
+Weights = Mapping[str, Mapping[str, float]]
+
+
 def similarities(adapters: Mapping[str, Tree]) -> dict[str, dict[str, float]]:
     """Of each client to each other one, the mean over sites of the cosine of B A, in [-1, 1].
 
@@ -42,6 +45,31 @@ def closeness(
         near[other] = min((s - tau) / width, 1.0)
         last = s
     return {other: near[other] for other in similar if other in near}
+
+
+def shares(kin: Weights, *, beside: bool) -> dict[str, dict[str, float]]:
+    """By client with kin, what of each adapter is in its mean, by the closeness of its kin.
+
+    Its own counts 1, and all add up to 1. Where the mean stands `beside` it, its own is left out,
+    and all add up to the closeness of the closest.
+    """
+    weights = {}
+    for client, near in ((client, near) for client, near in kin.items() if near):
+        counted = near if beside else {client: 1.0, **near}
+        total = sum(counted.values()) / (max(near.values()) if beside else 1.0)
+        weights[client] = {other: of / total for other, of in counted.items()}
+    return weights
+
+
+def trainable(start: Tree, own: Tree) -> Tree:
+    """The client's own adapter or, if there is one, a start with rows of its own A for zeros.
+
+    That changes no product; with zeros in A and B a rank row could never train again.
+    """
+    return {
+        name: torch.where(t.any(1, keepdim=True), t, own[name]) if name.factor == "A" else t
+        for name, t in (start or own).items()
+    }
 
 
 def mean_of_factors(

@@ -16,13 +16,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fedalt.core.tree import Name, Tree
+from fedalt.methods.kin import Weights
 
 
 def sums_of_products(
-    adapters: Mapping[str, Tree],
-    weights: Mapping[str, Mapping[str, float]],
-    target: str,
-    rank: int,
+    adapters: Mapping[str, Tree], weights: Weights, target: str, rank: int
 ) -> dict[str, Tree]:
     """For each client sum_j w_j B_j A_j on every site, cut to its `rank` strongest directions.
 

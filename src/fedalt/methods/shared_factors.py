@@ -66,6 +66,11 @@ class SharedFactors:
     averages = True
     without = kept_in_averages
 
+    @property
+    def renewed(self) -> bool:
+        """RoLoRA's clients never train what they trained in the round before."""
+        return self.variant == "rolora"
+
     def init_server(self, start: Start) -> Server:
         """A drawn, B zero, as far as they are sent."""
         adapter = start.adapter(self.lora.slot(SHARED))

@@ -80,6 +80,11 @@ class UnequalRanks:
                 "tau and split are settings of sums of products, not of a mean of rows"
             )
 
+    @property
+    def renewed(self) -> bool:
+        """A sum's rows are its directions by strength, others in every round; a mean's stay."""
+        return self.variant != "owner_mean"
+
     def broadcast(self, server: Server, client_id: str) -> Message:
         """As many rows as the client has; FLoRIST sends everybody the same."""
         if self.variant == "florist":

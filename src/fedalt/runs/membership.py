@@ -84,7 +84,8 @@ def leave(path: Path, client_id: str) -> None:
             server = folder.states("own", at + 1).get("server", method.server_state)
             if server is not None:
                 without[at] = method.without(server, client_id)
-        if None in without.values():
+        # What later rounds can leave out is not yet out of what others have made of it.
+        if None in without.values() or getattr(method, "mingled", False):
             raise StoreError(
                 f"{method_name(method)} averages uploads, so the contribution of {client_id!r} "
                 "cannot be removed"

@@ -34,8 +34,8 @@ def require_together(
     if training.carry_optimizer and getattr(method, "renewed", False):
         raise SettingsError(
             f"{source}: [training] carry_optimizer: clients of {METHODS.name_of(method)!r} train "
-            "something else under the same names from round to round, and moments of what was "
-            "trained before do not belong to it; leave it out"
+            "something else from round to round, such as other rank rows or another factor, and "
+            "moments of what was trained before do not belong to it; leave it out"
         )
     leavers = [name for name, stay in clients.items() if stay.leaves is not None]
     if leavers and (fault := fault_of_leaving(privacy, traffic)):

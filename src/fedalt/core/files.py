@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from filelock import FileLock
+
 _AT_A_TIME: Final = 4  # writes; a disk takes several at once in about the time of one
 _BEHIND: Final = 32  # writes that wait or are being done: what they hold is in memory
 
@@ -131,6 +133,17 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until nobody else is within this block with this lock file; a dead process holds none.
+
+    The file stays, as whoever waits has it open.
+    """
+    # A soft lock, in place of one that a file system does not know, would outlive its process.
+    with FileLock(lock, mode=0o600, thread_local=False, fallback_to_soft=False):
+        yield
 
 
 def cache_folder() -> Path:

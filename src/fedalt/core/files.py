@@ -6,6 +6,7 @@ adapters, texts and logs tell of client data.
 
 import contextlib
 import os
+import re
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from filelock import FileLock
 
 _AT_A_TIME: Final = 4  # writes; a disk takes several at once in about the time of one
 _BEHIND: Final = 32  # writes that wait or are being done: what they hold is in memory
+_UNFINISHED: Final = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 class Writer(Protocol):
@@ -123,6 +125,11 @@ def atomic_write(path: Path, data: bytes) -> None:
         if isinstance(error, OSError):  # a full disk's own error names no file
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
+
+
+def is_unfinished(file: Path) -> bool:
+    """Whether a killed `atomic_write` has left this file."""
+    return _UNFINISHED.fullmatch(file.name) is not None and file.is_file()
 
 
 def _sync_folder(folder: Path) -> None:

@@ -27,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from statistics import median
@@ -41,6 +41,7 @@ from experiment import write_model
 
 VARIANTS = ("fedalt", "in process", "flower")
 NUMBERS_A_RANK = 6144
+LAST_LINES = 40  # of a log are shown; a traceback of Flower's has many
 HERE = Path(__file__).resolve().parent
 FEDALT = [sys.executable, "-m", "fedalt"]
 # The process's role by a word of its command line.
@@ -183,12 +184,12 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
     (place / "config.toml").write_text(tomli_w.dumps({"superlink": {"here": about}}))
     tls = ["--ssl-ca-certfile", str(place / "ca.crt"), "--ssl-certfile", str(place / "server.crt")]
     tls += ["--ssl-keyfile", str(place / "server.key")]
-    processes: list[subprocess.Popen[bytes]] = []
+    running: dict[Path, subprocess.Popen[bytes]] = {}  # by their logs
 
-    def start(*words: str) -> None:
-        with (place / "log").open("ab") as log:
-            processes.append(
-                subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    def start(name: str, *words: str) -> None:
+        with (file := place / f"{name}.log").open("wb") as log:
+            running[file] = subprocess.Popen(
+                words, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
 
     def flwr(*words: str) -> None:
@@ -200,7 +201,7 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
         try:
             link = ["--host", "127.0.0.1", "--port", str(port), "--database", str(place / "db")]
             link += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
-            start("flower-superlink", *tls, *link)
+            start("SuperLink", "flower-superlink", *tls, *link)
             time.sleep(10)
             for at in range(clients):
                 make_client_key(place / f"{at}.key", place / f"{at}.pub")
@@ -208,19 +209,19 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
                 node = ["--root-certificates", str(place / "ca.crt"), "--superlink"]
                 node += [about["address"], "--auth-supernode-private-key", str(place / f"{at}.key")]
                 node += ["--host", "127.0.0.1", "--port", str(free_port()), *tls]
-                start("flower-supernode", *node, "--node-config", f"partition-id={at}")
+                node += ["--node-config", f"partition-id={at}"]
+                start(f"SuperNode {at}", "flower-supernode", *node)
             given = {"folder": str(folder), "benchmarks": str(HERE)}
             counts = {"rank": rank, "rounds": rounds, "clients": clients}
             words = [f'{key}="{value}"' for key, value in given.items()]
             words += [f"{key}={value}" for key, value in counts.items()]
-            flwr("run", str(HERE / "flower_lora"), "here", "--run-config", " ".join(words))
-            out = folder / "rounds.json"
-            while not out.exists():
-                time.sleep(0.5)
+            app = ["flwr", "run", str(HERE / "flower_lora"), "here", "--stream"]
+            start("app", *app, "--run-config", " ".join(words))
+            wait_for_app(running, out := folder / "rounds.json")
         finally:
-            for process in reversed(processes):
+            for process in reversed(running.values()):
                 process.terminate()
-            for process in processes:
+            for process in running.values():
                 process.wait()
     found = json.loads(out.read_text())[1:]
     out.unlink()
@@ -231,6 +232,18 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
         "beyond": median(each["seconds"] - each["training"] for each in found),
         "memory": most,
     }
+
+
+def wait_for_app(running: Mapping[Path, "subprocess.Popen[Any]"], out: Path) -> None:
+    """Wait until a process has ended, as the one does that shows the app's log with the app.
+
+    Raises SystemExit, with the last lines of that process, if the app has not written its file.
+    """
+    while not (ended := [log for log, process in running.items() if process.poll() is not None]):
+        time.sleep(0.5)
+    if not out.exists():
+        said = ended[0].read_text(errors="replace").splitlines()[-LAST_LINES:]
+        raise SystemExit("\n".join([f"Flower's {ended[0].stem} has ended without results:", *said]))
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import machines as waits
 import tomli_w
-from access import attempts
+from access import attempts, not_refused
 from drill_compared import compared, compared_members, compared_private
 from drill_events import CLIENTS, Drill
 from drill_members import ABOUT, FIRST, members_drill
@@ -87,16 +87,17 @@ def table(head: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
     return "\n".join(f"| {' | '.join(str(cell) for cell in line)} |" for line in lines)
 
 
-def access_table(root: Path) -> str:
-    """Who is not let in."""
+def access(root: Path) -> list[str]:
+    """Try to get in without being let in; what is not as it should be."""
     machines = found(root, save_model(root / "model"), ("a", "b", "c"), rounds={"rounds": 2})
     try:
         machines.start("server")
         wait_for(lambda: "round 0" in machines.said("server"), "the server")
-        rows: list[tuple[object, ...]] = [(each.what, each.seen) for each in attempts(machines)]
+        tried = attempts(machines)
     finally:
         machines.kill_all()
-    return table(("attempt", "seen"), rows)
+    print(table(("attempt", "seen"), [(each.what, each.seen) for each in tried]))
+    return not_refused(tried)
 
 
 def everything(root: Path) -> list[str]:
@@ -152,15 +153,15 @@ def main() -> None:
     root.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     waits.PATIENCE = 900.0  # seconds; the machine may be busy
-    if given.access:
-        print(access_table(root))
-        return
     for number in (signal.SIGINT, signal.SIGTERM):  # whatever a shell has handed down
         signal.signal(number, signal.default_int_handler)
     began = time.monotonic()
     play = private if given.private else members if given.members else everything
-    wrong = play(root)
-    print("\n" + ("\n".join(wrong) or "everything is as in the undisturbed federation"))
+    wrong = access(root) if given.access else play(root)
+    well = "everything is as in the undisturbed federation"
+    if given.access:
+        well = "nobody was let in"
+    print("\n" + ("\n".join(wrong) or well))
     print(f"{(time.monotonic() - began) / 60:.1f} minutes")
     if given.folder is None:
         shutil.rmtree(root)

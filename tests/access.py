@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import sys
 from base64 import b64encode
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -21,6 +22,26 @@ from fedalt.flower.credentials import make_authority, make_client_key, make_serv
 from fedalt.flower.gateway import LARGEST_REQUEST
 from fedalt.flower.processes import free_port, wait_for_port
 
+# What is to be seen of each attempt, in part.
+REFUSED = {
+    "a key that the server does not know": "the server does not let this client in",
+    "another certificate authority": "certificate verify failed: unable to get local issuer",
+    "the server's certificate has ended": "certificate verify failed: certificate has expired",
+    "plain HTTP to the port that wants TLS": "cannot be reached",
+    "a request that was made before": "409 this request has been made before",
+    "a request of yesterday": "401",
+    "another client's node": "401",
+    "no signature": "401",
+    "registering a key oneself": "403 this is not for clients",
+    "Flower's Control interface": "403 this is not for clients",
+    "Flower's Runtime interface": "403 this is not for clients",
+    "Flower's list of interfaces": "403 this is not for clients",
+    "a way round": "403 this is not for clients",
+    "a gigantic request": "413 a request has at most 33554432 bytes",
+    "plain HTTP": "Server disconnected without sending a response",
+    "a key that was revoked while connected": "the server does not let this client in",
+}
+
 
 @dataclass(frozen=True)
 class Attempt:
@@ -28,6 +49,17 @@ class Attempt:
 
     what: str
     seen: str
+
+
+def not_refused(tried: Sequence[Attempt]) -> list[str]:
+    """What is wrong with these attempts: those that were not refused as they should be, or made."""
+    seen = {each.what: each.seen for each in tried}
+    wrong = [
+        f"{what}: seen was {text!r}, not {REFUSED.get(what, 'anything')!r}"
+        for what, text in seen.items()
+        if what not in REFUSED or REFUSED[what] not in text
+    ]
+    return wrong + [f"{what}: nobody has tried it" for what in REFUSED if what not in seen]
 
 
 def attempts(machines: Machines) -> list[Attempt]:

@@ -70,6 +70,34 @@ def test_a_process_of_a_federation_that_fails_ends_the_others(benchmarks):
     assert [each.returncode for each in processes] == [-signal.SIGTERM, 3]
 
 
+@pytest.mark.parametrize("who", ["flwr", "flower-superlink"])
+def test_an_app_of_flowers_that_fails_ends_its_variant_with_its_last_words(
+    benchmarks, monkeypatch, tmp_path, who
+):
+    federation = benchmarks("federation")
+    for name in ("flwr", "flower-superlink", "flower-supernode"):  # in the place of Flower's own
+        stays = "" if name in ("flwr", who) else "exec sleep 600"
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho {name} $1 has failed\n{stays}\n")
+        program.chmod(0o700)
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        assert len(waits) < 1000, "it waits for ever"
+        pause(0.01)
+
+    pause = federation.time.sleep
+    monkeypatch.setattr(federation.time, "sleep", sleep)
+    monkeypatch.setattr(federation.sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(federation.experiment, "clients_of", lambda _: ["a"])
+    last = "SuperLink has ended without results:\nflower-superlink --ssl-ca-certfile has failed"
+    if who == "flwr":
+        last = "app has ended without results:\nflwr run has failed"
+    with pytest.raises(SystemExit, match=last):
+        federation.run_flower(tmp_path, rank=1, rounds=2, port=1)
+
+
 def test_records_with_any_sign_that_ends_a_line_are_dealt_out_whole(benchmarks, tmp_path):
     records = [{"sentence": f"one\u2028two\x85 {number}"} for number in range(4)]
     text = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

@@ -35,6 +35,12 @@ def test_each_round_is_a_line_with_steps_loss_and_bytes(made: Federation) -> Non
     assert re.match(r"after round 3/3: scored own of round 3 on validation data: loss", told[3])
 
 
+def test_what_there_is_to_know_of_its_data_is_told_first(made: Federation) -> None:
+    (made.client("a") / "data" / "a.test.jsonl").unlink()
+    made.member("a")
+    assert made.said["a"] == ["note: trained but not scored, without test data: a"]
+
+
 def test_an_upload_that_was_refused_is_told_with_the_next_call(made: Federation) -> None:
     def spoil(client_id: str, answer: bytes) -> bytes:
         whole = decode(Answer, answer)

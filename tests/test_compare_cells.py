@@ -222,6 +222,23 @@ def test_a_damaged_file_of_cells_is_one_error_with_its_line(whole, tmp_path):
     assert (tmp_path / "again.jsonl").read_text().splitlines() == lines
 
 
+def test_cells_that_several_processes_keep_in_one_file_are_all_there(tmp_path):
+    file, cell = tmp_path / "cells.jsonl", Cell("local", 0, "0", {}, [], Cost(0, 0, 0, 0, 0), {})
+    program = (
+        "import sys; from pathlib import Path; from dataclasses import replace\n"
+        "from fedalt.runs.cells import keep_cell, read_cells\n"
+        "file, label = Path(sys.argv[1]), sys.argv[2]\n"
+        "cell = read_cells(file)['local', 0]\n"
+        "for seed in range(30):\n"
+        "    keep_cell(file, replace(cell, method=label, seed=seed))\n"
+    )
+    keep_cell(file, cell)
+    running = [subprocess.Popen([sys.executable, "-c", program, file, label]) for label in "ab"]
+    assert [process.wait() for process in running] == [0, 0]
+    added = [(label, seed) for label in "ab" for seed in range(30)]
+    assert list(read_cells(file)) == [*added, cell.key]
+
+
 def test_a_run_that_other_code_began_does_not_go_on(tmp_path):
     job = type("Job", (), {"path": tmp_path / "fedit" / "seed-0"})
     note_origin(job, [1.0, 2.0])

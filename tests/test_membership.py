@@ -136,6 +136,22 @@ def test_a_newcomer_gets_the_whole_world_and_trains_its_own_part(run, tmp_path):
     assert trees_of(served)
 
 
+def test_what_there_is_to_know_of_newcomers_is_said_as_of_a_runs_clients(model, tmp_path, capsys):
+    stays = {"c": {"joins": 1}}  # whose data are not among the newcomers'
+    settings = settings_for(
+        model, write_clients(tmp_path / "data"), rounds={"rounds": 2}, clients=stays
+    )
+    run = start_run(prepare(settings), tmp_path / "run").path
+    toml, new = run / "settings.toml", write_clients(tmp_path / "new", clients=("d",))
+    toml.write_text(toml.read_text().replace("rounds = 2", "rounds = 3"))
+    (new / "d.test.jsonl").unlink()
+    assert call("join", run, "--data", new, "--epochs", 1) == 0
+    said = capsys.readouterr().err
+    assert "note: trained but not scored, without test data: d\n" in said
+    assert "[rounds] rounds was 2 when the run began, and is 3\n" in said
+    assert "only one client" not in said
+
+
 @pytest.mark.parametrize("names", [("a",), ("b", "d")])
 def test_a_newcomer_has_a_name_of_its_own(run, tmp_path, names):
     with pytest.raises(StoreError, match=r"has a client '[ab]' already"):

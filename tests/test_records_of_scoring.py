@@ -12,7 +12,8 @@ from commands import call
 from report_records import recommit
 from runs_for_tests import save_model, settings_for, write_clients
 from test_evaluation import DATA, PLANS, asked_of, serving_of
-from tiny import CAUSAL, CLASSIFIERS
+from tiny import CAUSAL, CLASSIFIERS, VOCAB
+from transformers import AlbertConfig, AlbertForSequenceClassification
 
 from fedalt.core.tree import Name
 from fedalt.data.examples import Example
@@ -82,6 +83,26 @@ def test_what_is_counted_while_scoring_is_what_each_text_alone_has(name, plan):
             assert sum(found.weighing.histogram) == sum(bins.values())
             moved = sum(abs(n - bins[b]) for b, n in enumerate(found.weighing.histogram))
             assert moved <= 2  # a weight on the edge of a bin
+
+
+def test_a_layer_that_blocks_share_counts_in_each_of_them():
+    sizes = {"embedding_size": 8, "hidden_size": 12, "intermediate_size": 16, "num_labels": 3}
+    layers = {"num_hidden_layers": 3, "num_attention_heads": 2}
+    config = AlbertConfig(vocab_size=VOCAB, **layers, **sizes)
+    base = base_of(AlbertForSequenceClassification(config), "query")
+    served = Serving(PLANS["mixer"], random_serving_tree(base, PLANS["mixer"]))
+    (site,), inputs = base.adapted.sites, []
+    base.adapted.model.get_submodule(site).register_forward_pre_hook(
+        lambda _, given: inputs.append(given[0][0])
+    )
+    one = Example(tuple(range(3, 9)), 6, "0", tuple("012"), 0)
+    by_site = weights_by_site(base, served, one.ids)
+    each = [(x @ served.tree[Name(site, "mixer", "G")].T).softmax(-1) for x in inputs]
+    assert len(each) == 3
+    torch.testing.assert_close(by_site[site], sum(each) / 3)
+    (found,) = score_together(base, [(served, [one])], QUICK, watch=1)
+    assert found.weighing.weights[site] == pytest.approx(by_site[site].mean(0).tolist(), rel=1e-4)
+    assert sum(found.weighing.histogram) == 3 * len(one.ids)
 
 
 def test_every_token_of_a_watched_answer_counts_at_every_site():

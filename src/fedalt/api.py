@@ -148,9 +148,9 @@ def run(settings: Mapping[str, Any] | str | Path, *, out: str | Path) -> Run:
     or data that cannot be used. A run that was stopped goes on with `fedalt resume`.
     """
     from fedalt.report.learning import nothing_learnt
-    from fedalt.runs.folder import require_unused
+    from fedalt.runs.beginning import require_unused
     from fedalt.runs.lifecycle import start_run
-    from fedalt.runs.settings import advised_settings, settings_of
+    from fedalt.runs.settings import advised_settings, settings_of, to_toml
     from fedalt.runs.settings_file import rooted
     from fedalt.runs.setup import prepare
     from fedalt.training.recommended import recommended
@@ -160,7 +160,7 @@ def run(settings: Mapping[str, Any] | str | Path, *, out: str | Path) -> Run:
         read = settings_of(filled, "the settings")
     else:
         read, advice = advised_settings(Path(settings))
-    require_unused(Path(out))
+    require_unused(Path(out), to_toml(read))
     prepared = prepare(read)
     if advice:
         print(advice, file=sys.stderr)

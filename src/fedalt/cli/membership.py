@@ -1,12 +1,13 @@
 """`fedalt join` and `leave`: clients that come late to a run, and clients that go."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from fedalt.cli.flags import AsJson, Quiet, RunPath
-from fedalt.cli.output import hush_libraries, note, show, show_json
+from fedalt.cli.output import hush_libraries, note, show, show_json, warn
 
 
 def join(
@@ -28,7 +29,7 @@ def join(
     from fedalt.report.table import describe, run_table, to_json
     from fedalt.runs.membership import join as let_in
 
-    lines = let_in(path, data, epochs=epochs)
+    lines = let_in(path, data, epochs=epochs, warn=partial(warn, quiet=quiet))
     if not lines:
         note("no newcomer has test data, so there is no table")
         return

@@ -36,14 +36,14 @@ def run(
     hush_libraries()
     from fedalt.cli.training import introduce, train
     from fedalt.report.trackers import require_trackers
-    from fedalt.runs.folder import require_unused
+    from fedalt.runs.beginning import require_unused
     from fedalt.runs.lifecycle import new_run
-    from fedalt.runs.settings import advised_settings, method_name
+    from fedalt.runs.settings import advised_settings, method_name, to_toml
     from fedalt.runs.setup import prepare
 
     settings, advice = advised_settings(config, given(context))
     out = out or free_folder(Path("runs") / method_name(settings.method))
-    require_unused(out)
+    require_unused(out, to_toml(settings))
     require_trackers(report_to or ())
     prepared = prepare(settings)
     introduce(prepared, out, advice, quiet=quiet)

@@ -6,6 +6,7 @@ adapters, texts and logs tell of client data.
 
 import contextlib
 import os
+import re
 import secrets
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -14,8 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
+from filelock import FileLock
+
 _AT_A_TIME: Final = 4  # writes; a disk takes several at once in about the time of one
 _BEHIND: Final = 32  # writes that wait or are being done: what they hold is in memory
+_UNFINISHED: Final = re.compile(r"\.[0-9a-f]{16}\.tmp")
 
 
 class Writer(Protocol):
@@ -123,6 +127,11 @@ def atomic_write(path: Path, data: bytes) -> None:
         raise
 
 
+def is_unfinished(file: Path) -> bool:
+    """Whether a killed `atomic_write` has left this file."""
+    return _UNFINISHED.fullmatch(file.name) is not None and file.is_file()
+
+
 def _sync_folder(folder: Path) -> None:
     if os.name != "posix":  # elsewhere a folder cannot be opened
         return
@@ -131,6 +140,17 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def one_at_a_time(lock: Path) -> Iterator[None]:
+    """Wait until nobody else is within this block with this lock file; a dead process holds none.
+
+    The file stays, as whoever waits has it open.
+    """
+    # A soft lock, in place of one that a file system does not know, would outlive its process.
+    with FileLock(lock, mode=0o600, thread_local=False, fallback_to_soft=False):
+        yield
 
 
 def cache_folder() -> Path:

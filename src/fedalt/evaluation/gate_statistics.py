@@ -1,6 +1,6 @@
 """How a mixer or router weighs the slots, token by token, seen in passes that run anyway."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Final
@@ -17,13 +17,17 @@ from fedalt.training.loss import segments_for
 
 BINS: Final = 20
 
+# A site and its weights (tokens, slots) in a pass, which has several of a layer that blocks share.
+_Call = tuple[str, Tensor]
+
 
 @dataclass(frozen=True)
 class Weighing:
     """What a client's mixers or routers did to some of its tokens.
 
     `weights`: for each site the mean weight of each slot. `histogram`: how often the weight of the
-    first slot, over tokens and sites, lies in each of 20 equal bins of [0, 1].
+    first slot, over tokens and sites, lies in each of 20 equal bins of [0, 1]. A site that blocks
+    share counts in each of them.
     """
 
     slots: tuple[str, ...]
@@ -35,7 +39,8 @@ class Weighing:
 class _Part:
     """What a pass has added for some sites: of each client, on the CPU.
 
-    `sums` (clients, sites, slots) of the weights of `tokens` (clients,), `bins` (clients, 20).
+    A site stands in `sites` once for each call. `sums` (clients, calls, slots) of the weights of
+    `tokens` (clients,), `bins` (clients, 20).
     """
 
     sites: tuple[str, ...]
@@ -55,7 +60,7 @@ class Tally:
     @contextmanager
     def counting(self, seen: Sequence[tuple[int, range]], tokens: int) -> Iterator[Watch]:
         """While a pass of so many `tokens` runs, these of them count, each for its client."""
-        whole: dict[str, Tensor] = {}
+        whole: list[_Call] = []
         yield _keeping(whole, tokens)
         rows = torch.cat([torch.arange(where.start, where.stop) for _, where in seen])
         sizes = torch.tensor([len(where) for _, where in seen])
@@ -80,16 +85,16 @@ class Tally:
         means = {site: tuple((total / counts[site]).tolist()) for site, total in sums.items()}
         return Weighing(slots, means, tuple(bins.tolist()))
 
-    def _add(self, weights: Mapping[str, Tensor], rows: Tensor, owners: Tensor) -> None:
-        """Add these rows of every site's weights, each for its owner, all sites at once."""
+    def _add(self, calls: Sequence[_Call], rows: Tensor, owners: Tensor) -> None:
+        """Add these rows of every call's weights, each for its owner, all calls at once."""
         # A pass's weights are few: what follows is faster on the CPU than many small kernels.
-        joined = torch.stack(list(weights.values()), 1).float().cpu()[rows]
+        joined = torch.stack([weights for _, weights in calls], 1).float().cpu()[rows]
         sums = joined.new_zeros(self.clients, *joined.shape[1:]).index_add(0, owners, joined)
         places = (joined[..., 0] * BINS).long().clamp(0, BINS - 1) + owners[:, None] * BINS
         bins = places.flatten().bincount(minlength=self.clients * BINS)
         tokens = owners.bincount(minlength=self.clients)
-        part = _Part(tuple(weights), sums, tokens, bins.reshape(self.clients, BINS))
-        self.parts.append(part)
+        sites = tuple(site for site, _ in calls)
+        self.parts.append(_Part(sites, sums, tokens, bins.reshape(self.clients, BINS)))
 
 
 @dataclass(frozen=True)
@@ -106,20 +111,23 @@ def weights_by_site(
 ) -> dict[str, Tensor]:
     """For each site the weights of the slots, (tokens, slots) float32, for the tokens of a text.
 
-    Sites that see anything but these tokens in their order are left out. `segments`: those of a
-    classifier's example. Raises ValueError for a plan that does not weigh
-    its slots token by token.
+    Of a site that blocks share it is the mean over them. Sites that see anything but these tokens
+    in their order are left out. `segments`: those of a classifier's example. Raises ValueError for
+    a plan that does not weigh its slots token by token.
     """
     if serving.plan.gate is None:
         raise ValueError("the plan has no mixer or router: every token's weights are the same")
     device = base.adapted.device
-    by_site: dict[str, Tensor] = {}
+    calls: list[_Call] = []
     tree = trees.on(serving.tree, device)
-    with base.adapted.bound(serving.plan, tree, watch=_keeping(by_site, len(ids))) as model:
+    with base.adapted.bound(serving.plan, tree, watch=_keeping(calls, len(ids))) as model:
         row = torch.tensor([list(ids)], device=device)
         of_pair = torch.tensor([list(segments)], device=device) if segments else None
         model.base_model(input_ids=row, **segments_for(model, of_pair))
-    return {site: weights.float().cpu() for site, weights in by_site.items()}
+    by_site: dict[str, list[Tensor]] = {}
+    for site, weights in calls:
+        by_site.setdefault(site, []).append(weights.float().cpu())
+    return {site: torch.stack(each).mean(0) for site, each in by_site.items()}
 
 
 def weights_of(
@@ -130,11 +138,11 @@ def weights_of(
     return torch.stack(list(by_site.values())).mean(0) if by_site else None
 
 
-def _keeping(by_site: dict[str, Tensor], tokens: int) -> Watch:
-    """Keeps the weights of sites that see all tokens: a pooler sees one of each text."""
+def _keeping(calls: list[_Call], tokens: int) -> Watch:
+    """Keeps the weights of calls with all tokens: a pooler sees one of each text."""
 
     def watch(site: str, weights: Tensor) -> None:
         if len(weights) == tokens:
-            by_site[site] = weights
+            calls.append((site, weights))
 
     return watch

@@ -45,6 +45,8 @@ def open_client(
     settings = settings_here(agreement, data, model, device)
     prepared = prepare(settings, base=base, clients=agreement.clients, labels=agreement.labels)
     _require_fitting(prepared, agreement, client_id, data)
+    for sentence in prepared.warnings:
+        say(f"note: {sentence}")
     make_private_folder(folder)
     accepted = claim(folder, agreement, client_id)
     examples, _ = prepared.task.training_size(client_id)

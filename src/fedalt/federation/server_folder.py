@@ -10,7 +10,8 @@ from fedalt.federation.rules import Rules
 from fedalt.federation.secure_keys import Signatures
 from fedalt.federation.server import Server
 from fedalt.federation.transport import Transport
-from fedalt.runs.folder import StoreError, create, open_run
+from fedalt.runs.beginning import create
+from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.settings import SettingsError, to_toml
 from fedalt.runs.setup import arms_of
 

@@ -10,7 +10,6 @@ from fedalt.methods.clustering import mean_cosines
 from fedalt.methods.contract import Message
 from fedalt.methods.mean import weighted_mean
 
-
 Weights = Mapping[str, Mapping[str, float]]
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypedDict
 
-from fedalt.core.files import atomic_write, make_private_folder
+from fedalt.core.files import atomic_write, make_private_folder, one_at_a_time
 from fedalt.core.reading import StoreError, read_lines
 
 
@@ -83,11 +83,15 @@ def read_cells(file: Path) -> dict[tuple[str, int], Cell]:
 
 
 def keep_cell(file: Path, cell: Cell) -> None:
-    """Add a cell to a file, or replace it there; a crash leaves the file as it was, or whole."""
-    cells = {**read_cells(file), cell.key: cell}
-    text = "".join(f"{json.dumps(asdict(cells[key]), allow_nan=False)}\n" for key in sorted(cells))
+    """Add a cell to a file, or replace it there; a crash leaves the file as it was, or whole.
+
+    Several comparisons may keep their cells in one file at the same time.
+    """
     make_private_folder(file.parent)
-    atomic_write(file, text.encode())
+    with one_at_a_time(file.with_name(f".{file.name}.lock")):  # the file itself is replaced
+        cells = {**read_cells(file), cell.key: cell}
+        lines = (json.dumps(asdict(cells[key]), allow_nan=False) for key in sorted(cells))
+        atomic_write(file, "".join(f"{line}\n" for line in lines).encode())
 
 
 def cost_in(table: Mapping[str, Any]) -> Cost:

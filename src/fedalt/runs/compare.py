@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.core.files import atomic_write, make_private_folder, open_private
-from fedalt.core.reading import read_text
 from fedalt.core.threads import cores
 from fedalt.data.folder import DataFolder, open_data
 from fedalt.data.records import Columns
@@ -194,9 +193,6 @@ def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], No
     words = ["resume", str(job.path), "--rounds", str(job.settings.rounds.rounds)]
     if not (job.path / "run.json").exists():
         config = write_settings(job)
-        half = job.path / "settings.toml"
-        if half.exists() and read_text(half) == to_toml(job.settings):
-            half.unlink()  # it was killed between its first file and its second
         words = ["run", str(config), "--out", str(job.path)]
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
     log = job.path.with_suffix(".log")

@@ -16,7 +16,6 @@ waiting/                    uploads of a round that has to see all before it jud
 import json
 import os
 import shutil
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,14 +26,12 @@ from filelock import FileLock, Timeout
 
 from fedalt.core.digests import Digests, digest_of
 from fedalt.core.files import AtOnce, Writer, atomic_write, make_private_folder, open_private
-from fedalt.core.reading import read_bytes, read_lines, read_text
+from fedalt.core.reading import read_bytes, read_lines
 from fedalt.runs.memory import Memory
-from fedalt.runs.record import FORMAT, require_committed, require_run
 from fedalt.runs.record import StoreError as StoreError
+from fedalt.runs.record import require_committed, require_run
 from fedalt.runs.standing import (
     FACTS,
-    LISTS,
-    PROGRESS,
     RECORD,
     facts_locked,
     read_facts,
@@ -244,36 +241,6 @@ def kept_rounds(progress: "Progress", column: str) -> list[int]:
     return sorted({*last, *best})
 
 
-def require_unused(path: Path) -> None:
-    """Refuse a folder for a new run that holds anything already."""
-    if path.exists() and not (path.is_dir() and _is_empty(path)):
-        hint = ""
-        if (path / "run.json").exists():
-            hint = f"; `fedalt resume {path}` continues it"
-        elif any((path / name).exists() for name in (PROGRESS, RECORD, *LISTS)):
-            hint = f": it holds a run whose {path / 'run.json'} is missing"
-        raise StoreError(f"{path} exists already and is not empty{hint}")
-
-
-def create(path: Path, settings: str, facts: Mapping[str, object]) -> RunFolder:
-    """Make a run's folder; one that holds anything already is refused.
-
-    But for the settings, if they are the same: their process was killed before it was a run.
-    """
-    begun = path / "settings.toml"
-    if not (begun.is_file() and _is_empty(path, begun.name) and read_text(begun) == settings):
-        require_unused(path)
-    make_private_folder(path)
-    atomic_write(begun, settings.encode())
-    whole = {"format": FORMAT, **facts, "settings": tomllib.loads(settings)}
-    try:
-        write_facts(path, whole)
-    except BaseException:  # half a run could be neither resumed nor begun again
-        begun.unlink()
-        raise
-    return RunFolder(path)
-
-
 def open_run(path: Path) -> RunFolder:
     """An existing run's folder, if it is one and of this format."""
     require_run(path)
@@ -294,7 +261,3 @@ def locked(path: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _is_empty(folder: Path, but: str = ".lock") -> bool:
-    return all(entry.name in (".lock", but) for entry in folder.iterdir())

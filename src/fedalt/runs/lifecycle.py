@@ -21,17 +21,10 @@ from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.models.identity import what_differs
 from fedalt.runs import setup
+from fedalt.runs.beginning import create, require_unused
 from fedalt.runs.budget import budget_of_run
 from fedalt.runs.checkpoints import FileStates
-from fedalt.runs.folder import (
-    RunFolder,
-    StoreError,
-    create,
-    kept_rounds,
-    locked,
-    open_run,
-    require_unused,
-)
+from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.observer import NullObserver, Observer
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, to_toml
@@ -46,9 +39,10 @@ def new_run(prepared: Prepared, path: Path) -> RunFolder:
     SettingsError for what only a federation can do.
     """
     require_seen(prepared.parts.settings.privacy)
-    require_unused(path)
+    settings = to_toml(prepared.parts.settings)
+    require_unused(path, settings)
     with locked(path):
-        return create(path, to_toml(prepared.parts.settings), facts_of(prepared))
+        return create(path, settings, facts_of(prepared))
 
 
 def start_run(prepared: Prepared, path: Path, observer: Observer = NullObserver()) -> RunFolder:

@@ -1,5 +1,6 @@
 """Clients that come to a run when it has trained already, and clients that leave it."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,17 +24,25 @@ from fedalt.runs.setup import (
 )
 
 
-def join(path: Path, data: Path, *, epochs: int | None = None) -> list[Line]:
+def join(
+    path: Path,
+    data: Path,
+    *,
+    epochs: int | None = None,
+    warn: Callable[[Sequence[str]], None] = lambda _: None,
+) -> list[Line]:
     """Let clients in that were not in training; the lines of their scores on their test data.
 
     Each newcomer gets what the server of the tested round sends, trains its own part on it for
     `epochs` (without a number, the run's local epochs) and keeps its state in the run's folder. The
     server hears nothing of it: no one else's model changes. Beside it, the local-only
-    baseline trains for as long. Raises StoreError for clients of the run and for other labels.
+    baseline trains for as long. `warn` is told what the user should know before that. Raises
+    StoreError for clients of the run and for other labels.
     """
     folder = open_run(path)
     require_clients(path)
     prepared = _newcomers(folder, data, epochs)
+    warn(prepared.warnings)
     clients = prepared.task.clients
     with locked(path):
         progress = folder.progress()
@@ -127,14 +136,18 @@ def _coding_without(folder: RunFolder, settings: Settings, client_id: str) -> Co
 
 def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
     """The run's settings over the newcomers' data, if they fit together."""
-    settings, _ = settings_of_run(folder)
+    settings, changed = settings_of_run(folder)
     training = settings.training
     if epochs is not None:
         training = replace(training, local_epochs=epochs)
     settings = replace(settings, data=replace(settings.data, path=data.absolute()))
     then = folder.facts()
     # Newcomers need not have all of the run's labels, nor sort them as its clients do.
-    prepared = prepare(replace(settings, training=training), labels=then["data"]["labels"])
+    prepared = prepare(
+        replace(settings, training=training),
+        clients=[*then["clients"]],
+        labels=then["data"]["labels"],
+    )
     now = facts_of(prepared)
     if twice := _members(folder) & set(prepared.task.clients):
         raise StoreError(f"{folder.path} has a client {min(twice)!r} already; rename its files")
@@ -144,7 +157,7 @@ def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
             f"these are {now['data']['labels']!r}"
         )
     require_same_base(folder.path, then, prepared.parts.base)
-    return prepared
+    return replace(prepared, warnings=(*changed, *prepared.warnings))
 
 
 def _members(folder: RunFolder) -> set[str]:

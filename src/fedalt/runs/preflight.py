@@ -47,18 +47,13 @@ def require_room(settings: Settings, *, gpus: int) -> None:
         raise SettingsError(f"{wanted}, one for each GPU, but the number of GPUs is {gpus}")
 
 
-def warnings_of(
-    settings: Settings,
-    counts: Mapping[str, Mapping[Split, int]],
-    cut: Sequence[int],
-    limit: int,
-    *,
-    shares: bool,
+def warnings_of_run(
+    settings: Settings, counts: Mapping[str, Mapping[Split, int]], *, shares: bool
 ) -> list[str]:
-    """What a user should know before the first step, in sentences.
+    """What a user should know of all who take part in a run before its first step, in sentences.
 
-    `counts` are examples per client and split, `cut` truncated prompts and answers, `limit` is the
-    most tokens of an example; `shares`: whether clients receive anything from others.
+    `counts` are examples per client and split; `shares`: whether clients receive anything from
+    others.
     """
     sentences = []
     if shares and len(counts) == 1:
@@ -67,12 +62,25 @@ def warnings_of(
         sentences.append(
             "there are two clients: what one receives lets it work out the other's adapter exactly"
         )
-    if untested := [client for client, of in counts.items() if not of["test"]]:
-        sentences.append(f"trained but not scored, without test data: {listed(untested)}")
     validated = any(of["validation"] for of in counts.values())
     if settings.rounds.select == "best" and not validated:
         sentences.append("no client has validation data: the last round is tested, not the best")
-    sentences += _of_privacy(settings, counts)
+    return [*sentences, *_of_privacy(settings, counts)]
+
+
+def warnings_of_data(
+    settings: Settings,
+    counts: Mapping[str, Mapping[Split, int]],
+    cut: Sequence[int],
+    limit: int,
+) -> list[str]:
+    """What a user should know of some clients' data, in sentences.
+
+    `cut` are truncated prompts and answers, `limit` is the most tokens of an example.
+    """
+    sentences = []
+    if untested := [client for client, of in counts.items() if not of["test"]]:
+        sentences.append(f"trained but not scored, without test data: {listed(untested)}")
     total = sum(sum(of.values()) for of in counts.values())
     if limit < (wanted := settings.data.max_length):
         sentences.append(f"the base model takes {limit} tokens at most, not max_length={wanted}")

@@ -197,6 +197,8 @@ def meant_by(path: Path) -> str:
     for inside in ("state/run", "run"):
         if (path / inside / "run.json").is_file():
             return f"; did you mean {path / inside}?"
+    if (path / "settings.toml").is_file():
+        return "; if it was killed before it had one, the command that began it begins it anew"
     return ""
 
 

@@ -36,7 +36,12 @@ from fedalt.methods.lora import Lora
 from fedalt.models.base import Base, load_base
 from fedalt.models.checks import require_known_ids
 from fedalt.runs.folder import RunFolder, StoreError
-from fedalt.runs.preflight import require_known, require_room, warnings_of
+from fedalt.runs.preflight import (
+    require_known,
+    require_room,
+    warnings_of_data,
+    warnings_of_run,
+)
 from fedalt.runs.settings import (
     Settings,
     lora_of,
@@ -122,7 +127,9 @@ def prepare(
         task.training_size(client_id)  # while they are encoded: a round asks for all at once
     warnings = [not_read(data.ignored)] if data.ignored else []
     warnings += parts.base.notes
-    warnings += warnings_of(settings, counts, cut, task.max_length, shares=_shares(parts))
+    if not clients:  # else the data of others are not here
+        warnings += warnings_of_run(settings, counts, shares=_shares(parts))
+    warnings += warnings_of_data(settings, counts, cut, task.max_length)
     return Prepared(parts, task, counts, tuple(warnings))
 
 

@@ -13,10 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NotRequired, TypedDict
 
-from filelock import FileLock
-
 from fedalt.core.digests import Digests, digest_of
-from fedalt.core.files import atomic_write
+from fedalt.core.files import atomic_write, one_at_a_time
 from fedalt.core.reading import StoreError, read_bytes, read_json, read_sealed, seal_of, sealed
 
 PROGRESS: Final = "progress.json"
@@ -160,8 +158,7 @@ def seal_of_facts(facts: Mapping[str, Any]) -> str:
 @contextmanager
 def facts_locked(path: Path) -> Iterator[None]:
     """Wait until nobody else is changing run.json, which is done beside a running server too."""
-    lock = FileLock(path / ".facts.lock", mode=0o600, thread_local=False, fallback_to_soft=False)
-    with lock:
+    with one_at_a_time(path / ".facts.lock"):
         yield
 
 

@@ -291,3 +291,5 @@ def test_a_client_that_has_not_heard_anything_has_no_model(
         assert "`fedalt client` takes part" in said
     said = one_error(capsys, "generate", made.client("a"), "x", "--client", "b")
     assert "is the place of client 'a'" in said
+
+

@@ -587,3 +587,5 @@ def is_step(data: bytes) -> bool:
     except CodecError:
         return False
     return True
+
+

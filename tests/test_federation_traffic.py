@@ -185,3 +185,5 @@ def test_rules_that_contradict_each_other_are_refused() -> None:
         Rules(staleness=0.5)
     with pytest.raises(SettingsError, match="buffer=2 is below minimum=3"):
         Rules(buffer=2, minimum=3)
+
+

@@ -1,6 +1,9 @@
 """Secure sums in federations whose server, clients and folders are real and share a process."""
 
 import contextlib
+import errno
+import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import Federation, Stopped, founded
+from commands import call as run_command
+from federations import Federation, Stopped, Wire, founded, round_of
 from runs_for_tests import adapters_of, save_model, scores_of
 from scipy.stats import chisquare
 
@@ -19,12 +23,14 @@ from fedalt.core.declared import SettingsError
 from fedalt.core.tree import Tree
 from fedalt.engine.changes import Change
 from fedalt.engine.states import client_of, server_of
-from fedalt.federation import secure_sum
-from fedalt.federation.messages import Answer, Call, SumAnswer, SumCall
+from fedalt.federation import secure_calls, secure_client, secure_sum
+from fedalt.federation.answer_schema import Asked
+from fedalt.federation.messages import NEVER, Answer, Call, SumAnswer, SumCall
 from fedalt.federation.secure_client import MASKED
 from fedalt.federation.secure_sum import steps_of
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_server_config
+from fedalt.flower.participants import server_from
 from fedalt.flower.roster_changes import add_clients, remove_client, rotate_key
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message
@@ -321,8 +327,6 @@ def halted(tmp_path: Path, model: Path, step: str) -> tuple[Federation, dict[str
     place = founded(tmp_path, model, FOUR, **SHORT, **SECURE)
     calls: dict[str, SumCall] = {}
 
-    from fedalt.federation import secure_client
-
     told = secure_client.SecureClient.answer
 
     def listen(self: Any, call: SumCall, data: bytes) -> bytes:
@@ -587,5 +591,31 @@ def is_step(data: bytes) -> bool:
     except CodecError:
         return False
     return True
+
+
+def test_a_full_disk_in_a_step_is_an_answer_and_the_step_is_asked_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = founded(tmp_path, model, **SHORT, **SECURE)
+    write, errors = secure_client.atomic_write, list[SumAnswer]()
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "sum-mask.bin" and "clients/b/" in path.as_posix() and not errors:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    def look(_: str, data: bytes) -> bytes:
+        with contextlib.suppress(CodecError):
+            if (answer := decode(SumAnswer, data)).error:
+                errors.append(answer)
+        return data
+
+    monkeypatch.setattr(secure_client, "atomic_write", full)
+    monkeypatch.setattr(secure_calls, "_REST", 0.0)
+    place.go_on(look)
+    (error,) = errors
+    assert "OSError; what it prints says more" in error.error
+    assert not error.masked  # what could not be kept was not sent
+    assert trained(place, 0) == dict.fromkeys(("a", "b", "c"))
 
 

@@ -619,3 +619,33 @@ def test_a_full_disk_in_a_step_is_an_answer_and_the_step_is_asked_again(
     assert trained(place, 0) == dict.fromkeys(("a", "b", "c"))
 
 
+def test_who_follows_a_restored_server_trains_again_for_the_last_sum_it_was_in(
+    tmp_path: Path, model: Path
+) -> None:
+    about = {"rounds": {"rounds": 4, "test": False, "participation": 0.75}}
+    place = founded(tmp_path, model, FOUR, **about, **SECURE)
+    settings = read_server_config(place.config).terms.settings
+    drawn = [settings.rounds.cohort(FOUR, at, settings.seed) for at in range(4)]
+    at = next(at for at in (1, 2) if set(drawn[at]) - set(drawn[at + 1]))
+
+    def stopped_after(round_: int, answers: int) -> Callable[[str, bytes], bytes]:
+        def look(_: str, data: bytes) -> bytes:
+            nonlocal answers
+            answers -= round_of(data) == round_
+            if not answers:
+                raise Stopped
+            return data
+
+        return look
+
+    place.go_on(stopped_after(at, 1))
+    backup = tmp_path / "server.tar"
+    assert run_command("federation", "backup", place.config, backup) == 0
+    place.go_on(stopped_after(at + 1, len(FOUR)))
+    place.server_name = "elsewhere"
+    assert run_command("federation", "restore", backup, place.config.parent) == 0
+    place.go_on(go_back=True)
+    assert trained(place, at) == dict.fromkeys(drawn[at])
+    assert trained(place, 3) == dict.fromkeys(drawn[3])
+
+

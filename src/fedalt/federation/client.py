@@ -104,6 +104,8 @@ class Client:
                 since = NEVER
                 if behind:  # else what counts is the same, and only rounds without it came since
                     self.say(f"{place}: {go_back(self.accepted, self.client_id, call.accepted)}")
+                if self.secure is not None:
+                    self.secure.forget()
             self._require_counted(call)
             check_call(call, self.agreement, self.client_id, self._columns, since)
             call = self._received(call)

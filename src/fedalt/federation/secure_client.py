@@ -105,6 +105,10 @@ class SecureClient:
                 "shared its keys; it does not train for that sum again"
             )
 
+    def forget(self) -> None:
+        """Forget the last sum: its round is repeated, as the owner follows a server back."""
+        self._file.unlink(missing_ok=True)
+
     def begin(self, round_: int, upload: Message) -> RoundKeys:
         """Keep an upload instead of sending it; the keys of the round's sum."""
         integers(upload.tree, 1.0)  # its numbers fit, or it is said now

@@ -649,3 +649,11 @@ def test_who_follows_a_restored_server_trains_again_for_the_last_sum_it_was_in(
     assert trained(place, 3) == dict.fromkeys(drawn[3])
 
 
+def test_nobody_is_taken_out_of_a_sum_by_hand(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = halted(tmp_path, model, "share")
+    assert run_command("leave", place.run, "--client", "d") == 2
+    assert "'d' cannot be taken out: with [privacy] secure_sum" in capsys.readouterr().err
+
+

@@ -657,3 +657,18 @@ def test_nobody_is_taken_out_of_a_sum_by_hand(
     assert "'d' cannot be taken out: with [privacy] secure_sum" in capsys.readouterr().err
 
 
+def test_status_shows_whom_a_step_waits_for(tmp_path: Path, model: Path) -> None:
+    place = founded(tmp_path, model, **SHORT, **SECURE)
+    shown: list[dict[str, Any]] = []
+
+    def lose(client_id: str, data: bytes) -> bytes | Lost:
+        if client_id == "b" and step_of(data) == "mask":
+            shown.append(json.loads((place.run / "status.json").read_text()))
+            return Lost("it was away") if len(shown) == 1 else data
+        return data
+
+    place.go_on(lose)
+    assert shown[1]["awaited"] == ["b"]
+    assert shown[1]["heard"].keys() == {"a", "b", "c"}
+
+

@@ -672,3 +672,12 @@ def test_status_shows_whom_a_step_waits_for(tmp_path: Path, model: Path) -> None
     assert shown[1]["heard"].keys() == {"a", "b", "c"}
 
 
+def test_a_step_that_did_without_a_client_is_not_told_as_late(tmp_path: Path, model: Path) -> None:
+    place, told = founded(tmp_path, model, **SHORT, **SECURE), list[str]()
+    host = replace(server_from(read_server_config(place.config), Wire({})), say=told.append)
+    step = Asked("c", 0, NEVER, "digest", (), {}, "validation")
+    collector = host._collector(1, {"c": [step, replace(step, trains=("own",))]})
+    collector._take("c", b"an answer to the last step of round 1")
+    assert told == []
+    collector._take("c", b"keys for round 1")
+    assert "came after that round had ended" in told[0]

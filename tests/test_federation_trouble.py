@@ -174,6 +174,24 @@ def test_a_revoked_client_is_not_waited_for(machines: Machines) -> None:
     assert trained(machines) == {pair for pair in EVERY if pair[1] != "c"}
 
 
+class Ending(Wire):
+    """A wire on which c is away, and a call of before to it is lost only now."""
+
+    def online(self) -> frozenset[str]:
+        return frozenset({"a", "b"})
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        calls, self.waiting = self.waiting, []
+        return [("c", Lost("it was away")), *((who, b"") for who, _ in calls)]
+
+
+def test_who_was_away_at_the_farewell_counts_as_not_told(machines: Machines) -> None:
+    told: list[str] = []
+    host = replace(server_from(config_of(machines), Ending({})), say=told.append)
+    host._farewell(host.folder.progress(), {})
+    assert any(line.startswith("not told that it has ended: c;") for line in told)
+
+
 def test_a_key_that_is_revoked_while_somebody_joins_leaves_a_readable_run(
     machines: Machines, monkeypatch: pytest.MonkeyPatch
 ) -> None:

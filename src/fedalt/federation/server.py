@@ -166,7 +166,8 @@ class Server:
         end = time.monotonic() + _FAREWELL
         while any(waiting.values()) and time.monotonic() < end:
             for who, _ in self.transport.receive():  # who goes away without an answer has heard it
-                waiting[who] = waiting.get(who, 1) - 1
+                if who in waiting:  # not who was away, and whose older call is lost now
+                    waiting[who] -= 1
         if deaf := sorted(who for who in self._clients() if waiting.get(who, 1) > 0):
             self.say(
                 f"not told that it has ended: {', '.join(deaf)}; the server, started again, tells "

@@ -283,14 +283,16 @@ class Server:
     @property
     def _coding(self) -> Coding:
         start, traffic = self.agreement.start, self.agreement.settings.traffic
-        return Coding(self.arms[0].method, start, traffic, self._clients())
+        # Who is shut out may come back, and then goes on from what the others have got meanwhile.
+        return Coding(self.arms[0].method, start, traffic, self._clients(shut_out=True))
 
     def _states(self, round_: int) -> FileStates:
         return self.folder.states("own", round_)
 
-    def _clients(self) -> list[str]:
-        left = self.folder.left()
-        return sorted(self.folder.facts()["clients"].keys() - left)
+    def _clients(self, *, shut_out: bool = False) -> list[str]:
+        facts = self.folder.facts()
+        left = {*facts.get("left", ())} - {*(facts.get("revoked", ()) if shut_out else ())}
+        return sorted(facts["clients"].keys() - left)
 
     @property
     def _columns(self) -> list[str]:

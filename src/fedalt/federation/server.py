@@ -27,7 +27,7 @@ from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call, Split
 from fedalt.federation.privacy import begin_private, told_by
-from fedalt.federation.roster import members_of, update_members
+from fedalt.federation.roster import members_of, members_there, wait_for_anyone
 from fedalt.federation.round_collector import Called, RoundCollector, Say
 from fedalt.federation.round_record import record
 from fedalt.federation.rules import Rules
@@ -84,7 +84,7 @@ class Server:
         """Train a cohort and, in the same calls, score the round before on validation data."""
         began = time.monotonic()
         schedule, method = self.agreement.settings.rounds, self.arms[0].method
-        members = update_members(self.folder, self.roster, self.agreement, round_, self.say)
+        members = members_there(self.folder, self.roster, self.agreement, round_, self.say)
         drawn = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
         begun = begin_private(self.folder, self.agreement, round_, drawn, self.say)
         cohort, spent, release = begun
@@ -146,6 +146,7 @@ class Server:
         split: Split = "validation",
     ) -> RoundCollector:
         """All clients' scores of a column's round each, recorded but not committed."""
+        wait_for_anyone(self.folder, self.say)
         at = score.get("own", round_ - 1) if split == "test" else progress.rounds_done - 1
         downlink = self._downlink_after(at)
         call = self._calling(progress, round_, score, downlink, split)

@@ -217,6 +217,23 @@ def test_a_server_that_counts_what_noise_it_has_spent_has_no_backup(
         made.member("a", go_back=True)
 
 
+def test_a_server_whose_whole_folder_was_moved_goes_on(tmp_path: Path, model: Path) -> None:
+    template = tmp_path / "template.txt"  # whose place the server's settings name
+    template.write_text("{instruction} =>")
+    about = {"rounds": {"rounds": 2, "test": False}, "data": {"template": str(template)}}
+    made = founded(tmp_path, model, **about)
+    made.go_on(stopped_in(1))
+    shutil.move(made.config.parent, made.root / "elsewhere")
+    made.server_name = "elsewhere"
+    made.go_on()
+    assert json.loads((made.run / "progress.json").read_text())["rounds_done"] == 2
+    settings = made.run / "settings.toml"
+    assert "elsewhere" in settings.read_text()
+    settings.write_text(settings.read_text().replace("lr = 0.01", "lr = 0.02"))
+    with pytest.raises(StoreError, match="was changed after it was written"):
+        made.go_on()
+
+
 def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

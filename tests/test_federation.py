@@ -341,7 +341,7 @@ def call_of(there: Place, **changes: object) -> bytes:
         ({"federation": "other"}, "the call is for federation 'other'"),
         ({"client": "b"}, "the call is for client 'b'"),
         ({"terms": "x"}, "the call is for terms 'x'"),
-        ({"accepted": 4}, "has no state of it"),
+        ({"accepted": 4}, "counts an upload of round 5, but this client has no state of it"),
     ],
 )
 def test_a_client_refuses_a_call_that_is_not_for_it(
@@ -360,5 +360,5 @@ def test_an_old_call_does_not_set_a_client_back(tmp_path: Path, model: Path) -> 
     name, _ = states_of(tmp_path / "state-a", "a", settings.method.client_state)
     old = first_call(wire, "a")
     answer = decode(Answer, there.member("a").answer(old))
-    assert "but it said 2 before" in answer.error
+    assert "says that no round has counted, but it said 2 before" in answer.error
     assert states_of(tmp_path / "state-a", "a", settings.method.client_state)[0] == name

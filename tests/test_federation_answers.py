@@ -62,6 +62,14 @@ BAD: dict[str, tuple[Callable[[Answer], Answer], str]] = {
         lambda a: cost(a, metrics={**a.costs[0].metrics, "steps": 0.5}),
         "steps is 0.5, expected a whole number",
     ),
+    "a budget that it does not keep": (
+        lambda a: cost(a, metrics={**a.costs[0].metrics, "epsilon": 1e9}),
+        "unknown metric 'epsilon'",
+    ),
+    "a clip that there is not": (
+        lambda a: cost(a, metrics={**a.costs[0].metrics, "within_clip": 1.0}),
+        "unknown metric 'within_clip'",
+    ),
     "a count too few": (lambda a: counting(a, A=None), "trained numbers, expected"),
     "another count": (lambda a: counting(a, B=1.0), "trained numbers, expected"),
     "a count too many": (lambda a: counting(a, C=1.0), "trained numbers, expected"),

@@ -13,13 +13,16 @@ from runs_for_tests import save_model, settings_for
 
 import fedalt
 from fedalt.core.codec import decode, encode
-from fedalt.federation.accepted import read_accepted
-from fedalt.federation.client_states import keep, round_to_serve, settle
+from fedalt.core.digests import Digests
+from fedalt.federation.accepted import ACCEPTED, Accepted, read_accepted
+from fedalt.federation.client_states import BROADCAST, CHOSEN, keep, round_to_serve, settle
 from fedalt.federation.messages import Answer, Call
 from fedalt.flower.client_model import client_at, evaluate, served
 from fedalt.flower.config import read_server_config
 from fedalt.flower.revocation import revoke_key
 from fedalt.methods.contract import Message
+from fedalt.runs.folder import StoreError
+from fedalt.runs.kept import Kept
 
 ROUNDS = 3
 
@@ -291,3 +294,24 @@ def test_a_client_that_has_not_heard_anything_has_no_model(
         assert "`fedalt client` takes part" in said
     said = one_error(capsys, "generate", made.client("a"), "x", "--client", "b")
     assert "is the place of client 'a'" in said
+
+
+def test_of_a_round_whose_local_state_was_dropped_there_is_no_local_model(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    accepted = Accepted(folder, 9, Kept(Digests(folder, folder / ACCEPTED), 2**31))
+    for at in (4, 7, 8, 9):  # the best one of before any training but the last three, and those
+        accepted.kept.digests.note(folder / "local" / "clients" / "a" / f"{at:04d}.safetensors", "")
+    for at in (2, 7, 8, 9):
+        write_private_below(folder / BROADCAST / f"{at:04d}.safetensors")
+    write_private_below(folder / CHOSEN, '{"own": 2, "local": 4}')
+    accepted.write(9)
+    assert round_to_serve(folder, "own", 2) == 2
+    assert [round_to_serve(folder, "local", at) for at in (None, 4, 8)] == [4, 4, 8]
+    for dropped in (2, 99):
+        with pytest.raises(StoreError, match=r"is not kept; the rounds kept are 5, 8, 9, 10"):
+            round_to_serve(folder, "local", dropped)
+
+
+def write_private_below(file: Path, text: str = "") -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,57 @@ def test_a_server_that_counts_what_noise_it_has_spent_has_no_backup(
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(SettingsError, match="--go-back makes no sense with"):
         made.member("a", go_back=True)
+
+
+def test_a_server_whose_whole_folder_was_moved_goes_on(tmp_path: Path, model: Path) -> None:
+    template = tmp_path / "template.txt"  # whose place the server's settings name
+    template.write_text("{instruction} =>")
+    about = {"rounds": {"rounds": 2, "test": False}, "data": {"template": str(template)}}
+    made = founded(tmp_path, model, **about)
+    made.go_on(stopped_in(1))
+    shutil.move(made.config.parent, made.root / "elsewhere")
+    made.server_name = "elsewhere"
+    made.go_on()
+    assert json.loads((made.run / "progress.json").read_text())["rounds_done"] == 2
+    settings = made.run / "settings.toml"
+    assert "elsewhere" in settings.read_text()
+    settings.write_text(settings.read_text().replace("lr = 0.01", "lr = 0.02"))
+    with pytest.raises(StoreError, match="was changed after it was written"):
+        made.go_on()
+
+
+def test_a_backup_leaves_out_what_is_made_again_wherever_the_state_lies(
+    tmp_path: Path, model: Path
+) -> None:
+    made = founded(tmp_path, model)
+    text = made.config.read_text()
+    made.config.write_text(text.replace("[server]", '[server]\nfolder = "deep/state"'))
+    for name in ("flower/processes.json", "logs/app.log", "run/incoming/0000/a.bin", "kept.txt"):
+        file = made.config.parent / "deep" / "state" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("{}")
+    assert call("federation", "backup", made.config, tmp_path / "b.tar") == 0
+    with tarfile.open(tmp_path / "b.tar") as tar:
+        inside = {Path(name).as_posix() for name in tar.getnames()}
+    state = sorted(name for name in inside if name.startswith("deep/state/"))
+    assert state == ["deep/state/kept.txt", "deep/state/run"]
+
+
+def test_a_server_whose_places_are_absolute_is_not_restored_into_the_old_ones_folder(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = founded(tmp_path, model)
+    text, state = made.config.read_text(), made.config.parent / "state"
+    made.config.write_text(text.replace("[server]", f'[server]\nfolder = "{state}"'))
+    file = tmp_path / "server.tar"
+    assert call("federation", "backup", made.config, file) == 2
+    assert "write a path relative to the file" in capsys.readouterr().err
+    with monkeypatch.context() as patch:  # one of before
+        patch.setattr("fedalt.flower.backup._require_movable", lambda _: None, raising=False)
+        assert call("federation", "backup", made.config, file) == 0
+    assert call("federation", "restore", file, tmp_path / "elsewhere") == 2
+    assert "write a path relative to the file" in capsys.readouterr().err
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(

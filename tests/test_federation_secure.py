@@ -1,6 +1,9 @@
 """Secure sums in federations whose server, clients and folders are real and share a process."""
 
 import contextlib
+import errno
+import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from federations import Federation, Stopped, founded
+from commands import call as run_command
+from federations import Federation, Stopped, Wire, founded, round_of
 from runs_for_tests import adapters_of, save_model, scores_of
 from scipy.stats import chisquare
 
@@ -19,12 +23,14 @@ from fedalt.core.declared import SettingsError
 from fedalt.core.tree import Tree
 from fedalt.engine.changes import Change
 from fedalt.engine.states import client_of, server_of
-from fedalt.federation import secure_sum
-from fedalt.federation.messages import Answer, Call, SumAnswer, SumCall
+from fedalt.federation import secure_calls, secure_client, secure_sum
+from fedalt.federation.answer_schema import Asked
+from fedalt.federation.messages import NEVER, Answer, Call, SumAnswer, SumCall
 from fedalt.federation.secure_client import MASKED
 from fedalt.federation.secure_sum import steps_of
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_server_config
+from fedalt.flower.participants import server_from
 from fedalt.flower.roster_changes import add_clients, remove_client, rotate_key
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message
@@ -321,8 +327,6 @@ def halted(tmp_path: Path, model: Path, step: str) -> tuple[Federation, dict[str
     place = founded(tmp_path, model, FOUR, **SHORT, **SECURE)
     calls: dict[str, SumCall] = {}
 
-    from fedalt.federation import secure_client
-
     told = secure_client.SecureClient.answer
 
     def listen(self: Any, call: SumCall, data: bytes) -> bytes:
@@ -587,3 +591,93 @@ def is_step(data: bytes) -> bool:
     except CodecError:
         return False
     return True
+
+
+def test_a_full_disk_in_a_step_is_an_answer_and_the_step_is_asked_again(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = founded(tmp_path, model, **SHORT, **SECURE)
+    write, errors = secure_client.atomic_write, list[SumAnswer]()
+
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "sum-mask.bin" and "clients/b/" in path.as_posix() and not errors:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write(path, data)
+
+    def look(_: str, data: bytes) -> bytes:
+        with contextlib.suppress(CodecError):
+            if (answer := decode(SumAnswer, data)).error:
+                errors.append(answer)
+        return data
+
+    monkeypatch.setattr(secure_client, "atomic_write", full)
+    monkeypatch.setattr(secure_calls, "_REST", 0.0)
+    place.go_on(look)
+    (error,) = errors
+    assert "OSError; what it prints says more" in error.error
+    assert not error.masked  # what could not be kept was not sent
+    assert trained(place, 0) == dict.fromkeys(("a", "b", "c"))
+
+
+def test_who_follows_a_restored_server_trains_again_for_the_last_sum_it_was_in(
+    tmp_path: Path, model: Path
+) -> None:
+    about = {"rounds": {"rounds": 4, "test": False, "participation": 0.75}}
+    place = founded(tmp_path, model, FOUR, **about, **SECURE)
+    settings = read_server_config(place.config).terms.settings
+    drawn = [settings.rounds.cohort(FOUR, at, settings.seed) for at in range(4)]
+    at = next(at for at in (1, 2) if set(drawn[at]) - set(drawn[at + 1]))
+
+    def stopped_after(round_: int, answers: int) -> Callable[[str, bytes], bytes]:
+        def look(_: str, data: bytes) -> bytes:
+            nonlocal answers
+            answers -= round_of(data) == round_
+            if not answers:
+                raise Stopped
+            return data
+
+        return look
+
+    place.go_on(stopped_after(at, 1))
+    backup = tmp_path / "server.tar"
+    assert run_command("federation", "backup", place.config, backup) == 0
+    place.go_on(stopped_after(at + 1, len(FOUR)))
+    place.server_name = "elsewhere"
+    assert run_command("federation", "restore", backup, place.config.parent) == 0
+    place.go_on(go_back=True)
+    assert trained(place, at) == dict.fromkeys(drawn[at])
+    assert trained(place, 3) == dict.fromkeys(drawn[3])
+
+
+def test_nobody_is_taken_out_of_a_sum_by_hand(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place, _ = halted(tmp_path, model, "share")
+    assert run_command("leave", place.run, "--client", "d") == 2
+    assert "'d' cannot be taken out: with [privacy] secure_sum" in capsys.readouterr().err
+
+
+def test_status_shows_whom_a_step_waits_for(tmp_path: Path, model: Path) -> None:
+    place = founded(tmp_path, model, **SHORT, **SECURE)
+    shown: list[dict[str, Any]] = []
+
+    def lose(client_id: str, data: bytes) -> bytes | Lost:
+        if client_id == "b" and step_of(data) == "mask":
+            shown.append(json.loads((place.run / "status.json").read_text()))
+            return Lost("it was away") if len(shown) == 1 else data
+        return data
+
+    place.go_on(lose)
+    assert shown[1]["awaited"] == ["b"]
+    assert shown[1]["heard"].keys() == {"a", "b", "c"}
+
+
+def test_a_step_that_did_without_a_client_is_not_told_as_late(tmp_path: Path, model: Path) -> None:
+    place, told = founded(tmp_path, model, **SHORT, **SECURE), list[str]()
+    host = replace(server_from(read_server_config(place.config), Wire({})), say=told.append)
+    step = Asked("c", 0, NEVER, "digest", (), {}, "validation")
+    collector = host._collector(1, {"c": [step, replace(step, trains=("own",))]})
+    collector._take("c", b"an answer to the last step of round 1")
+    assert told == []
+    collector._take("c", b"keys for round 1")
+    assert "came after that round had ended" in told[0]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from federations import founded
 from runs_for_tests import save_model, scores_of
 from test_federation import (
     CLIENTS,
@@ -28,6 +29,8 @@ from fedalt.federation import round_collector as desk
 from fedalt.federation.messages import Answer, Call
 from fedalt.federation.rules import Rules
 from fedalt.federation.transport import Lost
+from fedalt.flower.config import read_server_config
+from fedalt.flower.revocation import revoke_key
 from fedalt.methods.contract import Message
 from fedalt.runs import folder as store
 from fedalt.runs.lifecycle import start_run
@@ -185,3 +188,16 @@ def test_rules_that_contradict_each_other_are_refused() -> None:
         Rules(staleness=0.5)
     with pytest.raises(SettingsError, match="buffer=2 is below minimum=3"):
         Rules(buffer=2, minimum=3)
+
+
+def test_who_was_shut_out_for_a_while_goes_on_from_what_the_others_have(
+    tmp_path: Path, model: Path
+) -> None:
+    """Where the server sends each client something else, in fewer bits."""
+    about = {"method": {"name": "fedlease", "warm_up": 1}, "traffic": {"download": "int8"}}
+    made = founded(tmp_path, model, rounds={"rounds": 3, "test": False}, **about)
+    where = read_server_config(made.config).place
+    made.go_on(changes={0: lambda: revoke_key(where, "c")})
+    published = made.run / "server" / "published"
+    last = {who: max(file.name for file in (published / who).iterdir()) for who in CLIENTS}
+    assert last == dict.fromkeys(CLIENTS, "0002.safetensors")

@@ -23,7 +23,7 @@ from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
 from fedalt.flower.credentials import make_client_key
 from fedalt.flower.participants import server_from
-from fedalt.flower.revocation import revoke_key
+from fedalt.flower.revocation import record_revoked, revoke_key
 from fedalt.runs import folder as store
 from fedalt.runs import standing
 
@@ -172,6 +172,42 @@ def test_a_revoked_client_is_not_waited_for(machines: Machines) -> None:
     config = config_of(machines)
     server_from(config, Without(members(machines), config=config)).to_the_end()
     assert trained(machines) == {pair for pair in EVERY if pair[1] != "c"}
+
+
+class Ending(Wire):
+    """A wire on which c is away, and a call of before to it is lost only now."""
+
+    def online(self) -> frozenset[str]:
+        return frozenset({"a", "b"})
+
+    def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
+        calls, self.waiting = self.waiting, []
+        return [("c", Lost("it was away")), *((who, b"") for who, _ in calls)]
+
+
+def test_who_was_away_at_the_farewell_counts_as_not_told(machines: Machines) -> None:
+    told: list[str] = []
+    host = replace(server_from(config_of(machines), Ending({})), say=told.append)
+    host._farewell(host.folder.progress(), {})
+    assert any(line.startswith("not told that it has ended: c;") for line in told)
+
+
+def test_no_round_begins_while_all_keys_are_revoked(
+    machines: Machines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(machines)
+
+    def let_in(_: float) -> None:
+        make_client_key(machines.root / "new.key", config.place.clients / "c.pub")
+        record_revoked(config.place)
+
+    monkeypatch.setattr("fedalt.federation.roster.sleep", let_in, raising=False)
+    host = server_from(config, Wire(members(machines)))
+    for name in CLIENTS:
+        revoke_key(config.place, name)
+    host.to_the_end()
+    assert trained(machines) == {(0, "c"), (1, "c")}
+    assert "nobody takes part; this waits" in (config.place.logs / "server.log").read_text()
 
 
 def test_a_key_that_is_revoked_while_somebody_joins_leaves_a_readable_run(

@@ -232,7 +232,7 @@ def test_what_dies_again_and_again_without_getting_further_has_an_end(machines: 
     config = read_server_config(machines.server / "federation.toml")
     patience = Patience(config, progress_of(config), 0.0)
     for number in range(2 * _MOST_DEATHS):
-        answers = machines.run / "incoming" / "0000"
+        answers = machines.run / "incoming" / ("0000" if number < _MOST_DEATHS else "0000/share")
         answers.mkdir(parents=True, exist_ok=True)
         (answers / f"{number}.bin").touch()  # it gets further
         patience.died("the app has ended")

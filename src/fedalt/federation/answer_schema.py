@@ -95,12 +95,22 @@ def metrics_of(agreement: Agreement, split: Split) -> Metrics:
     return Metrics(LIKELIHOOD | written, OPTIONS)
 
 
-# How many numbers of a slot and factor were trained, what was spent of privacy, what was clipped.
-COSTS: Final = Metrics(
-    TRAINING,
-    {"epsilon": LOSS, WITHIN: SHARE},
-    re.compile(rf"{TRAINED}[a-z0-9_]{{1,40}} [A-Za-z]{{1,20}}"),
-)
+# How many numbers of a slot and factor were trained.
+COUNTED: Final = re.compile(rf"{TRAINED}[a-z0-9_]{{1,40}} [A-Za-z]{{1,20}}")
+
+
+def costs_of(agreement: Agreement, column: str) -> Metrics:
+    """The metrics of a cost of a column under these terms.
+
+    A client says what it has spent of privacy where it keeps its own ledger, and whether its change
+    was clipped where the clip follows that; else it would be recorded as if it were so.
+    """
+    privacy, may = agreement.settings.privacy, dict[str, Range]()
+    if column == "own" and privacy.unit == "example":
+        may["epsilon"] = LOSS
+    if column == "own" and privacy.quantile is not None:
+        may[WITHIN] = SHARE
+    return Metrics(TRAINING, may, COUNTED)
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,7 @@ def check_answer(answer: Answer, asked: Asked, agreement: Agreement) -> None:
     _check_sent("key", answer.keys is not None, wanted=bool(asked.trains) and secure)
     _check_columns([cost.column for cost in answer.costs], asked.trains, "the cost")
     for cost in answer.costs:
-        _check_cost(cost)
+        _check_cost(cost, agreement)
     if answer.scores:
         _check_columns([score.column for score in answer.scores], asked.scores, "the score")
         metrics = metrics_of(agreement, asked.split)
@@ -225,9 +235,9 @@ def _check_columns(given: Collection[str], expected: Collection[str], what: str)
         raise Refused(f"{what} of a column is there twice")
 
 
-def _check_cost(cost: Cost) -> None:
+def _check_cost(cost: Cost, agreement: Agreement) -> None:
     what = f"the cost of column {cost.column!r}"
-    COSTS.require(cost.metrics, what)
+    costs_of(agreement, cost.column).require(cost.metrics, what)
     SECONDS.require(cost.seconds, f"{what}: seconds")
 
 

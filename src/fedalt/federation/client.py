@@ -104,6 +104,8 @@ class Client:
                 since = NEVER
                 if behind:  # else what counts is the same, and only rounds without it came since
                     self.say(f"{place}: {go_back(self.accepted, self.client_id, call.accepted)}")
+                if self.secure is not None:
+                    self.secure.forget()
             self._require_counted(call)
             check_call(call, self.agreement, self.client_id, self._columns, since)
             call = self._received(call)
@@ -185,19 +187,21 @@ class Client:
         """Refuse a server that has forgotten what it said, or counts what is not here."""
         known = self.accepted.round
         if call.accepted < known:
+            last = f"round {call.accepted + 1} was the last to count"
             raise CallRefused(
-                f"client {self.client_id!r}: the server says that round {call.accepted + 1} was "
-                f"the last to count, but it said {known + 1} before; nothing was changed. It was "
-                "set back to an older state, or this is an old message. Where its operator has "
-                "restored a backup, `fedalt client --go-back` follows it"
+                f"client {self.client_id!r}: the server says that "
+                f"{'no round has counted' if call.accepted == NEVER else last}, but it said "
+                f"{known + 1} before; nothing was changed. It was set back to an older state, or "
+                "this is an old message. Where its operator has restored a backup, `fedalt client "
+                "--go-back` follows it"
             )
         mine = self.accepted.kept.newest(self.folder / "clients" / self.client_id, call.accepted)
         is_there = mine is not None and int(mine.stem) == call.accepted
         if call.accepted != NEVER and not is_there and not call.last:
             raise CallRefused(
                 f"client {self.client_id!r}: the server counts an upload of round "
-                f"{call.accepted}, but this client has no state of it; restore its folder from a "
-                "backup, or let the server's operator take the client out"
+                f"{call.accepted + 1}, but this client has no state of it; restore its folder from "
+                "a backup, or let the server's operator take the client out"
             )
 
     def _received(self, call: Call) -> Call:

@@ -21,8 +21,8 @@ from fedalt.core.tree import Tree, cast
 from fedalt.engine.changes import Known, ReferenceLackedError, message_of, whole
 from fedalt.engine.firewall import quoted
 from fedalt.engine.traffic import Coding
-from fedalt.federation.accepted import Accepted, folder_of
-from fedalt.federation.going_back import last_rounds
+from fedalt.federation.accepted import Accepted, folder_of, read_accepted
+from fedalt.federation.going_back import KEPT, last_rounds
 from fedalt.federation.messages import Call
 from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
@@ -120,12 +120,26 @@ def round_to_serve(folder: Path, column: str, wanted: int | None) -> int:
             "round; `fedalt client` takes part"
         )
     at = chosen if wanted is None else wanted
-    if column != "local" and at not in kept:
+    if column == "local":
+        kept = sorted({*_local_rounds(folder, kept), *([at] if wanted is None else [])})
+    if at not in kept:
         raise StoreError(
             f"{folder}: round {at + 1} is not kept; the rounds kept are "
             + ", ".join(str(known + 1) for known in kept)
         )
     return at
+
+
+def _local_rounds(folder: Path, heard: Iterable[int]) -> set[int]:
+    """The rounds after which the local-only baseline is known, of those `heard` and trained.
+
+    Between states that are older than the last ones others may have been dropped.
+    """
+    digests, place = read_accepted(folder).kept.digests, folder_of(folder, "local") / "clients"
+    named = (rounds_in(digests.names(place / who)) for who in digests.folders(place))
+    trained = sorted(round_ for rounds in named for round_ in rounds)
+    since = trained[-KEPT] if len(trained) >= KEPT else 0
+    return {*trained, *(round_ for round_ in heard if round_ >= since)}
 
 
 def broadcast_after(folder: Path, round_: int) -> Message:

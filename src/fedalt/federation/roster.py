@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from fedalt.core.files import atomic_write
@@ -20,6 +21,7 @@ if TYPE_CHECKING:  # `fedalt federation status` does without torch
     from fedalt.federation.agreement import Agreement
 
 FILE: Final = "members.json"
+_LOOK: Final = 1.0  # seconds between two looks whether anybody takes part
 
 Say = Callable[[str], None]
 
@@ -82,6 +84,35 @@ def update_members(
     roster = UNCHANGED if file is None else read_roster(file)
     folder.change_facts(partial(_changes, roster, agreement, round_, say))
     return members_of(folder)
+
+
+def members_there(
+    folder: RunFolder, file: Path | None, agreement: "Agreement", round_: int, say: Say
+) -> "Members":
+    """Who takes part in a round that begins, as `update_members` does; somebody has to."""
+    wait_for_anyone(folder, say, partial(update_members, folder, file, agreement, round_, say))
+    return members_of(folder)
+
+
+def wait_for_anyone(folder: RunFolder, say: Say, look: Callable[[], object] = dict) -> None:
+    """Wait while nobody takes part, as while all keys are revoked; `look` lets newcomers in.
+
+    Rounds without anyone would bring the end nearer, and nothing else.
+    """
+    look()
+    if _somebody(folder):
+        return
+    say(
+        "nobody takes part; this waits until somebody does, see `fedalt federation rotate-key` "
+        "and `add`"
+    )
+    while not _somebody(folder):
+        sleep(_LOOK)
+        look()
+
+
+def _somebody(folder: RunFolder) -> bool:
+    return bool(folder.facts()["clients"].keys() - folder.left())
 
 
 def _changes(

@@ -190,7 +190,8 @@ class RoundCollector:
         try:
             answer = self._checked(client_id, came, asked)
         except Late as late:
-            self._tell(f"{client_id}: late: {late}")
+            if asked and (asked.trains or asked.scores):  # not a step of a sum that did without it
+                self._tell(f"{client_id}: late: {late}")
             return
         except Refused as error:
             limit = self.screening.firewall.quarantine_bytes

@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,6 +25,7 @@ from fedalt.federation.answer_schema import Asked
 from fedalt.federation.messages import NEVER, Step, SumAnswer, SumCall, digest
 from fedalt.federation.rules import Rules
 from fedalt.federation.secure_sum import SecureSumError, StepOverError, require_enough
+from fedalt.federation.status_file import StatusFile
 from fedalt.federation.transport import Lost, Transport
 from fedalt.runs.folder import RunFolder
 
@@ -49,6 +51,10 @@ class SumCalls:
     round: int
     called: dict[str, list[Asked]]
     traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @cached_property
+    def _status(self) -> StatusFile:
+        return StatusFile(self.folder / "status.json", self.agreement.settings.rounds.rounds)
 
     def is_fixed(self, step: Step) -> bool:
         """Whether it is on disk whom a step is about."""
@@ -91,7 +97,7 @@ class SumCalls:
         digests = {who: digest(sent) for who, sent in data.items()}
         answers = self._kept(step, calls, digests, check)
         began, unable, over = time.monotonic(), dict[str, tuple[str, float]](), set[str]()
-        limit = self.rules.deadline
+        limit, heard = self.rules.deadline, self._status.heard()
         while missing := calls.keys() - answers.keys() - over - RunFolder(self.folder).left():
             if enough is not None and len(answers) >= enough:
                 break
@@ -102,7 +108,8 @@ class SumCalls:
                 break
             resting = {who for who, (_, at) in unable.items() if time.monotonic() - at < _REST}
             waiting = {who for who in missing if self._awaited(who, digests[who])}
-            free = sorted((missing & self.transport.online()) - resting - waiting)
+            online = self.transport.online()
+            free = sorted((missing & online) - resting - waiting)
             self._send({who: (data[who], digests[who]) for who in free})
             for who, came in self.transport.receive():
                 asked = self.called[who].pop(0) if self.called.get(who) else None
@@ -111,6 +118,7 @@ class SumCalls:
                 if isinstance(came, Lost):
                     self.say(f"round {self.round + 1}, {step}: {who}: {shown(came.reason)}")
                     continue
+                heard[who] = time.time()
                 try:
                     answers[who] = self._answer(came, who, digests[who], check)
                 except (SecureSumError, Refused, CodecError) as error:
@@ -120,8 +128,11 @@ class SumCalls:
                         self.say(f"round {self.round + 1}, {step}: {who}: {told}")
                     unable[who] = told, time.monotonic()
                     continue
+                unable.pop(who, None)
                 atomic_write(self._place(step) / f"{who}.bin", came)
                 self._count(who, up=len(came))
+            why = {who: told for who, (told, _) in unable.items()}
+            self._status.show(self.round, heard, online, missing - answers.keys() - over, why)
         require_enough(answers, needed, f"have answered the call to {step}")
         return answers
 

@@ -105,6 +105,10 @@ class SecureClient:
                 "shared its keys; it does not train for that sum again"
             )
 
+    def forget(self) -> None:
+        """Forget the last sum: its round is repeated, as the owner follows a server back."""
+        self._file.unlink(missing_ok=True)
+
     def begin(self, round_: int, upload: Message) -> RoundKeys:
         """Keep an upload instead of sending it; the keys of the round's sum."""
         integers(upload.tree, 1.0)  # its numbers fit, or it is said now
@@ -119,7 +123,7 @@ class SecureClient:
     def answer(self, call: SumCall, data: bytes) -> bytes:
         """What to send back to a step's call, which came as `data`; to the same one the same."""
         call_digest = digest(data)
-        done = SumAnswer(
+        nothing = SumAnswer(
             self.agreement.name, self.agreement.digest, self.client_id, call.round, call_digest
         )
         try:
@@ -131,18 +135,17 @@ class SecureClient:
                 raise StepOverError(
                     f"step {call.step!r} of this round's sum was answered already, to another call"
                 )
-            session, done = self._step(call, done, session)
+            session, done = self._step(call, nothing, session)
+            sent, answered_now = encode(done), {**session.answered, call.step: call_digest}
+            # First what is sent, then that it is: of two different answers neither may ever leave.
+            atomic_write(self._sent(call.step), sent)
+            write(self._file, replace(session, answered=answered_now))
         except Exception as error:  # a client that ends with an error could be called to death
             self.say(f"round {call.round + 1}: step {call.step!r} of the secure sum: {error}")
             is_told = isinstance(error, SecureSumError)  # others may quote this machine's paths
             text = str(error) if is_told else f"{type(error).__name__}; what it prints says more"
             error_ = shown(f"client {self.client_id!r}: {text}")
-            return encode(replace(done, error=error_, over=isinstance(error, StepOverError)))
-        sent = encode(done)
-        answered_now = {**session.answered, call.step: call_digest}
-        # First what is sent, then that it is: of two different answers neither may ever leave.
-        atomic_write(self._sent(call.step), sent)
-        write(self._file, replace(session, answered=answered_now))
+            return encode(replace(nothing, error=error_, over=isinstance(error, StepOverError)))
         return sent
 
     def _session(self, call: SumCall) -> Session:

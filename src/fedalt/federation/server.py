@@ -27,7 +27,7 @@ from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call, Split
 from fedalt.federation.privacy import begin_private, told_by
-from fedalt.federation.roster import members_of, update_members
+from fedalt.federation.roster import members_of, members_there, wait_for_anyone
 from fedalt.federation.round_collector import Called, RoundCollector, Say
 from fedalt.federation.round_record import record
 from fedalt.federation.rules import Rules
@@ -84,7 +84,7 @@ class Server:
         """Train a cohort and, in the same calls, score the round before on validation data."""
         began = time.monotonic()
         schedule, method = self.agreement.settings.rounds, self.arms[0].method
-        members = update_members(self.folder, self.roster, self.agreement, round_, self.say)
+        members = members_there(self.folder, self.roster, self.agreement, round_, self.say)
         drawn = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
         begun = begin_private(self.folder, self.agreement, round_, drawn, self.say)
         cohort, spent, release = begun
@@ -146,6 +146,7 @@ class Server:
         split: Split = "validation",
     ) -> RoundCollector:
         """All clients' scores of a column's round each, recorded but not committed."""
+        wait_for_anyone(self.folder, self.say)
         at = score.get("own", round_ - 1) if split == "test" else progress.rounds_done - 1
         downlink = self._downlink_after(at)
         call = self._calling(progress, round_, score, downlink, split)
@@ -166,7 +167,8 @@ class Server:
         end = time.monotonic() + _FAREWELL
         while any(waiting.values()) and time.monotonic() < end:
             for who, _ in self.transport.receive():  # who goes away without an answer has heard it
-                waiting[who] = waiting.get(who, 1) - 1
+                if who in waiting:  # not who was away, and whose older call is lost now
+                    waiting[who] -= 1
         if deaf := sorted(who for who in self._clients() if waiting.get(who, 1) > 0):
             self.say(
                 f"not told that it has ended: {', '.join(deaf)}; the server, started again, tells "
@@ -282,14 +284,16 @@ class Server:
     @property
     def _coding(self) -> Coding:
         start, traffic = self.agreement.start, self.agreement.settings.traffic
-        return Coding(self.arms[0].method, start, traffic, self._clients())
+        # Who is shut out may come back, and then goes on from what the others have got meanwhile.
+        return Coding(self.arms[0].method, start, traffic, self._clients(shut_out=True))
 
     def _states(self, round_: int) -> FileStates:
         return self.folder.states("own", round_)
 
-    def _clients(self) -> list[str]:
-        left = self.folder.left()
-        return sorted(self.folder.facts()["clients"].keys() - left)
+    def _clients(self, *, shut_out: bool = False) -> list[str]:
+        facts = self.folder.facts()
+        left = {*facts.get("left", ())} - {*(facts.get("revoked", ()) if shut_out else ())}
+        return sorted(facts["clients"].keys() - left)
 
     @property
     def _columns(self) -> list[str]:

@@ -1,7 +1,9 @@
 """A federation's server in its folder, which belongs to one agreement."""
 
+import tomllib
 from pathlib import Path
 
+from fedalt.core.files import atomic_write
 from fedalt.core.reading import read_text
 from fedalt.engine.screening import Screening
 from fedalt.federation.agreement import Agreement, facts_of
@@ -59,13 +61,29 @@ def open_server(
 
 
 def _require_settings(path: Path, settings: str) -> None:
-    """Raise StoreError unless a run's settings.toml has this text, which nobody may edit."""
+    """Raise StoreError unless a run's settings.toml has this text, which nobody may edit.
+
+    But for the place of the template, which is another one where the server's folder was moved.
+    """
     file = path / "settings.toml"
-    if read_text(file) != settings:
+    if (written := read_text(file)) == settings:
+        return
+    if _without_place(written) != _without_place(settings):
         raise StoreError(
             f"{file} was changed after it was written: it is not what the terms say; put it back "
             "from a backup"
         )
+    atomic_write(file, settings.encode())
+
+
+def _without_place(settings: str) -> object:
+    """Settings but for the folder of their template, whose content is part of the terms' digest."""
+    try:
+        table = tomllib.loads(settings)
+        table["data"]["template"] = Path(table["data"]["template"]).name
+    except (tomllib.TOMLDecodeError, KeyError, TypeError):
+        return settings
+    return table
 
 
 def _require_blind(rules: Rules, screening: Screening) -> None:

@@ -8,6 +8,7 @@ from fedalt.core.files import atomic_write, open_private
 from fedalt.federation.agreement import Agreement, read_agreement
 from fedalt.flower.config import ServerConfig, read_server_config
 from fedalt.flower.init import whole_or_nothing
+from fedalt.flower.places import read_server_place, read_toml
 from fedalt.runs.folder import StoreError, locked, open_run
 from fedalt.runs.settings import SettingsError, to_toml
 
@@ -21,6 +22,7 @@ def back_up(config: ServerConfig, file: Path) -> int:
     Raises StoreError where it runs or is damaged, SettingsError where its state lies elsewhere.
     """
     _require_without_ledger(config.terms)
+    _require_movable(config.file)
     root, place = config.file.parent, config.place
     for path in (place.folder, place.clients, place.key, place.certificate, place.authority):
         if not path.resolve().is_relative_to(root.resolve()):
@@ -41,7 +43,8 @@ def back_up(config: ServerConfig, file: Path) -> int:
                 open_private(unfinished, "wb") as stream,
                 tarfile.open(fileobj=stream, mode="w") as tar,
             ):
-                tar.add(root, arcname=".", filter=lambda entry: _entry(entry, place.folder.name))
+                state = place.folder.resolve().relative_to(root.resolve())
+                tar.add(root, arcname=".", filter=lambda entry: _entry(entry, state))
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -59,6 +62,7 @@ def restore(file: Path, folder: Path) -> int:
                 if path.is_dir():  # the filter leaves folders to the umask
                     path.chmod(0o700)
             _require_without_ledger(read_agreement(unfinished / "terms.toml"))
+            _require_movable(unfinished / "federation.toml")
     except (tarfile.TarError, EOFError) as error:
         raise StoreError(f"{file} is no backup, or damaged: {error}") from None
     config = read_server_config(folder / "federation.toml")
@@ -85,10 +89,23 @@ def _require_without_ledger(agreement: Agreement) -> None:
         )
 
 
-def _entry(entry: tarfile.TarInfo, state: str) -> tarfile.TarInfo | None:
-    """What goes into a backup, for its owner alone."""
-    parts = Path(entry.name).parts
-    if parts[:1] == (state,) and _LEFT_OUT.intersection(parts[1:3]):
+def _require_movable(file: Path) -> None:
+    """Refuse a federation.toml by which a restored server would go on in the old one's folder."""
+    read_server_place(file)  # it is whole
+    given = read_toml(file).get("server", {})
+    for name in ("folder", "clients", "key", "certificate", "authority"):
+        if Path(given.get(name, "")).is_absolute():
+            raise SettingsError(
+                f"{file.name}: [server] {name} = {given[name]!r} is where a restored server would "
+                "look, too, in whatever place it is; write a path relative to the file"
+            )
+
+
+def _entry(entry: tarfile.TarInfo, state: Path) -> tarfile.TarInfo | None:
+    """What goes into a backup, for its owner alone; `state` is the server's folder in it."""
+    path = Path(entry.name)
+    below = path.relative_to(state).parts if path.is_relative_to(state) else ()
+    if _LEFT_OUT.intersection(below[:2]):
         return None
     if not (entry.isfile() or entry.isdir()) or entry.name.endswith((".lock", ".tmp")):
         return None

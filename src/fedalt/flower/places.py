@@ -146,7 +146,7 @@ def read_client_place(file: Path, *, insecure: bool = False) -> ClientPlace:
 
 def read_participants(file: Path) -> Participants:
     """Who takes part, by a terms.toml of which nothing else is read. Raises SettingsError."""
-    about = _read_toml(file).get("federation", {})
+    about = read_toml(file).get("federation", {})
     try:
         names = {name: about[name] for name in _Names.__annotations__}
         require(names, _Names)
@@ -155,7 +155,8 @@ def read_participants(file: Path) -> Participants:
     return Participants(names["name"], tuple(names["clients"]))
 
 
-def _read_toml(file: Path) -> dict[str, Any]:
+def read_toml(file: Path) -> dict[str, Any]:
+    """All that is in a file. Raises SettingsError."""
     try:
         return tomllib.loads(decoded(content(file)))
     except FileNotFoundError:
@@ -167,7 +168,7 @@ def _read_toml(file: Path) -> dict[str, Any]:
 
 
 def _read_sections(file: Path, known: set[str]) -> dict[str, Any]:
-    table = _read_toml(file)
+    table = read_toml(file)
     for section, value in table.items():
         if section in known and not isinstance(value, dict):
             raise SettingsError(f"{file}: [{section}]: expected a section, got {value!r}")

@@ -117,7 +117,7 @@ def progress_of(config: ServerConfig) -> object:
     progress = run / "progress.json"
     return (
         progress.read_bytes() if progress.exists() else b"",
-        sorted(answer.name for answer in (run / "incoming").glob("*/*")),
+        sorted(answer.name for answer in (run / "incoming").rglob("*")),  # of a sum's steps, too
     )
 
 

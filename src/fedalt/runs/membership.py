@@ -22,6 +22,7 @@ from fedalt.runs.setup import (
     settings_of_run,
     trainer_of,
 )
+from fedalt.runs.together import fault_of_leaving
 
 
 def join(
@@ -86,6 +87,9 @@ def leave(path: Path, client_id: str) -> None:
             f"{path} is private ([privacy] unit = 'client'): what {client_id!r} has put in carries "
             "noise that protects the others too, so it cannot be taken out"
         )
+    if settings.privacy.secure_sum:
+        fault = fault_of_leaving(settings.privacy, settings.traffic)
+        raise StoreError(f"{path}: {client_id!r} cannot be taken out: {fault}")
     with locked(path):
         rounds = kept_rounds(folder.progress(leaving=client_id), "own")
         without = {}

@@ -155,6 +155,16 @@ def test_empty_rows_are_no_records_but_count(tmp_path, above, begin):
         open_data(file)
 
 
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_names_tell_what_parts_cells_where_the_first_cell_has_many_lines(tmp_path, delimiter):
+    options = "\n".join(f"- {name}" for name in "abcdefgh")
+    text = f'instruction,output\n"which?\nOPTIONS:\n{options}",b\nshort,c\n'
+    (tmp_path / "anna.train.csv").write_text(text.replace(",", delimiter))
+    records = open_data(tmp_path).records("anna", "train")
+    assert [record.answer for record in records] == ["b", "c"]
+    assert records[0].options == tuple("abcdefgh")
+
+
 def test_json_lines_with_a_tables_name_are_json_lines(tmp_path):
     (tmp_path / "anna.csv").write_bytes(b"\n" + LINES)
     assert open_data(tmp_path).counts("anna", "train") == 6

@@ -43,6 +43,7 @@ _BEGINS: Final[tuple[tuple[bytes, str, str], ...]] = (
     (b"\x89PNG", "a picture", ""),
     (b"\xff\xd8\xff", "a picture", ""),
 )
+_DELIMITERS: Final = {"\t": "TSV", ",": "CSV", ";": "CSV with semicolons"}
 # What a text that nothing else tells apart is called by the end of its file's name.
 _SUFFIXES: Final = {
     ".yaml": "YAML",
@@ -145,15 +146,19 @@ def table_of(file: Path, begin: bytes) -> Table | None:
     looked = [line.lstrip() for line in lines if line.strip()][: 1 if named else 5]
     if not looked or any(line[0] in "{[" for line in looked):
         return None
-    for delimiter, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV with semicolons")):
+    heads: dict[str, int] = {}
+    for delimiter, name in _DELIMITERS.items():
         rows = [row for row in csv.reader(lines[:6], delimiter=delimiter) if row]
+        heads[delimiter] = len(rows[0])
         rows = rows[:-1] if len(rows) > 2 else rows  # a cell may go on where the look ends
         widths = {len(row) for row in rows}
         if (len(rows) > 1 or named) and len(widths) == 1 and min(widths) > 1:
             return Table(name, delimiter)
     if not named:
         return None
-    return Table("TSV", "\t") if named[-1].lower() == ".tsv" else Table("CSV", ",")
+    # The rows look unlike, as where the first cell has many lines: the names tell.
+    delimiter = "\t" if named[-1].lower() == ".tsv" else max(",;", key=heads.__getitem__)
+    return Table(_DELIMITERS[delimiter], delimiter)
 
 
 def _printed(text: str, first: str) -> tuple[str, str] | None:

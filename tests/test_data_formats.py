@@ -165,6 +165,17 @@ def test_names_tell_what_parts_cells_where_the_first_cell_has_many_lines(tmp_pat
     assert records[0].options == tuple("abcdefgh")
 
 
+@pytest.mark.parametrize("name", ["anna.train.csv", "anna.train.csv.gz"])
+def test_a_table_that_is_not_packed_as_its_name_says_is_told_to_be_renamed(tmp_path, name):
+    text = b"instruction,output\nask,yes\n"
+    (tmp_path / name).write_bytes(text if name.endswith(".gz") else gzip.compress(text))
+    with pytest.raises(DataError, match=rf"{name}: .*packed with gzip.*; rename it"):
+        open_data(tmp_path)
+    right = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
+    (tmp_path / name).rename(tmp_path / right)
+    assert open_data(tmp_path).counts("anna", "train") == 1
+
+
 def test_json_lines_with_a_tables_name_are_json_lines(tmp_path):
     (tmp_path / "anna.csv").write_bytes(b"\n" + LINES)
     assert open_data(tmp_path).counts("anna", "train") == 6

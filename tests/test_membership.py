@@ -1,5 +1,7 @@
 """Clients that join a run late, and clients that leave it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from commands import call
@@ -14,9 +16,11 @@ from fedalt.methods.fedalt import FedALT, Server, rest_of_world
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.report.table import run_table
+from fedalt.runs.answers import load_run_parts
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import reopen, resume_run, serving, start_run
 from fedalt.runs.membership import join, leave
+from fedalt.runs.serving import servings_now
 from fedalt.runs.setup import prepare
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
@@ -134,6 +138,32 @@ def test_a_newcomer_gets_the_whole_world_and_trains_its_own_part(run, tmp_path):
         mean = server.total[name._replace(slot="individual")] / 3  # all three, none of it its own
         torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-7)
     assert trees_of(served)
+
+
+def test_what_a_newcomer_serves_and_exports_comes_of_its_own_data(model, tmp_path, monkeypatch):
+    settings = settings_for(
+        model,
+        write_clients(tmp_path / "data", clients=("a", "b")),
+        method={"name": "fdlora"},  # whose clients look at their data before they serve
+        rounds={"rounds": 2},
+        clients={"b": {"joins": 1}},  # no newcomer is named here
+    )
+    run = start_run(prepare(settings), tmp_path / "run")
+    write_clients(tmp_path / "new", clients=("d",))
+    monkeypatch.chdir(tmp_path)
+    join(run.path, Path("new"))
+    monkeypatch.chdir("/")
+    parts = load_run_parts(run.path)
+    found = servings_now(parts, run.path, ["a", "d"], lambda act: act()).of
+    for name, each in found.items():
+        assert trees.equal(each.tree, serving(parts, run.path, name, "own").tree)
+
+
+def test_a_newcomers_mixer_is_exported_as_its_mean_over_its_own_examples(run, tmp_path):
+    join(run.path, write_clients(tmp_path / "new", clients=("d",)))
+    out = tmp_path / "exports"
+    assert call("export", run.path, "--all", "--format", "peft", "--out", out) == 0
+    assert {folder.name for folder in out.iterdir()} == set("abcd")
 
 
 @pytest.mark.parametrize("names", [("a",), ("b", "d")])

@@ -141,7 +141,7 @@ def test_what_programs_write_into_tables_is_read(tmp_path, text, suffix):
     assert [(record.text, record.answer) for record in records] == [("{x} y", "1"), ("[z]", "2")]
 
 
-@pytest.mark.parametrize("above", ["", "\n", "\n ;;\n"])
+@pytest.mark.parametrize("above", ["", "\n", "\n ;;\n", "\n" * 8])
 @pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"])
 def test_empty_rows_are_no_records_but_count(tmp_path, above, begin):
     file = tmp_path / "all.csv"
@@ -332,6 +332,14 @@ def test_broken_lines_are_still_told_line_by_line(tmp_path):
         open_data(tmp_path)
     assert "anna.train.jsonl:1: not valid JSON" in str(caught.value)
     assert "anna.train.jsonl:8: not valid JSON" in str(caught.value)
+
+
+def test_a_line_that_is_nested_without_end_is_told_by_its_number(tmp_path):
+    raw = b"".join([b'{"a":', b"[" * 100_000, b"]" * 100_000, b"}\n"])
+    for at, text in enumerate((raw, b'{"instruction": "ask", "output": "yes"}\n' + raw), 1):
+        (tmp_path / "anna.train.jsonl").write_bytes(text)
+        with pytest.raises(DataError, match=rf"jsonl:{at}: .*nested too deeply"):
+            open_data(tmp_path)
 
 
 def test_the_commands_tell_it(tmp_path, capsys):

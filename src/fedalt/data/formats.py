@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import zipfile
+from itertools import dropwhile
 from pathlib import Path
 from typing import Final
 
@@ -140,7 +141,7 @@ def table_of(file: Path, begin: bytes) -> Table | None:
     if b"\0" in begin or _binary(file, begin) is not None:
         return None
     text = begin.removeprefix(BOM).decode(errors="replace")
-    lines = text.splitlines(keepends=True)
+    lines = list(dropwhile(str.isspace, text.splitlines(keepends=True)))
     named = [suffix for suffix in file.suffixes if suffix.lower() in (".csv", ".tsv")]
     # A cell may begin like JSON; where the name says what it is, the first line alone tells.
     looked = [line.lstrip() for line in lines if line.strip()][: 1 if named else 5]
@@ -165,6 +166,8 @@ def _printed(text: str, first: str) -> tuple[str, str] | None:
     """JSON objects that are printed over several lines."""
     try:
         json.loads(first)
+        return None
+    except RecursionError:  # whoever reads this line says so
         return None
     except ValueError:
         pass

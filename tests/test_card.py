@@ -6,6 +6,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -123,6 +124,29 @@ def test_the_code_of_the_card_answers_as_the_run_does(
         assert told == [run.generate("b", question) for question in QUESTIONS]
         assert any(told)
         assert any(alone)
+
+
+def save_half(folder: Path) -> None:
+    """A base model of lower precision than a CPU computes with."""
+    save_plain(folder)
+    llama().bfloat16().save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_code_of_the_card_computes_as_precisely_as_the_run_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    of = served(run_of(tmp_path, "prompt", save_half).path, "b")
+    lone = export_individual(
+        of.serving, of.parts.base, tmp_path / "lone", readme=card(of, "b", "individual")
+    )
+    alone = replace(of, serving=only_first(of.serving))
+    (code,) = re.findall(r"```python\n(.*?)```", (lone / "README.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(lone)
+    seen: dict[str, Any] = {}
+    exec(code.replace('"..."', "'ask 3'"), seen)
+    assert seen["base"].dtype == of.parts.base.adapted.model.dtype == torch.float32
+    assert capsys.readouterr().out == f"{answers(alone, ['ask 3'])[0]}\n"
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -101,6 +101,8 @@ def test_split_as_json_tells_the_counts(one_file, tmp_path, capsys):
         (["--dirichlet", 0.5], "--dirichlet needs --label FIELD and --clients N"),
         (["--by", "whom"], "field 'whom'"),
         (["--equal", 0], "clients=0"),
+        (["--equal", 2, "--clients", 3], "--label and --clients say how --dirichlet divides"),
+        (["--by", "who", "--label", "who"], "--label and --clients say how --dirichlet divides"),
         (["--equal", 2, "--test-fraction", 1], "test=1.0"),
     ],
 )

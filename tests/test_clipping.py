@@ -182,6 +182,13 @@ def test_secret_noise_is_normal_and_never_the_same():
     assert abs(float((drawn[1:] * drawn[:-1]).mean())) < 0.05
 
 
+def test_the_largest_random_number_is_below_1_and_its_noise_finite(monkeypatch):
+    monkeypatch.setattr("fedalt.core.noise.os.urandom", lambda size: b"\xff" * size)
+    assert float(Randomness().uniform(1)[0]) < 1
+    assert bool(Randomness().normal(1).isfinite().all())
+    assert Randomness().sample(3, 1.0) == [0, 1, 2]
+
+
 def test_a_seed_of_ones_own_makes_noise_repeatable():
     assert torch.equal(Randomness(3, "a").normal(5), Randomness(3, "a").normal(5))
     assert not torch.equal(Randomness(3, "a").normal(5), Randomness(3, "b").normal(5))

@@ -141,7 +141,7 @@ def test_what_programs_write_into_tables_is_read(tmp_path, text, suffix):
     assert [(record.text, record.answer) for record in records] == [("{x} y", "1"), ("[z]", "2")]
 
 
-@pytest.mark.parametrize("above", ["", "\n", "\n ;;\n"])
+@pytest.mark.parametrize("above", ["", "\n", "\n ;;\n", "\n" * 8])
 @pytest.mark.parametrize("begin", [b"", b"\xef\xbb\xbf"])
 def test_empty_rows_are_no_records_but_count(tmp_path, above, begin):
     file = tmp_path / "all.csv"
@@ -153,6 +153,27 @@ def test_empty_rows_are_no_records_but_count(tmp_path, above, begin):
     file.write_bytes(begin + f"{text}a;;u\n".encode())
     with pytest.raises(DataError, match=f"all.csv:{before + 9}: field 'instruction' is empty"):
         open_data(file)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";"])
+def test_names_tell_what_parts_cells_where_the_first_cell_has_many_lines(tmp_path, delimiter):
+    options = "\n".join(f"- {name}" for name in "abcdefgh")
+    text = f'instruction,output\n"which?\nOPTIONS:\n{options}",b\nshort,c\n'
+    (tmp_path / "anna.train.csv").write_text(text.replace(",", delimiter))
+    records = open_data(tmp_path).records("anna", "train")
+    assert [record.answer for record in records] == ["b", "c"]
+    assert records[0].options == tuple("abcdefgh")
+
+
+@pytest.mark.parametrize("name", ["anna.train.csv", "anna.train.csv.gz"])
+def test_a_table_that_is_not_packed_as_its_name_says_is_told_to_be_renamed(tmp_path, name):
+    text = b"instruction,output\nask,yes\n"
+    (tmp_path / name).write_bytes(text if name.endswith(".gz") else gzip.compress(text))
+    with pytest.raises(DataError, match=rf"{name}: .*packed with gzip.*; rename it"):
+        open_data(tmp_path)
+    right = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
+    (tmp_path / name).rename(tmp_path / right)
+    assert open_data(tmp_path).counts("anna", "train") == 1
 
 
 def test_json_lines_with_a_tables_name_are_json_lines(tmp_path):
@@ -311,6 +332,14 @@ def test_broken_lines_are_still_told_line_by_line(tmp_path):
         open_data(tmp_path)
     assert "anna.train.jsonl:1: not valid JSON" in str(caught.value)
     assert "anna.train.jsonl:8: not valid JSON" in str(caught.value)
+
+
+def test_a_line_that_is_nested_without_end_is_told_by_its_number(tmp_path):
+    raw = b"".join([b'{"a":', b"[" * 100_000, b"]" * 100_000, b"}\n"])
+    for at, text in enumerate((raw, b'{"instruction": "ask", "output": "yes"}\n' + raw), 1):
+        (tmp_path / "anna.train.jsonl").write_bytes(text)
+        with pytest.raises(DataError, match=rf"jsonl:{at}: .*nested too deeply"):
+            open_data(tmp_path)
 
 
 def test_the_commands_tell_it(tmp_path, capsys):

@@ -1,5 +1,7 @@
 """Clients that join a run late, and clients that leave it."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from commands import call
@@ -14,9 +16,11 @@ from fedalt.methods.fedalt import FedALT, Server, rest_of_world
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.report.table import run_table
+from fedalt.runs.answers import load_run_parts
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import reopen, resume_run, serving, start_run
 from fedalt.runs.membership import join, leave
+from fedalt.runs.serving import servings_now
 from fedalt.runs.setup import prepare
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
@@ -150,6 +154,32 @@ def test_what_there_is_to_know_of_newcomers_is_said_as_of_a_runs_clients(model, 
     assert "note: trained but not scored, without test data: d\n" in said
     assert "[rounds] rounds was 2 when the run began, and is 3\n" in said
     assert "only one client" not in said
+
+
+def test_what_a_newcomer_serves_and_exports_comes_of_its_own_data(model, tmp_path, monkeypatch):
+    settings = settings_for(
+        model,
+        write_clients(tmp_path / "data", clients=("a", "b")),
+        method={"name": "fdlora"},  # whose clients look at their data before they serve
+        rounds={"rounds": 2},
+        clients={"b": {"joins": 1}},  # no newcomer is named here
+    )
+    run = start_run(prepare(settings), tmp_path / "run")
+    write_clients(tmp_path / "new", clients=("d",))
+    monkeypatch.chdir(tmp_path)
+    join(run.path, Path("new"))
+    monkeypatch.chdir("/")
+    parts = load_run_parts(run.path)
+    found = servings_now(parts, run.path, ["a", "d"], lambda act: act()).of
+    for name, each in found.items():
+        assert trees.equal(each.tree, serving(parts, run.path, name, "own").tree)
+
+
+def test_a_newcomers_mixer_is_exported_as_its_mean_over_its_own_examples(run, tmp_path):
+    join(run.path, write_clients(tmp_path / "new", clients=("d",)))
+    out = tmp_path / "exports"
+    assert call("export", run.path, "--all", "--format", "peft", "--out", out) == 0
+    assert {folder.name for folder in out.iterdir()} == set("abcd")
 
 
 @pytest.mark.parametrize("names", [("a",), ("b", "d")])

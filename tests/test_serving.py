@@ -179,6 +179,19 @@ def test_what_a_message_says_beside_its_text_is_refused_by_name(server, client):
     assert whole.choices[0].message.content == ask(client, "a", "ask", 3)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (5, "messages.0.content: expected a text, or a list of parts of type 'text'"),
+        ([{"type": "image_url"}], "messages.0.content.0.type: Input should be 'text'"),
+    ],
+)
+def test_content_that_is_no_text_is_told_with_what_may_stand_there(server, content, said):
+    asked = {"model": "a", "messages": [{"role": "user", "content": content}]}
+    told = error_of(post(server, json.dumps(asked), path="/v1/chat/completions"))
+    assert told == (400, "invalid_value", said)
+
+
 def test_what_is_no_request_gets_a_sentence(server, client):
     assert error_of(post(server, '{"model": "a", '))[:2] == (400, "invalid_json")
     for content in ("[1]", ""):
@@ -262,6 +275,10 @@ def test_a_port_in_use_and_a_folder_that_cannot_be_served_are_told(finished_run,
     assert "is not a run's folder" in capsys.readouterr().err
     assert call("serve", finished_run, "--host", "0.0.0.0") == 2
     assert "--token-file FILE names a file" in capsys.readouterr().err
+    file = tmp_path / "good"
+    file.write_text(TOKEN)
+    assert call("serve", finished_run, "--host", "a" * 70, "--token-file", file) == 2
+    assert "it is no name of a machine; --port and --host" in capsys.readouterr().err
     assert call("serve", finished_run, "--queue", 0) == 2  # which would refuse everything
     assert "at least 1" in capsys.readouterr().err
     (tmp_path / "token").write_text("two words")

@@ -107,6 +107,8 @@ def split(
 
     if sum(way is not None for way in (by, dirichlet, equal)) != 1:
         raise typer.BadParameter("give one of --by, --dirichlet and --equal")
+    if dirichlet is None and (label is not None or clients is not None):
+        raise typer.BadParameter("--label and --clients say how --dirichlet divides; it is missing")
     common: dict[str, Any] = {"test": test_fraction, "minimum": minimum, "seed": seed}
     if by is not None:
         wanted = Partition(by="column", column=by, **common)

@@ -30,7 +30,9 @@ class Randomness:
             bits = self._seeded.integers(0, 2**64, count, dtype=np.uint64)
         else:
             bits = np.frombuffer(os.urandom(8 * count), np.uint64)
-        return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        # The largest of them is rounded up to 1, whose normal number would be infinite.
+        inside = ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
+        return np.minimum(inside, 1 - 2.0**-53)
 
     def normal(self, count: int) -> Tensor:
         """Normal numbers of mean 0 and deviation 1, (count,), float64."""

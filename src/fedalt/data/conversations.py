@@ -150,7 +150,7 @@ def _call(value: object, place: str) -> Message:
     if isinstance(arguments, str):  # as it comes over the wire; templates want the object
         try:
             arguments = json.loads(arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"{place}: its arguments are no valid JSON") from None
     if not isinstance(arguments, dict):
         raise DataError(f"{place}: expected an object as arguments, got {described(arguments)}")
@@ -165,7 +165,7 @@ def _tools(fields: Mapping[str, object]) -> list[Message]:
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise DataError(f"field {name!r}: expected a list of tools, got a text") from None
     if not value:
         return []

@@ -4,6 +4,7 @@ import csv
 import json
 import shlex
 import zipfile
+from itertools import dropwhile
 from pathlib import Path
 from typing import Final
 
@@ -43,6 +44,7 @@ _BEGINS: Final[tuple[tuple[bytes, str, str], ...]] = (
     (b"\x89PNG", "a picture", ""),
     (b"\xff\xd8\xff", "a picture", ""),
 )
+_DELIMITERS: Final = {"\t": "TSV", ",": "CSV", ";": "CSV with semicolons"}
 # What a text that nothing else tells apart is called by the end of its file's name.
 _SUFFIXES: Final = {
     ".yaml": "YAML",
@@ -139,27 +141,33 @@ def table_of(file: Path, begin: bytes) -> Table | None:
     if b"\0" in begin or _binary(file, begin) is not None:
         return None
     text = begin.removeprefix(BOM).decode(errors="replace")
-    lines = text.splitlines(keepends=True)
+    lines = list(dropwhile(str.isspace, text.splitlines(keepends=True)))
     named = [suffix for suffix in file.suffixes if suffix.lower() in (".csv", ".tsv")]
     # A cell may begin like JSON; where the name says what it is, the first line alone tells.
     looked = [line.lstrip() for line in lines if line.strip()][: 1 if named else 5]
     if not looked or any(line[0] in "{[" for line in looked):
         return None
-    for delimiter, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV with semicolons")):
+    heads: dict[str, int] = {}
+    for delimiter, name in _DELIMITERS.items():
         rows = [row for row in csv.reader(lines[:6], delimiter=delimiter) if row]
+        heads[delimiter] = len(rows[0])
         rows = rows[:-1] if len(rows) > 2 else rows  # a cell may go on where the look ends
         widths = {len(row) for row in rows}
         if (len(rows) > 1 or named) and len(widths) == 1 and min(widths) > 1:
             return Table(name, delimiter)
     if not named:
         return None
-    return Table("TSV", "\t") if named[-1].lower() == ".tsv" else Table("CSV", ",")
+    # The rows look unlike, as where the first cell has many lines: the names tell.
+    delimiter = "\t" if named[-1].lower() == ".tsv" else max(",;", key=heads.__getitem__)
+    return Table(_DELIMITERS[delimiter], delimiter)
 
 
 def _printed(text: str, first: str) -> tuple[str, str] | None:
     """JSON objects that are printed over several lines."""
     try:
         json.loads(first)
+        return None
+    except RecursionError:  # whoever reads this line says so
         return None
     except ValueError:
         pass

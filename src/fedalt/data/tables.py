@@ -34,6 +34,7 @@ class Table:
     delimiter: str = ""
 
 
+_GZIP: Final = b"\x1f\x8b"  # what such an archive begins with
 _CONVERSATION: Final = ("messages", "tools", "functions")  # fields that hold objects
 # Every row with its number, as a spreadsheet counts.
 Rows = Sequence[tuple[int, Mapping[str, Any]]]
@@ -64,6 +65,7 @@ def _rows(file: Path, table: Table, changed: int, size: int) -> Rows:  # noqa: A
             # The size of a batch would be that of the first group of rows, which may be empty.
             streamed = datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place)
             return _objects(streamed)
+        _require_named_as_packed(file)
         above, heads = _heads(file, table.delimiter)
         texts = datasets.Features({name: datasets.Value("string") for name in heads})
         told = {"sep": table.delimiter, "keep_default_na": False, "features": texts}
@@ -150,6 +152,16 @@ def _heads(file: Path, delimiter: str) -> tuple[int, list[str]]:
     return above, heads
 
 
+def _require_named_as_packed(file: Path) -> None:
+    """The library goes by the name. Raises TableError where that says other than the content."""
+    with file.open("rb") as stream:
+        packed = stream.read(2) == _GZIP
+    if packed and file.suffix != ".gz":
+        raise TableError("it is packed with gzip, so its name has to end in .gz; rename it")
+    if not packed and file.suffix == ".gz":
+        raise TableError("its name ends in .gz, but it is not packed with gzip; rename it")
+
+
 def _is_filled(cells: Iterable[str | None]) -> bool:
     return any(cell and not cell.isspace() for cell in cells)
 
@@ -168,6 +180,6 @@ def opened(file: Path) -> Any:
     import gzip
 
     stream = file.open("rb")
-    packed = stream.read(2) == b"\x1f\x8b"
+    packed = stream.read(2) == _GZIP
     stream.seek(0)
     return gzip.GzipFile(fileobj=stream, mode="rb") if packed else stream

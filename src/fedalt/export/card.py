@@ -6,6 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from fedalt.core.foreign import shown
 from fedalt.data.chat_template import days_in, special_ids
 from fedalt.data.prompts import encode_prompt, opened, opening_ids
@@ -115,6 +117,9 @@ tokenizer = AutoTokenizer.from_pretrained(".")
         kind, more = "SequenceClassification", f", num_labels={model.config.num_labels}"
         if hasattr(model, "score"):
             lasting = "base.config.pad_token_id = None  # of one text the last token counts\n"
+    if of.parts.base.adapted.model.dtype == torch.float32:
+        # Transformers takes the checkpoint's own dtype, and answers in it are not the run's.
+        more += ', dtype="float32"'
     imported = ", ".join([f"AutoModelFor{kind}", *names])
     made = ""
     if gguf_file(name := of.parts.base.name) is not None:

@@ -25,6 +25,7 @@ from fedalt.runs.beginning import create, require_unused
 from fedalt.runs.budget import budget_of_run
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
+from fedalt.runs.newcomers import prepare_newcomer
 from fedalt.runs.observer import NullObserver, Observer
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, to_toml
@@ -79,6 +80,11 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     # What else there is to warn of has been said when the run began.
     text = f"the run began with {', '.join(old)}: numbers may differ in their last digits"
     return replace(prepared, warnings=(*changed, *((text,) if old else ())))
+
+
+def reopen_for(path: Path, client_id: str, base: Base | None = None) -> Prepared:
+    """The same over the data of one client, which lie elsewhere if it joined after training."""
+    return prepare_newcomer(open_run(path), client_id, base) or reopen(path, base)
 
 
 def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
@@ -282,5 +288,6 @@ class DeployAgain:
 
     def __call__(self, orders: Sequence[Given]) -> Sequence[Any]:
         """What the orders give."""
-        prepared = reopen(self.path, base=self.parts.base)
+        client_id, *_ = orders[0]  # one client's own, all of them
+        prepared = reopen_for(self.path, client_id, self.parts.base)
         return trainer_of(prepared).before_serving(self.round)(orders)

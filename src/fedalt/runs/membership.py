@@ -1,7 +1,6 @@
 """Clients that come to a run when it has trained already, and clients that leave it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from fedalt.adapters.start import Start
@@ -12,13 +11,13 @@ from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
+from fedalt.runs.newcomers import prepare_newcomers
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, method_name
 from fedalt.runs.setup import (
     Prepared,
     base_arm,
     facts_of,
-    prepare,
     settings_of_run,
     trainer_of,
 )
@@ -65,7 +64,7 @@ def join(
         if (base := base_arm(prepared.parts)) is not None:
             lines += score_clients(prepared, folder, base, UNTRAINED, clients)
         joined = {
-            client_id: {**about, "data": str(data), "epochs": _epochs(prepared)}
+            client_id: {**about, "data": str(data.absolute()), "epochs": _epochs(prepared)}
             for client_id, about in facts_of(prepared)["clients"].items()
         }
         folder.add_facts({"joined": {**folder.facts().get("joined", {}), **joined}})
@@ -140,19 +139,8 @@ def _coding_without(folder: RunFolder, settings: Settings, client_id: str) -> Co
 
 def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
     """The run's settings over the newcomers' data, if they fit together."""
-    settings, changed = settings_of_run(folder)
-    training = settings.training
-    if epochs is not None:
-        training = replace(training, local_epochs=epochs)
-    settings = replace(settings, data=replace(settings.data, path=data.absolute()))
-    then = folder.facts()
-    # Newcomers need not have all of the run's labels, nor sort them as its clients do.
-    prepared = prepare(
-        replace(settings, training=training),
-        clients=[*then["clients"]],
-        labels=then["data"]["labels"],
-    )
-    now = facts_of(prepared)
+    prepared = prepare_newcomers(folder, data, epochs)
+    then, now = folder.facts(), facts_of(prepared)
     if twice := _members(folder) & set(prepared.task.clients):
         raise StoreError(f"{folder.path} has a client {min(twice)!r} already; rename its files")
     if then["data"]["labels"] != now["data"]["labels"]:
@@ -161,7 +149,7 @@ def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
             f"these are {now['data']['labels']!r}"
         )
     require_same_base(folder.path, then, prepared.parts.base)
-    return replace(prepared, warnings=(*changed, *prepared.warnings))
+    return prepared
 
 
 def _members(folder: RunFolder) -> set[str]:

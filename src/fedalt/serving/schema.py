@@ -80,13 +80,21 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    content: list[Part]
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _parted(cls, value: Any) -> Any:
+        """A text is a list of one part: of two forms an error would tell the wrong one."""
+        if isinstance(value, str):
+            return [Part(type="text", text=value)]
+        if not isinstance(value, list):
+            raise ValueError("expected a text, or a list of parts of type 'text'")
+        return value
 
     @property
     def turn(self) -> Turn:
         """As a client's records have it."""
-        if isinstance(self.content, str):
-            return Turn(self.role, self.content)
         return Turn(self.role, "".join(part.text for part in self.content))
 
     def unsupported(self) -> str | None:

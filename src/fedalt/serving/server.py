@@ -61,8 +61,9 @@ def _listen(settings: ServeSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family)
-    except OSError as error:
-        why = str(error.strerror).partition(" (")[0]  # Python adds what the sentence says anyway
+    except (OSError, UnicodeError) as error:  # of a name that no machine can have
+        why = str(getattr(error, "strerror", None) or "it is no name of a machine")
+        why = why.partition(" (")[0]  # Python adds what the sentence says anyway
         raise ValueError(
             f"cannot listen at {settings.host} port {settings.port}: {why}; --port and --host name "
             "another place"

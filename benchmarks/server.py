@@ -135,10 +135,10 @@ def measure_kin(clients: int) -> dict[str, float]:
     """Milliseconds for a client of FedALT-select, were its sites as many as FedALT's."""
     stream, groups = torch.Generator().manual_seed(0), uploads()
     adapters: dict[str, Tree] = {}
-    for client in range(clients):
-        like = groups[client // GROUP % DIFFERENT].tree
+    for number in range(clients):
+        like = groups[number // GROUP % DIFFERENT].tree
         few = {name: like[name] for name in like if int(name.site.split(".")[1]) < FEWER}
-        adapters[f"{client:04}"] = apply(
+        adapters[f"{number:04}"] = apply(
             lambda tensor: tensor + torch.randn(tensor.shape, generator=stream), few
         )
     names, share = list(adapters), 1 / GROUP

@@ -92,12 +92,13 @@ def access(root: Path) -> list[str]:
     machines = found(root, save_model(root / "model"), ("a", "b", "c"), rounds={"rounds": 2})
     try:
         machines.start("server")
-        wait_for(lambda: "round 0" in machines.said("server"), "the server")
+        wait_for(lambda: "round 1" in machines.said("server"), "the server")
         tried = attempts(machines)
     finally:
         machines.kill_all()
     print(table(("attempt", "seen"), [(each.what, each.seen) for each in tried]))
-    return not_refused(tried)
+    wrong: list[str] = not_refused(tried)
+    return wrong
 
 
 def everything(root: Path) -> list[str]:

@@ -360,5 +360,5 @@ def test_an_old_call_does_not_set_a_client_back(tmp_path: Path, model: Path) -> 
     name, _ = states_of(tmp_path / "state-a", "a", settings.method.client_state)
     old = first_call(wire, "a")
     answer = decode(Answer, there.member("a").answer(old))
-    assert "says that no round has counted, but it said 2 before" in answer.error
+    assert "says that no round has counted, but it said 3 before" in answer.error
     assert states_of(tmp_path / "state-a", "a", settings.method.client_state)[0] == name

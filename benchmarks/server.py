@@ -165,14 +165,12 @@ def main() -> None:
     for count in [int(each) for each in sys.argv[1:] if each != "--write"] or [8, 64, 512, 4096]:
         rows.append(measure(count, given))
         print(json.dumps(rows[-1]), flush=True)
-    if "--write" in sys.argv:
-        write("server", table(rows))
     kin = []
     for count in (8, 64, 512):
         kin.append(measure_kin(count))
         print(json.dumps(kin[-1]), flush=True)
     if "--write" in sys.argv:
-        write("server-kin", table(kin))
+        write("server", f"{table(rows)}\n\n{table(kin)}")
 
 
 if __name__ == "__main__":

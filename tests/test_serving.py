@@ -277,7 +277,7 @@ def test_a_port_in_use_and_a_folder_that_cannot_be_served_are_told(finished_run,
     assert "--token-file FILE names a file" in capsys.readouterr().err
     file = tmp_path / "good"
     file.write_text(TOKEN)
-    assert call("serve", finished_run, "--host", "a" * 70, "--token-file", file) == 2
+    assert call("serve", finished_run, "--host", "ä" * 70, "--token-file", file) == 2
     assert "it is no name of a machine; --port and --host" in capsys.readouterr().err
     assert call("serve", finished_run, "--queue", 0) == 2  # which would refuse everything
     assert "at least 1" in capsys.readouterr().err

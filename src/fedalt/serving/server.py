@@ -61,7 +61,7 @@ def _listen(settings: ServeSettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
     try:
         return socket.create_server((settings.host, settings.port), family=family)
-    except (OSError, UnicodeError) as error:  # of a name that no machine can have
+    except (OSError, TypeError) as error:  # of a name that cannot be written as a host
         why = str(getattr(error, "strerror", None) or "it is no name of a machine")
         why = why.partition(" (")[0]  # Python adds what the sentence says anyway
         raise ValueError(

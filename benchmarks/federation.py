@@ -242,8 +242,10 @@ def wait_for_app(running: Mapping[Path, "subprocess.Popen[Any]"], out: Path) -> 
     while not (ended := [log for log, process in running.items() if process.poll() is not None]):
         time.sleep(0.5)
     if not out.exists():
-        said = ended[0].read_text(errors="replace").splitlines()[-LAST_LINES:]
-        raise SystemExit("\n".join([f"Flower's {ended[0].stem} has ended without results:", *said]))
+        log, code = ended[0], running[ended[0]].returncode
+        said = log.read_text(errors="replace").splitlines()[-LAST_LINES:]
+        what = f"Flower's {log.stem} has ended with code {code} and without results:"
+        raise SystemExit("\n".join([what, *said]))
 
 
 def main() -> None:

@@ -61,9 +61,11 @@ ROWS: dict[str, AnyMethod] = {
     "fedalt, frozen A": FedALTAblations(lora=SMALL, freeze_a=True),
     "fedalt, own starts": FedALTAblations(lora=SMALL, shared_start=False, mixer_init="zeros"),
     "fedalt select": FedALTSelect(lora=SMALL),
-    "fedalt select, all": FedALTSelect(lora=SMALL, tau=-1.0, width=0.1, alone=1),
-    "fedalt select, factors": FedALTSelect(lora=SMALL, tau=-1.0, width=2.0, mean="factors"),
-    "fedalt select, beside": FedALTSelect(lora=SMALL, tau=-1.0, alone=1, beside=True),
+    "fedalt select, all": FedALTSelect(lora=SMALL, tau=-1.0, gap=2.0, width=0.1, alone=1),
+    "fedalt select, factors": FedALTSelect(
+        lora=SMALL, tau=-1.0, gap=2.0, width=2.0, mean="factors"
+    ),
+    "fedalt select, beside": FedALTSelect(lora=SMALL, tau=-1.0, gap=2.0, alone=1, beside=True),
     "fedit": FedIT(lora=SMALL),
     "fedit, by examples": FedIT(lora=SMALL, weighting="examples"),
     "local": LocalOnly(lora=SMALL),

@@ -25,7 +25,7 @@ from fedalt.training.orders import Fitted
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 METHOD = FedALTSelect(lora=LORA)
-EVERYBODY = FedALTSelect(lora=LORA, tau=-1.0, width=1e-9)  # all count as much as oneself
+EVERYBODY = FedALTSelect(lora=LORA, tau=-1.0, width=1e-9, gap=2.0)  # all count as much as oneself
 P = sum(LORA.rank * (d_in + d_out) for d_in, d_out in SITES.values())
 
 
@@ -85,7 +85,7 @@ def test_similarity_is_a_mean_over_sites_and_what_nobody_has_trained_has_none():
     ],
 )
 def test_closeness_by_hand(similar, expected):
-    assert closeness(similar, tau=0.2, width=0.2) == pytest.approx(expected)
+    assert closeness(similar, tau=0.2, width=0.2, gap=2.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_kin_end_before_the_first_large_gap(similar, kin):
     near = closeness(similar, tau=0.3, width=0.3, gap=0.2)
     assert sorted(near) == sorted(kin)
     assert list(near) == [other for other in similar if other in near]
-    whole = closeness(similar, tau=0.3, width=0.3)
+    whole = closeness(similar, tau=0.3, width=0.3, gap=2.0)
     assert near == {other: whole[other] for other in near}
 
 
@@ -218,7 +218,7 @@ def test_kin_share_a_start_and_who_has_none_is_exactly_local_only():
 def test_the_less_alike_the_less_is_shared():
     b = 0.75  # cosine with (1, 0) is 0.8
     adapters = {"a": pair([[1.0], [0.0]], [[1.0]]), "b": pair([[1.0], [b]], [[1.0]])}
-    method = FedALTSelect(lora=Lora(rank=1), tau=0.4, width=0.8, alone=1)
+    method = FedALTSelect(lora=Lora(rank=1), tau=0.4, width=0.8, gap=2.0, alone=1)
     server = method.aggregate(Server(), [(k, Message(tree)) for k, tree in adapters.items()])
     found = product(server.sent["a"], INDIVIDUAL, "s")  # closeness 1/2: two thirds own, a third b
     torch.testing.assert_close(found, torch.tensor([[1.0], [b / 3]]).double(), rtol=0, atol=1e-6)
@@ -257,7 +257,7 @@ def test_a_client_serves_what_it_trained_and_not_its_next_start():
 def test_a_rest_of_world_beside_the_adapter_is_frozen_and_as_strong_as_the_closest_of_kin():
     near = {"a": [1.0, 0.0], "b": [0.8, 0.6], "c": [0.6, 0.8]}  # cosines with a: 0.8 and 0.6
     uploads = [(k, Message(pair([[x], [y]], [[1.0]]))) for k, (x, y) in near.items()]
-    method = FedALTSelect(lora=Lora(rank=2), tau=0.5, width=0.6, alone=1, beside=True)
+    method = FedALTSelect(lora=Lora(rank=2), tau=0.5, width=0.6, gap=2.0, alone=1, beside=True)
     message = method.broadcast(method.aggregate(Server(), uploads), "a")
     # closeness 1/2 and 1/6: in all 1/2, of which three quarters b and one quarter c
     expected = torch.tensor([[0.75 * 0.8 + 0.25 * 0.6], [0.75 * 0.6 + 0.25 * 0.8]]).double() / 2

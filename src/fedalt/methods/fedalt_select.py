@@ -6,6 +6,7 @@ rest of world, which is the clients like it and no others, into the adapter it s
 
     S_kj = mean over sites of <B_k A_k, B_j A_j> / (|B_k A_k| |B_j A_j|)   by traces of r x r blocks
     c_kj = (S_kj - tau) / width, cut to [0, 1]          c_kk = 1
+    c_kj = 0 from the first j on, by falling S_kj, that is less alike by `gap` than the one before
     B_k A_k <- sum_j c_kj B_j A_j / sum_j c_kj          an exact sum of products, cut to rank r
 
 So similarity decides how much is shared: clients all alike share one start, as in FedAvg.
@@ -63,19 +64,20 @@ class FedALTSelect:
     """The method; clients that sit out a round are heard with their latest upload.
 
     `tau` in [-1, 1) is the similarity from which on clients hear each other, tau + `width` that
-    from which on they count as much as the client itself. `alone` >= 1 rounds are plain LoRA.
+    from which on they count as much as the client itself. A client's kin, from the closest on, end
+    before the first that is less alike by `gap` in (0, 2] than the one before it; no step is as
+    large as 2. `alone` >= 1 rounds are plain LoRA.
 
-    With a `gap` in (0, 2], a client's kin end before the first that is so much less alike than
-    the one before it, from the closest on. Two choices to compare with: `mean` of "factors" in
-    the place of products, and a rest of world that stands `beside` the adapter, frozen and of full
-    strength (of the closest of its kin), in the place of one that is folded into it.
+    Two choices to compare with: `mean` of "factors" in the place of products, and a rest of world
+    that stands `beside` the adapter, frozen and of full strength (of the closest of its kin), in
+    the place of one that is folded into it.
     """
 
     lora: Lora = Lora()
     tau: float = 0.3
     width: float = 0.3
+    gap: float = 0.2
     alone: int = 2
-    gap: float | None = None
     mean: Literal["products", "factors"] = "products"
     beside: bool = False
 

@@ -28,18 +28,18 @@ def similarities(adapters: Mapping[str, Tree]) -> dict[str, dict[str, float]]:
 
 
 def closeness(
-    similar: Mapping[str, float], *, tau: float, width: float, gap: float | None = None
+    similar: Mapping[str, float], *, tau: float, width: float, gap: float
 ) -> dict[str, float]:
     """(s - tau) / width of each other one with a similarity s above tau, at most 1.
 
-    With a `gap`, only of those before the first one that is so much less alike than the one
-    before it, from the closest on: whoever does another task in the same form is above any fixed
-    tau where all answer in one form.
+    Only of those before the first one that is less alike by `gap` or more than the one before
+    it, from the closest on: whoever does another task in the same form is above any fixed tau
+    where all answer in one form.
     """
     near: dict[str, float] = {}
     last = -inf
     for other, s in sorted(similar.items(), key=lambda item: -item[1]):
-        if s <= tau or (gap is not None and last - s >= gap):
+        if s <= tau or last - s >= gap:
             break
         near[other] = min((s - tau) / width, 1.0)
         last = s

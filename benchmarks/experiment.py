@@ -5,15 +5,18 @@
 
 8 clients train 5 rounds of one epoch, then their test texts are scored: the loss and, with
 `--answers 80`, answers of at most so many tokens with 4 beams. Random weights; 32 texts to train on
-and 16 to test, of 40 to 160 tokens, the last 15 % of which are the answer; in batches of 8.
+and 16 to test, of 40 to 160 tokens, the last 15 % of which are the answer; in batches of 8. The
+size smollm2 is SmolLM2-135M-Instruct (`make smollm2`), whose tokens are words here as well.
 Each variant is a process of its own, in turns (A B C A B C ..):
 
     fedalt     FedALT with this package, as its commands run it
     reference  FedALT as it is usually published: the base is loaded anew for each client and round,
                slot by slot, padded batches in random order, all logits, states as files, answers
                to two texts at a time
-    flower     FedIT, a plainer method: PEFT's LoRA and FedAvg in Flower's simulation, as many
-               clients at once as there are cores, answers to 8 texts at a time; see flower_fedit.py
+    trainer    FedIT, a plainer method: PEFT's LoRA and one transformers Trainer for each client
+               and round, the base loaded once, answers to 8 texts at a time; see trainer_fedit.py
+    flower     FedIT with FedAvg in Flower's simulation, as many clients at once as there are
+               cores; see flower_fedit.py
 
 `--flower-python` is an interpreter with `flwr[simulation]` and peft, which need not know this
 package; without it the variant is left out. Threads are what torch, and Ray, choose by themselves.
@@ -21,7 +24,7 @@ package; without it the variant is left out. Threads are what torch, and Ray, ch
 Printed are medians: seconds from the process's start to its end, imports included; the most memory
 of all its processes together (shared pages once, ten samples a second, Linux only); the clients'
 mean test loss. The first two do the same job with other draws (starts, order, dropout), so their
-losses agree to about 1 %; the third trains one adapter for all. This package also scores what the
+losses agree to about 1 %; the others train one adapter for all. This package also scores what the
 clients share, so that its evaluation is twice that of the others, and compares answers with what
 was wanted. `bound` are the seconds that training alone takes at this machine's rate of matmuls, if
 only what no step can do without is computed (see step.py): nothing can be faster.
@@ -49,17 +52,12 @@ from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 from watch import Watch
 
-SIZES: dict[str, dict[str, int]] = {
-    "5M": {"hidden_size": 256, "num_hidden_layers": 6, "vocab_size": 8192},
-    "40M": {"hidden_size": 512, "num_hidden_layers": 8, "vocab_size": 32000},
-}
-VARIANTS = ("fedalt", "reference", "flower")
+SIZES = ("5M", "40M", "smollm2")  # see step_variants.py
+VARIANTS = ("fedalt", "reference", "trainer", "flower")
 RANK, ALPHA, DROPOUT = 8, 32.0, 0.05
 SITES = ["q_proj", "v_proj"]
 LR, WEIGHT_DECAY, CLIP, BATCH = 1e-3, 0.05, 1.0, 8  # with 3e-4 little is learnt in 20 steps
@@ -71,23 +69,21 @@ HERE = Path(__file__).resolve().parent
 Text = tuple[list[int], int]  # token ids, and where the answer begins
 
 
-def write_model(folder: Path, size: str) -> None:
-    """A Llama with random weights, and a tokenizer of whole words."""
-    sizes = SIZES[size]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **sizes,
-        num_attention_heads=sizes["hidden_size"] // 64,
-        intermediate_size=int(sizes["hidden_size"] * 8 / 3) // 64 * 64,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    words = [*SPECIAL, *(f"w{n}" for n in range(sizes["vocab_size"] - len(SPECIAL)))]
+def write_model(folder: Path, size: str) -> int:
+    """A base model and a tokenizer of whole words, as many as are returned."""
+    from step_variants import model_of  # not in Flower's interpreter, which may lack this package
+
+    model = model_of(size)
+    model.save_pretrained(folder)
+    count: int = model.config.vocab_size - len(SPECIAL)
+    words = [*SPECIAL, *(f"w{n}" for n in range(count))]
     vocabulary = {word: at for at, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     ).save_pretrained(folder)
+    return count
 
 
 def write_clients(folder: Path, count: int, words: int) -> None:
@@ -294,7 +290,9 @@ def measure(
     given = [str(folder), str(out), str(options.rounds), str(options.answers)]
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     command = [python, __file__, "--one", variant, *given]
-    if variant == "flower":
+    if variant == "trainer":
+        command = [python, str(HERE / "trainer_fedit.py"), *given]
+    elif variant == "flower":
         command = [python, str(HERE / "flower_fedit.py"), *given]
         settings |= {"PYTHONPATH": str(HERE), "FLWR_HOME": str(out), "FLWR_TELEMETRY_ENABLED": "0"}
         settings |= {"FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -371,8 +369,8 @@ def compare(
     found: dict[str, list[dict[str, float]]] = {each: [] for each in pythons}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "model", size)
-        write_clients(folder / "data", options.clients, SIZES[size]["vocab_size"] - 3)
+        words = write_model(folder / "model", size)
+        write_clients(folder / "data", options.clients, words)
         for turn in range(options.turns):
             for variant, python in pythons.items():
                 out = folder / f"{variant}-{turn}"

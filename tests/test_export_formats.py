@@ -18,6 +18,7 @@ from fedalt.core.settings import Scoring
 from fedalt.core.tree import Name
 from fedalt.evaluation import score
 from fedalt.evaluation.gate_statistics import weights_of
+from fedalt.export.card import card
 from fedalt.export.fixed import with_fixed_weights
 from fedalt.export.folders import export_individual, export_personal
 from fedalt.export.merged import export_merged
@@ -120,6 +121,9 @@ def test_all_clients_are_written_as_plain_adapters_whose_cost_is_told(
         torch.testing.assert_close(logits_of(lora), logits_of(model))
     readme = (out / "b" / "README.md").read_text()
     assert fixed.note[1:] in readme
+    parts = replace(of.parts, base=replace(of.parts.base, quantise="4bit"))
+    assert "trained on this base in 4bit" in card(replace(of, parts=parts), "b", "peft")
+    assert "4bit" not in readme
     assert "--max-lora-rank 8 " in readme  # two of rank 2, and the least that vLLM knows
     assert call("export", finished_run, "--all", "--client", "a", "--out", tmp_path / "x") == 2
     merged = tmp_path / "merged"

@@ -12,6 +12,7 @@ from fedalt.core import tree as trees
 from fedalt.core.tree import select
 from fedalt.engine.robust import central_loss
 from fedalt.engine.states import server_of
+from fedalt.flower.client_model import clients_of
 from fedalt.methods.fedalt import FedALT, Server, rest_of_world
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
@@ -22,6 +23,7 @@ from fedalt.runs.lifecycle import reopen, resume_run, serving, start_run
 from fedalt.runs.membership import join, leave
 from fedalt.runs.serving import servings_now
 from fedalt.runs.setup import prepare
+from fedalt.serving.models import open_models
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)
 
@@ -92,6 +94,16 @@ def test_a_run_goes_on_without_a_client_that_left(run):
     }
     assert trained == {"a", "c"}
     assert server_after(run, 2).clients == 2
+
+
+def test_models_are_those_of_clients_that_have_not_left(run):
+    leave(run.path, "b")
+    assert clients_of(run.path) == ["a", "c"]
+    assert list(open_models(run.path).by_name) == ["base", "a", "c"]
+    open_run(run.path).add_facts({"left": ["a", "b", "c"]})
+    for ask in (clients_of, open_models):
+        with pytest.raises(ValueError, match="all of its clients have left"):
+            ask(run.path)
 
 
 def test_what_a_client_that_left_has_scored_is_in_no_table_of_later_rounds(run):

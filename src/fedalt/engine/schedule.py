@@ -26,6 +26,7 @@ def moment(when: int | str) -> str:
     if isinstance(when, int):
         return f"round {when + 1}"
     what, _, after = when.partition(" ")
+    what = {"deploy": "before serving"}.get(what, what)
     return f"{what} after round {int(after) + 1}"
 
 

@@ -126,6 +126,8 @@ tokenizer = AutoTokenizer.from_pretrained(".")
         made = f"""# The base model is {shown(name)} as fedalt has converted it into its cache.
 # Where the folder is gone, `fedalt export` of the same model makes it anew.
 """
+    if bits := of.parts.base.quantise:
+        made += f"# The adapter was trained on this base in {bits}; answers differ a little here.\n"
     return f"""{asks}from peft import PeftModel
 from transformers import {imported}
 

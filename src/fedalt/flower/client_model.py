@@ -82,11 +82,13 @@ def only_client(path: Path) -> str:
 
 
 def clients_of(path: Path) -> list[str]:
-    """Whose models can be had here: the clients of a run, or a federation's client alone."""
+    """Whose models can be had here: the clients of a run, or a federation's client alone.
+
+    Raises StoreError where all clients have left.
+    """
     if (config := client_at(path)) is not None:
         return [config.place.name]
-    facts = open_run(path).facts()
-    return [*facts.get("clients", {}), *facts.get("joined", {})]
+    return list(open_run(path).staying())
 
 
 def require_owner(config: ClientConfig, client_id: str | None) -> None:

@@ -202,6 +202,17 @@ class RunFolder:
         """The clients that have left the run."""
         return frozenset(self.facts().get("left", ()))
 
+    def staying(self) -> dict[str, Any]:
+        """What is known of each client whose model can be had: who has not left, with who joined.
+
+        Raises StoreError where nobody is there any more.
+        """
+        facts, left = self.facts(), self.left()
+        about = {**facts.get("clients", {}), **facts.get("joined", {})}
+        if not (staying := {client: of for client, of in about.items() if client not in left}):
+            raise StoreError(f"{self.path}: all of its clients have left, so no model can be had")
+        return staying
+
     def forget_uploads(self, client_id: str) -> None:
         """Drop what ledgers of the server hold of a client."""
         for ledger in (self.path / "server").glob("*/"):

@@ -121,10 +121,8 @@ class _Run:
     known: Any = None
 
     def newer(self, act: Act) -> Mapping[str, Model] | None:
-        facts = open_run(self.path).facts()
-        left = facts.get("left", [])
-        about = {**facts["clients"], **facts.get("joined", {})}
-        about = {client: of for client, of in about.items() if client not in left}
+        folder = open_run(self.path)
+        about = folder.staying()
         now = round_to_serve(self.parts, self.path), sorted(about)
         if now == self.known:
             return None
@@ -132,7 +130,7 @@ class _Run:
             question(of["form"], "")  # a classifier writes no text
         found = servings_now(self.parts, self.path, list(about), act)
         self.known = found.round, sorted(about)
-        template = Template(facts["data"]["template"])
+        template = Template(folder.facts()["data"]["template"])
         base = self.parts.base
         return with_base(
             {

@@ -25,7 +25,7 @@ from typing import Any, Final
 from document import table, write
 
 OTHERS: Final = 2
-MOST_BESIDE: Final = 4.0  # times the step alone
+MOST_BESIDE: Final = 3.5  # times the step alone
 MOST_LOST: Final = 0.05  # of a step alone
 OF_THE_USER: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 

@@ -172,7 +172,7 @@ def rounds_of(run: Path, *, slowest: bool) -> dict[str, Any]:
 def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any]:
     """A SuperLink and SuperNodes with the reference app; as ours, with TLS and keys."""
     from fedalt.flower.credentials import make_authority, make_client_key, make_server
-    from fedalt.flower.processes import QUIET, free_port, wait_for_port
+    from fedalt.flower.processes import QUIET, free_port
 
     place, clients = folder / "flower", len(experiment.clients_of(folder))
     place.mkdir()
@@ -202,8 +202,7 @@ def run_flower(folder: Path, rank: int, rounds: int, port: int) -> dict[str, Any
             link = ["--host", "127.0.0.1", "--port", str(port), "--database", str(place / "db")]
             link += ["--enable-supernode-auth", "--disable-runtime-dependency-installation"]
             start("SuperLink", "flower-superlink", *tls, *link)
-            if not wait_for_port(port, running[place / "SuperLink.log"], 120):
-                raise SystemExit("the SuperLink does not listen after two minutes")
+            time.sleep(10)
             for at in range(clients):
                 make_client_key(place / f"{at}.key", place / f"{at}.pub")
                 flwr("supernode", "register", str(place / f"{at}.pub"), "here")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import psutil
@@ -68,8 +69,12 @@ def assert_same(run, expected):
 
 def workers_of(pid):
     """The processes that work for another; multiprocessing keeps one of its own beside them."""
-    children = psutil.Process(pid).children()
-    return [each for each in children if "spawn_main" in " ".join(each.cmdline())]
+    workers = []
+    for child in psutil.Process(pid).children():
+        with suppress(psutil.NoSuchProcess):  # it has ended, and nobody has asked how
+            if "spawn_main" in " ".join(child.cmdline()):
+                workers.append(child)
+    return workers
 
 
 @dataclass(frozen=True)

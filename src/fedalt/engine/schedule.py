@@ -26,8 +26,8 @@ def moment(when: int | str) -> str:
     if isinstance(when, int):
         return f"round {when + 1}"
     what, _, after = when.partition(" ")
-    what = {"deploy": "before serving"}.get(what, what)
-    return f"{what} after round {int(after) + 1}"
+    said = "before serving" if what == "deploy" else what
+    return f"{said} after round {int(after) + 1}"
 
 
 @dataclass(frozen=True)

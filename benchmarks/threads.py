@@ -1,15 +1,16 @@
 """A training step with two threads, alone and beside other work, with and without the spin count.
 
-    python benchmarks/threads.py --write             # about three minutes, on a quiet machine
-    python benchmarks/threads.py --pairs 3           # a quick try
+    python benchmarks/threads.py --write             # about six minutes, on a quiet machine
+    python benchmarks/threads.py --pairs 10          # a quick try
 
 Two clients train in one pass through a model of the built-in base's size, with as many threads as
-the machine has cores, at least two. `spins briefly` is the command as it is: it sets GOMP_SPINCOUNT
-before PyTorch is loaded. `spins long` loads PyTorch first, which keeps its own default. Both are
+the machine has cores, at least two. `spin briefly` is the command as it is: it sets GOMP_SPINCOUNT
+before PyTorch is loaded. `spin long` loads PyTorch first, which keeps its own default. Both are
 processes that live all the time and take a step in turns, while the other waits for its word, so
-that a machine that is faster in one minute than in the next is so for both. `beside others` has
-two processes that never wait for anything beside them. Printed are medians of the milliseconds of
-a step, and medians of the quotients of neighbouring steps.
+that a machine that is faster in one minute than in the next is so for both. They do so alone,
+beside two processes that never wait for anything, and beside a second process of their own kind,
+whose threads wait for each other, too. Printed are medians of the milliseconds of a step, and
+medians of the quotients of neighbouring steps.
 """
 
 import argparse
@@ -56,13 +57,12 @@ def worker(way: str, spins: str | None) -> Iterator[subprocess.Popen[str]]:
         process.stdin.close()  # type: ignore[union-attr]
 
 
-def step(process: subprocess.Popen[str]) -> float:
-    """Seconds of a step of a worker."""
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    return float(process.stdout.readline())
+def step(*processes: subprocess.Popen[str]) -> float:
+    """Seconds of a step that workers take at the same time, of the slowest one."""
+    for process in processes:
+        process.stdin.write("\n")  # type: ignore[union-attr]
+        process.stdin.flush()  # type: ignore[union-attr]
+    return max(float(process.stdout.readline()) for process in processes)  # type: ignore[union-attr]
 
 
 @contextmanager
@@ -80,32 +80,40 @@ def beside(others: int) -> Iterator[None]:
 
 def compare(pairs: int, spins: str | None) -> list[dict[str, Any]]:
     """A row for each variant."""
-    seconds: dict[tuple[int, str], list[float]] = {}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    ways = ("briefly", "long")
     with ExitStack() as stack:
+        counts = {"briefly": spins, "long": None}
         workers = {
-            "briefly": stack.enter_context(worker("briefly", spins)),
-            "long": stack.enter_context(worker("long", None)),
+            way: [stack.enter_context(worker(way, counts[way])) for _ in range(2)] for way in ways
         }
-        for process in workers.values():
-            step(process)  # the first one warms up
-        for others in (0, OTHERS):
-            with beside(others):
-                for _ in range(pairs):
-                    for way, process in workers.items():
-                        seconds.setdefault((others, way), []).append(step(process))
+        for two in workers.values():
+            step(*two)  # the first one warms up
+
+        def take(place: str, turns: int, at_once: int = 1) -> None:
+            for _ in range(turns):
+                for way in ways:
+                    taken = step(*workers[way][:at_once])
+                    seconds.setdefault((place, way), []).append(taken)
+
+        take("alone", pairs)
+        with beside(OTHERS):
+            take("busy", max(1, pairs // 4))
+        take("twin", max(1, pairs // 20), at_once=2)
     medians = {place: median(taken) for place, taken in seconds.items()}
-    alone = {way: seconds[0, way] for way in ("briefly", "long")}
+    of_long = zip(seconds["alone", "briefly"], seconds["alone", "long"], strict=True)
+    lost = {"briefly": median(a / b for a, b in of_long), "long": 1.0}
     return [
         {
             "waiting threads": f"spin {way}",
-            "alone, ms": round(1000 * medians[0, way]),
-            f"beside {OTHERS} busy processes, ms": round(1000 * medians[OTHERS, way]),
-            "times": round(medians[OTHERS, way] / medians[0, way], 1),
-            "alone, of spin long": round(
-                median(a / b for a, b in zip(alone[way], alone["long"], strict=True)), 2
-            ),
+            "alone, ms": round(1000 * medians["alone", way]),
+            f"beside {OTHERS} busy processes, ms": round(1000 * medians["busy", way]),
+            "times": round(medians["busy", way] / medians["alone", way], 1),
+            "two such runs, ms": round(1000 * medians["twin", way]),
+            "times, two": round(medians["twin", way] / medians["alone", way], 1),
+            "alone, of spin long": round(lost[way], 2),
         }
-        for way in ("briefly", "long")
+        for way in ways
     ]
 
 

@@ -165,8 +165,21 @@ def test_similarities_of_many_clients_are_those_of_each_two():
     found = similarities(adapters)
     for one, other in (("000", "001"), ("003", "149"), ("070", "069"), ("140", "080")):
         x, y = (product(adapters[client], INDIVIDUAL, "s").flatten() for client in (one, other))
-        assert found[one][other] == pytest.approx(float(x @ y / (x.norm() * y.norm())), abs=1e-9)
+        assert found[one][other] == pytest.approx(float(x @ y / (x.norm() * y.norm())), abs=1e-6)
         assert found[one][other] == found[other][one]
+
+
+@pytest.mark.parametrize("large", [1e-30, 1e30])
+def test_similarity_does_not_depend_on_how_large_an_adapter_is(large):
+    stream = torch.Generator().manual_seed(0)
+    factors = [torch.randn(2, 2, generator=stream) for _ in range(4)]
+
+    def found(times: float) -> float:
+        one = pair((times * factors[0]).tolist(), (times * factors[1]).tolist())
+        other = pair(factors[2].tolist(), factors[3].tolist())
+        return similarities({"one": one, "other": other})["one"]["other"]
+
+    assert found(large) == pytest.approx(found(1.0), abs=1e-6)
 
 
 def test_the_mean_of_factors_is_another_matrix_than_that_of_products():

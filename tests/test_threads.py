@@ -8,7 +8,7 @@ import sys
 import pytest
 
 PYTHON = sys.executable
-SPINS = "100000"
+SPINS = "16000"
 OF_THE_USER = {"GOMP_SPINCOUNT": "77", "OMP_WAIT_POLICY": "ACTIVE", "KMP_BLOCKTIME": "5"}
 # What the installed script does.
 COMMAND = "import sys; sys.argv = ['fedalt', 'methods']; from fedalt.cli import main; main()"

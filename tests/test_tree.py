@@ -91,15 +91,6 @@ def test_a_total_of_large_tensors_is_the_plain_sum(shape: tuple[int, int]) -> No
     torch.testing.assert_close(total[name], plain, rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("shape", [(3,), (300, 500)])
-def test_in_blocks_is_the_function_of_the_whole(shape: tuple[int, ...]) -> None:
-    name = Name("a", "s", "A")
-    stream = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(shape, generator=stream, dtype=torch.float64) for _ in range(2))
-    found = trees.in_blocks(lambda left, right: left - 2 * right, {name: a}, {name: b})
-    assert torch.equal(found[name], (a - 2 * b).float())
-
-
 def test_arithmetic_refuses_trees_of_different_names() -> None:
     with pytest.raises(ValueError, match="lacks 1 tensors, first s/A/k"):
         trees.add(tree_of(q=1.0, k=1.0), tree_of(q=1.0))

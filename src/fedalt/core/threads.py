@@ -6,7 +6,7 @@ from typing import Final
 
 # PyTorch's threads wait for each other after every product and by default spin meanwhile. Beside
 # other work the one that is waited for has no core to run on, because the others are spinning.
-_SPINS: Final = "100000"
+_SPINS: Final = "16000"
 _OF_THE_USER: Final = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "KMP_BLOCKTIME")
 
 

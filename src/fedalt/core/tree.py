@@ -108,19 +108,6 @@ def accumulate(total: Tree, tree: Mapping[Name, Tensor], weight: float) -> Tree:
     return total
 
 
-def in_blocks(function: Callable[..., Tensor], *trees: Mapping[Name, Tensor]) -> Tree:
-    """Apply a function to blocks of the tensors of the same name, flattened; float32 results."""
-
-    def whole(*tensors: Tensor) -> Tensor:
-        out = torch.empty(tensors[0].shape, device=tensors[0].device)
-        flat = (tensor.reshape(-1).split(_BLOCK) for tensor in tensors)
-        for place, *parts in zip(out.view(-1).split(_BLOCK), *flat, strict=True):
-            place.copy_(function(*parts))
-        return out
-
-    return apply(whole, *trees)
-
-
 def zeros_like(tree: Mapping[Name, Tensor]) -> Tree:
     """The same names and shapes, all zero."""
     return apply(torch.zeros_like, tree)

@@ -130,19 +130,27 @@ def _products(trees: Sequence[Tree], outer: Name, signal: Signal) -> Tensor:
     """Inner products of all clients' B, or B A, on one site: (N, N), float64.
 
     <B_i A_i, B_j A_j> = tr(A_i A_j^T B_j^T B_i): two (rank, rank) blocks, multiplied and summed.
+    Each client's factors are scaled to a largest element of 1, which no cosine can tell and float32
+    can square; what is zero becomes NaN.
     """
-    b = torch.stack([tree[outer].double() for tree in trees])
+    b = _scaled([tree[outer] for tree in trees])
     if signal == "B":
         return _gram(b.flatten(1))
-    a = torch.stack([tree[outer._replace(factor="A")].double() for tree in trees])
+    a = _scaled([tree[outer._replace(factor="A")] for tree in trees])
     count, rank, _ = a.shape
     blocks = _gram(b.mT.flatten(0, 1)) * _gram(a.flatten(0, 1))
     return blocks.reshape(count, rank, count, rank).sum((1, 3))
 
 
+def _scaled(matrices: Sequence[Tensor]) -> Tensor:
+    """Stacked, each divided by its largest element: (N, rows, columns), float32."""
+    stacked = torch.stack(list(matrices))
+    return stacked.div_(torch.linalg.vector_norm(stacked, torch.inf, (1, 2), keepdim=True))
+
+
 def _gram(rows: Tensor) -> Tensor:
-    """X X^T; of many rows only the half is computed of which the other is a mirror image."""
-    gram = rows.new_empty(len(rows), len(rows))
+    """X X^T in float64; of many rows only the half is computed of which the other is a mirror."""
+    gram = rows.new_empty(len(rows), len(rows), dtype=torch.float64)
     for at in range(0, len(rows), _BLOCK):
         here = slice(at, at + _BLOCK)
         part = rows[here] @ rows[at:].T

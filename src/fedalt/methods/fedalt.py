@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, names_of
 from fedalt.adapters.start import Start
-from fedalt.core.tree import Tree, accumulate, copy, in_blocks, merge, move, select
+from fedalt.core.tree import Tree, accumulate, apply, copy, merge, move, select
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
 from fedalt.methods.defaults import at_once
 from fedalt.methods.lora import Lora, Weighting, weight_of
@@ -138,8 +138,10 @@ def rest_of_world(individual: Tree, own_weight: float, message: Message) -> Tree
     if others <= 0:
         zero = {n: t if n.factor == "A" else t.new_zeros(t.shape) for n, t in individual.items()}
         return move(zero, INDIVIDUAL, REST_OF_WORLD)
-    row = in_blocks(
-        lambda t, a: t.sub(a.double(), alpha=own).mul_(1 / others), message.tree, individual
+    row = apply(
+        lambda total, a: total.sub(a.double(), alpha=own).mul_(1 / others).float(),
+        message.tree,
+        individual,
     )
     return move(row, INDIVIDUAL, REST_OF_WORLD)
 

@@ -25,8 +25,8 @@ def sums_of_products(
     """For each client sum_j w_j B_j A_j on every site, cut to its `rank` strongest directions.
 
     `weights` are, by client, of the adapters in its sum, which are all of one rank; sums are in
-    slot `target`. Summed in float64 and exact before the cut. All of the strength lies in B; where
-    there are fewer directions, rows and columns of zeros fill up.
+    slot `target`. Directions and strengths are found in float64, before the cut. All of the
+    strength lies in B; where there are fewer directions, rows and columns of zeros fill up.
     """
     sums: dict[str, Tree] = {client: {} for client in weights}
     together: dict[tuple[str, ...], list[str]] = {}
@@ -38,37 +38,37 @@ def sums_of_products(
         distinct, which = rows_of.unique(dim=0, return_inverse=True)
         for name in (name for name in adapters[members[0]] if name.factor == "B"):
             a_name = name._replace(factor="A")
-            b = torch.cat([adapters[member][name] for member in members], 1).double()
-            a = torch.cat([adapters[member][a_name] for member in members]).double()
+            b = torch.cat([adapters[member][name] for member in members], 1)
+            a = torch.cat([adapters[member][a_name] for member in members])
             left, right = _cut_sums(b, a, distinct, rank)
             for client, at in zip(clients, which.tolist(), strict=True):
-                sums[client][Name(name.site, target, "A")] = right[at].float()
-                sums[client][Name(name.site, target, "B")] = left[at].T.float().contiguous()
+                sums[client][Name(name.site, target, "A")] = right[at].clone()
+                sums[client][Name(name.site, target, "B")] = left[at].clone()
     return sums
 
 
 def _cut_sums(b: Tensor, a: Tensor, weights: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Factors B^T (N, rank, d_out) and A (N, rank, d_in) of B diag(w) A for N rows of weights.
+    """Factors B (N, d_out, rank) and A (N, rank, d_in) of B diag(w) A for N rows of weights.
 
     B is (d_out, K r), A (K r, d_in), weights (N, K). The largest element of every row of the second
     factor is positive, so that signs do not depend on the order of the clients.
     """
     weights = weights.repeat_interleave(len(a) // weights.shape[1], 1)
-    (root_b, inverse_b), (root_a, inverse_a) = _roots(b.T @ b), _roots(a @ a.T)
+    (root_b, inverse_b), (root_a, inverse_a) = _roots(b.T), _roots(a)
     u, s, v = torch.linalg.svd((root_b * weights[:, None]) @ root_a.T, full_matrices=False)
-    u, s, v = u.mT[:, :rank], s[:, :rank], v[:, :rank]
-    s = (s * (s > torch.finfo(torch.float32).eps * s[:, :1]))[..., None]
-    left = ((s * u) @ inverse_b.T).flatten(0, 1) @ b.T
-    right = ((s.sign() * v) @ inverse_a.T).flatten(0, 1) @ a
-    signs = right.gather(1, right.abs().argmax(1, keepdim=True)).sign()
-    shape, missing = s.shape[:2], (0, 0, 0, rank - s.shape[1])
-    left, right = ((signs * rows).unflatten(0, shape) for rows in (left, right))
-    return pad(left, missing), pad(right, missing)
+    u, s, v = u[..., :rank], s[:, :rank], v[:, :rank]
+    s = s * (s > torch.finfo(torch.float32).eps * s[:, :1])
+    missing = rank - s.shape[1]
+    left = b @ pad(inverse_b @ (u * s[:, None]), (0, missing)).float()
+    right = pad((s.sign()[..., None] * v) @ inverse_a.T, (0, 0, 0, missing)).float() @ a
+    signs = right.gather(2, right.abs().argmax(2, keepdim=True)).sign()
+    return left.mul_(signs.mT), right.mul_(signs)
 
 
-def _roots(gram: Tensor) -> tuple[Tensor, Tensor]:
-    """R (p, n) with R^T R = gram (n, n), and its pseudoinverse; p directions are not 0."""
-    values, vectors = torch.linalg.eigh(gram)
-    kept = values > len(gram) * torch.finfo(gram.dtype).eps * values[-1]
+def _roots(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """R (p, n) with R^T R = X X^T of n rows, and its pseudoinverse; p directions are not 0."""
+    rows = rows.double()
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    kept = values > len(rows) * torch.finfo(rows.dtype).eps * values[-1]
     vectors, root = vectors[:, kept], values[kept].sqrt()
     return (vectors * root).T, vectors / root

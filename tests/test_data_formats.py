@@ -155,6 +155,16 @@ def test_empty_rows_are_no_records_but_count(tmp_path, above, begin):
         open_data(file)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_first_line_that_tells_excel_the_delimiter_is_no_row(tmp_path, delimiter, end):
+    table = separated(delimiter).decode().replace("\r\n", end)
+    (tmp_path / "anna.train.csv").write_text(f"sep={delimiter}{end}{table}", newline="")
+    (tmp_path / "bert.train.csv").write_text(table, newline="")
+    data = open_data(tmp_path)
+    assert data.records("anna", "train") == data.records("bert", "train")
+
+
 @pytest.mark.parametrize("delimiter", [",", ";"])
 def test_names_tell_what_parts_cells_where_the_first_cell_has_many_lines(tmp_path, delimiter):
     options = "\n".join(f"- {name}" for name in "abcdefgh")

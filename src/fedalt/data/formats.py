@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.data.encodings import BOM, wide_encoding
-from fedalt.data.tables import PARQUET, SAVED, UNREADABLE, Table, opened
+from fedalt.data.tables import PARQUET, SAVED, UNREADABLE, Table, opened, told_delimiter
 
 LOOK: Final = 65536  # bytes by which a file is recognised
 WANTED: Final = (
@@ -142,6 +142,8 @@ def table_of(file: Path, begin: bytes) -> Table | None:
         return None
     text = begin.removeprefix(BOM).decode(errors="replace")
     lines = list(dropwhile(str.isspace, text.splitlines(keepends=True)))
+    if lines and (told := told_delimiter(lines[0].strip("\r\n"))) in _DELIMITERS:
+        return Table(_DELIMITERS[told], told)
     named = [suffix for suffix in file.suffixes if suffix.lower() in (".csv", ".tsv")]
     # A cell may begin like JSON; where the name says what it is, the first line alone tells.
     looked = [line.lstrip() for line in lines if line.strip()][: 1 if named else 5]

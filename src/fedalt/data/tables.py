@@ -123,7 +123,7 @@ def downloaded(name: str) -> Path:
 
 
 def _heads(file: Path, delimiter: str) -> tuple[int, list[str]]:
-    """How many empty rows a table begins with, and the names in the next one.
+    """How many rows without cells a table begins with, and the names in the next one.
 
     Each of them is there once, and they are enough for the row below. A column without a name, such
     as the numbers of rows that pandas writes, is called as pandas calls it.
@@ -132,7 +132,7 @@ def _heads(file: Path, delimiter: str) -> tuple[int, list[str]]:
         filled = (
             (at, row)
             for at, row in enumerate(csv.reader(text, delimiter=delimiter))
-            if _is_filled(row)
+            if _is_filled(row) and told_delimiter(delimiter.join(row)) is None
         )
         above, heads = next(filled, (0, []))
         try:
@@ -160,6 +160,11 @@ def _require_named_as_packed(file: Path) -> None:
         raise TableError("it is packed with gzip, so its name has to end in .gz; rename it")
     if not packed and file.suffix == ".gz":
         raise TableError("its name ends in .gz, but it is not packed with gzip; rename it")
+
+
+def told_delimiter(line: str) -> str | None:
+    """What a first line such as `sep=;` tells Excel; None where it is another line."""
+    return line[4:] if line.startswith("sep=") and len(line) == 5 else None
 
 
 def _is_filled(cells: Iterable[str | None]) -> bool:

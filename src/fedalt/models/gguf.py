@@ -1,7 +1,8 @@
 """GGUF files as base models: converted once into a folder that transformers reads in seconds.
 
-The weights are unpacked and kept in bfloat16; the tokenizer and its chat template are those of the
-file. The folder lies in the user's cache, under the digest of the file's content.
+The weights are unpacked, rounded to bfloat16 and kept as float32: a CPU, which computes in that, maps
+them into memory, and all processes share the pages. The tokenizer and its chat template are those of
+the file. The folder lies in the user's cache, under the digest of the file's content.
 """
 
 import hashlib
@@ -17,7 +18,7 @@ from fedalt.core.files import cache_folder
 
 SUFFIX: Final = ".gguf"
 _MAGIC: Final = b"GGUF"
-_FORM: Final = 3  # of a converted folder; another one is converted anew
+_FORM: Final = 4  # of a converted folder; another one is converted anew
 
 
 class GGUFError(ValueError):
@@ -94,7 +95,9 @@ def _convert(file: Path, folder: Path, named: Path) -> None:
             **place,
         )
         _require_all_weights(report)
-        model.to(torch.bfloat16).save_pretrained(folder)
+        model.to(torch.bfloat16).float().save_pretrained(folder)
+        model.config.dtype = torch.bfloat16  # what a GPU computes in
+        model.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # whatever a broken file does to the library that reads it
         shutil.rmtree(folder, ignore_errors=True)

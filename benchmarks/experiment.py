@@ -344,7 +344,8 @@ def main() -> None:
         pythons["flower"] = options.flower_python
     rows = [row for size in options.size for row in compare(size, pythons, options)]
     if options.write:
-        write("experiment", table(rows))
+        real = options.size == ["smollm2"]
+        write("experiment-of-a-real-base" if real else "experiment", table(rows))
 
 
 def bound_of(folder: Path, size: str) -> float:

@@ -11,6 +11,8 @@ from commands import call
 from gguf_model import tiny_llama, write_gguf
 from peft import AutoPeftModelForCausalLM
 from runs_for_tests import write_clients
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from fedalt import load
 from fedalt.core.settings import Packaged
@@ -39,6 +41,14 @@ def test_a_converted_file_computes_what_the_model_computed(file):
     assert base.tokenizer.decode(base.tokenizer("cat").input_ids, skip_special_tokens=True) == "cat"
     messages = [{"role": "user", "content": "hi"}]
     assert base.tokenizer.apply_chat_template(messages, tokenize=False) == "user:hi</s>"
+
+
+def test_weights_are_stored_as_a_cpu_computes_and_a_gpu_still_takes_bfloat16(file, cache):
+    load_base(str(file))
+    (folder,) = cache.iterdir()
+    weights = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert AutoModelForCausalLM.from_pretrained(folder, dtype="auto").dtype == torch.bfloat16
 
 
 def test_a_file_is_converted_once(file, cache, capsys):

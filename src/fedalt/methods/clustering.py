@@ -130,8 +130,8 @@ def _products(trees: Sequence[Tree], outer: Name, signal: Signal) -> Tensor:
     """Inner products of all clients' B, or B A, on one site: (N, N), float64.
 
     <B_i A_i, B_j A_j> = tr(A_i A_j^T B_j^T B_i): two (rank, rank) blocks, multiplied and summed.
-    Each client's factors are scaled to a largest element of 1, which no cosine can tell and float32
-    can square; what is zero becomes NaN.
+    Each client's factors are scaled to a largest element of 1, which changes no cosine and keeps
+    squares within float32; what is zero becomes NaN.
     """
     b = _scaled([tree[outer] for tree in trees])
     if signal == "B":

@@ -1,7 +1,7 @@
 """GGUF files as base models: converted once into a folder that transformers reads in seconds.
 
-The weights are unpacked, rounded to bfloat16 and stored as float32. A CPU computes in float32, so it
-maps the file into memory, and all processes share its pages. The tokenizer and its chat template are
+The weights are unpacked, rounded to bfloat16 and stored as float32. A CPU computes in float32, so
+it maps the file, and all processes share its pages. The tokenizer and its chat template are
 those of the file. The folder lies in the user's cache, under the digest of the file's content.
 """
 

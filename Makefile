@@ -44,7 +44,7 @@ bench: smollm2 ## all tables of benchmarks anew; takes long. FLOWER=OTHER/bin/py
 	$(BIN)/python benchmarks/scoring.py --write
 	$(BIN)/python benchmarks/experiment.py --size 5M 40M --turns 1 --write \
 		$(if $(FLOWER),--flower-python $(FLOWER))
-	$(BIN)/python benchmarks/experiment.py --size smollm2 --rounds 2 --turns 1 --write \
+	$(BIN)/python benchmarks/experiment.py --size smollm2 --turns 1 --write \
 		$(if $(FLOWER),--flower-python $(FLOWER))
 	$(BIN)/python benchmarks/server.py --write
 	$(BIN)/python benchmarks/memory.py --write 8 64 512

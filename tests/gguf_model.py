@@ -19,7 +19,7 @@ WORDS = [
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}</s>{% endfor %}"
 
 
-def tiny_llama() -> LlamaForCausalLM:
+def tiny_llama(**rotations: object) -> LlamaForCausalLM:
     """Two layers, grouped key-value heads; its numbers are exact in bfloat16."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -33,9 +33,13 @@ def tiny_llama() -> LlamaForCausalLM:
         bos_token_id=1,
         eos_token_id=2,
         tie_word_embeddings=False,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, **rotations},
     )
     model = LlamaForCausalLM(config).eval()
-    return model.bfloat16().float()
+    with torch.no_grad():
+        for weights in model.parameters():  # not the buffers of its rotations
+            weights.copy_(weights.bfloat16())
+    return model
 
 
 def write_gguf(
@@ -43,10 +47,11 @@ def write_gguf(
     model: LlamaForCausalLM,
     architecture: str = "llama",
     tensors: Mapping[str, torch.Tensor] | None = None,
+    beside: Mapping[str, torch.Tensor | str] | None = None,
 ) -> Path:
     """The model in float32 with a byte-pair vocabulary of single characters.
 
-    `tensors` take the place of its own.
+    `tensors` take the place of its own; `beside` are tensors and texts under the names of the file.
     """
     config = model.config
     writer = gguf.GGUFWriter(file, architecture)
@@ -57,7 +62,7 @@ def write_gguf(
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
@@ -78,6 +83,11 @@ def write_gguf(
             tensor = tensor.reshape(count, 2, rows // count // 2, columns).transpose(1, 2)
             tensor = tensor.reshape(rows, columns)
         writer.add_tensor(f"{names.get_name(module)}.weight", tensor.contiguous().numpy())
+    for name, value in (beside or {}).items():
+        if isinstance(value, str):
+            writer.add_string(name, value)
+        else:
+            writer.add_tensor(name, value.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

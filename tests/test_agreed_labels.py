@@ -1,6 +1,7 @@
 """Labels that a federation or a run has agreed on: their order counts, a client may have some."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from bases import letters
@@ -14,6 +15,7 @@ from fedalt.data.folder import open_data
 from fedalt.data.records import DataError
 from fedalt.federation.agreement import Agreement, write_agreement
 from fedalt.federation.client_folder import open_client
+from fedalt.flower.client_model import prepare_own
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.membership import join
 from fedalt.runs.settings import SettingsError
@@ -53,6 +55,14 @@ def test_a_client_has_some_of_the_agreed_labels_in_any_order(tmp_path, model, la
             assert AGREED[example.label] == example.answer
             assert example.options == AGREED
     assert member.parts.base.adapted.model.config.id2label == dict(enumerate(AGREED))
+
+
+def test_its_owner_sees_the_labels_in_their_order_too(tmp_path, model):
+    data = write_clients(tmp_path / "data", a_train=rows("neg"), a_test=rows("neg"))
+    terms = terms_of(tmp_path / "f", model)
+    parts = load_parts(settings_for(model, data, rounds={"rounds": 1}), terms.labels)
+    prepared = prepare_own(SimpleNamespace(terms=terms), parts)
+    assert prepared.task.labels == AGREED
 
 
 def test_a_label_that_nobody_agreed_on_is_named_with_its_file(tmp_path, model):

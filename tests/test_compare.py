@@ -9,17 +9,22 @@ import tomllib
 
 import psutil
 import pytest
+import torch
+from bases import llama
 from commands import call
 from runs_for_tests import adapters_of, save_model, write_clients
 
 from fedalt.report.compared_figures import ranked
-from fedalt.report.comparison import grid_of
+from fedalt.report.comparison import Compared, Results, grid_of, grids_of
 from fedalt.report.gaps import SIGNIFICANT, p_value
 from fedalt.report.grid import grid_csv, grid_markdown
 from fedalt.report.table import joined
 from fedalt.runs.compare import read_comparison, run_all
 from fedalt.runs.folder import open_run
-from fedalt.runs.settings import SettingsError
+from fedalt.runs.kept_settings import settings_table
+from fedalt.runs.settings import SettingsError, settings_of
+
+BARE = {"data": {"path": "."}, "method": {"name": "fedalt"}}
 
 FILE = """
 seeds = [0, 1]
@@ -157,6 +162,63 @@ def test_other_settings_for_runs_that_are_there_are_refused(place, capsys):
     assert "was run with other settings: [rounds] was" in capsys.readouterr().err
 
 
+def test_finished_runs_and_new_ones_need_the_same_data_and_base_model(place, capsys):
+    here = place / "changing"
+    for name in ("data", "model", "out"):
+        shutil.copytree(place / name, here / name)
+    for settings in here.glob("out/*/*/settings.toml"):
+        settings.write_text(settings.read_text().replace(str(place), str(here)))
+    file, words = here / "methods.toml", ("--out", here / "out", "--quiet")
+    file.write_text(FILE.replace("lr = 3e-2", 'lr = 3e-2\n[[methods]]\nname = "fedit"\nrank = 2'))
+    test = here / "data" / "a.test.jsonl"
+    text = test.read_text()
+    test.write_text(text + text.splitlines()[0].replace("?", "??") + "\n")
+    assert call("compare", file, *words) == 2
+    assert "the run began with other client data" in capsys.readouterr().err
+    test.write_text(text)
+    other = llama()
+    with torch.no_grad():
+        other.model.norm.weight.mul_(2)
+    other.save_pretrained(here / "model")
+    assert call("compare", file, *words) == 2
+    assert "were trained on different base models" in capsys.readouterr().err
+
+
+def test_a_run_whose_rate_was_changed_halfway_is_not_one_of_the_new_rate(place, capsys):
+    out = place / "halfway"
+    shutil.copytree(place / "out", out)
+    for settings in out.glob("fedalt/*/settings.toml"):
+        settings.write_text(settings.read_text().replace("lr = 0.01", "lr = 0.02"))
+    file = place / "halfway.toml"
+    file.write_text(FILE.replace("lr = 1e-2", "lr = 2e-2"))
+    assert call("compare", file, "--out", out) == 2
+    told = "was changed while it ran: [training] lr was 0.01 when it began, and is 0.02 now"
+    assert told in capsys.readouterr().err
+
+
+def test_a_setting_that_was_not_there_when_a_run_began_had_its_default(place):
+    out = place / "older"
+    shutil.copytree(place / "out", out)
+    file = out / "fedalt" / "seed-0" / "settings.toml"
+    older = [line for line in file.read_text().splitlines() if not line.startswith("patience")]
+    older = [line for line in older if not line.startswith("evaluate_every")]
+    file.write_text("\n".join(older))
+    assert call("compare", place / "methods.toml", "--out", out, "--quiet") == 0
+
+
+def test_what_has_no_test_is_not_compared(place, capsys):
+    file, out = place / "untested.toml", place / "untested"
+    file.write_text(FILE.replace("rounds = 1", "rounds = 1\ntest = false"))
+    assert call("compare", file, "--out", out) == 2
+    told = "untested.toml: fedalt: [rounds] test = false leaves nothing to compare"
+    assert told in capsys.readouterr().err
+    shutil.copytree(place / "data", place / "trained", ignore=shutil.ignore_patterns("*.test.*"))
+    file.write_text(FILE.replace('path = "data"', 'path = "trained"'))
+    assert call("compare", file, "--out", out) == 2
+    assert "trained: no client has test data" in capsys.readouterr().err
+    assert not out.exists()
+
+
 @pytest.mark.parametrize(
     ("old", "new", "complaint"),
     [
@@ -203,6 +265,7 @@ def test_a_run_that_fails_before_it_has_a_folder_leaves_the_others_their_table(p
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds: expected a list of different whole numbers"),
         ("[[methods]]", "[[others]]", "expected at least one"),
         ("[rounds]", "[method]", "'method' belongs to a single run"),
+        ("lr = 3e-2", "lr = 3e-2\n[methods.tune]\ntrials = 8", r"\[tune\] trials: method 'ffa_l"),
     ],
 )
 def test_mistakes_are_found_before_anything_runs(place, old, new, complaint):
@@ -227,6 +290,15 @@ def test_a_table_says_what_everybody_trained_and_how_long(place):
 
 def scored(*rows: dict[str, float]):
     return [{name: {"accuracy": value} for name, value in row.items()} for row in rows]
+
+
+def test_the_base_model_is_shown_on_the_clients_that_methods_have():
+    entry = Compared("x", settings_table(settings_of(BARE, "x")), ())
+    base = {"base": {"a": {"loss": 4.0}, "b": {"loss": 6.0}, "gone": {"loss": 90.0}}}
+    scores = {"x": [{"a": {"loss": 1.0}, "b": {"loss": 2.0}}]}
+    results = Results([entry], [0], scores, {"x": []}, base=base)
+    row = grids_of(results)["losses"].rows["base"]
+    assert [cell.seeds for cell in row] == [(4.0,), (6.0,), (5.0,), (6.0,)]
 
 
 def test_the_best_is_bold_only_where_a_paired_test_supports_it():

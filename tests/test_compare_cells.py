@@ -18,7 +18,9 @@ from fedalt.core.reading import StoreError
 from fedalt.methods import METHODS
 from fedalt.methods.mean import weighted_mean
 from fedalt.runs.cells import Cell, Cost, keep_cell, read_cells
-from fedalt.runs.origin import Origin, note_origin, that_count
+from fedalt.runs.compare import Job
+from fedalt.runs.kept_settings import that_count
+from fedalt.runs.origin import Origin, note_origin
 from fedalt.runs.rehearsal import difference, rehearse
 from fedalt.runs.settings import settings_of
 
@@ -240,7 +242,7 @@ def test_cells_that_several_processes_keep_in_one_file_are_all_there(tmp_path):
 
 
 def test_a_run_that_other_code_began_does_not_go_on(tmp_path):
-    job = type("Job", (), {"path": tmp_path / "fedit" / "seed-0"})
+    job = Job(None, 0, tmp_path / "fedit" / "seed-0")
     note_origin(job, [1.0, 2.0])
     note_origin(job, [1.0, 2.0001])
     with pytest.raises(StoreError, match=r"begun by code .* its number 2 was 2 and is 2\.1"):
@@ -308,6 +310,11 @@ def test_a_cell_of_before_an_ablation_had_a_switch_has_its_default(tmp_path):
     method = {key: value for key, value in now.settings["method"].items() if key != "freeze_a"}
     cell = Cell("half", 0, "0", {**now.settings, "method": method}, [], Cost(0, 0, 0, 0, 0), {})
     now.require(cell, file)
+    # A default that was written out, and is left out now, is the same one.
+    plain = settings_of({"data": {"path": "."}, "method": {"name": "fedalt"}}, "a test")
+    spelt = {**that_count(plain)["method"], "freeze_a": False}
+    cell_of_spelt = replace(cell, settings={**that_count(plain), "method": spelt})
+    Origin(that_count(plain)).require(cell_of_spelt, file)
     with pytest.raises(StoreError, match=r"\[method\] freeze_a was False, is True"):
         origin(freeze_a=True).require(cell, file)
 

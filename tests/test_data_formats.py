@@ -401,3 +401,40 @@ def test_a_run_says_which_files_it_did_not_read(run_flags, tmp_path, capsys):
     assert "cleo.train.ndjson" in said
     assert "anna.val.jsonl" in said
     assert "NAME.train.jsonl" in said
+
+
+QUOTES = {
+    "a quote that opens a cell and ends below": '"Good\tyes\tanna\n"Bad\tno\tanna\n',
+    "a word in quotes at the beginning": '"Yes" she said\tyes\tanna\n',
+}
+
+
+@pytest.mark.parametrize("rows", QUOTES.values(), ids=QUOTES.keys())
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_quotes_that_join_or_shorten_cells_are_refused_by_row(tmp_path, rows, suffix):
+    text = f"instruction\toutput\tclient\nq\ta\tanna\n{rows}"
+    file = tmp_path / f"all.{suffix}"
+    file.write_text(text if suffix == "tsv" else text.replace("\t", ","))
+    with pytest.raises(DataError, match=rf"all\.{suffix}.*row 3: a quotation mark begins a cell"):
+        open_data(file)
+
+
+def test_a_row_that_ends_early_has_no_empty_answer(tmp_path):
+    file = tmp_path / "anna.train.csv"
+    file.write_text("instruction,output\nq,a\nbroken in\ntwo,b\n")
+    with pytest.raises(
+        DataError, match=r"anna\.train\.csv:3: field 'output': expected text, got null"
+    ):
+        open_data(tmp_path)
+    file.write_text("instruction,output,input\nq,a\nr,b,c\n")
+    records = open_data(tmp_path).records("anna", "train")
+    assert [record.answer for record in records] == ["a", "b"]
+
+
+def test_splits_of_a_saved_dataset_that_are_not_read_are_named(tmp_path):
+    rows = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(train=rows, dev=rows).save_to_disk(tmp_path / "two")
+    assert open_data(tmp_path / "two").ignored == ("dev",)
+    datasets.DatasetDict(dev=rows, eval=rows).save_to_disk(tmp_path / "none")
+    with pytest.raises(DataError, match="no split 'train'; the dataset's splits are dev, eval"):
+        open_data(tmp_path / "none")

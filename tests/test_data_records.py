@@ -114,6 +114,15 @@ def test_any_json_value_is_a_record_or_a_data_error(value):
     assert record_key(record) >= 0
 
 
+@pytest.mark.parametrize("context", ["", " ", "an article"])
+def test_options_of_an_instruction_count_beside_an_input_too(context):
+    instruction = "Which topic?\nOPTIONS:\n- World\n- Sports"
+    fields = {"instruction": instruction, "input": context, "output": "World"}
+    assert parse_record(fields).options == ("World", "Sports")
+    fields["input"] = "Which?\nOPTIONS:\n- World\n- Art"
+    assert parse_record(fields).options == ("World", "Art")
+
+
 def test_options_are_read_from_the_end_of_the_question():
     assert listed_options("Is it?\n\nOPTIONS:\n- yes\n- not sure \n") == ("yes", "not sure")
     assert listed_options("OPTIONS:\r\n- a\r\n- b") == ("a", "b")

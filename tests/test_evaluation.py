@@ -125,6 +125,14 @@ def test_options_are_weighed_by_sums_or_by_means_of_their_tokens():
     assert min(sums, key=sums.get) != min(means, key=means.get)
 
 
+def test_an_option_that_the_tokenizer_cannot_tell_from_the_right_one_is_no_right_answer():
+    base = base_of()
+    asked = example("which", "a", ("a", "b"))
+    same = replace(asked, options=("a", "A"), option_ids=(asked.ids[asked.answer_start :],) * 2)
+    found = score(base, serving_of(base), [same], replace(QUICK, generate=False))
+    assert found.metrics["accuracy"] == 0
+
+
 def test_a_model_without_finite_losses_is_right_about_nothing():
     base = base_of()
     serving = serving_of(base)

@@ -117,6 +117,52 @@ def test_an_output_layer_that_is_the_embedding_need_not_be_there(tmp_path):
     assert torch.equal(model.lm_head.weight, tensors["model.embed_tokens.weight"])
 
 
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def factors(model):
+    """What llama.cpp's converter writes for such a model: what each frequency is divided by."""
+    scaled = model.model.rotary_emb.inv_freq
+    return 500000.0 ** -(torch.arange(len(scaled)) / len(scaled)) / scaled
+
+
+def test_the_frequencies_of_llama_3_are_those_of_its_file(tmp_path):
+    model = tiny_llama(**LLAMA3)
+    beside = {"rope_freqs.weight": factors(model)}
+    assert beside["rope_freqs.weight"].max() == pytest.approx(8)
+    base = load_base(str(write_gguf(tmp_path / "llama3.gguf", model, beside=beside)))
+    ids = torch.arange(5, 65)[None]
+    with torch.no_grad():
+        logits, plain = base.adapted.model(ids).logits, tiny_llama(rope_theta=500000.0)(ids).logits
+        expected = model(ids).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert not torch.allclose(plain, expected, rtol=0, atol=1e-5)
+
+
+LEFT_ASIDE = {
+    "other frequencies": ({"rope_freqs.weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}, "rope_freqs"),
+    "too few": ({"rope_freqs.weight": torch.tensor([1.0, 8.0])}, "rope_freqs.weight is not that"),
+    "two lists": ({"rope_factors_long.weight": torch.ones(4)}, "rope_factors_long.weight, which"),
+    "scaled": ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn', expected"),
+    "a bias": ({"blk.0.attn_q.bias": torch.ones(32)}, "1 biases, such as blk.0.attn_q.bias"),
+}
+
+
+@pytest.mark.parametrize(("beside", "told"), LEFT_ASIDE.values(), ids=LEFT_ASIDE.keys())
+def test_what_transformers_leaves_aside_is_refused(tmp_path, cache, beside, told):
+    file = write_gguf(tmp_path / "more.gguf", tiny_llama(), beside=beside)
+    with pytest.raises(GGUFError, match=told):
+        converted(file)
+    assert not list(cache.iterdir())
+
+
 def test_an_architecture_that_cannot_be_unpacked_is_refused_by_name(tmp_path):
     other = write_gguf(tmp_path / "other.gguf", tiny_llama(), architecture="clip")
     with pytest.raises(ModelError, match="architecture clip is not supported"):

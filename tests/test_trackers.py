@@ -154,6 +154,12 @@ def test_a_store_that_cannot_be_written_is_one_clear_error(
     assert "error: trackio: " in capsys.readouterr().err
 
 
+def test_a_finished_run_that_is_resumed_says_what_sends_its_numbers(finished_run, capsys):
+    assert call("resume", finished_run, "--report-to", "tensorboard") == 2
+    assert "`fedalt track` sends its numbers" in capsys.readouterr().err
+    assert not (finished_run / "tensorboard").exists()
+
+
 def test_a_run_that_goes_on_cannot_be_sent_by_another_process(finished_run, capsys):
     with locked(finished_run):
         assert call("track", finished_run, "--report-to", "tensorboard") == 2

@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 from commands import InThisProcess, call
 from runs_for_tests import adapters_of, save_model, scores_of, write_clients
-from test_compare import FILE
+from test_compare import BARE, FILE
 
 from fedalt.cli.jobs import run_jobs
 from fedalt.core.settings import Schedule
@@ -18,13 +18,14 @@ from fedalt.engine.robust import central_loss
 from fedalt.runs.compare import Entry, jobs_of, read_comparison
 from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import reopen, resume_run
-from fedalt.runs.settings import SettingsError
+from fedalt.runs.settings import SettingsError, settings_of
 from fedalt.runs.tune import (
     Stage,
     Trial,
     best_of,
     budget_of,
     halve,
+    is_planned,
     numbers_in,
     rounds_of,
     stages_of,
@@ -107,6 +108,19 @@ def test_every_method_keeps_its_own_best_and_a_failed_trial_goes_no_further():
     chosen = best_of(both, losses)
     assert {label: trial.values["lr"] for label, trial in chosen.items()} == {"x": 1, "y": 0}
     assert best_of(trials("z"), [[inf]] * 4) == {}
+    # Who was left behind is not chosen for the failures of those that went on.
+    failed = [[4.0], [2.0, inf], [3.0], [1.0, inf]]
+    assert best_of(trials("x", "y"), [*failed, [1.0, 1.0], [1.0], [1.0], [1.0]]).keys() == {"y"}
+
+
+def test_trials_whose_noise_is_solved_for_their_rounds_have_all_of_them():
+    private = {**BARE, "privacy": {"unit": "example", "epsilon": 8.0, "delta": 1e-5, "clip": 1.0}}
+    entries = [Entry("x", settings_of(table, "x")) for table in (BARE, private)]
+    assert not is_planned(entries[:1])
+    assert is_planned(entries)
+    assert stages_of(8, 4, whole=True) == [Stage(8, 4)]
+    with pytest.raises(SettingsError, match=r"at most 1, as \[privacy\] epsilon"):
+        stages_of(8, 4, 2, whole=True)
 
 
 def test_every_stage_is_decided_by_its_own_losses():

@@ -11,7 +11,8 @@ from fedalt.report.cells import cell_of
 from fedalt.runs.base_scores import base_scores
 from fedalt.runs.cells import keep_cell, named, read_cells
 from fedalt.runs.compare import Entry, Job, write_settings
-from fedalt.runs.origin import Origin, note_origin, origins_of, that_count
+from fedalt.runs.kept_settings import that_count
+from fedalt.runs.origin import Origin, note_origin, origins_of
 
 
 def complete_cells(
@@ -62,11 +63,7 @@ def _score_bases(file: Path, jobs: Sequence[Job], out: Path, *, quiet: bool) -> 
     """
     cells = read_cells(file)
     without = {key for key, cell in cells.items() if "base" not in cell.scores}
-    here = [
-        job
-        for job in jobs
-        if (job.entry.label, job.seed) in without and (job.path / "run.json").exists()
-    ]
+    here = [job for job in jobs if (job.entry.label, job.seed) in without and job.is_begun]
     for labels, scores in base_scores(here, out, partial(note, quiet=quiet)).items():
         for key in sorted(without):
             if scores and key[0] in labels:

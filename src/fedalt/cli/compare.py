@@ -57,10 +57,12 @@ def compare(
     from fedalt.report.cells import results_of
     from fedalt.report.comparison import write_results
     from fedalt.runs.cells import read_cells
+    from fedalt.runs.comparable import require_tests
     from fedalt.runs.compare import jobs_of, read_comparison
     from fedalt.runs.view import view_in
 
     (entries, seeds), view = read_comparison(file), view_in(file)
+    require_tests(file, entries)
     _tell_advice(entries, quiet=quiet)
     if view.steps == "equal":
         entries = _with_equal_steps(entries, quiet=quiet)
@@ -97,10 +99,12 @@ def _run(
     from fedalt.cli.jobs import run_jobs
     from fedalt.report.cells import collect
     from fedalt.runs.base_scores import base_rows, base_scores
+    from fedalt.runs.comparable import require_one_base
     from fedalt.runs.compare import jobs_of
 
     runs = jobs_of(entries, seeds, out)
     failed = run_jobs(runs, jobs, quiet=quiet)
+    require_one_base(runs)
     whole = [entry for entry in entries if not any(job.entry == entry for job in failed)]
     finished = [job for job in runs if job.entry in whole]
     results = collect(whole, seeds, finished, view)
@@ -187,7 +191,9 @@ def tune(
     at = seeds[0] if seed is None else seed
     trials = search.trials_of(entries, flags, wanted, at)
     length = rounds or search.rounds_of(entries)
-    plan = search.stages_of(len(trials) // len(entries), length, stages or halvings)
+    plan = search.stages_of(
+        len(trials) // len(entries), length, stages or halvings, whole=search.is_planned(entries)
+    )
     note(search.budget_of(plan), quiet=quiet)
     _tell_too_short(entries, plan, quiet=quiet)
     score = partial(_losses, seed=at, out=out, jobs=jobs, quiet=quiet)

@@ -89,13 +89,12 @@ def _examples(
     path: Path, client: str, of: "Served"
 ) -> "tuple[Sequence[Example], Sequence[Example]]":
     """Some of the client's training examples, and those held out for validation."""
-    from fedalt.flower.client_model import client_at
+    from fedalt.flower.client_model import client_at, prepare_own
     from fedalt.runs.lifecycle import reopen_for
-    from fedalt.runs.setup import prepare
 
     base, config = of.parts.base, client_at(path)
     if config is None:
         task = reopen_for(path, client, base).task
     else:
-        task = prepare(of.parts.settings, base=base, clients=config.terms.clients).task
+        task = prepare_own(config, of.parts).task
     return task.examples(client, "train")[:_KNOWN], task.examples(client, "validation")

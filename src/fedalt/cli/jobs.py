@@ -8,14 +8,8 @@ import typer
 
 from fedalt.cli.output import note
 from fedalt.report.learning import nothing_learnt
-from fedalt.runs.compare import (
-    Job,
-    default_workers,
-    require_data,
-    require_same,
-    rounds_done,
-    run_all,
-)
+from fedalt.runs.comparable import require_data, require_one_base, require_same
+from fedalt.runs.compare import Job, default_workers, rounds_done, run_all
 from fedalt.runs.folder import open_run
 from fedalt.runs.length import is_finished
 
@@ -37,6 +31,7 @@ def run_jobs(
     """
     require_same(jobs, grows=grows)
     require_data(jobs)
+    require_one_base(jobs)
     todo = [job for job in jobs if not _is_done(job)]
     for job in jobs:
         if finished is not None and job not in todo:
@@ -76,7 +71,7 @@ def run_jobs(
 
 def _is_done(job: Job) -> bool:
     """Whether a run has all its rounds, and its test if there is to be one."""
-    if not (job.path / "run.json").exists():
+    if not job.is_begun:
         return False
     rounds = job.settings.rounds
     done = open_run(job.path).rounds_done() >= rounds.rounds

@@ -31,6 +31,8 @@ def resume(
     if rounds is not None:
         set_rounds(path, rounds)
     if is_finished(path):
+        if report_to:
+            raise typer.BadParameter(f"{path} is finished; `fedalt track` sends its numbers")
         open_run(path).require_whole()
         note(f"{path} is finished: all its rounds are done and tested", quiet=quiet)
         show_run(path, as_json=as_json, quiet=quiet)

@@ -68,9 +68,7 @@ def find_layout(path: Path) -> Layout:
         return _one_file(path)
     visible = _entries(path)
     if any((path / name).is_file() for name in SAVED_AS):
-        parts = {split: path / split for split in SPLITS}
-        saved = [Source(part, None, split) for split, part in parts.items() if part.is_dir()]
-        return Layout(path, tuple(saved) or (Source(path, None, "train"),))
+        return _saved(path, visible)
     files = [entry for entry in visible if not entry.is_dir()]
     candidates = list(files)
     for name in ("train", "test"):
@@ -94,6 +92,17 @@ def find_layout(path: Path) -> Layout:
             contents += f"; {file.name}: {other}"
             break
     raise DataError(f"{path}: no client data; expected {_WANTED}; found {contents}")
+
+
+def _saved(path: Path, entries: Sequence[Path]) -> Layout:
+    """What `save_to_disk` has left: one table, or a folder for each split."""
+    named = [entry.name for entry in entries if any((entry / name).is_file() for name in SAVED_AS)]
+    if not named:
+        return Layout(path, (Source(path, None, "train"),))
+    if "train" not in named:
+        raise DataError(f"{path}: no split 'train'; the dataset's splits are {listed(named)}")
+    sources = tuple(Source(path / split, None, split) for split in SPLITS if split in named)
+    return Layout(path, sources, tuple(name for name in named if name not in SPLITS))
 
 
 def not_read(ignored: Sequence[str]) -> str:

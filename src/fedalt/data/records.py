@@ -179,7 +179,7 @@ def parse_record(value: object, columns: Columns = Columns()) -> Record:
         case "instruction":
             instruction, context = _filled(fields, "instruction"), _input(fields)
             answer = _text(fields, "output" if "output" in fields else "response")
-            options = _options(fields, context or instruction, answer)
+            options = _options(fields, context if listed_options(context) else instruction, answer)
             return Instruction(instruction, context, answer, options)
         case "prompt":
             prompt, answer = _filled(fields, "prompt"), _text(fields, "completion")

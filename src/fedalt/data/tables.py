@@ -72,7 +72,9 @@ def _rows(file: Path, table: Table, changed: int, size: int) -> Rows:  # noqa: A
         # Empty lines count, so that rows have the numbers that a spreadsheet shows.
         told |= {"names": heads, "header": above, "skip_blank_lines": False}
         found = datasets.load_dataset("csv", streaming=True, **told, **place)
-        return [(at, row) for at, row in enumerate(found, above + 2) if _is_filled(row.values())]
+        read = [(at, row) for at, row in enumerate(found, above + 2) if _is_filled(row.values())]
+        counts = _cells(file, table.delimiter)
+        return [(at, _as_long(row, counts.get(at, len(row)))) for at, row in read]
     except TableError:
         raise
     except UnicodeDecodeError as error:
@@ -150,6 +152,31 @@ def _heads(file: Path, delimiter: str) -> tuple[int, list[str]]:
         if not head:
             heads[column] = _unnamed(column, heads)
     return above, heads
+
+
+def _cells(file: Path, delimiter: str) -> dict[int, int]:
+    """How many cells each row has, by its number. TableError for a quote that is out of place.
+
+    The library that reads the cells would end one at such a quote, or join it with those below.
+    """
+    counts: dict[int, int] = {}
+    with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        try:
+            for at, row in enumerate(csv.reader(text, delimiter=delimiter, strict=True), 1):
+                counts[at] = len(row)
+        except csv.Error as error:
+            if "field limit" not in str(error):  # a cell longer than this reader takes
+                raise TableError(
+                    f"row {len(counts) + 1}: a quotation mark begins a cell, and text follows the "
+                    "one that ends it; where they are part of the text, write each of them twice "
+                    "and the whole cell between two more"
+                ) from error
+    return counts
+
+
+def _as_long(row: Mapping[str, Any], count: int) -> Mapping[str, Any]:
+    """A row without what its line does not have: the library takes that for empty texts."""
+    return {name: cell if at < count else None for at, (name, cell) in enumerate(row.items())}
 
 
 def _require_named_as_packed(file: Path) -> None:

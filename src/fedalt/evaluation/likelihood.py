@@ -92,7 +92,7 @@ def likelihoods(
         firsts = [before, *accumulate((len(question) for question in asked), initial=before)][1:-1]
         metrics = {"loss": float(sums[firsts].sum() / counts[firsts].sum().clamp(min=1))}
         right = [
-            int(weighed[first : first + len(question)].argmin()) == 0
+            _is_right(question, weighed[first : first + len(question)])
             for first, question in zip(firsts, asked, strict=True)
             if question[0].answer in question[0].options
         ]
@@ -104,6 +104,12 @@ def likelihoods(
         scores.append(Scores(metrics, losses=tuple(losses)))
         before += sum(map(len, asked))
     return scores
+
+
+def _is_right(answers: Sequence[Example], losses: Tensor) -> bool:
+    """Whether the first is the likeliest; never where the tokenizer makes another one the same."""
+    twice = any(each.ids == answers[0].ids for each in answers[1:])
+    return int(losses.argmin()) == 0 and not twice
 
 
 def _sums(

@@ -11,6 +11,7 @@ from typing import Any
 
 from fedalt.data.folder import open_data
 from fedalt.data.prompts import Template, read_template
+from fedalt.data.records import Columns
 from fedalt.engine.client_work import servings
 from fedalt.engine.generators import Given
 from fedalt.engine.record_lines import score_line
@@ -28,7 +29,7 @@ from fedalt.runs.answers import Served
 from fedalt.runs.answers import served as served_of_run
 from fedalt.runs.folder import StoreError, locked, open_run
 from fedalt.runs.record import is_client
-from fedalt.runs.setup import Parts, form_of, load_parts, prepare, trainer_of
+from fedalt.runs.setup import Parts, Prepared, form_of, load_parts, prepare, trainer_of
 
 FILE = "client.toml"
 
@@ -143,13 +144,19 @@ def load_base_of(config: ClientConfig) -> Base:
     return load_parts(settings, terms.labels).base
 
 
+def prepare_own(config: ClientConfig, parts: Parts) -> Prepared:
+    """The data of a federation's client as it trains on them, with its base model loaded."""
+    terms = config.terms
+    return prepare(parts.settings, base=parts.base, clients=terms.clients, labels=terms.labels)
+
+
 def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | None) -> Served:
     """What this client serves after a round, the one that counts if none is named."""
     place, terms = config.place, config.terms
     wanted: Column = "local" if column == "local" else "own"
     at = round_to_serve(place.folder, wanted, round_)
     settings = settings_here(terms, place.data, place.model, place.device)
-    data = open_data(place.data)
+    data = open_data(place.data, Columns.of(settings.data), labels=terms.labels)
     if place.name not in data.clients:
         raise StoreError(f"{place.data} has no data of {place.name!r}, whose form prompts take")
     parts = load_parts(settings, terms.labels, base)
@@ -192,6 +199,5 @@ class _Deploying:
     round: int
 
     def __call__(self, orders: Sequence[Given]) -> Sequence[Any]:
-        clients = self.config.terms.clients
-        prepared = prepare(self.parts.settings, base=self.parts.base, clients=clients)
+        prepared = prepare_own(self.config, self.parts)
         return trainer_of(prepared).before_serving(self.round)(orders)

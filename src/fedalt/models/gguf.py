@@ -18,7 +18,7 @@ from fedalt.core.files import cache_folder
 
 SUFFIX: Final = ".gguf"
 _MAGIC: Final = b"GGUF"
-_FORM: Final = 4  # of a converted folder; another one is converted anew
+_FORM: Final = 5  # of a converted folder; another one is converted anew
 
 
 class GGUFError(ValueError):
@@ -77,9 +77,12 @@ def _apart(file: Path, folder: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path, named: Path) -> None:
+    import gguf
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
+
+    from fedalt.models.gguf_rotations import rotations_of
 
     shown = logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
@@ -95,6 +98,10 @@ def _convert(file: Path, folder: Path, named: Path) -> None:
             **place,
         )
         _require_all_weights(report)
+        reader = gguf.GGUFReader(file)
+        _require_no_other_bias(reader, model)
+        if (rotations := rotations_of(reader, model.config)) is not None:
+            model.config.rope_parameters = rotations
         model.to(torch.bfloat16).float().save_pretrained(folder)
         model.config.dtype = torch.bfloat16  # what a GPU computes in
         model.config.save_pretrained(folder)
@@ -119,3 +126,17 @@ def _require_all_weights(report: Mapping[str, Any]) -> None:
         if keys:
             count = f"{len(keys)} tensor{'' if len(keys) == 1 else 's'}"
             raise ValueError(f"{what} {count}, first {min(keys)}")
+
+
+def _require_no_other_bias(reader: Any, model: Any) -> None:
+    """Raise ValueError where transformers has left a bias of the file aside, as the model has none.
+
+    Experts' biases are left out: transformers joins some of them.
+    """
+    given = [t.name for t in reader.tensors if t.name.endswith(".bias") and "exps" not in t.name]
+    taken = sum(name.endswith(".bias") for name in model.state_dict())
+    if len(given) > taken:
+        raise ValueError(
+            f"it has {len(given)} biases, such as {min(given)}, but a model of this architecture "
+            f"takes {taken}"
+        )

@@ -154,7 +154,7 @@ def grids_of(results: Results) -> dict[str, Grid]:
             for over, head in heads.items()
         }
         grid = replace(grid_of(table), gaps=own if len(table.columns) > 1 else {})
-        grids[name] = _with_base(grid, metrics[name], results.base)
+        grids[name] = _with_base(grid, metrics[name], _of_members(results))
     if grids["scores"].of_losses:  # then there is nothing but losses
         del grids["scores"]
     return grids
@@ -175,7 +175,7 @@ def write_results(out: Path, results: Results) -> None:
         "table.md": "\n".join(f"{part.rstrip()}\n" for part in parts),
         "table.csv": grid_csv(next(iter(grids.values()))),
         "gaps.csv": gaps_csv(gaps),
-        "clients.csv": to_csv(results.tables()["scores"]),
+        "clients.csv": to_csv(results.tables()["scores"], results.seeds),
     }
     for name, text in files.items():
         atomic_write(out / name, text.encode())
@@ -253,6 +253,15 @@ def _with_base(grid: Grid, metric: Metric, base: Mapping[str, Scored]) -> Grid:
         cells = dict(zip(own.columns, own.rows[label], strict=True))
         rows.setdefault(label, tuple(cells.get(column, Cell(())) for column in grid.columns))
     return replace(grid, rows=rows)
+
+
+def _of_members(results: Results) -> dict[str, Scored]:
+    """The base models' scores for the clients that methods have scores of; others have left."""
+    members = {client for seeds in results.scores.values() for seed in seeds for client in seed}
+    return {
+        label: {client: of for client, of in scores.items() if client in members}
+        for label, scores in results.base.items()
+    }
 
 
 def _parts(trained: Mapping[str, int]) -> str:

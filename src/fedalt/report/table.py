@@ -104,10 +104,10 @@ def joined(
     client has neither accuracy nor generated texts, a table of scores is one of losses; of another
     metric only those clients are in the table that have it. ValueError where nobody has.
     """
-    if not columns:
+    clients = sorted({client for seeds in columns.values() for seed in seeds for client in seed})
+    if not clients:
         raise ValueError("nothing has been scored: no client has data to score on")
     names = tuple(columns)
-    clients = sorted({client for seeds in columns.values() for seed in seeds for client in seed})
     metrics = metrics_of(clients, columns, metric)
     gain_over = names.index(yardstick) if yardstick in names[1:] else None
     rows = []
@@ -156,14 +156,14 @@ def markdown_cell(text: str) -> str:
     return _MARKUP.sub(r"\\\1", shown(text)).replace("<", "&lt;")
 
 
-def to_csv(table: Table) -> str:
+def to_csv(table: Table, seeds: Sequence[int]) -> str:
     """One number per line, so that nothing is rounded or averaged away."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["client", "column", "metric", "seed", "value"])
     for row in table.clients:
         for column, values in zip(table.columns, row.scores, strict=True):
-            for seed, value in enumerate(values):
+            for seed, value in zip(seeds, values, strict=False):  # a client may have none
                 writer.writerow([row.name, column, row.metric, seed, value])
     return text.getvalue()
 

@@ -12,15 +12,10 @@ from typing import Any
 
 from fedalt.core.files import atomic_write, make_private_folder, open_private
 from fedalt.core.threads import cores
-from fedalt.data.folder import DataFolder, open_data
-from fedalt.data.records import Columns
 from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.runs.folder import open_run
-from fedalt.runs.kept_settings import require_settings
-from fedalt.runs.preflight import require_known
 from fedalt.runs.settings import (
-    DataSettings,
     Settings,
     SettingsError,
     read_table,
@@ -69,6 +64,11 @@ class Job:
         scoring = replace(settings.scoring, base=False)
         return replace(settings, seed=self.seed, scoring=scoring, local_baseline=False)
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether its folder is that of a run by now."""
+        return (self.path / "run.json").exists()
+
 
 def read_comparison(file: Path) -> tuple[tuple[Entry, ...], tuple[int, ...]]:
     """The methods and the seeds of a comparison's file; everything is checked. SettingsError."""
@@ -106,24 +106,6 @@ def jobs_of(entries: Sequence[Entry], seeds: Sequence[int], out: Path) -> list[J
     return [
         Job(entry, seed, out / entry.folder / f"seed-{seed}") for seed in seeds for entry in entries
     ]
-
-
-def require_same(jobs: Sequence[Job], *, grows: bool = False) -> None:
-    """Refuse runs that have other settings; with `grows` their rounds may differ. StoreError."""
-    free = [("scoring", "base"), *([("rounds", "rounds")] if grows else [])]  # trains nothing else
-    for job in jobs:
-        if (job.path / "run.json").exists():
-            require_settings(job.path, job.settings, free)
-
-
-def require_data(jobs: Sequence[Job]) -> None:
-    """Find mistakes in client data, and clients nobody knows, before the first run. DataError."""
-    folders: dict[DataSettings, DataFolder] = {}
-    for settings in (job.settings for job in jobs):
-        data = settings.data
-        if data not in folders:
-            folders[data] = open_data(data.path, Columns.of(data))
-        require_known(settings, folders[data].clients)
 
 
 def write_settings(job: Job) -> Path:
@@ -171,8 +153,7 @@ def run_all(
 
 def rounds_done(jobs: Sequence[Job]) -> int:
     """How many rounds of all these runs are committed, also while they go on."""
-    begun = [job.path for job in jobs if (job.path / "run.json").exists()]
-    return sum(open_run(path).rounds_done() for path in begun)
+    return sum(open_run(job.path).rounds_done() for job in jobs if job.is_begun)
 
 
 def default_workers(jobs: Sequence[Job]) -> int:
@@ -191,7 +172,7 @@ def default_workers(jobs: Sequence[Job]) -> int:
 def _run(job: Job, threads: int, started: Callable[[subprocess.Popen[bytes]], None]) -> str | None:
     """One run to its end; its last words if it did not get there."""
     words = ["resume", str(job.path), "--rounds", str(job.settings.rounds.rounds)]
-    if not (job.path / "run.json").exists():
+    if not job.is_begun:
         config = write_settings(job)
         words = ["run", str(config), "--out", str(job.path)]
     limits = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(threads))
@@ -246,9 +227,8 @@ def _grid(
     if not isinstance(shared, dict) or not isinstance(own, dict):
         raise SettingsError(f"{place}: tune: expected a section of settings with lists of values")
     known = ("lr", *Lora.__dataclass_fields__, *METHODS.entries[method["name"]].settings)
-    grid = {
-        key: values for key, values in {**shared, **own}.items() if key not in ("trials", "stages")
-    }
+    common = {key: values for key, values in shared.items() if key not in ("trials", "stages")}
+    grid = {**common, **own}
     for name, values in grid.items():
         where = f"{place}: [tune] {name}"
         if name not in known:

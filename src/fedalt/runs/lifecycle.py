@@ -25,6 +25,7 @@ from fedalt.runs.beginning import create, require_unused
 from fedalt.runs.budget import budget_of_run
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
+from fedalt.runs.kept_settings import require_same_data
 from fedalt.runs.newcomers import prepare_newcomer
 from fedalt.runs.observer import NullObserver, Observer
 from fedalt.runs.record import require_clients
@@ -62,16 +63,7 @@ def reopen(path: Path, base: Base | None = None) -> Prepared:
     prepared, changed = setup.prepare_again(folder, base)
     then, now = folder.facts(), facts_of(prepared)
     require_same_base(path, then, prepared.parts.base)
-    for part, key, what in (
-        ("data", "fingerprint", "other client data"),
-        ("data", "template", "another prompt template"),
-    ):
-        expected, found = then.get(part, {}).get(key), now[part][key]
-        if expected != found:
-            raise StoreError(
-                f"{path / 'run.json'}: the run began with {what}: expected {key} {expected!r}, "
-                f"found {found!r}"
-            )
+    require_same_data(path, then, now["data"]["fingerprint"], now["data"]["template"])
     old = [
         f"{name} {number}"
         for name, number in then.get("versions", {}).items()

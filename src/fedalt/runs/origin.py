@@ -5,11 +5,11 @@ that was computed on another machine is found to be the same one.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 
@@ -24,21 +24,10 @@ from fedalt.models.base import load_base
 from fedalt.runs.cells import Cell, named
 from fedalt.runs.compare import Entry, Job
 from fedalt.runs.folder import open_run
-from fedalt.runs.kept_settings import settings_table
+from fedalt.runs.kept_settings import Tables, that_count
 from fedalt.runs.rehearsal import difference, rehearse
 from fedalt.runs.settings import Settings, settings_of
 
-Tables = dict[str, dict[str, Any]]
-
-# Places, and what changes speed and rounding only.
-_LEFT_OUT: Final[Mapping[str, tuple[str, ...]]] = {
-    "data": ("path", "template", "client_column", "prompt_column", "answer_column"),
-    "model": ("name", "device"),
-    "training": ("processes", "pass_tokens", "gradient_checkpointing"),
-    "rounds": ("test",),
-    "scoring": ("base", "batch_size"),
-    "firewall": ("quarantine_bytes",),
-}
 _PRINTS: Final = {"data": ("fingerprint", "template"), "model": ("fingerprint",)}
 
 
@@ -105,18 +94,6 @@ def settings_in(path: Path, settings: Settings) -> Tables:
     return that_count(settings, prints)
 
 
-def that_count(settings: Settings, prints: Mapping[str, Mapping[str, Any]] | None = None) -> Tables:
-    """The settings by section without those that change no number, and with these fingerprints."""
-    return {
-        section: {
-            **{key: value for key, value in table.items() if key not in _LEFT_OUT.get(section, ())},
-            **(prints or {}).get(section, {}),
-        }
-        for section, table in settings_table(settings).items()
-        if isinstance(table, dict)  # what is not is the seed, and the baseline that no cell has
-    }
-
-
 def note_origin(job: Job, rehearsal: Sequence[float]) -> None:
     """Write the rehearsal beside a run that begins, or raise StoreError if it began with another.
 
@@ -129,7 +106,7 @@ def note_origin(job: Job, rehearsal: Sequence[float]) -> None:
                 f"{job.path} was begun by code that does not do the same: of the method's "
                 f"rehearsal, {unlike}; take another --out, or delete that folder and {file.name}"
             )
-    elif not (job.path / "run.json").exists():
+    elif not job.is_begun:
         make_private_folder(file.parent)
         atomic_write(file, json.dumps(rehearsal).encode())
 
@@ -169,6 +146,7 @@ def _unlike(then: Tables, now: Tables) -> Iterator[str]:
         before = {**usual.get(section, {}), **then.get(section, {})}
         after = now.get(section, {})
         for key in sorted({*before, *after}):
-            was = before.get(key, switches.get(section, {}).get(key))
-            if was != after.get(key):
-                yield f"[{section}] {key} was {was}, is {after.get(key)}"
+            usually = switches.get(section, {}).get(key)
+            was, is_ = before.get(key, usually), after.get(key, usually)
+            if was != is_:
+                yield f"[{section}] {key} was {was}, is {is_}"

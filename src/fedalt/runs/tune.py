@@ -6,7 +6,7 @@ grid. Test data are never read.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import inf, isfinite
@@ -144,17 +144,26 @@ def rounds_of(entries: Sequence[Entry]) -> int:
     return next(iter(rounds.values()))
 
 
-def stages_of(trials: int, rounds: int, wanted: int | None = None) -> list[Stage]:
+def is_planned(entries: Iterable[Entry]) -> bool:
+    """Whether a method's noise is solved for all its rounds, so that none can be added later."""
+    return any(entry.settings.privacy.epsilon is not None for entry in entries)
+
+
+def stages_of(
+    trials: int, rounds: int, wanted: int | None = None, *, whole: bool = False
+) -> list[Stage]:
     """Half as many trials and twice as many rounds from stage to stage, up to all rounds.
 
     At least two of several trials get there, for a choice between models of full length. Without a
-    number there are as many stages as that allows. Raises SettingsError for more.
+    number there are as many stages as that allows, a single one where trials cannot go on
+    (`whole`). Raises SettingsError for more.
     """
-    most = min(max(trials // 2, 1).bit_length(), rounds.bit_length())
+    most = 1 if whole else min(max(trials // 2, 1).bit_length(), rounds.bit_length())
     count = most if wanted is None else wanted
     if count > most:
+        why = ", as [privacy] epsilon is spent in the rounds of the first" if whole else ""
         raise SettingsError(
-            f"stages = {count}, but {trials} trials of {rounds} rounds have at most {most}"
+            f"stages = {count}, but {trials} trials of {rounds} rounds have at most {most}{why}"
         )
     return [Stage(-(-trials // 2**at), rounds // 2 ** (count - 1 - at)) for at in range(count)]
 
@@ -216,12 +225,13 @@ def validation_loss(run: Path, schedule: Schedule) -> float | None:
 def best_of(trials: Sequence[Trial], losses: Sequence[Losses]) -> dict[str, Trial]:
     """Each method's trial of full length with the lowest loss, the first of several, by label.
 
-    A method of which no trial succeeded is left out.
+    A method of which no such trial succeeded is left out.
     """
     chosen: dict[str, Trial] = {}
+    full = max(map(len, losses))
     pairs = zip(trials, losses, strict=True)
-    for trial, of_trial in sorted(pairs, key=lambda pair: (-len(pair[1]), pair[1][-1])):
-        if isfinite(of_trial[-1]):
+    for trial, of_trial in sorted(pairs, key=lambda pair: pair[1][-1]):
+        if len(of_trial) == full and isfinite(of_trial[-1]):
             chosen.setdefault(trial.label, trial)
     return chosen
 

@@ -52,10 +52,9 @@ class Columns:
 
     def add(self, read: Cache) -> None:
         """Another row: what the model has read of a text alone."""
-        length = read.get_seq_length()
-        if len(self.lengths) == self._room(0) or length > self._end:
-            self._renew(read, length)
-        row = len(self.lengths)
+        length, row, room = read.get_seq_length(), len(self.lengths), self._room(0)
+        if row == room or length > self._end:
+            self._renew(read, length, max(1, 2 * row) if row == room else room)
         for window, alone in zip(self.cache.layers, read.layers, strict=True):
             for buffer, states in zip(window.buffers, (alone.keys, alone.values), strict=True):
                 buffer[row, :, self._end - length : self._end] = states[0]
@@ -80,7 +79,7 @@ class Columns:
         """
         width = max(self.lengths)
         if self._end == self._room(2):
-            self._renew(self.cache, width)
+            self._renew(self.cache, width, self._room(0))
         for window in self.cache.layers:
             window.show(len(self.lengths), slice(self._end - width, self._end))
         self._end += 1
@@ -94,11 +93,10 @@ class Columns:
         layers = self.cache.layers
         return int(layers[0].buffers[0].shape[axis]) if layers else 0
 
-    def _renew(self, like: Cache, length: int) -> None:
-        """New buffers for a row more and tokens to come, with what the old ones hold."""
+    def _renew(self, like: Cache, length: int, room: int) -> None:
+        """New buffers for `room` rows and tokens to come, with what the old ones hold."""
         held = max(self.lengths, default=0)
         width, rows = max(held, length), len(self.lengths)
-        room = max(1, 2 * rows) if rows == self._room(0) else self._room(0)
         windows = []
         for at, layer in enumerate(like.layers):
             buffers = []

@@ -40,7 +40,8 @@ PLAN = single(Slot("individual", 2, 4.0))
 LOSS, LOGITS = 1e-5, 1e-4  # a difference that is rounding
 TEXTS = ("the cat sat", "a dog ran to the tree and back")
 ANSWERS = ("yes it did", "no")
-SCORING = Scoring(batch_size=2, generate=False, max_new_tokens=8)
+# Two clients of two texts each: a batch holds both.
+SCORING = Scoring(batch_size=4, generate=False, max_new_tokens=8)
 
 
 @dataclass(frozen=True)

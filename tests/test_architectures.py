@@ -13,7 +13,11 @@ from tiny_architectures import build
 
 from fedalt.adapters.packing import try_packing
 from fedalt.adapters.reach import plain_layers
+from fedalt.adapters.start import Start
 from fedalt.models.base import load_base
+from fedalt.training.group import Training
+from fedalt.training.loop import train
+from fedalt.training.orders import Fit
 
 CAUSAL = {
     "gemma3": "a vision tower that no text reaches",
@@ -39,7 +43,7 @@ def test_a_causal_model_does_what_transformers_and_peft_do(kind: str, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["bart", "canine", "gpt2"])
+@pytest.mark.parametrize("kind", ["bart", "canine", "gpt2", "xlnet"])
 def test_a_classifier_does_what_transformers_and_peft_do(kind: str, tmp_path: Path) -> None:
     build(kind, classifies=True, folder=tmp_path)
     row = architectures.tried(kind, classifies=True, folder=tmp_path)
@@ -118,3 +122,29 @@ def test_an_expert_that_gets_some_tokens_is_told_apart() -> None:
     assert set(experts.values()) == {False}
     assert len(experts) == 2
     assert found["model.layers.1.mlp.up_proj"] is True
+
+
+def test_clients_do_not_share_a_network_that_puts_tokens_first(tmp_path: Path) -> None:
+    """XLNet's feed-forward layers see (tokens, texts, d): a block of rows is then no client's."""
+    build("xlnet", classifies=True, folder=tmp_path)
+    base = load_base(str(tmp_path), labels=("a", "b"), targets="all-linear", device="cpu")
+    assert not base.adapted.shares_passes
+    assert "transformer.layer.0.ff.layer_1" in base.adapted.partial
+
+
+@pytest.mark.parametrize("kind", ["phimoe", "gemma3", "mamba"])
+def test_gradient_checkpointing_changes_no_number(kind: str, tmp_path: Path) -> None:
+    """PhiMoE's router chooses experts at random in training mode."""
+    build(kind, classifies=False, folder=tmp_path)
+    base = load_base(str(tmp_path), targets="all-linear", device="cpu")
+    start = Start(base.adapted.sites, base.adapted.heads, 0)
+    tree = start.adapter(architectures.PLAN.slots[0])
+    order = Fit(architectures.PLAN, tree, frozenset(tree), epochs=3)
+    examples = architectures._examples(base, ())
+    plain, saved = (
+        train(base, order, examples, Training(lr=0.01, gradient_checkpointing=saves), seed=0)
+        for saves in (False, True)
+    )
+    assert saved.loss == pytest.approx(plain.loss, rel=1e-6)
+    for name, tensor in plain.tree.items():
+        torch.testing.assert_close(saved.tree[name], tensor, rtol=0, atol=1e-5)

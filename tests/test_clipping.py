@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from bases import base_of, example, random_serving_tree
+from models_on_disk import SIZES
 from tiny import CAUSAL, CLASSIFIERS, llama
 from torch.nn import functional
+from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Slot, Sum, single
 from fedalt.core import tree as trees
@@ -108,6 +110,42 @@ def test_a_head_has_gradients_of_each_text_too(monkeypatch, name):
         wanted = gradient_alone(base, plan, tree, text, list(gradients))
         for key, gradient in gradients.items():
             torch.testing.assert_close(gradient[number], wanted[key], rtol=1e-6, atol=1e-6)
+
+
+def deberta():
+    """Its query and key layers see the table of positions as well: no two texts share a pass."""
+    config = DebertaV2Config(
+        **SIZES,
+        relative_attention=True,
+        position_buckets=8,
+        pos_att_type=["p2c", "c2p"],
+        share_att_key=True,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        base = base_of(DebertaV2ForSequenceClassification(config).double())
+    assert not base.adapted.shares_passes
+    return base
+
+
+def test_texts_that_cannot_share_a_pass_have_gradients_of_their_own(monkeypatch):
+    base, plan = deberta(), PLANS["mixer"]
+    tree = double(random_serving_tree(base, plan))
+    texts = [replace(text, label=at % 3) for at, text in enumerate(TEXTS)]
+    share = Share(Fit(plan, tree, frozenset(tree)), texts, 0, unclipped())
+    gradients, losses = gradients_seen(monkeypatch, Group.of(base, [share], FULL))
+    assert len(losses) == len(texts)
+    for number, text in enumerate(texts):
+        wanted = gradient_alone(base, plan, tree, text, list(gradients))
+        for key, gradient in gradients.items():
+            torch.testing.assert_close(gradient[number], wanted[key], rtol=1e-6, atol=1e-6)
+    saving = replace(FULL, gradient_checkpointing=True)
+    plainly, saved = (train_together(base, [share], each)[0] for each in (FULL, saving))
+    for key, tensor in plainly.tree.items():
+        torch.testing.assert_close(saved.tree[key], tensor, rtol=1e-7, atol=1e-7)
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)

@@ -108,3 +108,24 @@ def test_shapes_are_told_before_numbers_are_read():
     packed = pack({X: torch.ones(2, 2)}, "int8", stream())
     with pytest.raises(KeyError):
         unpack({**packed, NUMBERS: torch.zeros(3, dtype=torch.uint8)}, "int8", refuse)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "int8", "int4"])
+def test_what_packs_best_is_still_read(kind: str):
+    tree = {X: torch.zeros(30, 5000)}  # each byte is the same, and takes one bit
+    assert torch.equal(back(tree, kind)[X], tree[X])
+
+
+def test_a_few_bytes_do_not_stand_for_many():
+    layout = b'[["l","s","A",[1,1000000]]]'
+    packed = {LAYOUT: bytes_of(layout), NUMBERS: bytes_of(bytes(4 + 10**6))}
+    with pytest.raises(CodecError, match="what was sent holds at most"):
+        unpack(packed, "int8", lambda _: None)
+
+
+def test_as_many_numbers_are_read_as_are_sent():
+    """No fixed number of them is too many, such as those of adapters stacked by a server."""
+    layout = f'[["l","s","A",[1,{2**28 + 2}]]]'.encode()
+    enough = torch.zeros(2**24 + 64, dtype=torch.uint8)  # the least that could hold as many
+    with pytest.raises(CodecError, match="the numbers cannot be read"):  # and not "at most"
+        unpack({LAYOUT: bytes_of(layout), NUMBERS: enough}, "int4", lambda _: None)

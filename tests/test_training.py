@@ -15,6 +15,7 @@ from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Slot, names_of, singl
 from fedalt.core import tree as trees
 from fedalt.core.seeds import generator
 from fedalt.data.examples import Example
+from fedalt.training import group
 from fedalt.training.batches import collate, epoch_order, steps_per_epoch
 from fedalt.training.group import Training, TrainingError
 from fedalt.training.loop import train
@@ -166,6 +167,48 @@ def test_gradient_checkpointing_changes_no_number():
     for name, tensor in plain.tree.items():
         torch.testing.assert_close(saved.tree[name], tensor, rtol=0, atol=1e-6)
     assert not base.adapted.model.training
+
+
+def test_fits_with_gradient_checkpointing_leave_nothing_behind():
+    base = base_of()
+    tree, wanted = fedalt_start(base)
+    embedding = base.adapted.model.get_input_embeddings()
+    for seed in range(3):
+        saving = replace(FAST, gradient_checkpointing=True)
+        train(base, Fit(MIXED, tree, wanted, 1), EXAMPLES, saving, seed=seed)
+        assert not embedding._forward_hooks
+    assert not any(module.training for module in base.adapted.model.modules())
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_gradient_checkpointing_runs_blocks_again_and_changes_nothing_inside_them(name):
+    """A router that chooses at random while it trains must not do so here."""
+    base = base_of(CAUSAL[name]())
+    tree = random_serving_tree(base, PLAIN)
+    site, runs = next(iter(base.adapted.sites)), []
+    layer = base.adapted.model.get_submodule(f"{site}.base_layer")
+    layer.register_forward_hook(lambda layer, *_: runs.append(layer.training))
+    counts = []
+    for saves in (False, True):
+        training = Training(lr=1e-2, batch_size=5, gradient_checkpointing=saves)
+        train(base, Fit(PLAIN, tree, frozenset(tree), 1), EXAMPLES, training, seed=0)
+        counts.append(len(runs))
+    assert counts == [1, 3]  # once, and then once more and again
+    assert not any(runs)
+
+
+@pytest.mark.parametrize("can", [True, False])
+def test_who_runs_out_of_memory_hears_of_gradient_checkpointing_where_it_works(monkeypatch, can):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    base = base_of()
+    tree, wanted = fedalt_start(base)
+    monkeypatch.setattr(base.adapted.model, "supports_gradient_checkpointing", can)
+    monkeypatch.setattr(group, "token_losses", fail)
+    with pytest.raises(TrainingError, match="lower --batch-size") as error:
+        train(base, Fit(MIXED, tree, wanted, 1), EXAMPLES, FAST, seed=0)
+    assert ("--gradient-checkpointing" in str(error.value)) == can
 
 
 def test_the_learning_rate_falls_to_zero_within_a_round():

@@ -71,7 +71,7 @@ class AdaptedModel:
 
     `sites` maps the path of every adapted layer to its sizes, `heads` name to shape of the tensors
     of a classification head. Both are in the order of the model's layers. Without `shares_passes`
-    the trees of one client alone can be bound.
+    the trees of one client alone can be bound, as the sites of `partial` do not see all texts.
     """
 
     def __init__(
@@ -95,8 +95,8 @@ class AdaptedModel:
         classifies = bool(heads)
         linear = linear_layers(model, fresh)
         sites = chosen(model, {path: layer for path, (layer, _) in linear.items()}, targets)
-        self._partial = frozenset(site for site in sites if not linear[site][1])
-        self.shares_passes = not self._partial
+        self.partial = frozenset(site for site in sites if not linear[site][1])
+        self.shares_passes = not self.partial
         if classifies:
             self.packs = Packs(0, "it classifies")
         elif not self.shares_passes:
@@ -159,7 +159,7 @@ class AdaptedModel:
             packed=packing is not None,
             rows=None if rows is None or len(set(rows)) == 1 else tuple(rows),
             watch=watch,
-            unwatched=self._partial,
+            unwatched=self.partial,
         )
         with packed(packing), self.pointed_at(bound) as model:
             yield model

@@ -40,7 +40,9 @@ class _Seen:
             rows = x.shape[:-1].numel()
             # A pooler sees one row of each text; by chance an expert in a block sees as many.
             texts = x.shape[0] == _TEXTS and (x.dim() > 2 or not is_in_a_block(path))
-            whole = x.dim() > 1 and (texts or rows == _TEXTS * _TOKENS)
+            # Where tokens come first, (tokens, texts, d) as in XLNet, rows are of several clients.
+            flat = x.dim() == 2 and rows == _TEXTS * _TOKENS
+            whole = x.dim() > 1 and (texts or flat)
             self.whole[path] = whole and self.whole.get(path, True)
 
 

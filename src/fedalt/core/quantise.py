@@ -28,7 +28,7 @@ Shapes = Mapping[Name, tuple[int, ...]]
 
 LEVELS: Final[Mapping[Kind, int]] = {"int8": 127, "int4": 7}
 _MOST_LAYOUT: Final = 2**24  # bytes of names and shapes
-_MOST_NUMBERS: Final = 2**28
+_MOST_INFLATED: Final = 8  # bytes that one can stand for: a Huffman code is a bit long, or longer
 _LAYOUT, _NUMBERS = (Name("", "packed", part) for part in ("layout", "numbers"))
 
 
@@ -59,11 +59,13 @@ def unpack(packed: Tree, kind: Kind, check: Callable[[Shapes], None]) -> Tree:
         raise CodecError("expected layout and numbers as bytes")
     shapes = _shapes(_inflated(packed[_LAYOUT], _MOST_LAYOUT, "the layout"))
     check(shapes)
-    if (count := sum(map(prod, shapes.values()))) > _MOST_NUMBERS:
-        raise CodecError(f"{count} numbers, but at most {_MOST_NUMBERS} can be read")
     sizes = [_size_of_rows(shape) for shape in shapes.values()]
     scales = 0 if kind == "bf16" else sum(rows for rows, _ in sizes)
     length = 4 * scales + sum(_bytes_of(rows * columns, kind) for rows, columns in sizes)
+    # A bound that grows with what was sent: whatever `pack` writes can be read, and few bytes of a
+    # stranger's never ask for much memory.
+    if length > (most := _MOST_INFLATED * packed[_NUMBERS].numel()):
+        raise CodecError(f"{length} bytes of numbers, but what was sent holds at most {most}")
     data = _inflated(packed[_NUMBERS], length, "the numbers")
     if len(data) != length:
         raise CodecError(f"{len(data)} bytes of numbers, but the layout announces {length}")

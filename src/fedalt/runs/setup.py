@@ -35,6 +35,7 @@ from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.models.base import Base, load_base
 from fedalt.models.checks import require_known_ids
+from fedalt.runs.base_checks import require_checkpointable, require_weighable
 from fedalt.runs.folder import RunFolder, StoreError
 from fedalt.runs.preflight import (
     require_known,
@@ -99,6 +100,7 @@ def prepare(
     agreed = labels or data.labels  # data without labels are refused by whoever has agreed on some
     beginners = Members(clients or data.clients, settings.clients).at(0)
     parts = load_parts(settings, agreed, base, clients=len(beginners))
+    require_checkpointable(settings, parts.base)
     task = Task(
         folder=data,
         tokenizer=parts.base.tokenizer,
@@ -163,6 +165,7 @@ def load_parts(
             quantise=model.quantise,
             device=model.device,
         )
+    require_weighable(settings, base)
     heads, given = base.adapted.heads, base.given
     start = Start(base.adapted.sites, heads, settings.seed, clients, given)
     return Parts(settings, base, arms_of(settings), start)

@@ -8,6 +8,7 @@ q = B/n and descends on
 
 over all tensors that train, a mixer, a router and a head included. To the model every text is a
 client of its own: what tells clients apart in a fused pass gives each text's gradient as well.
+Where clients cannot share a pass, each text has one to itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,8 +23,8 @@ from fedalt.data.examples import Example
 from fedalt.training.batches import steps_per_epoch
 from fedalt.training.orders import Fit
 
-# Each text's loss, (texts,), of a tree with a row for each text.
-Losses = Callable[[Tree], Tensor]
+# The losses of some of the texts, (texts,), by a tree with a row for each of them.
+Losses = Callable[[Tree, slice], Tensor]
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,27 @@ def rate(examples: int, batch_size: int) -> float:
 
 
 def text_gradients(
-    tree: Tree, names: Sequence[Name], owners: Tensor, losses: Losses
+    tree: Tree, names: Sequence[Name], owners: Tensor, losses: Losses, together: bool
 ) -> tuple[Tree, Tensor]:
     """Each text's gradient of its own loss, (texts, ...) each, and the losses, (texts,).
 
-    `tree` is (clients, ...), `owners` (texts,) says whose a text is.
+    `tree` is (clients, ...), `owners` (texts,) says whose a text is. All texts go through the model
+    `together`, or one by one.
     """
-    rows = {name: tensor.detach()[owners] for name, tensor in tree.items()}
-    leaves = [rows[name].requires_grad_() for name in names]
-    of_texts = losses(rows)
-    gradients = torch.autograd.grad(of_texts.sum(), leaves, materialize_grads=True)
-    return dict(zip(names, gradients, strict=True)), of_texts.detach()
+    size = len(owners) if together else 1
+    parts = []
+    for start in range(0, len(owners), size):
+        texts = slice(start, start + size)
+        rows = {name: tensor.detach()[owners[texts]] for name, tensor in tree.items()}
+        leaves = [rows[name].requires_grad_() for name in names]
+        of_texts = losses(rows, texts)
+        # Before the next text is bound: a checkpointed layer runs once more in here.
+        found = torch.autograd.grad(of_texts.sum(), leaves, materialize_grads=True)
+        parts.append((of_texts.detach(), *found))
+    of_all, *gradients = (
+        each[0] if together else torch.cat(each) for each in zip(*parts, strict=True)
+    )
+    return dict(zip(names, gradients, strict=True)), of_all
 
 
 def clipped_sum(gradients: Tree, owners: Tensor, clips: Tensor) -> Tree:
@@ -108,12 +119,17 @@ def private_gradients(
     clippings: Sequence[Clipping],
     sizes: Sequence[int],
     losses: Losses,
+    *,
+    together: bool = True,
 ) -> tuple[Tree, Tensor]:
-    """What each client descends on, (clients, ...) each, and the losses of all texts, (texts,)."""
+    """What each client descends on, (clients, ...) each, and the losses of all texts, (texts,).
+
+    See `text_gradients` for `together`.
+    """
     summed = {name: torch.zeros_like(tree[name]) for name in names}
     of_texts = owners.new_empty(0, dtype=torch.float32)
     if len(owners):  # no client has drawn a text: noise alone
-        gradients, of_texts = text_gradients(tree, names, owners, losses)
+        gradients, of_texts = text_gradients(tree, names, owners, losses, together)
         clips = torch.tensor([clipping.clip for clipping in clippings])
         summed = clipped_sum(gradients, owners, clips)
     with torch.no_grad():

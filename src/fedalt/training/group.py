@@ -16,6 +16,7 @@ from fedalt.core.tree import Name, Tree
 from fedalt.data.examples import Example
 from fedalt.models.base import Base
 from fedalt.training.batches import collate, epoch_order
+from fedalt.training.checkpointing import can_checkpoint
 from fedalt.training.clipping import Clipping, private_gradients, require_clippable
 from fedalt.training.flat import Flat
 from fedalt.training.loss import client_means, token_losses
@@ -222,7 +223,8 @@ class Group:
             owners,
             clippings,
             [client.expected for client in self.clients],
-            lambda tree: self._losses(tree, [row for _, row in rows], bindings),
+            lambda tree, texts: self._losses(tree, [row for _, row in rows[texts]], bindings),
+            together=self.base.adapted.shares_passes,
         )
         means = [client.loss / max(done, 1) for client in self.clients]
         for at in {at for at, _ in rows}:
@@ -266,10 +268,11 @@ class Group:
     def _too_much(self, done: int) -> str:
         chosen = [example for client in self.clients for example in client.batch(done)]
         longest = max(len(example.ids) for example in chosen)
+        can = can_checkpoint(self.base.adapted.model)
         return (
             f"out of memory on {self.base.adapted.device} with a batch of {len(chosen)} examples "
-            f"of up to {longest} tokens; lower --batch-size or --max-length (or "
-            "pass_tokens, where several clients train at once), or set --gradient-checkpointing"
+            f"of up to {longest} tokens; lower --batch-size or --max-length (or pass_tokens, where "
+            f"several clients train at once){', or set --gradient-checkpointing' if can else ''}"
         )
 
 

@@ -1,10 +1,10 @@
 """The one training loop: AdamW on the tensors that an order names, everything else frozen."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 
 from fedalt.data.examples import Example
 from fedalt.models.base import Base
+from fedalt.training.checkpointing import checkpointing
 from fedalt.training.group import Group, Share, Trained, Training, packs
 from fedalt.training.orders import Fit, as_it_is
 
@@ -86,7 +86,7 @@ def train_together(
     # A step of its own may bind several trees before it goes back: a layer that runs again then
     # would meet the wrong one.
     plain = shares[0].order.step is None
-    with _checkpointing(base, training.gradient_checkpointing and plain):
+    with checkpointing(base.adapted.model, training.gradient_checkpointing and plain):
         while group.clients:
             going = [at for at, client in enumerate(group.clients) if done < len(client.batches)]
             for at, client in enumerate(group.clients):
@@ -103,19 +103,3 @@ def train_together(
             group.descend(gradients, done)
             done += 1
     return [ended[at] for at in range(len(shares))]
-
-
-@contextmanager
-def _checkpointing(base: Base, wanted: bool) -> Iterator[None]:
-    """Keep only each block's input for the backward pass and run the block again there."""
-    if not wanted:
-        yield
-        return
-    model = base.adapted.model
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()  # transformers checkpoints in training mode only; the base's dropout is 0
-    try:
-        yield
-    finally:
-        model.eval()
-        model.gradient_checkpointing_disable()

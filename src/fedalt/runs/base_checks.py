@@ -1,0 +1,54 @@
+"""What a run's settings ask of its base model, and what not every one can do."""
+
+from typing import Final
+
+from fedalt.adapters.plan import Shape, Similarity
+from fedalt.adapters.start import Start
+from fedalt.engine.dry_run import play
+from fedalt.methods.contract import AnyMethod
+from fedalt.models.base import Base
+from fedalt.runs.settings import Settings, SettingsError, method_name
+from fedalt.training.checkpointing import can_checkpoint
+
+_PLAYED: Final = 3  # rounds; what a client serves later is of the same kind
+
+
+def require_weighable(settings: Settings, base: Base) -> None:
+    """Raise SettingsError for a method that weighs adapters text by text, where no layer may.
+
+    Layers that do not see all texts in their order cannot tell which weights are whose.
+    """
+    partial = base.adapted.partial
+    if partial and _weighs_texts(settings.method, settings.rounds.rounds):
+        raise SettingsError(
+            f"--method {method_name(settings.method)} weighs adapters anew for each text, but "
+            f"{min(partial)!r} of the model {base.name!r} does not see all texts in their order; "
+            "expected another method, or [model] targets without such layers"
+        )
+
+
+def require_checkpointable(settings: Settings, base: Base) -> None:
+    """Raise SettingsError where the base model's blocks cannot be run again."""
+    if settings.training.gradient_checkpointing and not can_checkpoint(base.adapted.model):
+        raise SettingsError(
+            f"[training] gradient_checkpointing=True, but the model {base.name!r} "
+            f"({base.adapted.model.config.model_type}) cannot do it; expected False"
+        )
+
+
+def _weighs_texts(method: AnyMethod, rounds: int) -> bool:
+    """Whether clients come to serve with weights of each text: played, as nothing else tells."""
+    toy = Start({"site": Shape(4, 3)}, {}, seed=0, clients=1)
+    try:
+        server, client = method.init_server(toy), method.init_client(toy, "a")
+        for _ in range(min(rounds, _PLAYED)):
+            sent = method.broadcast(server, "a")
+            client, upload = play(method.local(client, sent), toy, examples=1)
+            server = method.aggregate(server, [("a", upload)])
+            sent = method.broadcast(server, "a")
+            serving = play(method.deploy(client, sent), toy, examples=1)
+            if isinstance(serving.plan.combine, Similarity):
+                return True
+    except Exception:  # whatever a method makes of what it does not expect
+        return False
+    return False

@@ -19,7 +19,8 @@ COST = "cost"
 MESSAGE = "message"
 HUGE = 1e30  # a number that is finite; with a norm limit it is still far too large
 ODD: tuple[object, ...] = ({"float": "nan"}, {"float": "inf"}, {"float": "-inf"}, -1.0, -1e6, 1e300)
-WRONG_ROUNDS = (-5, -1, 999_999, 10**30)
+LONGEST = 10**4300 - 1  # the largest int that Python reads; with 1 added it writes it no more
+WRONG_ROUNDS = (-5, -1, 999_999, 10**30, LONGEST)
 
 
 @dataclass
@@ -342,7 +343,7 @@ def _call_round(it: Opened, rng: random.Random) -> None:
 
 def _call_accepted(it: Opened, rng: random.Random) -> None:
     now = it.plain["accepted"]
-    it.plain["accepted"] = rng.choice([-2, -(10**9), 10**30, it.plain["round"], now - 2])
+    it.plain["accepted"] = rng.choice([-2, -(10**9), 10**30, LONGEST, it.plain["round"], now - 2])
 
 
 def _call_columns(it: Opened, rng: random.Random) -> None:

@@ -42,7 +42,8 @@ parts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="/")
 names = st.builds(
     Name, site=texts | st.sampled_from(["a/b", "layers.0.q"]), slot=parts, factor=parts
 )
-facts = st.dictionaries(texts, st.booleans() | st.integers() | st.floats() | texts, max_size=4)
+integers = st.integers(1 - 2**63, 2**63 - 1)
+facts = st.dictionaries(texts, st.booleans() | integers | st.floats() | texts, max_size=4)
 
 
 @st.composite
@@ -57,7 +58,7 @@ def tensors(draw: st.DrawFn) -> Tensor:
 
 
 trees = st.dictionaries(names, tensors(), max_size=4)
-learned = st.builds(Learned, trees, st.integers())
+learned = st.builds(Learned, trees, integers)
 states = st.builds(
     State,
     individual=trees,
@@ -66,9 +67,9 @@ states = st.builds(
     rate=st.floats(),
     phase=st.sampled_from(["warm-up", "main"]),
     note=st.none() | texts,
-    best=st.none() | st.integers() | st.floats(),
+    best=st.none() | integers | st.floats(),
     carried=st.none() | trees,
-    pair=st.tuples(st.integers(), texts),
+    pair=st.tuples(integers, texts),
     history=st.lists(learned, max_size=2).map(tuple),
     facts=facts,
     groups=st.dictionaries(parts, trees, max_size=2),

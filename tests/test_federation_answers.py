@@ -186,6 +186,20 @@ def test_a_late_answer_is_no_refused_one(tmp_path: Path, model: Path, late: str)
     ]
 
 
+def test_a_late_upload_of_another_form_than_this_rounds_is_no_refused_one(
+    tmp_path: Path, model: Path
+) -> None:
+    sections = {"rounds": {"rounds": 2, "test": False}, "method": {"name": "rolora"}}
+    there, _ = place(tmp_path, model, **sections)
+    told: list[str] = []
+    host = there.host(late_wire(there), deadline=1e-3, late="count")
+    replace(host, say=told.append).to_the_end()
+    assert refusals(tmp_path / "server") == []
+    (text,) = [each for each in told if "late" in each]
+    assert "b: late: its upload of round 1 is not of the form of this one's: " in text
+    assert text.endswith("; it is dropped")
+
+
 def test_one_client_does_not_choose_the_tested_round(tmp_path: Path, model: Path) -> None:
     there, _ = place(tmp_path, model, rounds={"rounds": 4, "test": False})
 

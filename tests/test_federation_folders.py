@@ -15,12 +15,20 @@ import fedalt
 from fedalt.core.codec import decode, encode
 from fedalt.core.digests import Digests
 from fedalt.federation.accepted import ACCEPTED, Accepted, read_accepted
-from fedalt.federation.client_states import BROADCAST, CHOSEN, keep, round_to_serve, settle
+from fedalt.federation.client_states import (
+    BROADCAST,
+    CHOSEN,
+    broadcast_after,
+    keep,
+    round_to_serve,
+    settle,
+)
 from fedalt.federation.messages import Answer, Call
 from fedalt.flower.client_model import client_at, evaluate, served
 from fedalt.flower.config import read_server_config
 from fedalt.flower.revocation import revoke_key
 from fedalt.methods.contract import Message
+from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import StoreError
 from fedalt.runs.kept import Kept
 
@@ -283,6 +291,32 @@ def test_of_a_best_round_that_a_client_was_away_from_it_has_no_model(tmp_path: P
     settle(state, bye, ["own"])
     keep(state, bye, settings)
     assert round_to_serve(tmp_path, "own", None) == 2
+
+
+def test_killed_as_a_broadcast_takes_another_ones_place_the_folder_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that was set back may send something else after a round than it has sent before."""
+    settings, state = settings_for(tmp_path, tmp_path), read_accepted(tmp_path)
+    asked = Call("letters", "terms", "a", 3, -1, train=True, message=Message({}, {"sent": 1}))
+    keep(state, asked, settings)
+    other, put = replace(asked, message=Message({}, {"sent": 2})), FileStates.put
+
+    def killed(self: FileStates, key: str, value: object) -> None:
+        put(self, key, value)
+        raise Stopped
+
+    monkeypatch.setattr(FileStates, "put", killed)
+    with pytest.raises(Stopped):
+        keep(state, other, settings)
+    monkeypatch.undo()
+    again = read_accepted(tmp_path)
+    again.kept.digests.require_whole()
+    keep(again, other, settings)
+    assert broadcast_after(tmp_path, 2).facts == {"sent": 2}
+    known = read_accepted(tmp_path).kept.digests
+    known.require_whole()
+    assert known.names(tmp_path / BROADCAST) == ["0002.safetensors"]
 
 
 def test_a_client_that_has_not_heard_anything_has_no_model(

@@ -4,10 +4,12 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -18,15 +20,17 @@ from federations import Federation, Stopped, Wire, founded, round_of
 from runs_for_tests import adapters_of, save_model, scores_of
 from scipy.stats import chisquare
 
-from fedalt.core.codec import CodecError, decode, encode
+from fedalt.core.codec import CodecError, decode, encode, read, write
 from fedalt.core.declared import SettingsError
 from fedalt.core.tree import Tree
-from fedalt.engine.changes import Change
+from fedalt.engine.changes import Change, whole
 from fedalt.engine.states import client_of, server_of
-from fedalt.federation import secure_calls, secure_client, secure_sum
+from fedalt.federation import answer_forms, secure_calls, secure_client, secure_sum
 from fedalt.federation.answer_schema import Asked
-from fedalt.federation.messages import NEVER, Answer, Call, SumAnswer, SumCall
-from fedalt.federation.secure_client import MASKED
+from fedalt.federation.client import Client
+from fedalt.federation.messages import NEVER, Answer, Call, SumAnswer, SumCall, digest
+from fedalt.federation.secure_client import MASKED, Session
+from fedalt.federation.secure_keys import digest_of_sent, signed_of
 from fedalt.federation.secure_sum import steps_of
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import read_server_config
@@ -300,8 +304,6 @@ def listened(
     monkeypatch: pytest.MonkeyPatch, name: str, see: Callable[[Any, Call], None] | None = None
 ) -> list[Call]:
     """The calls that a client will have got; `see` may look at it before it answers one."""
-    from fedalt.federation.client import Client
-
     told, calls = Client.answer, list[Call]()
 
     def listen(self: Any, data: bytes) -> bytes:
@@ -408,15 +410,121 @@ def test_a_server_cannot_put_its_own_key_in_a_peers_place(tmp_path: Path, model:
     member = place.member("a")
     session = member.folder / "sum.safetensors"
     # As if it had not been answered: only so the check itself is reached.
-    from fedalt.core.codec import read, write
-    from fedalt.federation.secure_client import Session
-
-    write(session, replace(read(Session, session), answered={}))
+    begun = read(Session, session)
+    write(session, replace(begun, answered={"train": begun.answered["train"]}))
     told = answers_to(place, "a", forged, stranger, few)
     assert "'b' is said to have sent are not signed by the key in peers/b.pub" in told[0].error
     assert "'x' is among those that have trained" in told[1].error
     assert "only 2 clients have trained, but 3 are needed" in told[2].error
     assert not any(answer.sealed for answer in told)
+
+
+def blinded(monkeypatch: pytest.MonkeyPatch, names: str, spoil: Callable[[Call], Call]) -> None:
+    """Let clients get other calls of round 1 than the server says that it has sent."""
+    told = Client.answer
+
+    def listen(self: Any, data: bytes) -> bytes:
+        with contextlib.suppress(CodecError):
+            call = decode(Call, data)
+            if self.client_id in names and call.round == 1:
+                answer = decode(Answer, told(self, encode(spoil(call))))
+                return encode(replace(answer, call=digest(data)))
+        return told(self, data)
+
+    monkeypatch.setattr(Client, "answer", listen)
+
+
+def zeros(call: Call) -> Call:
+    message = whole(call.message)
+    tree = {name: torch.zeros_like(tensor) for name, tensor in message.tree.items()}
+    return replace(call, message=replace(message, tree=tree))
+
+
+def drowned(call: Call) -> Call:
+    message = whole(call.message)
+    return replace(call, message=replace(message, facts={**message.facts, "weight": 1e-9}))
+
+
+@pytest.mark.parametrize(("spoil", "method"), [(zeros, "fedit"), (drowned, "fedalt")])
+def test_a_server_that_sends_others_zeros_gets_no_sum(
+    tmp_path: Path,
+    model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[Call], Call],
+    method: str,
+) -> None:
+    """Trained on zeros, adapters stay zeros, and the sum would be what one client has uploaded."""
+    place = founded(tmp_path, model, FOUR, **with_method(method, SECURE))
+    hurry(place, 0.5)
+    blinded(monkeypatch, "bcd", spoil)
+    monkeypatch.setattr(answer_forms, "check_keys", lambda *_: None)  # it does not mind
+    place.go_on()
+    assert trained(place, 1).keys() == set(FOUR)
+    assert all("only 0 clients have answered" in (why or "") for why in trained(place, 1).values())
+    assert (
+        "else it has trained on another broadcast"
+        in (place.run.parent / "logs" / "server.log").read_text()
+    )
+    assert trained(place, 2) == dict.fromkeys(FOUR)
+
+
+def test_who_has_trained_on_another_broadcast_is_not_in_the_sum(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = founded(tmp_path, model, FOUR, **with_method("fedit", SECURE))
+    blinded(monkeypatch, "d", zeros)
+    place.go_on()
+    assert trained(place, 1) == dict.fromkeys("abc")
+    assert trained(place, 2) == dict.fromkeys(FOUR)
+
+
+@pytest.mark.parametrize(
+    ("odd", "message"),
+    [
+        ({"mask": "zz"}, "its key for masks is 'zz', expected 64 hexadecimal digits"),
+        ({"share": "00" * 32}, "a key of the round is none"),
+        pytest.param({"share": "ab" * 31}, "its key for shares is", marks=pytest.mark.long),
+        pytest.param({"mask": "01" + "00" * 31}, "of the round is none", marks=pytest.mark.long),
+    ],
+)
+def test_a_client_whose_keys_are_none_costs_nobody_the_sum(
+    tmp_path: Path, model: Path, odd: dict[str, str], message: str
+) -> None:
+    place = founded(tmp_path, model, FOUR, **with_method("fedit", SECURE))
+    hostile = place.member("d")
+    agreement, secure = hostile.agreement, hostile.secure
+    assert secure is not None
+    broadcast = whole(called_first(place, hostile.client_id).message)
+
+    def spoil(client_id: str, data: bytes) -> bytes:
+        with contextlib.suppress(CodecError):
+            answer = decode(Answer, data)
+            if client_id == "d" and answer.keys is not None and answer.round == 0:
+                keys = replace(answer.keys, **odd)
+                about = agreement, "d", 0, keys, digest_of_sent(broadcast)
+                signature = secure.signatures.sign(signed_of(*about)).hex()
+                return encode(replace(answer, keys=replace(keys, signature=signature)))
+        return data
+
+    place.go_on(spoil)
+    assert trained(place, 0) == dict.fromkeys("abc")
+    assert re.search(message, (place.run / "refused.jsonl").read_text())
+    assert trained(place, 2) == dict.fromkeys(FOUR)
+
+
+def called_first(place: Federation, name: str) -> Call:
+    """The first call that a client gets, in a copy of its federation."""
+    with pytest.MonkeyPatch.context() as patch, TemporaryDirectory() as folder:
+        copy = Federation(shutil.copytree(place.root, Path(folder) / "copy"))
+        calls = listened(patch, name)
+
+        def stop(client_id: str, data: bytes) -> bytes:
+            if calls:
+                raise Stopped
+            return data
+
+        copy.go_on(stop)
+    return calls[0]
 
 
 @pytest.mark.parametrize(
@@ -491,7 +599,6 @@ def test_noise_for_clients_comes_on_top(tmp_path: Path, model: Path) -> None:
     secure = founded(tmp_path / "secure", model, **sections, privacy={**noisy, "secure_sum": True})
     for place in (plain, secure):
         hurry(place, 60)
-        place.config.write_text(place.config.read_text().split("[firewall]")[0])
         place.go_on()
     for round_ in range(2):
         ours, theirs = sent_after(secure, round_), sent_after(plain, round_)
@@ -504,7 +611,6 @@ def test_a_round_for_which_there_is_no_budget_has_no_sum(tmp_path: Path, model: 
     noisy = {"unit": "client", "epsilon": 8.0, "clip": 0.5, "seed": 1, "secure_sum": True}
     sections = {**SHORT, "rounds": {**SHORT["rounds"], "select": "last"}}
     place = founded(tmp_path, model, **sections, privacy=noisy)
-    place.config.write_text(place.config.read_text().split("[firewall]")[0])
 
     def stop(client_id: str, data: bytes) -> bytes:
         if step_of(data) == "share" and first(place, data):

@@ -9,23 +9,31 @@ from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
+from typing import Any, ClassVar
 
+import httpx
 import psutil
 import pytest
 from commands import call
+from flwr.app import Message, MessageType
 from flwr.proto.node_pb2 import NodeInfo
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.supercore.task_identity import TaskIdentity
 from machines import Machines, found
 from runs_for_tests import save_model, write_clients
 from tiny import llama
 
+from fedalt.core.codec import CodecError, decode
+from fedalt.federation.messages import Answer
 from fedalt.federation.transport import Lost
 from fedalt.flower.client_process import _REMIND, _Reports
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_server
 from fedalt.flower.fleet_client import server_trouble
 from fedalt.flower.grid_transport import GridTransport
+from fedalt.flower.message_content import content_of
 from fedalt.flower.processes import (
     end_leftovers,
     is_running,
@@ -352,6 +360,55 @@ class Grid:
         return []
 
 
+class Replying(Grid):
+    """A grid with a reply to each call, in the objects that Flower makes of it as it is pulled."""
+
+    def __init__(self, *replies: dict[str, bytes] | Exception) -> None:
+        self.replies: dict[str, dict[str, bytes] | Exception] = {}
+        self.coming = list(replies)
+
+    def get_nodes(self) -> list[NodeInfo]:
+        when = self.connected.isoformat()
+        return [
+            NodeInfo(node_id=at, status="online", public_key=key, last_activated_at=when)
+            for at, key in enumerate((b"key", b"another"), 1)
+        ]
+
+    def push_messages(self, messages: list[object]) -> list[str | None]:
+        name = f"call-{len(self.replies)}"
+        self.replies[name] = self.coming.pop(0)
+        return [name]
+
+    def pull_messages(self, names: list[str]) -> list[object]:
+        pulled = []
+        for name in names:
+            if isinstance(reply := self.replies.pop(name, {}), Exception):
+                raise reply
+            if reply:
+                root = list(reply)[-1]
+                message: Any = inflate_object_from_contents(root, dict(reply))
+                message.metadata.__dict__["_message_id"] = root
+                pulled.append(message)
+        return pulled
+
+
+def objects_of(data: bytes, of: str) -> dict[str, bytes]:
+    """A reply's objects, the root last."""
+    call: Any = Message(content_of(b""), dst_node_id=1, message_type=MessageType.TRAIN)
+    call.metadata.__dict__["_message_id"] = of
+    nested = get_all_nested_objects(Message(content_of(data), reply_to=call))
+    return {name: each.deflate() for name, each in nested.items()}
+
+
+HEADS: list[Callable[[bytes], bytes]] = [
+    lambda root: root.replace(b"Message", b"Massage", 1),
+    lambda root: b"ConfigRecord" + root.removeprefix(b"Message"),
+    lambda root: b"no head at all",
+    lambda root: b"\xff" + root,
+    lambda root: b"RecordDict  2\0{}",
+]
+
+
 @pytest.fixture
 def grid(monkeypatch: pytest.MonkeyPatch) -> Grid:
     monkeypatch.setattr(TaskIdentity, "_run_id", 1)
@@ -367,6 +424,82 @@ def test_a_call_that_flower_does_not_take_is_lost(grid: Grid) -> None:
     channel.send([("a", b"call")])
     assert channel.receive() == [("a", Lost("it was away, and its call with it"))]
     assert channel.receive() == []
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_an_answer_that_flower_makes_nothing_of_is_one_clients_unreadable_answer(
+    grid: Grid, head: Callable[[bytes], bytes]
+) -> None:
+    damaged = objects_of(b"answer", "call-0")
+    root = list(damaged)[-1]
+    damaged[root] = head(damaged[root])
+    channel = GridTransport(
+        Replying(damaged, objects_of(b"another answer", "call-1")),
+        lambda: {"key": "a", "another": "b"},
+        100,
+    )
+    assert channel.online() == {"a", "b"}
+    channel.send([("a", b"call"), ("b", b"call")])
+    came = dict([*channel.receive(), *channel.receive()])
+    assert came.keys() == {"a", "b"}
+    assert came["b"] == b"another answer"
+    assert isinstance(came["a"], bytes)
+    with pytest.raises(CodecError):
+        decode(Answer, came["a"])
+    assert channel.receive() == []
+
+
+def test_an_answer_that_comes_in_part_holds_up_nobody_else(grid: Grid) -> None:
+    whole = Event()
+
+    class Slow(Replying):
+        asked: ClassVar[list[str]] = []
+
+        def pull_messages(self, names: list[str]) -> list[object]:
+            self.asked.extend(names)
+            if "call-0" in names:
+                assert whole.wait(60)
+            return super().pull_messages(names)
+
+    replies = objects_of(b"long", "call-0"), objects_of(b"short", "call-1")
+    channel = GridTransport(Slow(*replies), lambda: {"key": "a", "another": "b"}, 100)
+    channel.online()
+    channel.send([("a", b"call"), ("b", b"call")])
+    assert channel.receive() == [("b", b"short")]
+    assert channel.receive() == []
+    assert Slow.asked.count("call-0") == 1
+    whole.set()
+    assert channel.receive() == [("a", b"long")]
+    assert channel.receive() == []
+
+
+def test_many_answers_come_and_each_clients_in_the_order_of_its_calls(grid: Grid) -> None:
+    data = [f"answer {number}".encode() for number in range(40)]
+    replies = [objects_of(each, f"call-{number}") for number, each in enumerate(data)]
+    channel = GridTransport(Replying(*replies), lambda: {"key": "a", "another": "b"}, 100)
+    channel.online()
+    channel.send([("ab"[number % 2], b"call") for number in range(40)])
+    came: dict[str, list[object]] = {"a": [], "b": []}
+    for _ in range(40):
+        for client_id, answer in channel.receive():
+            came[client_id].append(answer)
+    assert came == {"a": data[::2], "b": data[1::2]}
+
+
+def test_an_answer_is_its_senders_whatever_call_it_says_it_is_to(grid: Grid) -> None:
+    sly = Replying({}, objects_of(b"not a's", "call-0"))
+    channel = GridTransport(sly, lambda: {"key": "a", "another": "b"}, 100)
+    channel.online()
+    channel.send([("a", b"call"), ("b", b"call")])
+    assert channel.receive() == [("b", b"not a's")]
+
+
+def test_a_broken_connection_to_flower_is_nobodys_answer(grid: Grid) -> None:
+    channel = GridTransport(Replying(httpx.ReadError("broken")), lambda: {"key": "a"}, 100)
+    channel.online()
+    channel.send([("a", b"call")])
+    with pytest.raises(httpx.ReadError):
+        channel.receive()
 
 
 def test_a_call_from_before_a_clients_connection_is_lost(

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
+from federations import Federation, founded
 from runs_for_tests import save_model, settings_for, write_clients
 from test_federation import CLIENTS, Killed, Wire, assert_close, place, states_of
 
@@ -15,6 +16,8 @@ from fedalt.engine.run import Run
 from fedalt.federation.call_checks import told_outside
 from fedalt.federation.messages import Answer, Call, Cost
 from fedalt.federation.privacy import told_by
+from fedalt.flower.config import read_server_config
+from fedalt.flower.participants import server_from
 from fedalt.report.table import describe
 from fedalt.runs.budget import LEDGER
 from fedalt.runs.folder import open_run
@@ -122,6 +125,19 @@ def test_late_uploads_do_not_weigh_less_where_one_of_them_has_the_noise(tmp_path
     there.host(Wire({}), late="count")
     total, _ = place(tmp_path / "total", model, **{**sections, "method": {"name": "fedalt"}})
     total.host(Wire({}), late="count", staleness=0.5)  # which nothing weighs there
+
+
+def test_a_private_upload_counts_whatever_the_norms_of_others(tmp_path, model):
+    for unit in ("client", "example"):
+        there = founded(tmp_path / unit, model, rounds=ROUNDS, privacy=PRIVACY[unit])
+        limit = read_server_config(there.config).firewall.norm_limit
+        assert limit == (None if unit == "client" else 10.0)
+        server_from(read_server_config(there.config), Wire({}))
+    there = Federation(tmp_path / "client" / "federation")
+    there.config.write_text(there.config.read_text() + "\n[firewall]\nnorm_limit = 10.0\n")
+    wanted = r"federation\.toml: \[firewall\] norm_limit makes no sense with .* unit = 'client'"
+    with pytest.raises(SettingsError, match=wanted):
+        server_from(read_server_config(there.config), Wire({}))
 
 
 def test_a_federation_that_was_killed_once_ends_without_its_last_private_round(tmp_path, model):

@@ -142,6 +142,8 @@ def _read_header(data: bytes) -> tuple[dict[str, Any], int]:
         if any(len(entry["shape"]) > MAX_DIMENSIONS for entry in header.values()):
             raise ValueError(f"a tensor of more than {MAX_DIMENSIONS} dimensions")
         end = begin + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end >= 2**63:  # which may have more digits than Python writes into an error
+            raise ValueError("a tensor ends beyond what any file holds")
         ours = data[8:begin].startswith(_BEGIN) and dump({**facts, "version": version}) == text
     except CodecError:
         raise

@@ -19,6 +19,7 @@ T = TypeVar("T")
 _SCALARS = (bool, int, float, str, NoneType)
 _ODD_FLOATS = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}  # JSON has no such numbers
 _EXACT = 2**53  # floats hold every int up to here
+_MOST_BITS = 63  # of an int beside its sign; one that is far longer cannot be shown in an error
 
 
 class Source(NamedTuple):
@@ -135,6 +136,7 @@ def _flatten(hint: Any, value: Any, path: tuple[str, ...], tensors: dict[str, Te
         return [_flatten(*item, (*path, str(i)), tensors) for i, item in enumerate(items)]
     match _tag(hint, where):
         case "":
+            _require_short(value, where)
             _require_json(value, where)
             return value
         case "tree":
@@ -167,6 +169,17 @@ def _require_json(value: object, where: str) -> None:
         raise CodecError(f"{where} holds what JSON cannot: {error}") from error
 
 
+def _require_short(value: object, where: str) -> None:
+    """Refuse an int that no count comes to: Python writes none of more than 4300 digits.
+
+    One of 4300 can be read, and has a digit more once 1 is added to it.
+    """
+    if type(value) is int and value.bit_length() > _MOST_BITS:
+        raise CodecError(
+            f"{where} is an int of {value.bit_length()} bits, expected at most {_MOST_BITS}"
+        )
+
+
 def _restore(hint: Any, plain: Any, path: tuple[str, ...], source: Source) -> Any:
     """The value of a plain form; its tensors are taken out of the source."""
     where = "/".join(path)
@@ -186,8 +199,10 @@ def _restore(hint: Any, plain: Any, path: tuple[str, ...], source: Source) -> An
         return tuple(_restore(*item, (*path, str(i)), source) for i, item in enumerate(items))
     match _tag(hint, where):
         case "":
+            _require_short(plain, where)
             return plain
         case "tree":
+            _require_short(plain["tree"], where)
             return _take_tree(plain["tree"], path, source)
         case "mapping":
             inner, content = get_args(hint)[1], plain["mapping"]

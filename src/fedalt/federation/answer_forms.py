@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from fedalt.engine.dry_run import DryRuns, Form, dry_run
-from fedalt.engine.firewall import check_upload
+from fedalt.engine.firewall import Refused, check_upload
 from fedalt.engine.traffic import Coding
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import check_trained
+from fedalt.federation.late import Late
 from fedalt.federation.messages import Answer
 from fedalt.federation.secure_keys import Signatures, check_keys
 from fedalt.methods.contract import Message
@@ -26,8 +27,21 @@ class AnswerForms:
     states: FileStates
     signatures: Signatures | None
 
-    def require(self, client_id: str, answer: Answer, sent: Message) -> None:
-        """Raise Refused for what no training comes to on what the client was `sent`."""
+    def require(self, client_id: str, answer: Answer, sent: Message, *, late: bool = False) -> None:
+        """Raise Refused for what no training comes to on what the client was `sent`.
+
+        A `late` answer was to another broadcast, on which an honest client may have trained other
+        tensors: it is no use in this round, so Late is raised.
+        """
+        try:
+            self._require(client_id, answer, sent)
+        except Refused as error:
+            if not late:
+                raise
+            what = f"its upload of round {answer.round + 1}"
+            raise Late(f"{what} is not of the form of this one's: {error}; it is dropped") from None
+
+    def _require(self, client_id: str, answer: Answer, sent: Message) -> None:
         if answer.upload is None and answer.keys is None:
             return
         forms = self._own(client_id, sent)
@@ -35,7 +49,8 @@ class AnswerForms:
         if answer.upload is not None:
             check_upload(self.coding.open(self.states, client_id, answer.upload, forms), forms)
         if answer.keys is not None and self.signatures is not None:
-            check_keys(self.signatures, self.agreement, client_id, answer.round, answer.keys)
+            about = self.agreement, client_id, answer.round
+            check_keys(self.signatures, *about, answer.keys, sent)
 
     @cached_property
     def _own(self) -> DryRuns:

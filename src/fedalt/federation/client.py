@@ -181,7 +181,7 @@ class Client:
         """What is sent of an upload: itself, or the keys of the sum that it will be part of."""
         if self.secure is None:
             return upload, None
-        return None, self.secure.begin(call.round, whole(upload))
+        return None, self.secure.begin(call.round, whole(upload), whole(call.message))
 
     def _require_counted(self, call: Call) -> None:
         """Refuse a server that has forgotten what it said, or counts what is not here."""

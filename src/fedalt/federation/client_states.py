@@ -26,7 +26,7 @@ from fedalt.federation.going_back import KEPT, last_rounds
 from fedalt.federation.messages import Call
 from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
-from fedalt.runs.kept import AREAS, rounds_in
+from fedalt.runs.kept import AREAS, file_of, rounds_in
 from fedalt.runs.settings import Settings
 
 SERVER: Final = "server"
@@ -43,6 +43,7 @@ def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
     """
     folder, after = accepted.folder, call.score.get("own", call.round - 1)
     if not call.last and after >= 0:
+        _forget(accepted, folder / BROADCAST / file_of(after))
         FileStates(folder, after, kept=accepted.kept).put(BROADCAST, whole(call.message))
         accepted.write(accepted.round)
     if call.split == "test" and call.score:
@@ -57,6 +58,17 @@ def keep(accepted: Accepted, call: Call, settings: Settings) -> None:
             chosen = {column: best.get(column, after) for column in ("own", "local")}
     if min(chosen.values(), default=-1) >= 0:
         atomic_write(folder / CHOSEN, json.dumps(chosen).encode())
+
+
+def _forget(accepted: Accepted, file: Path) -> None:
+    """Let a file that is about to be replaced not count, on disk too, until it has been.
+
+    A server that was set back sends something else after a round than before, and a client that is
+    killed between file and digest would refuse its own folder.
+    """
+    if file.name in accepted.kept.digests.names(file.parent):
+        accepted.kept.digests.forget(file)
+        accepted.write(accepted.round)
 
 
 def settle(accepted: Accepted, call: Call, columns: Iterable[str]) -> None:

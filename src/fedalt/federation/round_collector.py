@@ -265,7 +265,7 @@ class RoundCollector:
         check_answer(answer, asked or self.asked(client_id), self.agreement)
         if answer.error and late:
             raise Late(f"in round {answer.round + 1} it could not: {answer.error}")
-        self._forms.require(client_id, answer, whole(self._calls[client_id].message))
+        self._forms.require(client_id, answer, whole(self._calls[client_id].message), late=late)
         if late:
             self._tell(
                 f"{client_id}: late: its upload of round {answer.round + 1} counts in this one"

@@ -23,7 +23,14 @@ from fedalt.engine.firewall import quoted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import RoundKeys, Step, SumAnswer, SumCall, digest
 from fedalt.federation.owner_messages import Say, silent
-from fedalt.federation.secure_keys import Signatures, about_of, fewest, from_hex, signed_of
+from fedalt.federation.secure_keys import (
+    Signatures,
+    about_of,
+    digest_of_sent,
+    fewest,
+    from_hex,
+    signed_of,
+)
 from fedalt.federation.secure_sum import (
     KEY,
     MASK,
@@ -48,6 +55,7 @@ from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.kept import Kept
 
 MASKED: Final = Name("", "sum", "masked")  # the one tensor of a masked upload
+_TRAIN: Final = "train"  # before all steps of a sum
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,8 @@ class Session:
 
     Secret are `share`, a key, and `mask` and `seed`, of which others get shares. `keys` are those
     of all that have trained, `own` its own shares, `sealed` what the others have sealed for it, and
-    `answered` the digest of the call of each step that it has answered.
+    `answered` the digest of the call of each step that it has answered, and of what it was sent
+    to train on.
     """
 
     TAG: ClassVar = "sum-session"
@@ -109,16 +118,20 @@ class SecureClient:
         """Forget the last sum: its round is repeated, as the owner follows a server back."""
         self._file.unlink(missing_ok=True)
 
-    def begin(self, round_: int, upload: Message) -> RoundKeys:
-        """Keep an upload instead of sending it; the keys of the round's sum."""
+    def begin(self, round_: int, upload: Message, broadcast: Message) -> RoundKeys:
+        """Keep an upload instead of sending it; the keys of the round's sum, signed.
+
+        `broadcast` is what it was trained on.
+        """
         integers(upload.tree, 1.0)  # its numbers fit, or it is said now
         self._states(round_).put(self._upload, upload)
         mask, seed, share = (token_bytes(size).hex() for size in (SECRET, SECRET, KEY))
-        session = Session(round_, mask, share, seed)
+        sent = digest_of_sent(broadcast)
+        session = Session(round_, mask, share, seed, answered={_TRAIN: sent})
         write(self._file, session)
         keys = RoundKeys(*session.publics, signature="")
-        signed = self.signatures.sign(signed_of(self.agreement, self.client_id, round_, keys))
-        return replace(keys, signature=signed.hex())
+        content = signed_of(self.agreement, self.client_id, round_, keys, sent)
+        return replace(keys, signature=self.signatures.sign(content).hex())
 
     def answer(self, call: SumCall, data: bytes) -> bytes:
         """What to send back to a step's call, which came as `data`; to the same one the same."""
@@ -173,8 +186,9 @@ class SecureClient:
     def _share(self, call: SumCall, done: SumAnswer, session: Session) -> tuple[Session, SumAnswer]:
         """Shares of this client's secrets for all whose keys are theirs."""
         self._require_part(call.keys, self.agreement.clients, "have trained")
-        for other, keys in call.keys.items():
-            content = signed_of(self.agreement, other, call.round, keys)
+        sent = session.answered.get(_TRAIN, "")
+        for other, keys in call.keys.items():  # who was sent something else has signed that
+            content = signed_of(self.agreement, other, call.round, keys, sent)
             self.signatures.check(other, content, from_hex(keys.signature))
         names, needed = sorted(call.keys), fewest(self.agreement)
         mine = call.keys[self.client_id].mask, call.keys[self.client_id].share

@@ -1,14 +1,19 @@
 """Which keys a round of a secure sum is about, and who has signed them."""
 
 import re
+from secrets import token_bytes
 from typing import Final, Protocol
 
+from fedalt.core.container import dump
+from fedalt.engine.changes import digest_of
 from fedalt.engine.firewall import Refused, quoted
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.messages import RoundKeys
-from fedalt.federation.secure_sum import SecureSumError, threshold
+from fedalt.federation.messages import RoundKeys, digest
+from fedalt.federation.secure_sum import KEY, SecureSumError, agree, threshold
+from fedalt.methods.contract import Message
 
 _HEX: Final = re.compile("([0-9a-f]{2}){1,256}")
+_KEY: Final = re.compile(f"[0-9a-f]{{{2 * KEY}}}")
 
 
 class Signatures(Protocol):
@@ -23,18 +28,47 @@ class Signatures(Protocol):
         ...
 
 
-def signed_of(agreement: Agreement, client_id: str, round_: int, keys: RoundKeys) -> bytes:
-    """What a client signs of its keys: whose they are, and for which round of which federation."""
+def signed_of(
+    agreement: Agreement, client_id: str, round_: int, keys: RoundKeys, sent: str
+) -> bytes:
+    """What a client signs of its keys: whose they are, for which round of which federation.
+
+    And what it was `sent`, as `digest_of_sent` has it: clients whose broadcasts differ have no sum
+    in common. One that alone has trained on numbers, others on zeros, would be all there is in it.
+    """
     about = about_of(agreement, round_)
-    return f"fedalt secure sum, {about}: {client_id}: {keys.mask} {keys.share}".encode()
+    return f"fedalt secure sum, {about}: {client_id}: {keys.mask} {keys.share} on {sent}".encode()
+
+
+def digest_of_sent(message: Message) -> str:
+    """What tells broadcasts of one round apart.
+
+    Facts that are true or false are about a single client, as FedALT's `included` is, and left out.
+    """
+    facts = {key: fact for key, fact in message.facts.items() if type(fact) is not bool}
+    return digest(f"{digest_of(message.tree)} {dump(facts)}".encode())
 
 
 def check_keys(
-    signatures: Signatures, agreement: Agreement, client_id: str, round_: int, keys: RoundKeys
+    signatures: Signatures,
+    agreement: Agreement,
+    client_id: str,
+    round_: int,
+    keys: RoundKeys,
+    sent: Message,
 ) -> None:
-    """Refuse keys that their client has not signed."""
-    content = signed_of(agreement, client_id, round_, keys)
+    """Refuse keys that nobody can agree on anything with, or that their client has not signed.
+
+    Every other client would fail on them, and so every sum.
+    """
+    content = signed_of(agreement, client_id, round_, keys, digest_of_sent(sent))
     try:
+        for what, key in (("masks", keys.mask), ("shares", keys.share)):
+            if not _KEY.fullmatch(key):
+                raise Refused(
+                    f"its key for {what} is {quoted(key)}, expected {2 * KEY} hexadecimal digits"
+                )
+            agree(token_bytes(KEY), bytes.fromhex(key), "a try")
         signatures.check(client_id, content, from_hex(keys.signature))
     except SecureSumError as error:
         raise Refused(str(error)) from None

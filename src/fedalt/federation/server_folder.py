@@ -33,6 +33,12 @@ def open_server(
     SettingsError for rules that need to see what is summed securely, or upset a sum's privacy.
     """
     privacy = agreement.settings.privacy
+    if privacy.unit == "client" and screening.firewall.norm_limit is not None:
+        raise SettingsError(
+            "[firewall] norm_limit makes no sense with [privacy] unit = 'client' in the terms: "
+            "leave it out; whether an upload counts would follow from those of others, which no "
+            "noise hides, and clip bounds every upload already"
+        )
     if privacy.secure_sum:
         _require_blind(rules, screening)
     if privacy.quantile is not None and rules.late == "count":

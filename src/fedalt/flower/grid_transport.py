@@ -1,11 +1,13 @@
 """Flower's grid as a federation's transport: node ids become clients by their registered keys."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 
+import httpx
 from flwr.app import Error, Message, MessageType
 
 from fedalt.federation.transport import Lost
@@ -14,7 +16,8 @@ from fedalt.flower.message_content import bytes_of, content_of
 
 _PAUSE: Final = 0.2  # seconds between two looks
 _LOOK_AT_NODES: Final = 1.0
-_AT_ONCE: Final = 8  # answers in memory; who receives them puts them on disk
+_AT_ONCE: Final = 8  # answers in memory, whole or coming; who receives them puts them on disk
+_LONGEST: Final = 600  # characters of an error, which may quote what a client has sent
 
 
 @dataclass
@@ -31,6 +34,8 @@ class GridTransport:
     _looked: float = 0.0
     _open: dict[str, tuple[str, float]] = field(default_factory=dict)  # message: client, sent when
     _lost: list[str] = field(default_factory=list)
+    _pulls: dict[str, Future[bytes | Lost | None]] = field(default_factory=dict)  # by message
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_AT_ONCE))
 
     def online(self) -> frozenset[str]:
         """The clients whose nodes are connected."""
@@ -67,17 +72,7 @@ class GridTransport:
 
     def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
         """Answers, and calls that Flower has given up."""
-        answers: list[tuple[str, bytes | Lost]] = []
-        waiting = list(self._open)
-        for first in range(0, len(waiting), _AT_ONCE):
-            names = waiting[first : first + _AT_ONCE]
-            pulled = self.grid.pull_messages(names)
-            replies = {reply.metadata.reply_to_message_id: reply for reply in pulled}
-            for name in filter(replies.__contains__, names):  # a client's own in their order
-                client_id, _ = self._open.pop(name)
-                answers.append((client_id, _content(replies[name], self.most)))
-            if answers:
-                break
+        answers = self._come()
         lost = Lost("it was away, and its call with it")
         answers += [(client_id, lost) for client_id in self._lost]
         self._lost.clear()
@@ -87,12 +82,52 @@ class GridTransport:
             time.sleep(_PAUSE)
         return answers
 
+    def _come(self) -> list[tuple[str, bytes | Lost]]:
+        """The answers that are here as a whole, of each client to its oldest call.
+
+        Flower waits for the rest of an answer that has come in part. Threads wait with it, so that
+        a client whose upload never ends holds up nobody else.
+        """
+        oldest = {client_id: name for name, (client_id, _) in reversed(self._open.items())}
+        waiting = [name for name in oldest.values() if name not in self._pulls]
+        answers: list[tuple[str, bytes | Lost]] = []
+        while waiting or self._pulls:
+            room = max(_AT_ONCE - len(self._pulls) - len(answers), 0)
+            now, waiting = waiting[:room], waiting[room:]
+            self._pulls |= {name: self._pool.submit(self._pulled, name) for name in now}
+            done, _ = wait(self._pulls.values(), _PAUSE, FIRST_COMPLETED)
+            if not done:
+                break
+            answers += self._finished()
+        return answers
+
+    def _finished(self) -> Iterator[tuple[str, bytes | Lost]]:
+        """The answers of pulls that are over; not of a call that was given up meanwhile."""
+        for name in [name for name, pull in self._pulls.items() if pull.done()]:
+            answer = self._pulls.pop(name).result()
+            if answer is not None and name in self._open:
+                client_id, _ = self._open.pop(name)
+                yield client_id, answer
+
+    def _pulled(self, name: str) -> bytes | Lost | None:
+        """The answer to one call, if it is there; None if it is not.
+
+        Calls are looked for one by one: Flower makes objects of what a client has chosen, and where
+        it cannot, that is this client's answer and nobody else's. What an answer says of the call
+        that it is to does not count, for the same reason.
+        """
+        try:
+            pulled = list(self.grid.pull_messages([name]))
+            return _content(pulled[0], self.most) if pulled else None
+        except httpx.HTTPError:  # the connection's, and no answer
+            raise
+        except Exception as error:  # no answer, which the host will find out and keep
+            text = f"{type(error).__name__}: {error}"[:_LONGEST]
+            return text.encode(errors="backslashreplace")
+
 
 def _content(reply: Message, most: int) -> bytes | Lost:
     if reply.has_error():
         error: Error = reply.error
         return Lost(f"its call is lost (Flower's code {error.code}: {error.reason})")
-    try:
-        return bytes_of(reply.content, most)
-    except ValueError as error_:
-        return str(error_).encode()  # not an answer, which the host will find out and keep
+    return bytes_of(reply.content, most)

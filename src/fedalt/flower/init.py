@@ -55,9 +55,11 @@ def create_federation(
         make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
         shutil.copy(authority / "ca.crt", server)
         terms = write_agreement(server, name, clients, labels, parts)
-        secure = parts.settings.privacy.secure_sum
+        privacy = parts.settings.privacy
+        secure = privacy.secure_sum
+        blind = secure or privacy.unit == "client"  # one upload's norm may decide on no other's
         rules = {"server": {"address": address}, "rules": {"minimum": 1}}
-        _write(server / "federation.toml", rules if secure else {**rules, "firewall": _FIREWALL})
+        _write(server / "federation.toml", rules if blind else {**rules, "firewall": _FIREWALL})
         known = ", ".join(clients)
         _write_readme(server, "server", federation=repr(name), address=address, clients=known)
         for client_id in clients:

@@ -51,5 +51,6 @@ class KeyFolder:
         except InvalidSignature:
             raise SecureSumError(
                 f"the keys that {client_id!r} is said to have sent are not signed by the key in "
-                f"{file.parent.name}/{file.name}; if it has a new one, its file belongs there"
+                f"{file.parent.name}/{file.name}; if it has a new one, its file belongs there, "
+                "else it has trained on another broadcast"
             ) from None

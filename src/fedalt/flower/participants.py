@@ -23,7 +23,10 @@ _LINE: Final = 1000  # characters at most of a line, which may quote a client
 
 
 def server_from(config: ServerConfig, transport: Transport) -> Server:
-    """The server of a configuration over any channel; its folder is made if it is missing."""
+    """The server of a configuration over any channel; its folder is made if it is missing.
+
+    Raises what `open_server` does.
+    """
     rounds = config.terms.settings.rounds
     screening = Screening(config.firewall, rounds.robust, rounds.trim)
     log = config.place.logs / "server.log"
@@ -31,7 +34,10 @@ def server_from(config: ServerConfig, transport: Transport) -> Server:
     say = partial(_write_line, log)
     place = config.terms, config.place.run, transport
     signatures = KeyFolder(config.place.clients)
-    host = open_server(*place, config.rules, screening, say, config.roster, signatures)
+    try:
+        host = open_server(*place, config.rules, screening, say, config.roster, signatures)
+    except SettingsError as error:  # whose rules are this file's
+        raise SettingsError(f"{config.file}: {error}") from None
     record_revoked(config.place)
     return host
 

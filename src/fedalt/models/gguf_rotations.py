@@ -1,4 +1,4 @@
-"""What a GGUF file says of rotary embeddings, and transformers leaves aside when it unpacks it.
+"""RoPE scaling in a GGUF file, which transformers leaves aside when it unpacks one.
 
 Llama 3.1 and its kin divide each frequency by a factor of its own, `rope_freqs.weight`.
 """

@@ -20,8 +20,9 @@ from fedalt.report.comparison import grids_of
 from fedalt.report.grid import draw_grid
 from fedalt.report.table import describe, run_table
 from fedalt.runs.folder import open_run
+from fedalt.runs.kept_settings import settings_of_run
 from fedalt.runs.lifecycle import evaluate, reopen, start_run
-from fedalt.runs.setup import base_arm, prepare, settings_of_run
+from fedalt.runs.setup import base_arm, prepare
 
 
 def base_lines(lines):

@@ -207,8 +207,8 @@ def test_a_simulation_goes_on_with_the_settings_it_has_begun_with_or_says_so(
     assert call("simulate", same, "--out", finished_run) == 0
     assert call("simulate", other, "--out", finished_run) == 2
     complaint = capsys.readouterr().err
-    assert f"{finished_run} was run with other settings: [training] was" in complaint
-    assert "'lr': 0.5" in complaint
+    assert f"{finished_run} was run with other settings: [training] lr was" in complaint
+    assert "but is 0.5 now" in complaint
 
 
 def test_a_second_process_on_a_run_is_refused(finished_run, capsys):

@@ -159,7 +159,7 @@ def test_other_settings_for_runs_that_are_there_are_refused(place, capsys):
     other = place / "other.toml"
     other.write_text(FILE.replace("rounds = 1", "rounds = 2"))
     assert call("compare", other, "--out", place / "out") == 2
-    assert "was run with other settings: [rounds] was" in capsys.readouterr().err
+    assert "was run with other settings: [rounds] rounds was" in capsys.readouterr().err
 
 
 def test_finished_runs_and_new_ones_need_the_same_data_and_base_model(place, capsys):

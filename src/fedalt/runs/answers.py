@@ -15,9 +15,10 @@ from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.models.checks import require_known_ids
 from fedalt.runs.folder import open_run
+from fedalt.runs.kept_settings import settings_of_run
 from fedalt.runs.lifecycle import require_client, require_same_base, serving
 from fedalt.runs.record import require_clients
-from fedalt.runs.setup import Parts, load_parts, question, settings_of_run
+from fedalt.runs.setup import Parts, load_parts, question
 
 
 @dataclass(frozen=True)

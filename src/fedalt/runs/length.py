@@ -5,11 +5,10 @@ from pathlib import Path
 
 from fedalt.core.files import atomic_write
 from fedalt.runs.folder import StoreError, locked, open_run
-from fedalt.runs.kept_settings import settings_table
+from fedalt.runs.kept_settings import settings_of_run, settings_table
 from fedalt.runs.preflight import require_known
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import settings_of, to_toml
-from fedalt.runs.setup import settings_of_run
 from fedalt.runs.summary import is_summarised
 
 

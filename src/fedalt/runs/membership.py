@@ -10,17 +10,12 @@ from fedalt.engine.schedule import UNTRAINED, Line
 from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
+from fedalt.runs.kept_settings import settings_of_run
 from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
 from fedalt.runs.newcomers import prepare_newcomers
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, method_name
-from fedalt.runs.setup import (
-    Prepared,
-    base_arm,
-    facts_of,
-    settings_of_run,
-    trainer_of,
-)
+from fedalt.runs.setup import Prepared, base_arm, facts_of, trainer_of
 from fedalt.runs.together import fault_of_leaving
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from fedalt.models.base import Base
 from fedalt.runs.folder import RunFolder
-from fedalt.runs.setup import Prepared, prepare, settings_of_run
+from fedalt.runs.kept_settings import settings_of_run
+from fedalt.runs.setup import Prepared, prepare
 
 
 def prepare_newcomers(

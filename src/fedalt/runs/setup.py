@@ -1,11 +1,10 @@
 """Everything a run needs, loaded and checked before its first step."""
 
 import platform
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -37,6 +36,7 @@ from fedalt.models.base import Base, load_base
 from fedalt.models.checks import require_known_ids
 from fedalt.runs.base_checks import require_checkpointable, require_weighable
 from fedalt.runs.folder import RunFolder, StoreError
+from fedalt.runs.kept_settings import settings_of_run
 from fedalt.runs.preflight import (
     require_known,
     require_room,
@@ -47,11 +47,7 @@ from fedalt.runs.settings import (
     Settings,
     lora_of,
     method_name,
-    read_settings,
-    settings_of,
-    to_toml,
 )
-from fedalt.runs.settings_file import rooted
 from fedalt.training.orders import Fit
 
 _FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", LabeledText: "label"}
@@ -230,38 +226,6 @@ def form_of(record: Record) -> str:
     return _FORMS[type(record)]
 
 
-# What does not change which numbers a state holds, or where the rest of a run is up to the user.
-_FREE: Final = (
-    *("training", "rounds", "scoring", "firewall"),
-    *("data.path", "data.template", "model.name", "model.device"),
-)
-
-
-def settings_of_run(folder: RunFolder) -> tuple[Settings, tuple[str, ...]]:
-    """A run's settings, and a sentence for each that is another than when the run began.
-
-    Rates, lengths and places may change while a run goes on; StoreError for what may not.
-    """
-    file = folder.path / "settings.toml"
-    settings = read_settings(file)
-    begun = rooted(folder.facts().get("settings", {}), folder.path)
-    # Settings that the version that began the run did not know had their defaults.
-    then = tomllib.loads(to_toml(settings_of(begun, str(folder.path / "run.json"))))
-    now = tomllib.loads(to_toml(settings))
-    told = []
-    for section in sorted({*then, *now}):
-        ours, theirs = (_keys(table.get(section)) for table in (then, now))
-        for key in sorted({*ours, *theirs}):
-            if ours.get(key) == theirs.get(key):
-                continue
-            name = f"[{section}] {key}" if key else section
-            what = f"{name} was {ours.get(key)!r} when the run began, and is {theirs.get(key)!r}"
-            if section not in _FREE and f"{section}.{key}" not in _FREE:
-                raise StoreError(f"{file} was changed: {what}; put it back, or begin a new run")
-            told.append(f"{file} was changed: {what}")
-    return settings, tuple(told)
-
-
 def prepare_again(folder: RunFolder, base: Base | None) -> tuple[Prepared, tuple[str, ...]]:
     """A run's settings, prepared, and what was changed in them; an error says that too."""
     settings, changed = settings_of_run(folder)
@@ -271,11 +235,6 @@ def prepare_again(folder: RunFolder, base: Base | None) -> tuple[Prepared, tuple
         if not changed:
             raise
         raise StoreError(f"{'; '.join(changed)}: {error}") from error
-
-
-def _keys(section: object) -> dict[str, object]:
-    """The keys of a section; a value at the top of the file has the key ""."""
-    return section if isinstance(section, dict) else {} if section is None else {"": section}
 
 
 def trainable(arm: Arm, start: Start) -> int:

@@ -142,6 +142,8 @@ def test_a_port_in_use_is_one_line(machines: Machines, capsys: pytest.CaptureFix
         ("", ("--clients", "a,a"), "expected different names"),
         ("", ("--clients", "a,../b"), "client '../b': expected a name of at most 100 letters"),
         ("", ("--clients", "a,b", "--address", "here"), "expected host:port"),
+        ("", ("--clients", "a,b", "--address", "0.0.0.0:8443"), "no client can call it"),
+        ("", ("--clients", "a,b", "--address", "[::]:8443"), "no client can call it"),
     ],
 )
 def test_what_no_federation_can_be_made_of_is_one_line_and_leaves_no_folder(

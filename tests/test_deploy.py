@@ -1,14 +1,18 @@
 """What lies in deploy/ for service managers and clusters."""
 
+import contextlib
 import os
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+
+from fedalt.flower.credentials import make_authority, require_server_credentials
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
 INSTALLED = "/opt/fedalt/bin/fedalt"
@@ -28,6 +32,40 @@ def test_systemd_takes_the_units(unit: Path, tmp_path: Path) -> None:
 
 def test_bash_takes_the_slurm_script() -> None:
     subprocess.run(["bash", "-n", SBATCH], check=True)
+
+
+def has_openssl_3() -> bool:
+    if shutil.which("openssl") is None:
+        return False
+    version = subprocess.run(["openssl", "version"], capture_output=True, text=True).stdout
+    return int(version.split()[1].partition(".")[0]) >= 3
+
+
+@pytest.mark.skipif(not has_openssl_3(), reason="there is no OpenSSL 3")
+def test_the_documents_command_makes_a_certificate_that_server_and_clients_take(
+    tmp_path: Path,
+) -> None:
+    document = (DEPLOY.parent / "docs" / "deployment.md").read_text()
+    command = document[document.index("openssl req") :].partition("```")[0]
+    authority = tmp_path / "clinics" / "authority"
+    authority.mkdir(parents=True)
+    make_authority(authority, "clinics")
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    certificate, key = tmp_path / "server.crt", tmp_path / "server.key"
+    require_server_credentials(certificate, key, authority / "ca.crt")
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate, key)
+    client = ssl.create_default_context(cafile=str(authority / "ca.crt"))
+    client.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = [
+        client.wrap_bio(to_client, to_server, server_hostname="10.0.0.5"),
+        server.wrap_bio(to_server, to_client, server_side=True),
+    ]
+    for end in ends * 2:  # an end that still waits for the other one says so
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    assert ends[0].version() == "TLSv1.3"
 
 
 @pytest.fixture

@@ -105,6 +105,21 @@ def test_status_tells_who_was_added_and_removed_and_the_version(
     assert "c: leaves in the next round" in shown
 
 
+def test_a_newcomer_of_a_server_that_listens_everywhere_needs_an_address_to_call(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = founded(tmp_path, model)
+    text = made.config.read_text()
+    made.config.write_text(text.replace("127.0.0.1:8443", "0.0.0.0:8443"))
+    assert call("federation", "add", made.config, "d") == 0
+    assert f"{made.client('d') / 'client.toml'}: server = '0.0.0.0:8443'" in told_of(capsys)
+
+
+def told_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """What went to standard error, its lines joined again."""
+    return " ".join(capsys.readouterr().err.split())
+
+
 def test_who_cannot_be_added_or_removed_is_told_why_in_a_sentence(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

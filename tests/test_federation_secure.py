@@ -576,6 +576,25 @@ def test_masks_that_were_not_agreed_on_are_a_refused_round(tmp_path: Path, model
     assert trained(place, 2) == dict.fromkeys(FOUR)
 
 
+def test_shares_that_nobody_can_open_are_a_refused_round_and_named(
+    tmp_path: Path, model: Path
+) -> None:
+    """Without a deadline, too: whoever cannot use them is not waited for."""
+    place = founded(tmp_path, model, FOUR, **SHORT, **SECURE)
+
+    def spoil(client_id: str, data: bytes) -> bytes:
+        if client_id == "d" and step_of(data) == "share" and first(place, data):
+            answer = decode(SumAnswer, data)
+            return encode(replace(answer, sealed=dict.fromkeys(answer.sealed, "00" * 32)))
+        return data
+
+    place.go_on(spoil)
+    assert all("the call to mask" in (why or "") for why in trained(place, 1).values())
+    told = "round 2, mask: a: client 'a': the shares that 'd' has sent: a share was changed"
+    assert told in (place.run.parent / "logs" / "server.log").read_text()
+    assert trained(place, 2) == dict.fromkeys(FOUR)
+
+
 def test_the_server_hears_of_an_upload_that_does_not_fit(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """What ends a process of the server is in a file that is named, and its last line is quoted."""
 
+import shutil
 import stat
 import subprocess
 import sys
@@ -47,6 +48,17 @@ def test_where_nothing_can_be_written_the_app_ends_as_it_would_have(tmp_path: Pa
     with pytest.raises(ZeroDivisionError), recording_crashes(tmp_path / "logs" / "app.log"):
         _ = 1 / 0
     assert last_line(tmp_path / "logs" / "app.log").endswith("where it left no message")
+
+
+def test_a_full_disk_is_told_though_nothing_could_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = tmp_path / "app.log"
+    usage = shutil.disk_usage(tmp_path)._replace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    assert last_line(log) == f"see {log}, where it left no message: its disk is full"
+    log.write_text("OSError: why\n")
+    assert last_line(log) == f"see {log}: OSError: why"
 
 
 def test_of_a_long_log_only_the_end_is_read_and_quoted(tmp_path: Path) -> None:

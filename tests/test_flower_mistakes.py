@@ -28,6 +28,7 @@ from tiny import llama
 from fedalt.core.codec import CodecError, decode
 from fedalt.federation.messages import Answer
 from fedalt.federation.transport import Lost
+from fedalt.flower import grid_transport
 from fedalt.flower.client_process import _REMIND, _Reports
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import make_server
@@ -141,6 +142,8 @@ def test_a_port_in_use_is_one_line(machines: Machines, capsys: pytest.CaptureFix
         ("", ("--clients", "a,a"), "expected different names"),
         ("", ("--clients", "a,../b"), "client '../b': expected a name of at most 100 letters"),
         ("", ("--clients", "a,b", "--address", "here"), "expected host:port"),
+        ("", ("--clients", "a,b", "--address", "0.0.0.0:8443"), "no client can call it"),
+        ("", ("--clients", "a,b", "--address", "[::]:8443"), "no client can call it"),
     ],
 )
 def test_what_no_federation_can_be_made_of_is_one_line_and_leaves_no_folder(
@@ -471,6 +474,50 @@ def test_an_answer_that_comes_in_part_holds_up_nobody_else(grid: Grid) -> None:
     whole.set()
     assert channel.receive() == [("a", b"long")]
     assert channel.receive() == []
+
+
+class NeverEnding(Replying):
+    """A grid on which the answers to all calls but one never come as a whole."""
+
+    def __init__(self, ends: str) -> None:
+        calls = [f"call-{number}" for number in range(1 + int(ends.removeprefix("call-")))]
+        super().__init__(*(objects_of(b"answer", call) for call in calls))
+        self.ends, self.over = ends, Event()
+
+    def get_nodes(self) -> list[NodeInfo]:
+        when = self.connected.isoformat()
+        return [
+            NodeInfo(node_id=at, status="online", public_key=b"%d" % at, last_activated_at=when)
+            for at in range(10)
+        ]
+
+    def pull_messages(self, names: list[str]) -> list[object]:
+        if names != [self.ends]:
+            assert self.over.wait(60)
+        return super().pull_messages(names)
+
+
+@pytest.mark.parametrize("senders", [1, 9])
+def test_uploads_that_never_end_hold_up_nobody_else_however_many(
+    grid: Grid, monkeypatch: pytest.MonkeyPatch, senders: int
+) -> None:
+    """Of one client, whose connection breaks off again and again, or of nine."""
+    monkeypatch.setattr(grid_transport, "_IN_PART", 0.1)
+    monkeypatch.setattr(grid_transport, "_PAUSE", 0.02)
+    slow = NeverEnding("call-9")
+    channel = GridTransport(slow, lambda: {str(at): str(at) for at in range(10)}, 100)
+    channel.online()
+    for number in range(9):
+        client_id = str(number % senders)
+        channel.send([(client_id, b"call")])
+        assert channel.receive() == []
+        if senders == 1:
+            channel._give_up(client_id, datetime.now(UTC))
+            assert [lost for _, lost in channel.receive()]
+    time.sleep(0.2)
+    channel.send([("9", b"call")])
+    assert channel.receive() == [("9", b"answer")]
+    slow.over.set()
 
 
 def test_many_answers_come_and_each_clients_in_the_order_of_its_calls(grid: Grid) -> None:

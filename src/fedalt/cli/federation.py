@@ -40,7 +40,7 @@ def init(
     ] = None,
     name: Annotated[str, typer.Option("--name", help="What the federation is called.")] = "",
     address: Annotated[
-        str, typer.Option("--address", help="Where the server listens, host:port.")
+        str, typer.Option("--address", help="Where clients call the server, host:port.")
     ] = "127.0.0.1:8443",
     labels: Annotated[
         str, typer.Option("--labels", help="A classifier's labels, with commas.")
@@ -102,9 +102,19 @@ def revoke(
 def add(config: Place, clients: Names) -> None:
     """Add clients to a federation, also while it runs: they take part from the next round on."""
     server_config = _server_config(config)
+    from fedalt.flower.init import listens_only
     from fedalt.flower.roster_changes import add_clients
 
-    for place in add_clients(server_config, clients):
+    places, address = add_clients(server_config, clients), server_config.place.address
+    if listens_only(address):
+        warn(
+            [
+                f"{place / 'client.toml'}: server = {address!r}, which no client can call; write "
+                "the server's address there"
+                for place in places
+            ]
+        )
+    for place in places:
         note(f"{place}: send it to {place.name} and to nobody else; its README says the rest")
 
 

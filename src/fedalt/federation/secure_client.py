@@ -256,9 +256,12 @@ class SecureClient:
     def _unsealed(self, session: Session, other: str, sealed: str) -> bytes:
         """Another client's shares, of its secret key and of its seed."""
         key = self._between(session, session.keys, other, sends=False)
-        share = unseal(key, from_hex(sealed))
-        if len(share) != 2 * SECRET:
-            raise SecureSumError(f"the shares of {other!r} are {len(share)} bytes long")
+        try:
+            share = unseal(key, from_hex(sealed))
+            if len(share) != 2 * SECRET:
+                raise SecureSumError(f"expected {2 * SECRET} bytes, got {len(share)}")
+        except SecureSumError as error:  # asked again it would say the same, without end
+            raise StepOverError(f"the shares that {other!r} has sent: {error}") from None
         return share
 
     def _require_part(self, given: Collection[str], known: Collection[str], what: str) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import faulthandler
 import os
 import re
+import shutil
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Final, TextIO
 
 _TAIL: Final = 2**14  # bytes at a log's end in which its last line is looked for
 _QUOTED: Final = 300  # characters of that line
+_FULL: Final = 2**16  # bytes; on a disk with less nothing of ours can be kept
 _ERROR: Final = re.compile(r"[\w.]*(Error|Exception|Interrupt|Exit)\b|Fatal Python error")
 
 
@@ -64,8 +66,16 @@ def last_line(log: Path, since: int = 0) -> str:
     lines = [line.strip() for line in printable.splitlines() if line.strip()]
     errors = [line for line in lines if _ERROR.match(line)]
     if not lines:
-        return f"see {log}, where it left no message"
+        return f"see {log}, where it left no message{_of_a_full_disk(log)}"
     return f"see {log}: {(errors or lines)[-1][:_QUOTED]}"
+
+
+def _of_a_full_disk(log: Path) -> str:
+    """That nothing can be written there, which nothing can be written of."""
+    with contextlib.suppress(OSError):
+        if shutil.disk_usage(log.parent).free < _FULL:
+            return ": its disk is full"
+    return ""
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Flower's grid as a federation's transport: node ids become clients by their registered keys."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -17,7 +18,19 @@ from fedalt.flower.message_content import bytes_of, content_of
 _PAUSE: Final = 0.2  # seconds between two looks
 _LOOK_AT_NODES: Final = 1.0
 _AT_ONCE: Final = 8  # answers in memory, whole or coming; who receives them puts them on disk
+_IN_PART: Final = 10.0  # seconds after which an answer that comes waits for its sender
+_PER_CLIENT: Final = 4  # answers that are waited for; a connection that breaks off leaves one
+_THREADS: Final = 512  # begun as they are needed
 _LONGEST: Final = 600  # characters of an error, which may quote what a client has sent
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """An answer that is being fetched, from Flower's server as far as it has come there."""
+
+    client_id: str
+    began: float
+    answer: "Future[bytes | Lost | None]"
 
 
 @dataclass
@@ -34,8 +47,8 @@ class GridTransport:
     _looked: float = 0.0
     _open: dict[str, tuple[str, float]] = field(default_factory=dict)  # message: client, sent when
     _lost: list[str] = field(default_factory=list)
-    _pulls: dict[str, Future[bytes | Lost | None]] = field(default_factory=dict)  # by message
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_AT_ONCE))
+    _pulls: dict[str, _Pull] = field(default_factory=dict)  # by message
+    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(_THREADS))
 
     def online(self) -> frozenset[str]:
         """The clients whose nodes are connected."""
@@ -85,26 +98,40 @@ class GridTransport:
     def _come(self) -> list[tuple[str, bytes | Lost]]:
         """The answers that are here as a whole, of each client to its oldest call.
 
-        Flower waits for the rest of an answer that has come in part. Threads wait with it, so that
-        a client whose upload never ends holds up nobody else.
+        Flower waits for the rest of an answer that has come in part. Threads wait with it, and
+        those that have to wait take nobody's turn: uploads that never end, however many, hold up
+        nobody else. Flower's server has all that has come in memory, so this at most doubles it.
         """
         oldest = {client_id: name for name, (client_id, _) in reversed(self._open.items())}
-        waiting = [name for name in oldest.values() if name not in self._pulls]
+        pulled = Counter(pull.client_id for pull in self._pulls.values())
+        waiting = [
+            (client_id, name)
+            for client_id, name in oldest.items()
+            if name not in self._pulls and pulled[client_id] < _PER_CLIENT
+        ]
         answers: list[tuple[str, bytes | Lost]] = []
         while waiting or self._pulls:
-            room = max(_AT_ONCE - len(self._pulls) - len(answers), 0)
+            room = max(_AT_ONCE - self._coming() - len(answers), 0)
             now, waiting = waiting[:room], waiting[room:]
-            self._pulls |= {name: self._pool.submit(self._pulled, name) for name in now}
-            done, _ = wait(self._pulls.values(), _PAUSE, FIRST_COMPLETED)
+            for client_id, name in now:
+                future = self._pool.submit(self._pulled, name)
+                self._pulls[name] = _Pull(client_id, time.monotonic(), future)
+            futures = [pull.answer for pull in self._pulls.values()]
+            done, _ = wait(futures, _PAUSE, FIRST_COMPLETED)
             if not done:
                 break
             answers += self._finished()
         return answers
 
+    def _coming(self) -> int:
+        """How many answers are on their way here, and do not wait for their senders."""
+        now = time.monotonic()
+        return sum(now - pull.began < _IN_PART for pull in self._pulls.values())
+
     def _finished(self) -> Iterator[tuple[str, bytes | Lost]]:
         """The answers of pulls that are over; not of a call that was given up meanwhile."""
-        for name in [name for name, pull in self._pulls.items() if pull.done()]:
-            answer = self._pulls.pop(name).result()
+        for name in [name for name, pull in self._pulls.items() if pull.answer.done()]:
+            answer = self._pulls.pop(name).answer.result()
             if answer is not None and name in self._open:
                 client_id, _ = self._open.pop(name)
                 yield client_id, answer

@@ -119,6 +119,11 @@ def require_possible(
         raise SettingsError(
             f"address {shown(repr(address))}: expected host:port, such as 10.0.0.5:8443"
         )
+    if listens_only(address):
+        raise SettingsError(
+            f"address {address!r}: no client can call it; expected the one of the server's machine "
+            "(its federation.toml may say 0.0.0.0 afterwards)"
+        )
     for what, names in (("clients", clients), ("labels", labels)):
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
@@ -132,6 +137,12 @@ def require_possible(
     if folder.exists() and any(folder.iterdir()):
         raise SettingsError(f"{folder} exists already and is not empty")
     return host
+
+
+def listens_only(address: str) -> bool:
+    """Whether host:port is all addresses of a machine: one listens there, and calls nobody."""
+    host = address.rpartition(":")[0].strip("[]")
+    return _is_address(host) and ipaddress.ip_address(host).is_unspecified
 
 
 def _is_address(host: str) -> bool:

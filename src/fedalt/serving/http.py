@@ -80,7 +80,9 @@ class Service:
 
     def _most(self, asked: ChatAsked | TextAsked, read: int) -> int:
         """The longest answer, in tokens. Raises ApiError where prompt and answer have no room."""
-        positions, limit = self.models.base.positions, self.settings.max_tokens
+        limit, reads = self.settings.max_tokens, self.models.base.positions
+        positions = min(reads, self.engine.longest)
+        held = "the model reads" if positions == reads else "the memory of this server holds"
         if asked.most is None:
             most = min(self.models.max_new_tokens, limit, positions - read)
         elif asked.most > limit:
@@ -95,8 +97,8 @@ class Service:
         if most < 1 or read + most > positions:
             raise ApiError(
                 400,
-                f"the prompt has {read} tokens and the answer may have {max(most, 1)}, but the "
-                f"model reads at most {positions}",
+                f"the prompt has {read} tokens and the answer may have {max(most, 1)}, but {held} "
+                f"at most {positions}",
                 "context_length_exceeded",
                 "messages" if isinstance(asked, ChatAsked) else "prompt",
             )

@@ -16,6 +16,7 @@ from fedalt.evaluation import generate
 from fedalt.methods.contract import Serving
 from fedalt.serving.batch import Adapters, can_share
 from fedalt.serving.engine import ClosedError, Engine, QueueFullError, Request
+from fedalt.serving.exports import exported
 from fedalt.serving.text import Text
 
 TWO = (Slot("a", 2, 4.0), Slot("b", 2, 4.0))
@@ -277,3 +278,10 @@ def test_nothing_of_a_stop_is_told_while_one_of_its_signs_is_unfinished(base):
     assert "".join(told("a\u20acb")) == "x"
     assert "".join(told("a\u20acc")) == "x a\u20acb y"
     assert told() == ["x", "", " a", "", "", "\u20ac", "b", "", " y"]
+
+
+def test_what_an_export_that_was_killed_has_left_is_not_served(tmp_path):
+    for name in ("anna", ".ben.0badcafe.tmp"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    assert exported(tmp_path) == {"anna": tmp_path / "anna"}

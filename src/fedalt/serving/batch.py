@@ -56,6 +56,10 @@ class Batch(Protocol):
     def step(self, tokens: Sequence[int]) -> Tensor:
         """Read one more token of every row; the logits (rows, vocabulary) of what follows."""
 
+    @property
+    def held(self) -> int:
+        """The tokens whose keys and values there are buffers for."""
+
 
 def can_share(base: Base) -> bool:
     """Whether rows of different lengths and clients can go through the model together."""
@@ -107,6 +111,16 @@ class Together:
         shares = torch.cat(self._shares)
         return self._pass(self._places, shares, ids, mask, positions, self._columns.cache)
 
+    @property
+    def held(self) -> int:
+        """See `Batch`."""
+        return self._columns.held
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What is kept of one token that was read."""
+        return self._columns.bytes_per_token
+
     def _pass(
         self,
         places: Sequence[int],
@@ -157,6 +171,11 @@ class Alone:
         for (_, ids, _), token in zip(self._rows, tokens, strict=True):
             ids.append(token)
         return torch.cat([self._logits(row) for row in range(len(self._rows))])
+
+    @property
+    def held(self) -> int:
+        """See `Batch`."""
+        return 0
 
     def _logits(self, row: int) -> Tensor:
         adapters, ids, shares = self._rows[row]

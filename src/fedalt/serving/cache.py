@@ -14,6 +14,21 @@ from transformers.cache_utils import Cache, DynamicLayer
 _SPARE: Final = 64  # columns of a new buffer for tokens to come
 
 
+def tokens_held(rows: int, longest: int) -> int:
+    """The most tokens that buffers have room for while so many texts get as long as that."""
+    return _rows_for(rows) * (longest + _SPARE)
+
+
+def longest_in(room: int) -> int:
+    """How long a text may get that has room for so many tokens to itself."""
+    return max(0, room - _SPARE)
+
+
+def _rows_for(rows: int) -> int:
+    """Rows of a new buffer: a power of two, so that not every text that comes needs another."""
+    return 1 << (rows - 1).bit_length() if rows else 0
+
+
 class _Window(DynamicLayer):  # type: ignore[misc]  # transformers is not typed
     """One layer's `keys` and `values`: a part of two buffers (rows, heads, columns, size)."""
 
@@ -54,7 +69,7 @@ class Columns:
         """Another row: what the model has read of a text alone."""
         length, row, room = read.get_seq_length(), len(self.lengths), self._room(0)
         if row == room or length > self._end:
-            self._renew(read, length, max(1, 2 * row) if row == room else room)
+            self._renew(read, length, _rows_for(row + 1))
         for window, alone in zip(self.cache.layers, read.layers, strict=True):
             for buffer, states in zip(window.buffers, (alone.keys, alone.values), strict=True):
                 buffer[row, :, self._end - length : self._end] = states[0]
@@ -79,7 +94,7 @@ class Columns:
         """
         width = max(self.lengths)
         if self._end == self._room(2):
-            self._renew(self.cache, width, self._room(0))
+            self._renew(self.cache, width, _rows_for(len(self.lengths)))
         for window in self.cache.layers:
             window.show(len(self.lengths), slice(self._end - width, self._end))
         self._end += 1
@@ -87,6 +102,17 @@ class Columns:
         self.lengths = [length + 1 for length in self.lengths]
         mask = torch.arange(width, -1, -1, device=device) <= lengths
         return mask.long(), lengths
+
+    @property
+    def held(self) -> int:
+        """The tokens that the buffers have room for."""
+        return self._room(0) * self._room(2)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token of one row takes in all layers."""
+        buffers = [buffer for layer in self.cache.layers for buffer in layer.buffers]
+        return int(sum(buffer.nbytes for buffer in buffers)) // self.held
 
     def _room(self, axis: int) -> int:
         """Rows (axis 0) or columns (axis 2) of the buffers."""

@@ -1,6 +1,7 @@
 """Continuous batching: requests of all clients join the running passes and leave between tokens."""
 
 import secrets
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -19,6 +20,8 @@ from fedalt.evaluation.asking import ends
 from fedalt.evaluation.group import Ids
 from fedalt.models.base import Base
 from fedalt.serving.batch import Adapters, Alone, Batch, Together, can_share
+from fedalt.serving.cache import longest_in, tokens_held
+from fedalt.serving.memory import room_of
 
 _READ: Final = 512  # prompt tokens between two steps: those who are being answered wait that long
 _GREEDY: Final = 1e-6  # a temperature below is none: divided by it, logits may become infinite
@@ -58,6 +61,11 @@ class Request:
         seed = secrets.randbits(32) if self.seed is None else self.seed
         self._stream = generator(seed, "answer")
 
+    @property
+    def longest(self) -> int:
+        """How many tokens prompt and answer may have."""
+        return len(self.prompt) + self.max_tokens
+
     def choose(self, logits: Tensor) -> int:
         """The next token, of logits (vocabulary,)."""
         likeliest = int(logits.argmax())
@@ -87,6 +95,7 @@ class _Running:
 class Engine:
     """Answers requests in a thread of its own, at most `rows` at once; `queue` more may wait.
 
+    A request also waits while memory does not hold it beside those that are being answered.
     `on_failure` is called in that thread where it ends by an error.
     """
 
@@ -96,6 +105,7 @@ class Engine:
         self.on_failure: Callable[[], object] = lambda: None
         self._rows, self._queue = rows, queue
         self._shares = can_share(base)
+        self._room = room_of(base) if self._shares else sys.maxsize  # alone, nothing is kept
         self._ends = frozenset(ends(base))
         self._waiting: deque[Request] = deque()
         self._acts: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -103,6 +113,11 @@ class Engine:
         self._closed = False
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens of a prompt and its answer that memory holds."""
+        return longest_in(self._room)
 
     @property
     def waiting(self) -> int:
@@ -185,12 +200,26 @@ class Engine:
                 request.tell(None, "late")
                 continue
             running = self._home(request.adapters)
+            if self.running and not self._fits(request, running):
+                with self._changed:
+                    self._waiting.appendleft(request)
+                return
             # It counts before it is read: should that fail, it is told.
             running.requests.append(request)
             logits = running.batch.join(request.adapters, request.prompt)
             read += len(request.prompt)
             self.counts["prompt_tokens"] += len(request.prompt)
             self._advance(running, len(running.requests) - 1, logits[0])
+
+    def _fits(self, request: Request, home: _Running) -> bool:
+        """Whether memory holds it in that batch once it and all others are as long as they get."""
+        held = 0
+        for running in self._batches.values():
+            texts = [*running.requests, request] if running is home else running.requests
+            longest = max((text.longest for text in texts), default=0)
+            # Who has left may have been the longest: buffers shrink with the next that is new.
+            held += max(running.batch.held, tokens_held(len(texts), longest))
+        return held <= self._room
 
     def _next(self) -> Request | None:
         """The first that waits, taken out; None where nobody does."""

@@ -32,7 +32,9 @@ def exported(path: Path) -> dict[str, Path]:
     """The exported folders that a path stands for, by name: itself, or those right in it."""
     if (path / CONFIG_NAME).is_file():
         return {path.resolve().name: path}
-    return {file.parent.name: file.parent for file in sorted(path.glob(f"*/{CONFIG_NAME}"))}
+    folders = (file.parent for file in sorted(path.glob(f"*/{CONFIG_NAME}")))
+    # A hidden one is what an export that was killed has left.
+    return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
 
 
 def open_exports(folders: Mapping[str, Path]) -> tuple[Base, int, dict[str, Exported]]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +33,8 @@ class Service:
     engine: Engine
     settings: ServeSettings
     began: int = field(default_factory=lambda: int(time.time()))
+    # One: not all tokenizers bear two calls at once.
+    encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoder"))
 
     def model(self, name: str) -> Model:
         """A model by its name. Raises ApiError."""
@@ -49,15 +52,17 @@ class Service:
         """What `/v1/models` tells of a model."""
         return {"id": name, "object": "model", "created": self.began, "owned_by": "fedalt"}
 
-    def begin(self, asked: ChatAsked | TextAsked) -> Answer:
+    async def begin(self, asked: ChatAsked | TextAsked) -> Answer:
         """Put a request to the engine. Raises ApiError."""
+        deadline = time.monotonic() + self.settings.seconds
         if (name := asked.unsupported()) is not None:
             raise ApiError(400, f"{name}: this server cannot do that", "unsupported", name)
         model, base = self.model(asked.model), self.models.base
         chat = isinstance(asked, ChatAsked)
-        prompt = _prompt(model, self.models, asked)
         queue: Written = asyncio.Queue()
         loop = asyncio.get_running_loop()
+        # The tokens of a megabyte take seconds, in which everybody else is answered as well.
+        prompt = await loop.run_in_executor(self.encoder, _prompt, model, self.models, asked)
         request = engines.Request(
             model.adapters,
             prompt,
@@ -66,7 +71,7 @@ class Service:
             asked.temperature or 0.0,
             1.0 if asked.top_p is None else asked.top_p,
             asked.seed,
-            time.monotonic() + self.settings.seconds,
+            deadline,
         )
         try:
             self.engine.submit(request)
@@ -80,7 +85,9 @@ class Service:
 
     def _most(self, asked: ChatAsked | TextAsked, read: int) -> int:
         """The longest answer, in tokens. Raises ApiError where prompt and answer have no room."""
-        positions, limit = self.models.base.positions, self.settings.max_tokens
+        limit, reads = self.settings.max_tokens, self.models.base.positions
+        positions = min(reads, self.engine.longest)
+        held = "the model reads" if positions == reads else "the memory of this server holds"
         if asked.most is None:
             most = min(self.models.max_new_tokens, limit, positions - read)
         elif asked.most > limit:
@@ -95,8 +102,8 @@ class Service:
         if most < 1 or read + most > positions:
             raise ApiError(
                 400,
-                f"the prompt has {read} tokens and the answer may have {max(most, 1)}, but the "
-                f"model reads at most {positions}",
+                f"the prompt has {read} tokens and the answer may have {max(most, 1)}, but {held} "
+                f"at most {positions}",
                 "context_length_exceeded",
                 "messages" if isinstance(asked, ChatAsked) else "prompt",
             )
@@ -129,7 +136,7 @@ def _put(loop: asyncio.AbstractEventLoop, queue: "asyncio.Queue[Any]", item: Any
 async def _answered(
     service: Service, asked: ChatAsked | TextAsked, request: Request, form: Form
 ) -> Response:
-    answer = service.begin(asked)
+    answer = await service.begin(asked)
     if asked.stream:
         return stream(answer, form, usage=asked.counts_usage)
     return await whole(answer, form, request)

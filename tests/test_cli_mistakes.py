@@ -263,12 +263,17 @@ def test_ctrl_c_in_a_round_says_how_to_go_on_and_resuming_ends_the_same(run_flag
     assert scores_of(stopped) == scores_of(straight)
 
 
-def test_a_loss_that_explodes_tells_which_settings_to_change(run_flags, tmp_path, capsys):
+def test_a_loss_that_explodes_tells_what_to_change(run_flags, tmp_path, capsys):
     run = tmp_path / "r"
     assert call("run", *run_flags, "--lr", "1e30", "--out", run) == 2
     said = capsys.readouterr().err
     assert "the loss became nan" in said
     assert f"change {run / 'settings.toml'}" in said
+    assert "unless a model diverged in a round that is done" in said
+    late = (*run_flags, "--lr", "1e30", "--batch-size", "64", "--rounds", "1", "--validation", "0")
+    assert call("run", *late, "--out", tmp_path / "late") == 2
+    said = capsys.readouterr().err
+    assert "its model has diverged, so start another run with a lower learning rate" in said
 
 
 def test_our_own_mistakes_exit_with_1_and_leave_a_traceback_in_a_file(monkeypatch, capsys):

@@ -265,6 +265,7 @@ def test_a_run_that_fails_before_it_has_a_folder_leaves_the_others_their_table(p
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds: expected a list of different whole numbers"),
         ("[[methods]]", "[[others]]", "expected at least one"),
         ("[rounds]", "[method]", "'method' belongs to a single run"),
+        ('name = "ffa_lora"\nlabel = "FFA-LoRA, faster"', 'name = "FFA*"', "no method 'FFA.'"),
         ("lr = 3e-2", "lr = 3e-2\n[methods.tune]\ntrials = 8", r"\[tune\] trials: method 'ffa_l"),
     ],
 )

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 from commands import call
@@ -23,6 +23,8 @@ from fedalt.runs.kept_settings import that_count
 from fedalt.runs.origin import Origin, note_origin
 from fedalt.runs.rehearsal import difference, rehearse
 from fedalt.runs.settings import settings_of
+
+CELL = Cell("local", 0, "0", {}, [], Cost(0, 0, 0, 0, 0), {"own": {"a": {"loss": 1.0}}})
 
 FILE = """
 seeds = [0]
@@ -224,10 +226,30 @@ def test_a_damaged_file_of_cells_is_one_error_with_its_line(whole, tmp_path):
     assert (tmp_path / "again.jsonl").read_text().splitlines() == lines
 
 
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"scores": {}}, "scores: own: expected clients with a loss each"),
+        ({"scores": {"own": {}}}, "scores: own: expected clients with a loss each"),
+        ({"scores": {"own": {"a": {"accuracy": 1}}}}, "scores: own: expected clients with a loss"),
+        ({"costs": {}}, "costs: it lacks 'download_bytes'"),
+        ({"costs": {**asdict(CELL.costs), "seconds": "many"}}, "costs: seconds: expected a number"),
+        ({"costs": {**asdict(CELL.costs), "ranks": [8]}}, "costs: ranks: expected a list of 2"),
+        ({"costs": {**asdict(CELL.costs), "trained": None}}, "costs: trained: expected an object"),
+    ],
+)
+def test_a_cell_that_was_edited_by_hand_is_one_error_with_its_line(change, told, tmp_path):
+    keep_cell(tmp_path / "cells.jsonl", CELL)
+    line = json.loads((tmp_path / "cells.jsonl").read_text())
+    (tmp_path / "cells.jsonl").write_text(json.dumps({**line, **change}) + "\n")
+    with pytest.raises(StoreError, match=f"is damaged: line 1: {told}"):
+        read_cells(tmp_path / "cells.jsonl")
+
+
 def test_cells_that_several_processes_keep_in_one_file_are_all_there(tmp_path):
-    file, cell = tmp_path / "cells.jsonl", Cell("local", 0, "0", {}, [], Cost(0, 0, 0, 0, 0), {})
+    file, cell = tmp_path / "cells.jsonl", CELL
     program = (
-        "import sys; from pathlib import Path; from dataclasses import replace\n"
+        "import sys; from pathlib import Path; from dataclasses import asdict, replace\n"
         "from fedalt.runs.cells import keep_cell, read_cells\n"
         "file, label = Path(sys.argv[1]), sys.argv[2]\n"
         "cell = read_cells(file)['local', 0]\n"

@@ -164,6 +164,17 @@ def test_what_is_missing_or_empty_is_said(tmp_path):
     assert "all train records have the label 'x'" in failure(same)
 
 
+def test_a_wrong_record_is_all_that_is_told_of_it(tmp_path):
+    rows = [{"client": "a", "instruction": "i", "output": 7}, *({"client": "b"} | r for r in ROWS)]
+    told = failure(write_lines(tmp_path / "all.jsonl", rows))
+    assert told.endswith("all.jsonl: all.jsonl:1: field 'output': expected text, got 7")
+    labels = [{"text": "t", "label": "x"}, {"text": "", "label": "y"}]
+    told = failure(
+        write_clients(tmp_path / "labels", a_train=labels, a_test=[{**labels[0], "label": "y"}])
+    )
+    assert told.endswith("a.train.jsonl:2: field 'text' is empty; expected text")
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [

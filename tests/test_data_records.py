@@ -1,4 +1,5 @@
 import json
+import math
 
 import pytest
 from hypothesis import given
@@ -51,6 +52,7 @@ def test_extra_fields_do_no_harm():
         ({"instruction": "i"}, "field 'output' is missing beside 'instruction'"),
         ({"sentence1": "s"}, "field 'label' is missing beside 'sentence1'"),
         ({"instruction": "i", "output": 7}, "field 'output': expected text, got 7"),
+        ({"instruction": "i", "output": math.nan}, "field 'output': expected text, got nan"),
         ({"instruction": "i", "output": None}, "field 'output': expected text, got null"),
         ({"instruction": " \n", "output": "o"}, "field 'instruction' is empty"),
         ({"instruction": "i", "input": [], "output": "o"}, "field 'input': expected text"),

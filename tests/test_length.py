@@ -27,6 +27,19 @@ def test_a_run_that_is_not_tested_shows_its_validation_however_it_came_to_its_en
         assert "no client has" not in said.err
 
 
+def test_a_run_that_cannot_go_on_keeps_its_length(
+    tmp_path: Path, tiny_model_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write_clients(tmp_path / "data", ("a", "b"))
+    settings = settings_for(tiny_model_dir, data, rounds={"rounds": 1})
+    run = start_run(prepare(settings), tmp_path / "run").path
+    write_clients(data, ("c",))
+    assert call("resume", run, "--rounds", 2) == 2
+    assert "began with other client data" in capsys.readouterr().err
+    assert call("resume", run) == 0
+    assert "is finished: all its rounds are done and tested" in capsys.readouterr().err
+
+
 def test_a_length_that_a_run_cannot_have_leaves_it_as_it_is(
     tmp_path: Path, tiny_model_dir: Path
 ) -> None:

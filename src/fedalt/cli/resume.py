@@ -25,20 +25,19 @@ def resume(
     from fedalt.cli.training import introduce, train
     from fedalt.report.trackers import require_trackers
     from fedalt.runs.folder import open_run
-    from fedalt.runs.length import is_finished, set_rounds
+    from fedalt.runs.length import is_finished, with_rounds
     from fedalt.runs.lifecycle import reopen
 
-    if rounds is not None:
-        set_rounds(path, rounds)
-    if is_finished(path):
-        if report_to:
-            raise typer.BadParameter(f"{path} is finished; `fedalt track` sends its numbers")
-        open_run(path).require_whole()
-        note(f"{path} is finished: all its rounds are done and tested", quiet=quiet)
-        show_run(path, as_json=as_json, quiet=quiet)
-        return
-    require_trackers(report_to or ())
-    prepared = reopen(path)
+    with with_rounds(path, rounds):
+        if is_finished(path):
+            if report_to:
+                raise typer.BadParameter(f"{path} is finished; `fedalt track` sends its numbers")
+            open_run(path).require_whole()
+            note(f"{path} is finished: all its rounds are done and tested", quiet=quiet)
+            show_run(path, as_json=as_json, quiet=quiet)
+            return
+        require_trackers(report_to or ())
+        prepared = reopen(path)
     introduce(prepared, path, quiet=quiet)
     train(prepared, path, report_to=report_to or (), quiet=quiet)
     show_run(path, as_json=as_json, quiet=quiet)

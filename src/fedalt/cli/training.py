@@ -83,7 +83,10 @@ def _way_back(path: Path, rounds: int) -> Iterator[None]:
         raise
     except TrainingError:
         file = path / "settings.toml"
-        note(f"stopped in {where()}; change {file}, then `fedalt resume {path}` continues")
+        note(
+            f"stopped in {where()}; change {file}, then `fedalt resume {path}` continues, unless a "
+            "model diverged in a round that is done: then start another run"
+        )
         raise
     except Exception:
         note(f"stopped in {where()}; `fedalt resume {path}` repeats that and continues")

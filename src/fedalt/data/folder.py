@@ -173,6 +173,7 @@ class _Survey:
         self._names: dict[str, Source] = {}  # by client, where its name first stands
         self._spelling: dict[str, str] = {}
         self._unproven: dict[str, str] = {}
+        self._refused: set[tuple[str, Split]] = set()  # which have records that are wrong
         self._reported: set[tuple[str, str, Split]] = set()
 
     def read(self, source: Source) -> None:
@@ -196,8 +197,8 @@ class _Survey:
         for key in sorted(self._hashes):
             self._seal(key, shared=True)
         self._require_train()
-        if self._agreed:
-            return
+        if self._agreed or any(split == "train" for _, split in self._refused):
+            return  # which labels there are is then not known
         for label in sorted(self._unproven.keys() - self.labels):
             self._problems.add(
                 self._unproven[label], f"field 'label': no train record has the label {label!r}"
@@ -213,7 +214,8 @@ class _Survey:
         """Note clients with records or files for validation or test but none to train on."""
         with_file = {source.client_id for source in self._layout.sources if source.split == "train"}
         for client_id, source in sorted(self._names.items()):
-            if source.client_id is None and (client_id, "train") not in self.parts:
+            key: tuple[str, Split] = (client_id, "train")
+            if source.client_id is None and key not in self.parts.keys() | self._refused:
                 self._problems.add(f"client {client_id!r}", "has no train records")
             elif source.client_id is not None and client_id not in with_file:
                 self._problems.add(
@@ -240,6 +242,7 @@ class _Survey:
             record = parse_record(item.value, self._columns)
         except DataError as error:
             self._problems.add(place, str(error))
+            self._refused.add(key)
             return
         self._agree(record.kind, key, place)
         client_id, split = key

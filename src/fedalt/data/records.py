@@ -207,7 +207,7 @@ def _form(fields: Mapping[str, object]) -> str:
     if complete:
         for group in _FORMS[complete[0]]:
             given = [name for name in group if name in fields]
-            if any(fields[name] != fields[given[0]] for name in given):
+            if any(fields[name] != fields[given[0]] for name in given[1:]):  # NaN differs from NaN
                 raise DataError(f"fields {' and '.join(map(repr, given))} differ: keep one")
         return complete[0]
     for first, *others in _FORMS.values():

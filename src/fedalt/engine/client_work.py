@@ -210,12 +210,14 @@ def _require_finite(
     client_id: str, round_: int, split: HeldOut, metrics: Mapping[str, Metrics]
 ) -> None:
     """A model whose losses are not numbers has no score: it would seem right or wrong by chance."""
+    # What is tested was trained in rounds that are done, which a resumed run does not repeat.
+    advice = "start another run with" if split == "test" else "try"
     for column, of_column in metrics.items():
         if not isfinite(of_column["loss"]):
             raise TrainingError(
                 f"client {client_id!r}, round {round_ + 1}: the {split} loss of column {column!r} "
-                f"is {of_column['loss']}, not a finite number; its model has diverged, so try a "
-                "lower learning rate or alpha"
+                f"is {of_column['loss']}, not a finite number; its model has diverged, so "
+                f"{advice} a lower learning rate or alpha"
             )
 
 

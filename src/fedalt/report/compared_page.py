@@ -15,7 +15,7 @@ from fedalt.report.grid import Grid, shown_cell
 from fedalt.report.headline import heading
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Section, Table
 from fedalt.report.table import Table as Scores
-from fedalt.runs.cells import Cost, cost_in
+from fedalt.runs.cells import Cost, CostLine, cost_in
 from fedalt.runs.compare import folder_of
 from fedalt.runs.folder import open_run
 from fedalt.runs.record import StoreError
@@ -49,14 +49,9 @@ class _Notes(TypedDict):
     notes: list[str]
 
 
-class _Costs(TypedDict):
+class _Costs(CostLine):
     method: str
     seed: int
-    trainable_numbers: int
-    upload_bytes: float
-    download_bytes: float
-    seconds: float
-    peak_memory_bytes: int
 
 
 def read_results(path: Path) -> Results:

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from fedalt.core.files import atomic_write, make_private_folder, one_at_a_time
 from fedalt.core.reading import StoreError, read_lines
@@ -58,13 +58,28 @@ class Cell:
         return self.method, self.seed
 
 
+class CostLine(TypedDict):
+    """A `Cost` as JSON; the first cells had but the first five."""
+
+    trainable_numbers: int
+    upload_bytes: float
+    download_bytes: float
+    seconds: float
+    peak_memory_bytes: int
+    least_numbers: NotRequired[int]
+    ranks: NotRequired[tuple[int, int]]
+    steps: NotRequired[float]
+    serving_steps: NotRequired[float]
+    trained: NotRequired[dict[str, int]]
+
+
 class _Line(TypedDict):
     method: str
     seed: int
     fedalt: str
     settings: dict[str, dict[str, Any]]
     rehearsal: list[float]
-    costs: dict[str, Any]
+    costs: CostLine
     scores: dict[str, dict[str, dict[str, float]]]
 
 
@@ -72,10 +87,12 @@ def read_cells(file: Path) -> dict[tuple[str, int], Cell]:
     """The cells of a file by method and seed; none where there is no file. Raises StoreError."""
     cells: dict[tuple[str, int], Cell] = {}
     for number, line in enumerate(read_lines(file, _Line) if file.exists() else [], 1):
-        try:
-            cell = Cell(**{**line, "costs": cost_in(line["costs"])})
-        except TypeError as error:
-            raise StoreError(f"{file} is damaged: line {number}: {error}") from None
+        own = line["scores"].get("own")
+        if not own or not all("loss" in metrics for metrics in own.values()):
+            raise StoreError(
+                f"{file} is damaged: line {number}: scores: own: expected clients with a loss each"
+            )
+        cell = Cell(**{**line, "costs": cost_in(line["costs"])})
         if cell.key in cells:
             raise StoreError(f"{file}: line {number} is a second cell {named(cell.key)}")
         cells[cell.key] = cell
@@ -95,7 +112,7 @@ def keep_cell(file: Path, cell: Cell) -> None:
 
 
 def cost_in(table: Mapping[str, Any]) -> Cost:
-    """The costs of a line of JSON. Raises TypeError for one that lacks some."""
+    """The costs of a line of JSON that is, or holds, a `CostLine`."""
     took = {item.name: table[item.name] for item in fields(Cost) if item.name in table}
     return Cost(**{**took, "ranks": tuple(took.get("ranks", (0, 0)))})
 

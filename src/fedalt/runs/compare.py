@@ -207,14 +207,14 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
     method = {key: value for key, value in given.items() if key not in other}
     if "name" not in method:
         raise SettingsError(f"{place}: name is missing")
+    tried = table.pop("tune", {})
+    whole = {**table, "method": method}
+    settings_of(whole, place)  # an error is about what the user has written
     label = given.get("label", method["name"])
     if not isinstance(label, str) or not _LABEL.fullmatch(label):
         raise SettingsError(
             f"{place}: label: expected letters, digits and plain signs, got {label!r}"
         )
-    tried = table.pop("tune", {})
-    whole = {**table, "method": method}
-    settings_of(whole, place)  # an error is about what the user has written
     filled, advice = recommended(whole)
     grid = _grid(tried, given.get("tune", {}), table, method, place)
     return Entry(label, settings_of(filled, place), grid, advice, whole)

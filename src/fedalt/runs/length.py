@@ -1,9 +1,12 @@
 """How long a run is, and whether it is at its end; its rounds may change while it stands."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from fedalt.core.files import atomic_write
+from fedalt.core.reading import read_bytes
 from fedalt.runs.folder import StoreError, locked, open_run
 from fedalt.runs.kept_settings import settings_of_run, settings_table
 from fedalt.runs.preflight import require_known
@@ -43,3 +46,21 @@ def set_rounds(path: Path, rounds: int) -> None:
             settings_of(settings_table(changed), f"{path} with {rounds} rounds")
             require_known(changed, [*folder.facts()["clients"]])
             atomic_write(path / "settings.toml", to_toml(changed).encode())
+
+
+@contextmanager
+def with_rounds(path: Path, rounds: int | None) -> Iterator[None]:
+    """The same, unless it is None, while a run is made ready to go on.
+
+    If that fails, as where its data are others now, the run has the length that it had.
+    """
+    if rounds is None:
+        yield
+        return
+    before = read_bytes(path / "settings.toml")
+    set_rounds(path, rounds)
+    try:
+        yield
+    except BaseException:
+        atomic_write(path / "settings.toml", before)
+        raise

@@ -261,6 +261,11 @@ def test_a_run_that_fails_before_it_has_a_folder_leaves_the_others_their_table(p
     [
         ('name = "ffa_lora"', 'name = "fa_lora"', r"\[\[methods\]\] 2.*no method 'fa_lora'"),
         ('label = "FFA-LoRA, faster"', 'label = "fedalt"', "two methods are called 'fedalt'"),
+        (
+            'label = "FFA-LoRA, faster"',
+            f'label = "{"x" * 81}"',
+            "label: expected at most 80 letters",
+        ),
         ('label = "FFA-LoRA, faster"', "rnak = 3", r"\[\[methods\]\] 2.*unknown key 'rnak'"),
         ("seeds = [0, 1]", "seeds = [0, 0]", "seeds: expected a list of different whole numbers"),
         ("[[methods]]", "[[others]]", "expected at least one"),

@@ -60,6 +60,14 @@ def test_one_file_with_a_client_column_and_its_siblings(tmp_path):
     assert folder.records("1", "validation")[0].question == "last"
 
 
+@pytest.mark.parametrize("column", ["Split", "SPLIT", "split "])
+def test_a_split_by_nearly_its_name_does_not_train_on_test_records(tmp_path, column):
+    file = write_lines(
+        tmp_path / "all.jsonl", [{**row, "client": "a", column: "test"} for row in ROWS]
+    )
+    assert f"column {column!r}: expected 'split', in these letters" in failure(file)
+
+
 def test_the_client_column_may_have_any_name(tmp_path):
     file = write_lines(tmp_path / "all.jsonl", [{**row, "site": "x"} for row in ROWS])
     assert open_data(tmp_path, Columns("site")).clients == ("x",)

@@ -121,7 +121,8 @@ def _with_equal_steps(entries: "Sequence[Entry]", *, quiet: bool) -> "tuple[Entr
         rounds, left = (entry.settings.rounds.rounds for entry in (before, after))
         if left < rounds:
             why = "it trains more than once a round, or before it serves"
-            note(f"{after.label}: {left} rounds for {rounds} of others: {why}", quiet=quiet)
+            shorter = f"{left} of the others' {rounds} rounds"
+            note(f"{after.label}: {shorter}: {why}", quiet=quiet)
     return equal
 
 

@@ -148,6 +148,10 @@ def _assigned(
         if not isinstance(client, str | int) or isinstance(client, bool):
             problems.add(where, f"field {column!r}: expected a client's name or number")
             continue
+        near = {name for name in item.value if name.strip().casefold() == "split"} - {"split"}
+        if near:
+            problems.add(where, f"column {min(near)!r}: expected 'split', in these letters")
+            return  # test records must not train; every further line is wrong in the same way
         split = item.value.get("split", source.split)
         if split not in SPLITS:
             problems.add(where, f"field 'split': {split!r} is none of {', '.join(SPLITS)}")

@@ -26,7 +26,7 @@ from fedalt.runs.view import VIEW, view_of
 from fedalt.training.recommended import recommended
 
 _OVERRIDES = ("data", "model", "training", "rounds", "scoring", "traffic", "privacy")
-_LABEL = re.compile(r"[\w][\w .,=+()-]*")
+_LABEL = re.compile(r"[\w][\w .,=+()-]{,79}")  # it becomes a folder's name
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def _entry(common: Mapping[str, Any], given: Mapping[str, Any], place: str) -> E
     label = given.get("label", method["name"])
     if not isinstance(label, str) or not _LABEL.fullmatch(label):
         raise SettingsError(
-            f"{place}: label: expected letters, digits and plain signs, got {label!r}"
+            f"{place}: label: expected at most 80 letters, digits and plain signs, got {label!r}"
         )
     filled, advice = recommended(whole)
     grid = _grid(tried, given.get("tune", {}), table, method, place)

@@ -9,16 +9,27 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
+
+import torch
 
 from fedalt.core.files import cache_folder
 
 SUFFIX: Final = ".gguf"
 _MAGIC: Final = b"GGUF"
 _FORM: Final = 5  # of a converted folder; another one is converted anew
+_FACTORS: Final = "rope_freqs.weight"
+# The settings of all such models but for the largest factor.
+_LLAMA3: Final = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 class GGUFError(ValueError):
@@ -78,11 +89,8 @@ def _apart(file: Path, folder: Path) -> Path:
 
 def _convert(file: Path, folder: Path, named: Path) -> None:
     import gguf
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
-
-    from fedalt.models.gguf_rotations import rotations_of
 
     shown = logging.is_progress_bar_enabled()
     logging.enable_progress_bar()
@@ -100,7 +108,7 @@ def _convert(file: Path, folder: Path, named: Path) -> None:
         _require_all_weights(report)
         reader = gguf.GGUFReader(file)
         _require_no_other_bias(reader, model)
-        if (rotations := rotations_of(reader, model.config)) is not None:
+        if (rotations := _rotations_of(reader, model.config)) is not None:
             model.config.rope_parameters = rotations
         model.to(torch.bfloat16).float().save_pretrained(folder)
         model.config.dtype = torch.bfloat16  # what a GPU computes in
@@ -140,3 +148,41 @@ def _require_no_other_bias(reader: Any, model: Any) -> None:
             f"it has {len(given)} biases, such as {min(given)}, but a model of this architecture "
             f"takes {taken}"
         )
+
+
+def _rotations_of(reader: Any, config: Any) -> dict[str, Any] | None:
+    """The `rope_parameters` with which transformers computes what the file means; None: as read.
+
+    Transformers leaves RoPE scaling aside when it unpacks a file. Llama 3.1 and its kin divide each
+    frequency by a factor of its own, `rope_freqs.weight`. `reader` is a
+    `gguf.GGUFReader`, `config` what transformers has read of the file. Raises ValueError for
+    rotations that it cannot be given.
+    """
+    for key, field in reader.fields.items():
+        plain = {".rope.scaling.type": "none", ".rope.scale_linear": 1.0}
+        for end, usual in plain.items():
+            if key.endswith(end) and field.contents() != usual:
+                raise ValueError(f"its {key} is {field.contents()!r}, expected {usual!r} or none")
+    scaled = {tensor.name: tensor for tensor in reader.tensors if tensor.name.startswith("rope_")}
+    if not scaled:
+        return None
+    if set(scaled) != {_FACTORS}:
+        raise ValueError(f"it has {min(scaled)}, which transformers cannot use")
+    factors = torch.tensor(scaled[_FACTORS].data.copy()).float()
+    wanted = {**config.rope_parameters, **_LLAMA3, "factor": float(factors.max())}
+    if not torch.allclose(_factors(config, wanted, len(factors)), factors, rtol=1e-3):
+        raise ValueError(f"its {_FACTORS} is not that of Llama 3.1, which transformers can use")
+    return wanted
+
+
+def _factors(config: Any, rotations: dict[str, Any], count: int) -> torch.Tensor:
+    """What these rotations divide the plain frequencies by; NaN where there are not so many."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    tried = deepcopy(config)
+    tried.rope_parameters = rotations
+    frequencies: torch.Tensor = ROPE_INIT_FUNCTIONS["llama3"](tried, torch.device("cpu"))[0]
+    if len(frequencies) != count:
+        return torch.full((count,), torch.nan)
+    plain = torch.pow(float(rotations["rope_theta"]), -torch.arange(count) / count)
+    return plain / frequencies

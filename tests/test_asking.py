@@ -10,7 +10,7 @@ from tiny import CAUSAL, VOCAB, gpt2, llama, opt
 from transformers import GenerationConfig, RobertaConfig, RobertaForCausalLM
 
 from fedalt.adapters.plan import Slot, single
-from fedalt.adapters.positions import positions_of
+from fedalt.adapters.reach import positions_of
 from fedalt.data.prompts import cut_prompt, encode, encode_prompt
 from fedalt.data.records import Completion
 from fedalt.evaluation import Scoring, generate, score

@@ -1,10 +1,10 @@
-"""Which layers a text goes through, and what they make of it: seen while the model reads some."""
+"""Which texts a model reads, and which layers they go through: seen while it reads some."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from transformers.pytorch_utils import Conv1D
 
 # Odd numbers: what else a layer may see, such as a table of positions, has hardly as many rows.
 _TEXTS, _TOKENS = 3, 7
+# What models call a table with a row for each position.
+_TABLES: Final = ("position_embeddings", "embed_positions", "wpe", "position_embedding")
 
 
 @dataclass
@@ -114,6 +116,37 @@ def rows_of_embedding(model: PreTrainedModel) -> int | None:
     except NotImplementedError:
         return None
     return int(weight.shape[0]) if isinstance(weight, Tensor) else None
+
+
+def positions_of(model: PreTrainedModel) -> int | None:
+    """The most tokens of one text; None for a model that sets no bound.
+
+    Where positions are looked up in a table its rows count, not what the configuration says: those
+    up to a padding id stand for no position, nor do rows that are skipped. Tables of other parts,
+    such as a vision tower's, number no text.
+    """
+    config = model.config.get_text_config(decoder=True)
+    said = [getattr(config, "max_position_embeddings", None)]
+    texts = _place_of_texts(model)
+    for path, module in model.named_modules():
+        if not path.startswith(texts):
+            continue
+        if isinstance(module, nn.Embedding) and path.rpartition(".")[2] in _TABLES:
+            skipped = getattr(module, "offset", 0)
+            if module.padding_idx is not None:
+                skipped = max(skipped, module.padding_idx + 1)
+            said.append(module.num_embeddings - skipped)
+    return min((length for length in said if isinstance(length, int) and length > 0), default=None)
+
+
+def _place_of_texts(model: PreTrainedModel) -> str:
+    """How the paths begin of what lies beside the table of tokens; "" where there is none."""
+    try:
+        tokens = model.get_input_embeddings()
+    except NotImplementedError:
+        return ""
+    path = next((path for path, module in model.named_modules() if module is tokens), "")
+    return path.rpartition(".")[0]
 
 
 def is_in_a_block(path: str) -> bool:

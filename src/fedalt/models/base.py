@@ -20,8 +20,7 @@ from transformers import (
 )
 
 from fedalt.adapters.layer import AdaptedModel
-from fedalt.adapters.positions import positions_of
-from fedalt.adapters.reach import rows_of_embedding
+from fedalt.adapters.reach import positions_of, rows_of_embedding
 from fedalt.core.settings import BUILT_IN, BUILT_IN_FOLDER, PACKAGED, Quantise
 from fedalt.core.tree import Name
 from fedalt.models.checks import (

@@ -14,7 +14,7 @@ from malicious import PLAN, Malicious
 from runs_for_tests import scores_of
 
 from fedalt.core.codec import read
-from fedalt.engine.screening import Screening
+from fedalt.engine.firewall import Screening
 from fedalt.engine.states import server_of
 from fedalt.federation.client import Client
 from fedalt.federation.client_folder import open_client

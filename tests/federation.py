@@ -18,11 +18,11 @@ from fedalt.core.seeds import generator
 from fedalt.core.tree import Name, Tree
 from fedalt.engine import client_work
 from fedalt.engine.client_work import ClientWork
+from fedalt.engine.firewall import Screening
 from fedalt.engine.generators import Execute, Given, run_generators
 from fedalt.engine.privacy import Protection, Release
 from fedalt.engine.round import ClientRound, Outcome, run_round
 from fedalt.engine.schedule import Arm
-from fedalt.engine.screening import Screening
 from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding, Downlink, Traffic
 from fedalt.methods.contract import AnyMethod, Ledger, Serving

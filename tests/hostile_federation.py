@@ -19,8 +19,7 @@ from runs_for_tests import save_model, settings_for, write_clients
 
 from fedalt.core.codec import decode, encode
 from fedalt.core.container import unpack
-from fedalt.engine.firewall import Firewall
-from fedalt.engine.screening import Screening
+from fedalt.engine.firewall import Firewall, Screening
 from fedalt.federation.agreement import Agreement, write_agreement
 from fedalt.federation.client import Client
 from fedalt.federation.client_folder import open_client

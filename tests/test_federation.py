@@ -11,8 +11,7 @@ from runs_for_tests import save_model, scores_of, settings_for, write_clients
 from fedalt.core import codec, files
 from fedalt.core.codec import decode, encode, read
 from fedalt.core.tree import Tree
-from fedalt.engine.firewall import Firewall
-from fedalt.engine.screening import Screening
+from fedalt.engine.firewall import Firewall, Screening
 from fedalt.federation import accepted
 from fedalt.federation import client as member
 from fedalt.federation import client_states as kept

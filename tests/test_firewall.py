@@ -23,6 +23,7 @@ from fedalt.engine.dry_run import dry_run
 from fedalt.engine.firewall import (
     Firewall,
     Refused,
+    Screening,
     Size,
     check_broadcast,
     check_size,
@@ -31,7 +32,6 @@ from fedalt.engine.firewall import (
 )
 from fedalt.engine.robust import centre, cut_of
 from fedalt.engine.schedule import Arm, Event
-from fedalt.engine.screening import Screening
 from fedalt.engine.states import client_of, server_of
 from fedalt.methods.contract import Message
 from fedalt.methods.fedalt import FedALT

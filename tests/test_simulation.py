@@ -20,7 +20,7 @@ from runs_for_tests import save_model, settings_for, write_clients
 
 from fedalt.core.codec import read
 from fedalt.core.files import atomic_write
-from fedalt.engine.screening import Screening
+from fedalt.engine.firewall import Screening
 from fedalt.federation.rules import Rules
 from fedalt.federation.server_folder import open_server
 from fedalt.flower import simulate

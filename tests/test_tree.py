@@ -112,6 +112,24 @@ def test_require_same_names_says_what_differs() -> None:
         trees.require_same_names([A, B], [A], "the upload")
 
 
+@pytest.mark.parametrize(
+    ("tree", "error"),
+    [
+        ({A: torch.ones(2, 3)}, "^the upload lacks 1 tensors, first individual/B/layers.0.q"),
+        ({A: torch.ones(2, 3), B: torch.ones(4, 2), ROW: torch.ones(1)}, "first rest_of_world/A/"),
+        ({A: torch.ones(3, 2), B: torch.ones(4, 2)}, r"individual/A/.*\(3, 2\), but \(2, 3\)"),
+    ],
+)
+def test_check_tree_names_what_differs(tree: Tree, error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        trees.check_tree(tree, {A: (2, 3), B: (4, 2)}, "the upload")
+
+
+def test_check_tree_accepts_what_is_expected() -> None:
+    tree = {A: torch.ones(2, 3), B: torch.ones(4, 2, dtype=torch.int64)}
+    trees.check_tree(tree, {A: (2, 3), B: torch.Size([4, 2])}, "the upload")
+
+
 def test_zeros_like_keeps_shape_and_dtype() -> None:
     zeros = trees.zeros_like({A: torch.ones(2, 3, dtype=torch.float64)})
     assert zeros[A].dtype == torch.float64

@@ -18,7 +18,6 @@ from fedalt.core.container import pack, unpack
 from fedalt.core.digests import digest_of
 from fedalt.core.files import atomic_write as atomic_write
 from fedalt.core.plain import Source, build, flatten_fields, hints_of, label_of
-from fedalt.core.tree import Name
 
 T = TypeVar("T")
 
@@ -52,7 +51,7 @@ def decode(
             f"these bytes hold a {content['class']}, but a {label_of(cls)} was expected"
         )
     if finite:
-        _require_finite(tensors.items())
+        require_finite(tensors.items())
     source = Source(tensors, sorted(tensors), finite)
     try:
         value: T = build(cls, content["facts"], (), source, given or {})
@@ -61,32 +60,6 @@ def decode(
     if tensors:
         raise CodecError(f"{len(tensors)} unexpected tensors, first {min(tensors)}")
     return value
-
-
-def check_tree(
-    tree: Mapping[Name, Tensor],
-    shapes: Mapping[Name, tuple[int, ...]],
-    *,
-    dtype: torch.dtype | None = None,
-    finite: bool = False,
-    what: str = "the tree",
-) -> None:
-    """Fail unless the tree has exactly these names and shapes and, where asked, dtype and no NaN.
-
-    `what` opens the text of the error, such as "the upload of client 'a'".
-    """
-    if missing := shapes.keys() - tree.keys():
-        raise CodecError(f"{what} lacks {len(missing)} tensors, first {min(missing)}")
-    if extra := tree.keys() - shapes.keys():
-        raise CodecError(f"{what} has {len(extra)} unexpected tensors, first {min(extra)}")
-    for name in sorted(tree):
-        got, wanted = tuple(tree[name].shape), tuple(shapes[name])
-        if got != wanted:
-            raise CodecError(f"{what}: {name} has shape {got}, but {wanted} was expected")
-        if dtype is not None and tree[name].dtype != dtype:
-            raise CodecError(f"{what}: {name} is {tree[name].dtype}, but {dtype} was expected")
-    if finite:
-        _require_finite((f"{what}: {name}", tree[name]) for name in sorted(tree))
 
 
 def fields_of(cls: type, declared: object) -> tuple[str, ...]:
@@ -119,7 +92,8 @@ def read(
         raise CodecError(f"{path}: {error}") from error
 
 
-def _require_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+def require_finite(named: Iterable[tuple[str, Tensor]]) -> None:
+    """Fail for a tensor with NaN or infinity, by its name."""
     for where, tensor in named:
         if tensor.is_floating_point() and not _all_finite(tensor.detach().cpu()):
             raise CodecError(f"{where} holds NaN or infinity")

@@ -67,6 +67,17 @@ def require_same_names(got: Iterable[Name], wanted: Iterable[Name], what: str) -
         raise ValueError(f"{what} has {len(extra)} unexpected tensors, first {min(extra)}")
 
 
+def check_tree(
+    tree: Mapping[Name, Tensor], shapes: Mapping[Name, tuple[int, ...]], what: str
+) -> None:
+    """Fail, naming the first difference, unless the tree has exactly these names and shapes."""
+    require_same_names(tree, shapes, what)
+    for name in sorted(tree):
+        got, wanted = tuple(tree[name].shape), tuple(shapes[name])
+        if got != wanted:
+            raise ValueError(f"{what}: {name} has shape {got}, but {wanted} was expected")
+
+
 def apply(function: Callable[..., Any], *trees: Mapping[Name, Tensor]) -> Tree:
     """Apply a function to the tensors of the same name in every tree."""
     first, *others = trees

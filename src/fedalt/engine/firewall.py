@@ -2,8 +2,8 @@
 
 import math
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Final
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fedalt.adapters.start import Start
-from fedalt.core.codec import CodecError, check_tree
+from fedalt.core.codec import CodecError, require_finite
 from fedalt.core.foreign import shown
+from fedalt.core.settings import Robust
 from fedalt.core.tree import Name, Tree
 from fedalt.core.upload_settings import Firewall as Firewall
 from fedalt.engine.dry_run import Form, play, require_bound
@@ -150,6 +151,36 @@ def _outliers(what: str, values: Mapping[str, float], limit: float) -> dict[str,
     }
 
 
+@dataclass(frozen=True)
+class Screening:
+    """The rules of a round; `robust` takes the place of the method's mean, `trim` is its share."""
+
+    firewall: Firewall = field(default_factory=Firewall)
+    robust: Robust | None = None
+    trim: float = 0.1
+
+    def screened(
+        self, open_: Callable[[], Message], size: int, forms: Sequence[Form]
+    ) -> tuple[Message | None, str]:
+        """An upload of `size` bytes; None and why if its size, form or numbers are rejected.
+
+        `open_` makes a message of those bytes once they are few enough; `forms` are those that the
+        method's uploads may have, see `dry_run`.
+        """
+        try:
+            check_size(size, self.firewall.max_upload_bytes)
+            message = open_()
+            check_upload(message, forms)
+        except Refused as error:
+            return None, str(error)
+        return message, ""
+
+    def outliers(self, sizes: Mapping[str, Size]) -> dict[str, str]:
+        """Who of a round's clients is rejected for an upload too large beside the others'."""
+        limit = self.firewall.norm_limit
+        return {} if limit is None else too_large(sizes, limit)
+
+
 def _check_names(names: Set[Name], expected: Set[Name]) -> None:
     if missing := expected - names:
         raise Refused(f"the upload lacks {len(missing)} expected tensors, {_first(missing)}")
@@ -219,13 +250,9 @@ def _check_place(name: Name, tensor: Tensor, tree: Tree, start: Start) -> None:
 
 def _check_finite(tree: Tree, what: str) -> None:
     try:
-        check_tree(tree, _shapes(tree), finite=True, what=what)
+        require_finite((f"{what}: {name}", tree[name]) for name in sorted(tree))
     except CodecError as error:
         raise Refused(str(error)) from error
-
-
-def _shapes(tree: Tree) -> dict[Name, tuple[int, ...]]:
-    return {name: tuple(tensor.shape) for name, tensor in tree.items()}
 
 
 def _kind(tensor: Tensor) -> str:

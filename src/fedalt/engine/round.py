@@ -10,8 +10,8 @@ from fedalt.engine.adaptive_clip import WITHIN
 from fedalt.engine.blame import aggregate
 from fedalt.engine.changes import Sent
 from fedalt.engine.dry_run import DryRuns
+from fedalt.engine.firewall import Screening
 from fedalt.engine.privacy import Release
-from fedalt.engine.screening import Screening
 from fedalt.engine.states import States, server_of
 from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Metrics, Upload, UploadStore

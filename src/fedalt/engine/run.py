@@ -12,7 +12,7 @@ from fedalt.adapters.start import Start
 from fedalt.engine.adaptive_clip import clip_now
 from fedalt.engine.client_work import ClientWork
 from fedalt.engine.executor import Executor, InProcess, Score, Train
-from fedalt.engine.firewall import Firewall
+from fedalt.engine.firewall import Firewall, Screening
 from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.members import Members
 from fedalt.engine.privacy import Budget
@@ -28,7 +28,6 @@ from fedalt.engine.schedule import (
     Progress,
     Schedule,
 )
-from fedalt.engine.screening import Screening
 from fedalt.engine.states import server_of
 from fedalt.engine.traffic import Coding, Downlink, Traffic
 from fedalt.engine.uploads import Upload

@@ -9,10 +9,9 @@ from typing import ClassVar
 from fedalt.core.codec import encode, read
 from fedalt.core.files import open_private
 from fedalt.engine.changes import Sent
-from fedalt.engine.firewall import WEIGHT, Size, size_of
+from fedalt.engine.firewall import WEIGHT, Screening, Size, size_of
 from fedalt.engine.privacy import Release
 from fedalt.engine.robust import centre
-from fedalt.engine.screening import Screening
 from fedalt.engine.states import States
 from fedalt.methods.contract import Message
 

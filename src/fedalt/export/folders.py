@@ -16,9 +16,8 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.plan import HEAD, Mixer, Router, Slot, Sum
-from fedalt.core.codec import check_tree
 from fedalt.core.files import make_private_folder, open_private, write_private
-from fedalt.core.tree import select
+from fedalt.core.tree import check_tree, select
 from fedalt.export.keys import as_peft_reads
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
 from fedalt.export.targets import names_of_sites, saved_whole, targets_of, tensors_of_head

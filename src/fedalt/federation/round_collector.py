@@ -12,8 +12,7 @@ from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.core.reading import read_bytes
 from fedalt.engine.changes import Change, Sent, whole
-from fedalt.engine.firewall import Refused, check_size
-from fedalt.engine.screening import Screening
+from fedalt.engine.firewall import Refused, Screening, check_size
 from fedalt.engine.traffic import Coding
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Final
 
 from fedalt.core.codec import encode
+from fedalt.engine.firewall import Screening
 from fedalt.engine.record_lines import is_validated, last_accepted, round_line
 from fedalt.engine.round import ClientRound, run_round
 from fedalt.engine.schedule import Arm, Progress
-from fedalt.engine.screening import Screening
 from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from fedalt.core.files import atomic_write
 from fedalt.core.reading import read_text
-from fedalt.engine.screening import Screening
+from fedalt.engine.firewall import Screening
 from fedalt.federation.agreement import Agreement, facts_of
 from fedalt.federation.round_collector import Say
 from fedalt.federation.rules import Rules

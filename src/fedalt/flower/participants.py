@@ -6,7 +6,7 @@ from typing import Final
 
 from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.foreign import shown
-from fedalt.engine.screening import Screening
+from fedalt.engine.firewall import Screening
 from fedalt.federation.client import Client, OnEvent, ignore
 from fedalt.federation.client_folder import open_client
 from fedalt.federation.owner_messages import Say, silent

@@ -18,7 +18,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.simulation import run_simulation
 
 from fedalt.core.files import atomic_write, make_private_folder
-from fedalt.engine.screening import Screening
+from fedalt.engine.firewall import Screening
 from fedalt.federation.accepted import claim
 from fedalt.federation.agreement import (
     FILE,

@@ -8,8 +8,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from fedalt.core.codec import check_tree
-from fedalt.core.tree import Name, Tree
+from fedalt.core.tree import Name, Tree, check_tree
 from fedalt.data.prompts import Template
 from fedalt.export.folders import BUILT_IN_REFERENCE
 from fedalt.export.loading import read_config

@@ -1,20 +1,30 @@
-"""accepted.json of a client's folder: the round that counts, and its states by their digests."""
+"""accepted.json of a client's folder: the round that counts, and its states by their digests.
+
+Where a server was restored from a backup, a client that is ahead of it goes back to its round. Only
+its owner can tell that from a server that lies, so a client goes back when it is told to. It keeps
+the states of its last accepted rounds for that. Nothing is lost: the states that the server has
+forgotten lie in set-aside/, with the folders that they lay in.
+"""
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NotRequired, TypedDict
 
 from fedalt.core.digests import Digests
-from fedalt.core.files import atomic_write
+from fedalt.core.files import atomic_write, make_private_folder
 from fedalt.core.reading import StoreError, read_json, read_sealed, sealed
 from fedalt.federation.agreement import Agreement
+from fedalt.federation.call_checks import CallRefused
 from fedalt.federation.messages import NEVER
 from fedalt.runs.checkpoints import FileStates
-from fedalt.runs.kept import Kept
+from fedalt.runs.kept import Kept, rounds_in
 
 ACCEPTED: Final = "accepted.json"
 FORMAT: Final = 3  # of a client's folder
+KEPT: Final = 3  # accepted rounds whose states are kept: the last one, and two before it
+SET_ASIDE: Final = "set-aside"
 
 
 @dataclass
@@ -42,6 +52,44 @@ class Accepted:
         content = {"accepted": round_, **begun, "states": states}
         atomic_write(self.folder / ACCEPTED, sealed(content))
         self.round = round_
+
+    def last_rounds(self, client_id: str, round_: int) -> list[int]:
+        """The last rounds up to this one after which there are states, the newest last."""
+        there = self._rounds_of(client_id)
+        return [*[known for known in there if known < round_][1 - KEPT :], round_]
+
+    def go_back(self, client_id: str, round_: int) -> str:
+        """Let a round be the last that counts; what to tell the owner.
+
+        Raises CallRefused without its state. Interrupted, it can be repeated.
+        """
+        there, before = self._rounds_of(client_id), self.round
+        if round_ != NEVER and round_ not in there:
+            states = ", ".join(str(at + 1) for at in there) or "no round"
+            raise CallRefused(
+                f"client {client_id!r}: the server goes back to round {round_ + 1}, but this "
+                f"client has the states of {states}; nothing was changed. Restore its folder from "
+                "a backup of that time, or let the server's operator restore a newer one or take "
+                "the client out"
+            )
+        digests, aside = self.kept.digests, self.folder / SET_ASIDE
+        newer = [file for file, _ in digests.files() if int(file.stem) > round_]
+        for file in newer:
+            copy = aside / file.relative_to(self.folder)
+            make_private_folder(copy.parent)
+            shutil.copy(file, copy)
+            digests.forget(file)
+        self.write(round_)
+        for file in newer:
+            file.unlink(missing_ok=True)
+        return (
+            f"the server was set back; this client goes back from round {before + 1} to "
+            f"{round_ + 1 or 'its start'} with it, and its newer states are in {aside}"
+        )
+
+    def _rounds_of(self, client_id: str) -> list[int]:
+        folder = self.folder / "clients" / client_id
+        return sorted(rounds_in(self.kept.digests.names(folder)))
 
 
 class _Form(TypedDict):

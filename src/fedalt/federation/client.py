@@ -6,7 +6,7 @@
     answer.bin                   the last answer, sent again if it is asked for again
     accepted.json                the last round of which the server said that it counts, and the
                                  digests of all states, of that one and of what was trained since
-    set-aside/                   states that a server has forgotten; see going_back.py
+    set-aside/                   states that a server has forgotten; see accepted.py
     server/, served.json         what the server sent, for the owner to use the model; see kept.py
 
 A client's round counts once the server says that its upload was accepted. If it was rejected, the
@@ -34,17 +34,7 @@ from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import asked_of, check_answer, has_base
 from fedalt.federation.call_checks import CallRefused, check_call, lasts, read_call, told_outside
 from fedalt.federation.client_states import keep, received, settle
-from fedalt.federation.going_back import go_back
-from fedalt.federation.messages import (
-    NEVER,
-    Answer,
-    Call,
-    Cost,
-    RoundKeys,
-    Score,
-    SumCall,
-    digest,
-)
+from fedalt.federation.messages import NEVER, Answer, Call, Cost, RoundKeys, Score, SumCall, digest
 from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
 from fedalt.federation.privacy import own_spending
 from fedalt.federation.secure_client import SecureClient
@@ -103,7 +93,7 @@ class Client:
             if self.accepted.may_go_back and (behind or call.round < since):
                 since = NEVER
                 if behind:  # else what counts is the same, and only rounds without it came since
-                    self.say(f"{place}: {go_back(self.accepted, self.client_id, call.accepted)}")
+                    self.say(f"{place}: {self.accepted.go_back(self.client_id, call.accepted)}")
                 if self.secure is not None:
                     self.secure.forget()
             self._require_counted(call)

@@ -1,19 +1,20 @@
 """A client of a federation in its folder: its model loaded, its data read, all of it checked."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedalt.core.files import make_private_folder
 from fedalt.federation.accepted import claim, read_accepted
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.client import Client, OnEvent, ignore
-from fedalt.federation.client_settings import require_model, settings_here
 from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.privacy import client_budget
 from fedalt.federation.secure_client import SecureClient
 from fedalt.federation.secure_keys import Signatures
 from fedalt.models.base import Base
-from fedalt.runs.settings import SettingsError
-from fedalt.runs.setup import Prepared, prepare, trainer_of
+from fedalt.models.identity import parts_that_differ
+from fedalt.runs.settings import Settings, SettingsError
+from fedalt.runs.setup import Parts, Prepared, prepare, trainer_of
 
 
 def open_client(
@@ -82,3 +83,27 @@ def _require_fitting(prepared: Prepared, agreement: Agreement, client_id: str, d
             f"of {agreement.name!r} say {', '.join(agreement.labels) or '(none)'}"
         )
     require_model(prepared.parts, agreement)
+
+
+def settings_here(
+    agreement: Agreement, data: Path, model: str | None = None, device: str | None = None
+) -> Settings:
+    """The agreed settings, with what lies elsewhere on this client's machine."""
+    agreed = agreement.settings
+    name, place = model or agreed.model.name, device or agreed.model.device
+    return replace(
+        agreed,
+        data=replace(agreed.data, path=data),
+        model=replace(agreed.model, name=name, device=place),
+    )
+
+
+def require_model(parts: Parts, agreement: Agreement) -> None:
+    """Raise SettingsError for another base model than the agreed one."""
+    here, agreed = parts.base.fingerprint, agreement.model
+    if here != agreed:
+        raise SettingsError(
+            f"the base model {parts.base.name!r} here has the fingerprint {here!r}, but "
+            f"terms.toml of {agreement.name!r} names {agreed!r}: it is another model, with "
+            f"other {parts_that_differ(agreed, here)}"
+        )

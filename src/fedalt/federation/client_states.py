@@ -21,8 +21,7 @@ from fedalt.core.tree import Tree, cast
 from fedalt.engine.changes import Known, ReferenceLackedError, message_of, whole
 from fedalt.engine.firewall import quoted
 from fedalt.engine.traffic import Coding
-from fedalt.federation.accepted import Accepted, folder_of, read_accepted
-from fedalt.federation.going_back import KEPT, last_rounds
+from fedalt.federation.accepted import KEPT, Accepted, folder_of, read_accepted
 from fedalt.federation.messages import Call
 from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
@@ -75,7 +74,7 @@ def settle(accepted: Accepted, call: Call, columns: Iterable[str]) -> None:
     """Drop what the server did not accept, and what nobody needs; remember what it did accept."""
     stale, kept = [], accepted.kept
     used = _chosen(accepted.folder) if call.last else {}  # else `keep` is about to choose again
-    last = last_rounds(accepted, call.client, call.accepted)
+    last = accepted.last_rounds(call.client, call.accepted)
     for column in columns:
         wanted = {each[column] for each in (call.keep, used) if column in each}
         limits = {*last, *(min(round_, call.accepted) for round_ in wanted)}

@@ -18,7 +18,7 @@ from fedalt.engine.record_lines import score_line
 from fedalt.engine.schedule import Arm, Column, HeldOut, Line
 from fedalt.engine.states import client_of
 from fedalt.federation.accepted import client_states_of
-from fedalt.federation.client_settings import require_model, settings_here
+from fedalt.federation.client_folder import require_model, settings_here
 from fedalt.federation.client_states import broadcast_after, round_to_serve
 from fedalt.federation.messages import Call
 from fedalt.flower.config import ClientConfig, read_client_config

@@ -1,4 +1,7 @@
-"""What an answer's upload, costs and keys are held against: what a dry run of its call comes to."""
+"""What an answer's upload, costs and keys are held against: what a dry run of its call comes to.
+
+And uploads whose round is over: whether they count in a later one, and how much.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,14 +11,41 @@ from fedalt.engine.dry_run import DryRuns, Form, dry_run
 from fedalt.engine.firewall import Refused, check_upload
 from fedalt.engine.traffic import Coding
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.answer_schema import check_trained
-from fedalt.federation.late import Late
-from fedalt.federation.messages import Answer
+from fedalt.federation.answer_schema import Asked, check_trained
+from fedalt.federation.messages import Answer, Call
+from fedalt.federation.rules import Rules
 from fedalt.federation.secure_keys import Signatures, check_keys
 from fedalt.methods.contract import Message
 from fedalt.methods.local import LocalOnly
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.settings import lora_of
+
+
+class Late(Exception):  # noqa: N818 - nobody's mistake
+    """An answer whose round is over, which the rules do not let count in this one."""
+
+
+def require_counting(asked: Asked, call: Call | None, rules: Rules) -> None:
+    """Whether an answer to a call of an earlier round counts in the round of `call`; Late if not.
+
+    `call` is None for a client that is not called in this round.
+    """
+    over = f"its answer to the call of round {asked.round + 1} came after that round had ended"
+    if rules.late == "drop":
+        raise Late(f"{over}; it is dropped")
+    if call is None or not call.train or not asked.trains:
+        raise Late(f"{over}, and it does not train in this one; it is dropped")
+    if asked.accepted != call.accepted:
+        raise Late(f"{over}, and another upload of it has counted since; it is dropped")
+
+
+def counts(rounds: int, rules: Rules, *, averages: bool) -> float:
+    """What the weight of an upload so many rounds late is multiplied by.
+
+    A method that does more with weights than to average, such as to subtract later what was added,
+    needs them as they were sent.
+    """
+    return float((1 + rounds) ** -rules.staleness) if averages else 1.0
 
 
 @dataclass(frozen=True)

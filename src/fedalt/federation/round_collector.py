@@ -16,10 +16,10 @@ from fedalt.engine.firewall import Refused, Screening, check_size
 from fedalt.engine.traffic import Coding
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.answer_forms import AnswerForms
+from fedalt.federation.answer_forms import AnswerForms, Late, counts, require_counting
 from fedalt.federation.answer_schema import Asked, asked_of, check_answer
-from fedalt.federation.late import Late, counts, require_counting
 from fedalt.federation.messages import NEVER, Answer, Call, digest
+from fedalt.federation.owner_messages import Say
 from fedalt.federation.rules import Rules
 from fedalt.federation.secure_keys import Signatures
 from fedalt.federation.status_file import StatusFile
@@ -29,7 +29,6 @@ from fedalt.runs.folder import RunFolder
 
 _REST: Final = 30.0  # seconds before a client that could not do it is asked again
 
-Say = Callable[[str], None]
 Called = dict[str, list[Asked]]  # of each client, the calls that it has not answered yet
 
 
@@ -106,9 +105,23 @@ class RoundCollector:
             overdue = limit is not None and time.monotonic() - began > limit
 
     def resume(self, calls: Mapping[str, Call], sent: Callable[[str], Sent] | None = None) -> None:
-        """What of these calls had been answered before the process was killed; nobody is called."""
+        """What of these calls had been answered before the process was killed; nobody is called.
+
+        Whoever sent what is no answer to this round's call, or none at all, is called again.
+        """
         self._calls, self._sent = calls, sent
-        self._resume()
+        self._heard = self.status.heard() | self._heard
+        for client_id in calls:
+            file = self.answer_file(client_id)
+            data = read_bytes(file) if file.exists() else b""
+            try:
+                answer = self._checked(client_id, data, None) if data else None
+            except Refused as error:
+                file.unlink()
+                self._tell(f"{client_id}: its answer on disk is dropped: {error}")
+                continue
+            if answer is not None and not answer.error:
+                self._note(client_id, answer)
 
     def heard(self) -> list[str]:
         """Who has answered this round's call, and so has what it sent."""
@@ -116,7 +129,7 @@ class RoundCollector:
 
     def answer_file(self, client_id: str) -> Path:
         """Where a client's answer of this round lies as it came; empty if it was refused."""
-        return self.folder / "incoming" / f"{self.round:04d}" / f"{client_id}.bin"
+        return self.incoming / f"{client_id}.bin"
 
     def uploads(self) -> Iterator[Upload]:
         """The uploads of this round, sorted by client, out of the answers as they came."""
@@ -130,8 +143,14 @@ class RoundCollector:
             less = counts(rounds, self.rules, averages=self.agreement.settings.method.averages)
             yield Upload(client_id, message, own.seconds, own.metrics, sent, str(file), less)
 
+    @property
+    def incoming(self) -> Path:
+        """The folder of the round's answers."""
+        return self.folder / "incoming" / f"{self.round:04d}"
+
     @cached_property
-    def _status(self) -> StatusFile:
+    def status(self) -> StatusFile:
+        """What `fedalt federation status` reads."""
         return StatusFile(self.folder / "status.json", self.agreement.settings.rounds.rounds)
 
     @cached_property
@@ -271,28 +290,9 @@ class RoundCollector:
             )
         return answer
 
-    def _resume(self) -> None:
-        """What has come of this round before the process was killed, and who was heard before.
-
-        Whoever sent what is no answer to this round's call, or none at all, is called again.
-        """
-        self._heard = self._status.heard() | self._heard
-        for client_id in self._calls:
-            file = self.answer_file(client_id)
-            data = read_bytes(file) if file.exists() else b""
-            try:
-                answer = self._checked(client_id, data, None) if data else None
-            except Refused as error:
-                file.unlink()
-                self._tell(f"{client_id}: its answer on disk is dropped: {error}")
-                continue
-            if answer is not None and not answer.error:
-                self._note(client_id, answer)
-
     def _show(self, online: Collection[str], missing: Collection[str]) -> None:
-        """What `fedalt federation status` reads."""
         unable = {client_id: why for client_id, (why, _) in self._unable.items()}
-        self._status.show(self.round, self._heard, online, missing, unable)
+        self.status.show(self.round, self._heard, online, missing, unable)
 
     def _tell(self, text: str) -> None:
         self.say(f"round {self.round + 1}: {text}")

@@ -5,7 +5,8 @@ from dataclasses import replace
 
 from fedalt.engine.record_lines import score_line, train_line
 from fedalt.engine.round import ClientRound
-from fedalt.federation.round_collector import RoundCollector, Say
+from fedalt.federation.owner_messages import Say
+from fedalt.federation.round_collector import RoundCollector
 from fedalt.runs.folder import RunFolder
 
 

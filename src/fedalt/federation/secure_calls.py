@@ -11,7 +11,6 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,41 +19,30 @@ from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.core.reading import read_bytes, read_json
 from fedalt.engine.firewall import Refused, check_size
-from fedalt.federation.agreement import Agreement
 from fedalt.federation.answer_schema import Asked
 from fedalt.federation.messages import NEVER, Step, SumAnswer, SumCall, digest
-from fedalt.federation.rules import Rules
+from fedalt.federation.round_collector import RoundCollector
 from fedalt.federation.secure_sum import SecureSumError, StepOverError, require_enough
-from fedalt.federation.status_file import StatusFile
-from fedalt.federation.transport import Lost, Transport
+from fedalt.federation.transport import Lost
 from fedalt.runs.folder import RunFolder
 
 _REST: Final = 30.0  # seconds before a client that could not do it is asked again
 
-Say = Callable[[str], None]
-
 
 @dataclass
 class SumCalls:
-    """Calls the clients of one round's sum. `limit` is the most bytes of an answer.
+    """Calls the clients of a round's sum, after the `collector` has heard who has trained.
 
-    `called` are the calls that each client has yet to answer, this round's and earlier ones;
     `traffic` counts the bytes that each has sent and was sent.
     """
 
-    agreement: Agreement
-    folder: Path
-    transport: Transport
-    rules: Rules
-    limit: int
-    say: Say
-    round: int
-    called: dict[str, list[Asked]]
+    collector: RoundCollector
     traffic: dict[str, tuple[int, int]] = field(default_factory=dict)
 
-    @cached_property
-    def _status(self) -> StatusFile:
-        return StatusFile(self.folder / "status.json", self.agreement.settings.rounds.rounds)
+    def tell(self, text: str, step: Step | None = None) -> None:
+        """Tell the operator of the round, or of one of its steps."""
+        at = f"round {self.collector.round + 1}" + (f", {step}" if step else "")
+        self.collector.say(f"{at}: {text}")
 
     def is_fixed(self, step: Step) -> bool:
         """Whether it is on disk whom a step is about."""
@@ -72,13 +60,12 @@ class SumCalls:
         return self._place(step) / "members.json"
 
     def _place(self, step: Step) -> Path:
-        return self.folder / "incoming" / f"{self.round:04d}" / step
+        return self.collector.incoming / step
 
     def call(self, client_id: str, step: Step, **about: Any) -> SumCall:
         """The call of a step to a client."""
-        return SumCall(
-            self.agreement.name, self.agreement.digest, client_id, self.round, step, **about
-        )
+        agreement, round_ = self.collector.agreement, self.collector.round
+        return SumCall(agreement.name, agreement.digest, client_id, round_, step, **about)
 
     def step(
         self,
@@ -97,26 +84,25 @@ class SumCalls:
         digests = {who: digest(sent) for who, sent in data.items()}
         answers = self._kept(step, calls, digests, check)
         began, unable, over = time.monotonic(), dict[str, tuple[str, float]](), set[str]()
-        limit, heard = self.rules.deadline, self._status.heard()
-        while missing := calls.keys() - answers.keys() - over - RunFolder(self.folder).left():
+        collector, transport = self.collector, self.collector.transport
+        limit, heard = collector.rules.deadline, collector.status.heard()
+        while missing := calls.keys() - answers.keys() - over - RunFolder(collector.folder).left():
             if enough is not None and len(answers) >= enough:
                 break
             if limit is not None and time.monotonic() - began > limit:
-                self.say(
-                    f"round {self.round + 1}, {step}: goes on without {', '.join(sorted(missing))}"
-                )
+                self.tell(f"goes on without {', '.join(sorted(missing))}", step)
                 break
             resting = {who for who, (_, at) in unable.items() if time.monotonic() - at < _REST}
             waiting = {who for who in missing if self._awaited(who, digests[who])}
-            online = self.transport.online()
+            online = transport.online()
             free = sorted((missing & online) - resting - waiting)
             self._send({who: (data[who], digests[who]) for who in free})
-            for who, came in self.transport.receive():
-                asked = self.called[who].pop(0) if self.called.get(who) else None
+            for who, came in transport.receive():
+                asked = collector.called[who].pop(0) if collector.called.get(who) else None
                 if asked is None or asked.digest != digests.get(who) or who in answers:
                     continue  # late: the step or the round that it is of goes on without it
                 if isinstance(came, Lost):
-                    self.say(f"round {self.round + 1}, {step}: {who}: {shown(came.reason)}")
+                    self.tell(f"{who}: {shown(came.reason)}", step)
                     continue
                 heard[who] = time.time()
                 try:
@@ -125,23 +111,26 @@ class SumCalls:
                     over |= {who} if isinstance(error, StepOverError) else set()
                     told = shown(str(error))
                     if unable.get(who, ("", 0.0))[0] != told:
-                        self.say(f"round {self.round + 1}, {step}: {who}: {told}")
+                        self.tell(f"{who}: {told}", step)
                     unable[who] = told, time.monotonic()
                     continue
                 unable.pop(who, None)
                 atomic_write(self._place(step) / f"{who}.bin", came)
                 self._count(who, up=len(came))
             why = {who: told for who, (told, _) in unable.items()}
-            self._status.show(self.round, heard, online, missing - answers.keys() - over, why)
+            collector.status.show(
+                collector.round, heard, online, missing - answers.keys() - over, why
+            )
         require_enough(answers, needed, f"have answered the call to {step}")
         return answers
 
     def _send(self, calls: Mapping[str, tuple[bytes, str]]) -> None:
         """Send bytes of this digest to each of these clients."""
-        self.transport.send((who, data) for who, (data, _) in calls.items())
+        collector = self.collector
+        collector.transport.send((who, data) for who, (data, _) in calls.items())
         for who, (data, call_digest) in calls.items():
-            asked = Asked(who, self.round, NEVER, call_digest, (), {}, "validation")
-            self.called.setdefault(who, []).append(asked)
+            asked = Asked(who, collector.round, NEVER, call_digest, (), {}, "validation")
+            collector.called.setdefault(who, []).append(asked)
             self._count(who, down=len(data))
 
     def _kept(
@@ -161,9 +150,7 @@ class SumCalls:
                 try:
                     answers[who] = self._answer(data, who, digests[who], check)
                 except (SecureSumError, Refused, CodecError) as error:
-                    self.say(
-                        f"round {self.round + 1}: {who}: its answer on disk is dropped: {error}"
-                    )
+                    self.tell(f"{who}: its answer on disk is dropped: {error}")
                     file.unlink()
                     continue
                 self._count(who, up=len(data))
@@ -173,10 +160,11 @@ class SumCalls:
         self, came: bytes, who: str, wanted: str, check: Callable[[SumAnswer], None]
     ) -> SumAnswer:
         """An answer that is one to what was asked. Raises SecureSumError, Refused, CodecError."""
-        check_size(len(came), self.limit)
+        agreement = self.collector.agreement
+        check_size(len(came), self.collector.screening.firewall.max_upload_bytes)
         answer = decode(SumAnswer, came)
         about = (answer.federation, answer.terms, answer.client, answer.round, answer.call)
-        if about != (self.agreement.name, self.agreement.digest, who, self.round, wanted):
+        if about != (agreement.name, agreement.digest, who, self.collector.round, wanted):
             raise SecureSumError("it answers another call")
         if answer.error:
             raise (StepOverError if answer.over else SecureSumError)(answer.error)
@@ -184,7 +172,7 @@ class SumCalls:
         return answer
 
     def _awaited(self, who: str, wanted: str) -> bool:
-        return any(asked.digest == wanted for asked in self.called.get(who, ()))
+        return any(asked.digest == wanted for asked in self.collector.called.get(who, ()))
 
     def _count(self, who: str, *, up: int = 0, down: int = 0) -> None:
         before = self.traffic.get(who, (0, 0))

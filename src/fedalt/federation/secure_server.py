@@ -83,7 +83,7 @@ class SecureRound:
             total = self._sum(keys, needed, size)
         except SecureSumError as error:
             self.refused = str(error)
-            self.calls.say(f"round {self.calls.round + 1}: no secure sum: {error}")
+            self.calls.tell(f"no secure sum: {error}")
             return
         whole, clients = self._counted(total, states)
         steps = steps_of(len(self.agreement.clients)) * len(clients)
@@ -153,7 +153,9 @@ class SecureRound:
             if public_of(secret).hex() != keys[who].mask:
                 raise SecureSumError(f"the shares of {who!r} do not give its key")
         publics = {who: from_hex(keys[who].mask) for who in self.present}
-        total = unmask(total, seeds, gone, publics, about_of(self.agreement, self.calls.round))
+        total = unmask(
+            total, seeds, gone, publics, about_of(self.agreement, self.calls.collector.round)
+        )
         return signed(total, len(self.present), steps_of(len(self.agreement.clients)))
 
     def _counted(

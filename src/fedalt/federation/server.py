@@ -26,9 +26,10 @@ from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
 from fedalt.federation.messages import NEVER, Call, Split
+from fedalt.federation.owner_messages import Say
 from fedalt.federation.privacy import begin_private, told_by
 from fedalt.federation.roster import members_of, members_there, wait_for_anyone
-from fedalt.federation.round_collector import Called, RoundCollector, Say
+from fedalt.federation.round_collector import Called, RoundCollector
 from fedalt.federation.round_record import record
 from fedalt.federation.rules import Rules
 from fedalt.federation.secure_calls import SumCalls
@@ -94,7 +95,7 @@ class Server:
         self.say(f"round {round_ + 1}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
         clip = None if release is None else release.clip
-        secure, states = self._secure(round_, called, cohort), self._states(round_)
+        secure, states = self._secure(collector, cohort), self._states(round_)
 
         def train(downlink: Downlink, cohort: Sequence[str]) -> Iterator[Upload]:
             call = self._calling(progress, round_, score, downlink, clip=clip)
@@ -268,14 +269,11 @@ class Server:
             self.signatures,
         )
 
-    def _secure(self, round_: int, called: Called, cohort: Sequence[str]) -> SecureRound | None:
+    def _secure(self, collector: RoundCollector, cohort: Sequence[str]) -> SecureRound | None:
         """The round's secure sum, where there are uploads and they are to be summed so."""
         if not (cohort and self.agreement.settings.privacy.secure_sum):
             return None
-        limit, place = self.screening.firewall.max_upload_bytes, self.folder.path
-        rules, say = self.rules, self.say
-        about = self.agreement, place, self.transport, rules, limit, say, round_, called
-        return SecureRound(self.agreement, SumCalls(*about))
+        return SecureRound(self.agreement, SumCalls(collector))
 
     def _downlink_after(self, round_: int) -> Downlink:
         """What the server sends after a round."""

@@ -7,7 +7,7 @@ from fedalt.core.files import atomic_write
 from fedalt.core.reading import read_text
 from fedalt.engine.firewall import Screening
 from fedalt.federation.agreement import Agreement, facts_of
-from fedalt.federation.round_collector import Say
+from fedalt.federation.owner_messages import Say
 from fedalt.federation.rules import Rules
 from fedalt.federation.secure_keys import Signatures
 from fedalt.federation.server import Server

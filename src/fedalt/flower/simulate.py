@@ -28,8 +28,8 @@ from fedalt.federation.agreement import (
     write_agreement,
 )
 from fedalt.federation.client import Client
+from fedalt.federation.owner_messages import Say
 from fedalt.federation.privacy import client_budget
-from fedalt.federation.round_collector import Say
 from fedalt.federation.rules import Rules
 from fedalt.federation.server_folder import open_server
 from fedalt.federation.transport import Lost

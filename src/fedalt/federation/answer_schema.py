@@ -18,8 +18,9 @@ from fedalt.engine.changes import whole
 from fedalt.engine.client_work import TRAINED
 from fedalt.engine.dry_run import Form
 from fedalt.engine.firewall import Refused, quoted
+from fedalt.engine.schedule import HeldOut
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score, Split
+from fedalt.federation.messages import NEVER, Answer, Call, Cost, Score
 from fedalt.methods.contract import Message
 
 MOST_COUNTS: Final = 32
@@ -83,7 +84,7 @@ class Metrics:
             known[key].require(number, f"{what}: {key}")
 
 
-def metrics_of(agreement: Agreement, split: Split) -> Metrics:
+def metrics_of(agreement: Agreement, split: HeldOut) -> Metrics:
     """The metrics of a score on a split under these terms.
 
     Labels are always compared with their options, answers only where a client's records list some;
@@ -127,7 +128,7 @@ class Asked:
     digest: str
     trains: Collection[str]
     scores: Mapping[str, int]
-    split: Split
+    split: HeldOut
 
 
 def asked_of(call: Call, digest: str, agreement: Agreement, columns: Collection[str]) -> Asked:

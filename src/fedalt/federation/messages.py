@@ -7,8 +7,8 @@ from typing import ClassVar, Literal
 
 from fedalt.core.tree import Tree
 from fedalt.engine.changes import Sent
+from fedalt.engine.schedule import HeldOut
 
-Split = Literal["validation", "test"]
 Step = Literal["share", "mask", "unmask"]  # of a secure sum, after training
 NEVER = -1  # the round of something that has not happened
 
@@ -35,7 +35,7 @@ class Call:
     train: bool
     message: Sent
     score: Mapping[str, int] = field(default_factory=dict)
-    split: Split = "validation"
+    split: HeldOut = "validation"
     keep: Mapping[str, int] = field(default_factory=dict)
     last: bool = False
     expected: str = ""
@@ -49,7 +49,7 @@ class Score:
     TAG: ClassVar = "score"
 
     column: str
-    split: Split
+    split: HeldOut
     round: int
     metrics: Mapping[str, float]
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 from fedalt.core.files import atomic_write
 from fedalt.core.reading import read_json
+from fedalt.core.settings import Stay
+from fedalt.engine.members import Members
 from fedalt.runs.folder import RunFolder
 
 if TYPE_CHECKING:  # `fedalt federation status` does without torch
-    from fedalt.engine.members import Members
     from fedalt.federation.agreement import Agreement
 
 FILE: Final = "members.json"
@@ -63,11 +64,8 @@ def write_roster(file: Path, added: Sequence[str], removed: Sequence[str], versi
     return roster
 
 
-def members_of(folder: RunFolder) -> "Members":
+def members_of(folder: RunFolder) -> Members:
     """Who has taken part in which round of a federation up to now."""
-    from fedalt.core.settings import Stay
-    from fedalt.engine.members import Members
-
     facts = folder.facts()
     stays = {name: Stay(**stay) for name, stay in facts.get("stays", {}).items()}
     return Members(sorted(facts["clients"]), stays)
@@ -75,7 +73,7 @@ def members_of(folder: RunFolder) -> "Members":
 
 def update_members(
     folder: RunFolder, file: Path | None, agreement: "Agreement", round_: int, say: Say
-) -> "Members":
+) -> Members:
     """Let in and take out, before a round, whom the operator has named since the last one.
 
     Whoever is named later, while the round goes on, is so in the next one. Repeated after a crash
@@ -88,7 +86,7 @@ def update_members(
 
 def members_there(
     folder: RunFolder, file: Path | None, agreement: "Agreement", round_: int, say: Say
-) -> "Members":
+) -> Members:
     """Who takes part in a round that begins, as `update_members` does; somebody has to."""
     wait_for_anyone(folder, say, partial(update_members, folder, file, agreement, round_, say))
     return members_of(folder)

@@ -153,9 +153,8 @@ class SecureRound:
             if public_of(secret).hex() != keys[who].mask:
                 raise SecureSumError(f"the shares of {who!r} do not give its key")
         publics = {who: from_hex(keys[who].mask) for who in self.present}
-        total = unmask(
-            total, seeds, gone, publics, about_of(self.agreement, self.calls.collector.round)
-        )
+        about = about_of(self.agreement, self.calls.collector.round)
+        total = unmask(total, seeds, gone, publics, about)
         return signed(total, len(self.present), steps_of(len(self.agreement.clients)))
 
     def _counted(

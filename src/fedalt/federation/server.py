@@ -21,11 +21,11 @@ from fedalt.core.codec import encode
 from fedalt.engine.firewall import Screening
 from fedalt.engine.record_lines import is_validated, last_accepted, round_line
 from fedalt.engine.round import ClientRound, run_round
-from fedalt.engine.schedule import Arm, Progress
+from fedalt.engine.schedule import Arm, HeldOut, Progress
 from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.messages import NEVER, Call, Split
+from fedalt.federation.messages import NEVER, Call
 from fedalt.federation.owner_messages import Say
 from fedalt.federation.privacy import begin_private, told_by
 from fedalt.federation.roster import members_of, members_there, wait_for_anyone
@@ -144,7 +144,7 @@ class Server:
         round_: int,
         score: Mapping[str, int],
         called: Called,
-        split: Split = "validation",
+        split: HeldOut = "validation",
     ) -> RoundCollector:
         """All clients' scores of a column's round each, recorded but not committed."""
         wait_for_anyone(self.folder, self.say)
@@ -183,7 +183,7 @@ class Server:
         round_: int,
         score: Mapping[str, int],
         downlink: Downlink,
-        split: Split = "validation",
+        split: HeldOut = "validation",
         clip: float | None = None,
     ) -> Callable[..., Call]:
         """Makes calls of one kind, with what the server sends."""

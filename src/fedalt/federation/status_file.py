@@ -5,11 +5,24 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, TypedDict
 
 from fedalt.core.files import atomic_write
+from fedalt.core.reading import StoreError, read_json
 
 _SHOWN: Final = 1.0  # seconds between two files that say the same
+
+
+class Status(TypedDict):
+    """What the file holds; times are seconds of the epoch."""
+
+    round: int
+    rounds: int
+    online: list[str]
+    awaited: list[str]
+    heard: dict[str, float]
+    unable: dict[str, str]
+    time: float
 
 
 @dataclass
@@ -33,7 +46,7 @@ class StatusFile:
         if news == self._shown[1] and now - self._shown[0] < _SHOWN:
             return
         self._shown = now, news
-        status = {
+        status: Status = {
             "round": round_,
             "rounds": self.rounds,
             "online": sorted(online),
@@ -47,7 +60,7 @@ class StatusFile:
     def heard(self) -> dict[str, float]:
         """When each client was heard last, as an earlier round or server has shown it."""
         try:
-            heard = json.loads(self.path.read_text())["heard"]
-            return {client_id: float(when) for client_id, when in heard.items()}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            status: Status = read_json(self.path, Status)
+        except StoreError:
             return {}  # nobody needs it but who looks; it is written anew
+        return status["heard"]

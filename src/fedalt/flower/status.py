@@ -9,6 +9,7 @@ from typing import Final, TypedDict
 from fedalt.core.foreign import shown as one_line
 from fedalt.core.reading import FormError, StoreError, parse, read_bytes, read_json
 from fedalt.federation.roster import UNCHANGED, Roster
+from fedalt.federation.status_file import Status
 from fedalt.flower.places import Federation, ServerPlace
 from fedalt.flower.processes import is_running
 from fedalt.flower.revocation import revoked
@@ -17,16 +18,6 @@ from fedalt.runs.folder import RunFolder
 from fedalt.runs.quarantine import refusals
 
 _SHOWN: Final = 5  # lines of one sort
-
-
-class _Status(TypedDict):
-    round: int
-    rounds: int
-    online: list[str]
-    awaited: list[str]
-    heard: dict[str, float]
-    unable: dict[str, str]
-    time: float
 
 
 class _Refused(TypedDict):
@@ -46,7 +37,7 @@ def shown(place: ServerPlace, federation: Federation, roster: Roster = UNCHANGED
     if not file.exists():
         begun = f"{federation.name}: has not begun; no status in {folder}"
         return "\n".join(one_line(line) for line in [begun, *_refused_requests(place)])
-    status: _Status = read_json(file, _Status)
+    status: Status = read_json(file, Status)
     ago, ended, runs = time.time() - status["time"], place.ended.exists(), _runs(place)
     state = f"seen {ago:.0f} seconds ago"
     if ended or not runs:

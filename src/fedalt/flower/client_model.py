@@ -5,7 +5,6 @@ that was tested.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -165,11 +164,15 @@ def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | 
     if wanted not in arms:
         raise StoreError(f"{place.folder} has no column 'local': there is no yardstick")
     arm = arms[wanted]
+
+    def execute(orders: Sequence[Given]) -> Sequence[Any]:
+        """As when it was scored. Most methods order nothing: data are encoded when one does."""
+        return trainer_of(prepare_own(config, parts)).before_serving(at)(orders)
+
     with locked(place.folder):
         states = client_states_of(place.folder, wanted, at + 1)
         client = client_of(arm.method, parts.start, states, place.name)
         message = _message(config, parts, arm, at)
-        execute = _Deploying(config, parts, at)
         serving, shared = servings(arm.method, client, message, place.name, execute)
         if column == "shared":
             if shared is None:
@@ -185,19 +188,3 @@ def _message(config: ClientConfig, parts: Parts, arm: Arm, round_: int) -> Messa
     if arm.column == "own":
         return broadcast_after(config.place.folder, round_)
     return arm.method.broadcast(arm.method.init_server(parts.start), config.place.name)
-
-
-@dataclass(frozen=True)
-class _Deploying:
-    """Executes what the client orders before it serves, as was done when it was scored.
-
-    Most methods order nothing: the data are encoded when one does.
-    """
-
-    config: ClientConfig
-    parts: Parts
-    round: int
-
-    def __call__(self, orders: Sequence[Given]) -> Sequence[Any]:
-        prepared = prepare_own(self.config, self.parts)
-        return trainer_of(prepared).before_serving(self.round)(orders)

@@ -6,28 +6,16 @@ No tensor library is imported: `fedalt federation status` needs nothing else.
 import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypedDict, get_type_hints
+from typing import Annotated, Any, TypedDict, get_type_hints
 
 from fedalt.core.declared import SettingsError, declared, section_of, setting
 from fedalt.core.reading import FormError, content, require
 from fedalt.data.encodings import EncodingError, decoded
 
 
-class Federation(Protocol):
-    """The name of a federation and the ids of its clients."""
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-
-    @property
-    def clients(self) -> tuple[str, ...]:
-        """Who takes part, sorted."""
-
-
 @dataclass(frozen=True)
 class Participants:
-    """See `Federation`."""
+    """The name of a federation and the ids of its clients, sorted."""
 
     name: str
     clients: tuple[str, ...]

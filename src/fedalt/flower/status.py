@@ -10,7 +10,7 @@ from fedalt.core.foreign import shown as one_line
 from fedalt.core.reading import FormError, StoreError, parse, read_bytes, read_json
 from fedalt.federation.roster import UNCHANGED, Roster
 from fedalt.federation.status_file import Status
-from fedalt.flower.places import Federation, ServerPlace
+from fedalt.flower.places import Participants, ServerPlace
 from fedalt.flower.processes import is_running
 from fedalt.flower.revocation import revoked
 from fedalt.report.privacy import spent_privacy
@@ -27,7 +27,7 @@ class _Refused(TypedDict):
     last_from: str | None
 
 
-def shown(place: ServerPlace, federation: Federation, roster: Roster = UNCHANGED) -> str:
+def shown(place: ServerPlace, federation: Participants, roster: Roster = UNCHANGED) -> str:
     """Rounds, nodes, last contacts and refused uploads, as a few lines of text. StoreError.
 
     `roster` is who was added and removed since the terms were agreed.

@@ -48,6 +48,22 @@ def open_client(
     _require_fitting(prepared, agreement, client_id, data)
     for sentence in prepared.warnings:
         say(f"note: {sentence}")
+    return client_in(
+        folder, agreement, client_id, prepared, on_event=on_event, say=say, signatures=signatures
+    )
+
+
+def client_in(
+    folder: Path,
+    agreement: Agreement,
+    client_id: str,
+    prepared: Prepared,
+    *,
+    on_event: OnEvent = ignore,
+    say: Say = silent,
+    signatures: Signatures | None = None,
+) -> Client:
+    """A client whose model is loaded and whose data are read, in its folder. Raises StoreError."""
     make_private_folder(folder)
     accepted = claim(folder, agreement, client_id)
     examples, _ = prepared.task.training_size(client_id)
@@ -56,17 +72,9 @@ def open_client(
     if agreement.settings.privacy.secure_sum:
         assert signatures is not None
         secure = SecureClient(agreement, client_id, folder, accepted.kept, signatures, say)
+    parts, trainer = prepared.parts, trainer_of(prepared)
     return Client(
-        agreement,
-        client_id,
-        prepared.parts,
-        trainer_of(prepared),
-        folder,
-        accepted,
-        on_event,
-        say,
-        budget,
-        secure,
+        agreement, client_id, parts, trainer, folder, accepted, on_event, say, budget, secure
     )
 
 

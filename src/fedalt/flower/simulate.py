@@ -19,7 +19,6 @@ from flwr.simulation import run_simulation
 
 from fedalt.core.files import atomic_write, make_private_folder
 from fedalt.engine.firewall import Screening
-from fedalt.federation.accepted import claim
 from fedalt.federation.agreement import (
     FILE,
     Agreement,
@@ -27,9 +26,8 @@ from fedalt.federation.agreement import (
     require_apart,
     write_agreement,
 )
-from fedalt.federation.client import Client
+from fedalt.federation.client_folder import client_in
 from fedalt.federation.owner_messages import Say
-from fedalt.federation.privacy import client_budget
 from fedalt.federation.rules import Rules
 from fedalt.federation.server_folder import open_server
 from fedalt.federation.transport import Lost
@@ -38,7 +36,7 @@ from fedalt.flower.processes import QUIET
 from fedalt.runs.folder import StoreError, locked
 from fedalt.runs.kept_settings import require_settings
 from fedalt.runs.settings import Settings, read_settings, to_toml
-from fedalt.runs.setup import Prepared, prepare, trainer_of
+from fedalt.runs.setup import Prepared, prepare
 from fedalt.runs.together import require_seen
 
 _PAUSE: Final = 0.05  # seconds between two looks
@@ -168,12 +166,8 @@ def _answer_in(folder: Path) -> Any:
         place = folder / "members" / client_id
         make_private_folder(place)
         with locked(place):
-            accepted = claim(place, terms, client_id)
-            examples, _ = prepared.task.training_size(client_id)
-            budget = client_budget(accepted, terms, client_id, examples)
-            trainer, parts = trainer_of(prepared), prepared.parts
-            member = Client(terms, client_id, parts, trainer, place, accepted, budget=budget)
-            return Message(content_of(member.answer(bytes_of(message.content))), reply_to=message)
+            reply = client_in(place, terms, client_id, prepared).answer(bytes_of(message.content))
+        return Message(content_of(reply), reply_to=message)
 
     return answer
 

@@ -5,10 +5,12 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 from fedalt.adapters.plan import Plan
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, on
+from fedalt.engine.generators import run_one
 from fedalt.methods.contract import AnyMethod, Facts, Message
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
 
@@ -89,7 +91,7 @@ class DryRuns:
 def _outline(value: Any) -> object:
     """A value with shapes in the place of tensors."""
     match value:
-        case torch.Tensor():
+        case Tensor():
             return tuple(value.shape), value.dtype
         case Mapping():
             return sorted((str(key), _outline(part)) for key, part in value.items())
@@ -111,23 +113,20 @@ def play(
     How many numbers of each slot and factor would be trained is put into `trained`. Raises
     ValueError for training whose tensors are not those that its plan needs.
     """
-    answer: Any = None
-    while True:
-        try:
-            order = steps.send(answer)
-        except StopIteration as end:
-            value: T = end.value
-            return value
+
+    def answer(order: Order) -> Fitted | Tensor | Found:
         match order:
             case Fit():
                 require_bound(order.plan, order.compose(order.tree), start, "training")
                 if trained is not None:
                     trained.update(order.trained_numbers)
-                answer = Fitted(order.tree, examples, Moments())
+                return Fitted(order.tree, examples, Moments())
             case Embed():
-                answer = torch.zeros(order.examples, 1)  # how wide, only a model could tell
+                return torch.zeros(order.examples, 1)  # how wide, only a model could tell
             case Search():
-                answer = Found(order.start, 0.0)
+                return Found(order.start, 0.0)
+
+    return run_one(steps, answer)
 
 
 def require_bound(plan: Plan, bound: Tree, start: Start, what: str) -> None:

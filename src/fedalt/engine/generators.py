@@ -36,3 +36,9 @@ def run_generators(steps: Mapping[str, Generator[Order, Any, T]], execute: Execu
         executed = execute(orders)
         answers = {order[0]: answer for order, answer in zip(orders, executed, strict=True)}
     raise RuntimeError("a method gave a million orders in one round")
+
+
+def run_one(steps: Generator[Order, Any, T], answer: Callable[[Order], Any]) -> T:
+    """What one client's generator returns, each of its orders answered by a function."""
+    ends = run_generators({"": steps}, lambda orders: [answer(order) for _, _, order in orders])
+    return ends[""]

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
-from typing import Any, Final
+from typing import Final
 
 import torch
+from torch import Tensor
 
 from fedalt.adapters.plan import Shape
 from fedalt.adapters.start import Start
@@ -13,9 +15,10 @@ from fedalt.core import tree as trees
 from fedalt.core.seeds import generator
 from fedalt.core.tree import Tree
 from fedalt.core.upload_settings import Privacy
+from fedalt.engine.generators import run_one
 from fedalt.methods.contract import AnyMethod, Message
 from fedalt.training.clipping import require_clippable
-from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments
+from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
 
 _CLIENTS: Final = ("a", "b", "c")
 _TOY: Final = Start({"one": Shape(4, 3), "two": Shape(3, 5)}, {}, seed=0, clients=len(_CLIENTS))
@@ -157,30 +160,20 @@ class _Play:
             fits.append(ordered)
             sent = self.method.broadcast(self.server, who)
             steps = self.method.local(self.states[who], sent)
-            self.states[who], uploads[who] = self._played(steps, ordered)
+            self.states[who], uploads[who] = run_one(steps, partial(self._answer, fits=ordered))
         self.server = self.method.aggregate(self.server, sorted(uploads.items()))
         return uploads, fits
 
-    def _played(self, steps: Any, fits: list[Fit]) -> Any:
-        answer: Any = None
-        while True:
-            try:
-                order = steps.send(answer)
-            except StopIteration as end:
-                return end.value
-            match order:
-                case Fit():
-                    fits.append(order)
-                    answer = Fitted(self._moved(order), self.examples, Moments())
-                case Embed():
-                    answer = torch.randn((order.examples, 2), generator=self.looks)
-                case _:
-                    *found, objective = self._looked(len(order.start) + 1)
-                    answer = Found(tuple(found), objective)
-
-    def _looked(self, count: int) -> list[float]:
-        numbers: list[float] = torch.randn(count, generator=self.looks).tolist()
-        return numbers
+    def _answer(self, order: Order, fits: list[Fit]) -> Fitted | Tensor | Found:
+        match order:
+            case Fit():
+                fits.append(order)
+                return Fitted(self._moved(order), self.examples, Moments())
+            case Embed():
+                return torch.randn((order.examples, 2), generator=self.looks)
+            case Search():
+                *found, objective = torch.randn(len(order.start) + 1, generator=self.looks).tolist()
+                return Found(tuple(found), objective)
 
     def _moved(self, fit: Fit) -> Tree:
         return {

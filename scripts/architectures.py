@@ -31,8 +31,8 @@ from fedalt.evaluation.asking import ends as ends_of
 from fedalt.export.folders import export_individual
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base, ModelError, load_base
-from fedalt.training.group import Training
-from fedalt.training.loop import train
+from fedalt.training.group import Share, Training
+from fedalt.training.loop import train_together
 from fedalt.training.orders import Fit
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
@@ -90,7 +90,8 @@ def tried(kind: str, *, classifies: bool, folder: Path) -> Row:
     if not classifies:
         row = replace(row, same_text=_same_text(base, plain, examples))
     order = Fit(PLAN, tree, frozenset(tree), epochs=1)
-    fitted = train(base, order, examples, Training(lr=0.05, batch_size=2), seed=0)
+    training = Training(lr=0.05, batch_size=2)
+    (fitted,) = train_together(base, [Share(order, examples, seed=0)], training)
     moved = [not torch.equal(tensor.cpu(), tree[each]) for each, tensor in fitted.tree.items()]
     row = replace(row, trained=any(moved) and fitted.loss == fitted.loss)
     after = Serving(PLAN, _varied(fitted.tree))

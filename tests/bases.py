@@ -1,6 +1,7 @@
 """A tiny random base model with a tokenizer of single letters, and examples for it."""
 
 import string
+from collections.abc import Callable, Sequence
 
 import torch
 from tiny import VOCAB, llama
@@ -14,6 +15,9 @@ from fedalt.core.tree import Tree
 from fedalt.data.examples import Example
 from fedalt.models.base import Base
 from fedalt.models.identity import identify
+from fedalt.training.group import Share, Trained, Training
+from fedalt.training.loop import train_together
+from fedalt.training.orders import Fit
 
 
 def letters() -> PreTrainedTokenizerFast:
@@ -53,3 +57,21 @@ def random_serving_tree(base: Base, plan: Plan, seed: int = 0) -> Tree:
     stream = torch.Generator().manual_seed(seed)
     shapes = {**plan.shapes(base.adapted.sites), **base.adapted.heads}
     return {name: torch.randn(shape, generator=stream) * 0.2 for name, shape in shapes.items()}
+
+
+def train(
+    base: Base,
+    order: Fit,
+    examples: Sequence[Example],
+    training: Training,
+    *,
+    seed: int,
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> Trained:
+    """Carry out an order on one client's examples; see `train_together`."""
+
+    def hear(_: int, done: int, of: int, loss: float) -> None:
+        if on_step is not None:
+            on_step(done, of, loss)
+
+    return train_together(base, [Share(order, examples, seed)], training, hear)[0]

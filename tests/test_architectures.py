@@ -9,6 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import architectures
+from bases import train
 from tiny_architectures import build
 
 from fedalt.adapters.packing import try_packing
@@ -16,7 +17,6 @@ from fedalt.adapters.reach import plain_layers
 from fedalt.adapters.start import Start
 from fedalt.models.base import load_base
 from fedalt.training.group import Training
-from fedalt.training.loop import train
 from fedalt.training.orders import Fit
 
 CAUSAL = {

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import base_of, example, random_serving_tree
+from bases import base_of, example, random_serving_tree, train
 from models_on_disk import SIZES
 from tiny import CAUSAL, CLASSIFIERS, llama
 from torch.nn import functional
@@ -17,7 +17,7 @@ from fedalt.core.noise import Randomness
 from fedalt.core.tree import Name
 from fedalt.training.clipping import Clipping, clipped_sum, noised_mean, rate
 from fedalt.training.group import Group, Share, Training
-from fedalt.training.loop import train, train_together
+from fedalt.training.loop import train_together
 from fedalt.training.orders import Fit
 
 SLOTS = (Slot("own", 2, 4.0), Slot("rest", 3, 6.0))

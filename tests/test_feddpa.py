@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bases import base_of, example, random_serving_tree, start_of
+from bases import base_of, example, random_serving_tree, start_of, train
 from commands import call
 from federation import (
     HEADS,
@@ -33,7 +33,6 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.training.group import Trained, Training
-from fedalt.training.loop import train
 from fedalt.training.orders import Embed, Fit, Fitted, Moments
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import base_of, example, start_of
+from bases import base_of, example, start_of, train
 from federation import START, MemoryStates, one_by_one, pull, run_groups, served, simulate
 from tiny import llama
 
@@ -14,7 +14,6 @@ from fedalt.methods.fedit import SHARED, FedIT
 from fedalt.methods.fedit_split import FedITSplit
 from fedalt.methods.lora import Lora
 from fedalt.training.group import Training
-from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
 
 WHOLE = FedIT(lora=Lora(rank=3, alpha=12, dropout=0.2), weighting="examples")

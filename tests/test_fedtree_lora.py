@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import base_of, example, start_of
+from bases import base_of, example, start_of, train
 from federation import SITES, START, assert_same_servings, served, simulate
 
 from fedalt.adapters.plan import HEAD
@@ -18,7 +18,6 @@ from fedalt.methods.layer_means import EXPERT, EXTERNAL, LAM, means_by_layer, me
 from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.training.group import Training
-from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import base_of, example, start_of
+from bases import base_of, example, start_of, train
 from federation import SITES, START, pull, run_one, served, simulate
 
 from fedalt.adapters.plan import HEAD, Sum
@@ -23,7 +23,6 @@ from fedalt.methods.subspaces import (
     subspace_distances,
 )
 from fedalt.training.group import Training
-from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)

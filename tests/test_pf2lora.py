@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bases import base_of, example, start_of
+from bases import base_of, example, start_of, train
 from federation import SITES, START, pull, run_one, served, simulate
 from tiny import gpt2, llama
 
@@ -14,7 +14,6 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.methods.pf2lora import INDIVIDUAL, SHARED, PF2LoRA
 from fedalt.training.group import Training
-from fedalt.training.loop import train
 from fedalt.training.orders import Fit
 
 LORA = Lora(rank=3, alpha=6, dropout=0.0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bases import base_of, example, start_of
+from bases import base_of, example, start_of, train
 from federation import pull, served, simulate
 from test_contract import ALL, ROWS
 
@@ -15,7 +15,6 @@ from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.methods.pf2lora import PF2LoRA
 from fedalt.training.group import Training
-from fedalt.training.loop import train
 from fedalt.training.orders import Fit
 
 LORA = Lora(rank=3, alpha=6, dropout=0.0)

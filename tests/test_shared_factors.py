@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from bases import base_of, example, start_of
+from bases import base_of, example, start_of, train
 from federation import SITES, START, pull, run_one, served, simulate
 
 from fedalt.adapters.plan import HEAD
@@ -13,7 +13,6 @@ from fedalt.methods.local import INDIVIDUAL, LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.methods.shared_factors import SHARED, SharedFactors
 from fedalt.training.group import Training
-from fedalt.training.loop import train
 from fedalt.training.orders import Fitted
 
 LORA = Lora(rank=2, alpha=4, dropout=0.0)

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bases import base_of, example, random_serving_tree, start_of
+from bases import base_of, example, random_serving_tree, start_of, train
 from test_contract import ROWS
 from test_layer import quantised
 from tiny import CAUSAL, bert_classifier
@@ -19,7 +19,7 @@ from fedalt.methods.contract import Serving
 from fedalt.training.batches import collate
 from fedalt.training.flat import Flat
 from fedalt.training.group import Share, Training
-from fedalt.training.loop import fit_together, train, train_together
+from fedalt.training.loop import fit_together, train_together
 from fedalt.training.loss import client_means, token_losses
 from fedalt.training.orders import Fit, Moments
 

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from bases import base_of, example, random_serving_tree, start_of
+from bases import base_of, example, random_serving_tree, start_of, train
 from tiny import CAUSAL, CLASSIFIERS
 from torch.nn import functional
 
@@ -18,7 +18,6 @@ from fedalt.data.examples import Example
 from fedalt.training import group
 from fedalt.training.batches import collate, epoch_order, steps_per_epoch
 from fedalt.training.group import Training, TrainingError
-from fedalt.training.loop import train
 from fedalt.training.loss import client_means, cross_entropy, token_losses
 from fedalt.training.orders import Fit, Moments
 
@@ -269,10 +268,9 @@ import resource, sys
 sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
-from bases import base_of, example
+from bases import base_of, example, train
 from test_training import FAST, PLAIN, SLOTS, start_of
 from fedalt.training.group import Training, TrainingError
-from fedalt.training.loop import train
 from fedalt.training.orders import Fit
 base = base_of()
 tree = start_of(base).adapter(SLOTS[0])

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from fedalt.data.examples import Example
 from fedalt.models.base import Base
 from fedalt.training.checkpointing import checkpointing
 from fedalt.training.group import Group, Share, Trained, Training, packs
-from fedalt.training.orders import Fit, as_it_is
+from fedalt.training.orders import as_it_is
 
 OnStep = Callable[[int, int, int, float], None]
 
@@ -14,24 +13,6 @@ OnStep = Callable[[int, int, int, float], None]
 # at the start: which clients share a pass decides the last bits of a result.
 _PASS_TOKENS = {"cpu": 1024}
 _PASS_TOKENS_OF_A_GPU = 16384
-
-
-def train(
-    base: Base,
-    order: Fit,
-    examples: Sequence[Example],
-    training: Training,
-    *,
-    seed: int,
-    on_step: Callable[[int, int, float], None] | None = None,
-) -> Trained:
-    """Carry out an order on one client's examples; see `train_together`."""
-
-    def hear(_: int, done: int, of: int, loss: float) -> None:
-        if on_step is not None:
-            on_step(done, of, loss)
-
-    return train_together(base, [Share(order, examples, seed)], training, hear)[0]
 
 
 def passes(base: Base, training: Training, steps: Mapping[str, float]) -> Iterator[list[str]]:

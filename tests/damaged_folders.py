@@ -23,8 +23,7 @@ from fedalt.federation import client as member
 from fedalt.federation import client_folder as opening
 from fedalt.federation.messages import Answer
 from fedalt.federation.transport import Lost
-from fedalt.flower.config import read_client_config, read_server_config
-from fedalt.flower.participants import client_from, server_from
+from fedalt.flower.config import client_from, read_client_config, read_server_config, server_from
 from fedalt.report.live import Reading, follow, live_of
 from fedalt.report.records import read_record
 from fedalt.runs.folder import locked

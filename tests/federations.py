@@ -13,9 +13,8 @@ from fedalt.federation.client import Client
 from fedalt.federation.messages import NEVER, Answer
 from fedalt.federation.roster import read_roster
 from fedalt.federation.transport import Lost
-from fedalt.flower.config import read_client_config, read_server_config
+from fedalt.flower.config import client_from, read_client_config, read_server_config, server_from
 from fedalt.flower.init import create_federation
-from fedalt.flower.participants import client_from, server_from
 from fedalt.runs.folder import locked
 from fedalt.runs.setup import prepare
 

@@ -33,8 +33,7 @@ from fedalt.federation.secure_client import MASKED, Session
 from fedalt.federation.secure_keys import digest_of_sent, signed_of
 from fedalt.federation.secure_sum import steps_of
 from fedalt.federation.transport import Lost
-from fedalt.flower.config import read_server_config
-from fedalt.flower.participants import server_from
+from fedalt.flower.config import read_server_config, server_from
 from fedalt.flower.roster_changes import add_clients, remove_client, rotate_key
 from fedalt.methods import METHODS
 from fedalt.methods.contract import Message

@@ -20,9 +20,8 @@ from fedalt.federation.client_folder import open_client
 from fedalt.federation.messages import Answer, Call
 from fedalt.federation.roster import update_members, write_roster
 from fedalt.federation.transport import Lost
-from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
+from fedalt.flower.config import ServerConfig, read_client_config, read_server_config, server_from
 from fedalt.flower.credentials import make_client_key
-from fedalt.flower.participants import server_from
 from fedalt.flower.revocation import record_revoked, revoke_key
 from fedalt.runs import folder as store
 from fedalt.runs import standing

@@ -14,8 +14,7 @@ from test_startup import modules_after
 
 from fedalt.federation.client_folder import open_client
 from fedalt.federation.transport import Lost
-from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
-from fedalt.flower.participants import server_from
+from fedalt.flower.config import ServerConfig, read_client_config, read_server_config, server_from
 from fedalt.flower.processes import write_pid
 from fedalt.flower.status import shown
 from fedalt.runs.folder import StoreError

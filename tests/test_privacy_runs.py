@@ -16,8 +16,7 @@ from fedalt.engine.run import Run
 from fedalt.federation.call_checks import told_outside
 from fedalt.federation.messages import Answer, Call, Cost
 from fedalt.federation.privacy import told_by
-from fedalt.flower.config import read_server_config
-from fedalt.flower.participants import server_from
+from fedalt.flower.config import read_server_config, server_from
 from fedalt.report.table import describe
 from fedalt.runs.budget import LEDGER
 from fedalt.runs.folder import open_run

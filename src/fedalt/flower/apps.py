@@ -10,11 +10,16 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedalt.core.files import atomic_write
 from fedalt.flower.client_keys import ClientKeys
-from fedalt.flower.config import ServerConfig, read_client_config, read_server_config
+from fedalt.flower.config import (
+    ServerConfig,
+    client_from,
+    read_client_config,
+    read_server_config,
+    server_from,
+)
 from fedalt.flower.crash_log import recording_crashes
 from fedalt.flower.grid_transport import GridTransport
 from fedalt.flower.message_content import bytes_of, content_of
-from fedalt.flower.participants import client_from, server_from
 from fedalt.flower.processes import write_pid
 from fedalt.runs.folder import locked
 

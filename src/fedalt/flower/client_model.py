@@ -20,8 +20,7 @@ from fedalt.federation.accepted import client_states_of
 from fedalt.federation.client_folder import require_model, settings_here
 from fedalt.federation.client_states import broadcast_after, round_to_serve
 from fedalt.federation.messages import Call
-from fedalt.flower.config import ClientConfig, read_client_config
-from fedalt.flower.participants import client_from
+from fedalt.flower.config import ClientConfig, client_from, read_client_config
 from fedalt.methods.contract import Message
 from fedalt.models.base import Base
 from fedalt.runs.answers import Served

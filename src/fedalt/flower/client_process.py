@@ -15,10 +15,9 @@ from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.foreign import shown
 from fedalt.federation.call_checks import is_last
 from fedalt.federation.client import Client, OnEvent, ignore
-from fedalt.flower.config import ClientConfig
+from fedalt.flower.config import ClientConfig, client_from
 from fedalt.flower.credentials import require_client_credentials
 from fedalt.flower.parent_pipe import Pipe, pipe_to, receive, send
-from fedalt.flower.participants import client_from
 from fedalt.flower.processes import QUIET
 from fedalt.runs.folder import locked
 

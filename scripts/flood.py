@@ -28,6 +28,7 @@ from machines import Machines, found
 from runs_for_tests import save_model
 
 from fedalt.flower.config import read_server_config
+from fedalt.flower.places import read_participants
 from fedalt.flower.status import shown
 
 CLIENTS = ("a", "b", "c")
@@ -148,7 +149,7 @@ def flooded_federation(root: Path, each: int, addresses: int) -> int:
     print(f"{len(waits)} newcomers waited for a greeting at most {max(waits, default=0):.1f} s")
     print(f"{len(missed)} were not greeted: {sorted(set(missed))}")
     config = read_server_config(machines.server / "federation.toml")
-    print(shown(config.place, config.terms))
+    print(shown(config.place, read_participants(machines.server / "terms.toml")))
     return int(max(rss, uss) >= MOST or codes != dict.fromkeys(everyone, 0))
 
 

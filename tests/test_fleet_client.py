@@ -24,7 +24,7 @@ from machines import Machines, found
 from fedalt.flower import client_process, fleet_client
 from fedalt.flower.config import read_client_config
 from fedalt.flower.parent_pipe import receive
-from fedalt.flower.signatures import _not_let_in
+from fedalt.flower.signatures import _NOT_LET_IN
 from fedalt.runs.settings import SettingsError
 
 
@@ -51,7 +51,7 @@ class Server(BaseHTTPRequestHandler):
             self.close_connection = True
         elif Server.removed:
             is_new = request == "activate-node"
-            self.answer(412 if is_new else 401, _not_let_in().encode() if is_new else b"no key")
+            self.answer(412 if is_new else 401, _NOT_LET_IN.encode() if is_new else b"no key")
         elif request == "activate-node":
             self.answer(200, ActivateNodeResponse(node_id=7).SerializeToString())
         else:

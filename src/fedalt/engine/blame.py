@@ -121,7 +121,7 @@ class _Trial:
             name: (torch.randn(tensor.shape, generator=generator(*name)) * _SMALL).to(tensor.dtype)
             for name, tensor in form.tree.items()
         }
-        return self.uploads.control(Message(tree, form.facts))
+        return self.uploads.write(Message(tree, form.facts))
 
     def _failed(self, tries: Iterable[tuple[str, Mapping[str, Spooled]]]) -> dict[str, str]:
         whys = {client_id: self._failure(mix) for client_id, mix in tries}

@@ -67,7 +67,7 @@ class UploadStore:
         if upload.counts != 1 and WEIGHT in message.facts:
             weight = float(message.facts[WEIGHT]) * upload.counts
             message = replace(message, facts={**message.facts, WEIGHT: weight})
-        spooled = self._write(message, data if message is upload.message else b"")
+        spooled = self.write(message, data if message is upload.message else b"")
         source = Path(upload.source) if upload.source else spooled.file
         self.accepted[upload.client_id] = replace(spooled, source=source)
 
@@ -81,27 +81,24 @@ class UploadStore:
         self.states.drop(f"moments/{client_id}")
         self.rejected[client_id] = reason
 
-    def control(self, message: Message) -> Spooled:
-        """Spool a message that is no client's, to try the method with."""
-        return self._write(message, b"")
-
     def replies(self, mix: Mapping[str, Spooled]) -> Iterator[tuple[str, Message]]:
         """Some of the uploads as the method gets them."""
-        plain = replies(mix, self.screening)
+        plain = self._without_noise(mix)
         return plain if self.release is None else self.release.noised(mix, plain)
 
-    def _write(self, message: Message, data: bytes) -> Spooled:
+    def _without_noise(self, mix: Mapping[str, Spooled]) -> Iterator[tuple[str, Message]]:
+        """One at a time, each tree exchanged for the robust centre if that is asked for."""
+        files = [spooled.file for spooled in mix.values() if spooled.size.norm is not None]
+        robust, trim = self.screening.robust, self.screening.trim
+        middle = centre(files, robust, trim) if robust and files else {}
+        for client_id, spooled in mix.items():
+            message = read(Message, spooled.file)
+            has_centre = bool(middle and message.tree)
+            yield client_id, replace(message, tree=middle) if has_centre else message
+
+    def write(self, message: Message, data: bytes = b"") -> Spooled:
+        """Write a message, which is `data` as bytes if these are there, into a file of its own."""
         file = self.folder / f"{next(self._numbers):06d}.safetensors"
         with open_private(file, "wb") as opened:
             opened.write(data or encode(message))
         return Spooled(file, size_of(message), file)
-
-
-def replies(uploads: Mapping[str, Spooled], screening: Screening) -> Iterator[tuple[str, Message]]:
-    """The uploads one at a time, each tree exchanged for the robust centre if that is asked for."""
-    files = [spooled.file for spooled in uploads.values() if spooled.size.norm is not None]
-    middle = centre(files, screening.robust, screening.trim) if screening.robust and files else {}
-    for client_id, spooled in uploads.items():
-        message = read(Message, spooled.file)
-        has_centre = bool(middle and message.tree)
-        yield client_id, replace(message, tree=middle) if has_centre else message

@@ -27,14 +27,6 @@ _LOOK: Final = 1.0
 _NETWORK: Final = 64  # bits of an IPv6 address that whoever has one shares with all of theirs
 
 
-@dataclass(frozen=True)
-class Room:
-    """How many connections there may be over which no client's key was shown."""
-
-    in_all: int
-    per_address: int
-
-
 @dataclass(eq=False)
 class Connection:
     """One that is open, or about to be."""
@@ -69,9 +61,10 @@ Groups = dict[Name, dict[Connection, None]]
 
 @dataclass
 class Connections:
-    """All connections of a listener."""
+    """A listener's: of strangers at most `in_all` and, of one address, `per_address`."""
 
-    room: Room
+    in_all: int
+    per_address: int
     refusals: Refusals
     strangers: "Groups[str]" = field(default_factory=dict)  # by network, by age
     clients: "Groups[bytes]" = field(default_factory=dict)  # by key, by age
@@ -80,9 +73,9 @@ class Connections:
         """Take one in, and drop others where that is one too many."""
         neighbours = self.strangers.setdefault(connection.network, {})
         neighbours[connection] = None
-        if len(neighbours) > self.room.per_address:
+        if len(neighbours) > self.per_address:
             self._drop(next(iter(neighbours)), "too many from one address without a key")
-        elif sum(map(len, self.strangers.values())) > self.room.in_all:
+        elif sum(map(len, self.strangers.values())) > self.in_all:
             self.drop_stranger("too many without a key")
 
     def drop_stranger(self, why: str) -> None:

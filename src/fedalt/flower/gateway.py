@@ -37,7 +37,7 @@ from starlette.routing import Route
 from uvicorn.loops.auto import auto_loop_factory
 
 from fedalt.flower.bodies import Body, BodyStore, IncomingBody, NoRoomError, parts
-from fedalt.flower.connections import Connection, Connections, Room, listeners
+from fedalt.flower.connections import Connection, Connections, listeners
 from fedalt.flower.message_content import CHUNK
 from fedalt.flower.refusals import Refusals
 from fedalt.flower.signatures import Signatures, UnsignedError
@@ -199,7 +199,7 @@ def _has_more(file: Body, objects: int) -> bool:
 async def serve(words: argparse.Namespace) -> None:
     """Listen as the command line says, until this process is asked to end."""
     refusals, signatures = Refusals(), Signatures(words.keys)
-    connections = Connections(Room(words.keyless, words.keyless_per_address), refusals)
+    connections = Connections(words.keyless, words.keyless_per_address, refusals)
     logging.getLogger("uvicorn.error").addFilter(refusals.is_other)
     asyncio.get_running_loop().set_exception_handler(refusals.count_fault)
     host, _, port = words.address.rpartition(":")

@@ -34,11 +34,13 @@ BEHIND: Final = 305.0
 _PUBLIC_KEY: Final = "flwr-public-key"  # names of headers
 _SIGNATURE: Final = "flwr-signature"
 _TIME: Final = "flwr-timestamp"
-_NOT_LET_IN: Final = 2004  # Flower's number for a node that may not be activated
 _SCHEME: Final = ECDSA(SHA256())
 _REMEMBERED: Final = 700.0  # seconds; more than `AHEAD` and `BEHIND` together
 _MOST_REMEMBERED: Final = 20_000  # requests of one key within that time; a client makes 5 a second
 _ACTIVATE: Final = "activate-node"
+_UNKNOWN: Final = "no client has this key"
+# In Flower's form, with its number for a node that may not be activated: its client knows that.
+_NOT_LET_IN: Final = json.dumps({"code": 2004, "detail": _UNKNOWN})
 
 
 class UnsignedError(Exception):
@@ -92,8 +94,8 @@ class Signatures:
             raise UnsignedError(401, "no signature of a client") from None
         if (known := self.keys.get(key)) is None:
             # Flower's client tells this answer from others, and only to this request.
-            text = _not_let_in() if call == _ACTIVATE else "no client has this key"
-            raise UnsignedError(412 if call == _ACTIVATE else 401, text, "no client has this key")
+            code, text = (412, _NOT_LET_IN) if call == _ACTIVATE else (401, _UNKNOWN)
+            raise UnsignedError(code, text, _UNKNOWN)
         if not -AHEAD < age < BEHIND:
             raise UnsignedError(401, "the signature is not of now; look at this machine's clock")
         try:
@@ -135,8 +137,3 @@ def _public_key(pem: bytes) -> EllipticCurvePublicKey:
     if not isinstance(key, EllipticCurvePublicKey):
         raise TypeError("a client's key is one of an elliptic curve")
     return key
-
-
-def _not_let_in() -> str:
-    """In Flower's form, by which its client knows that it is this."""
-    return json.dumps({"code": _NOT_LET_IN, "detail": "no client has this key"})

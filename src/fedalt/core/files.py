@@ -30,11 +30,9 @@ class Writer(Protocol):
 
         In any order: until then nobody asks for another write to the same file.
         """
-        ...
 
     def finish(self) -> None:
         """Wait until all is done that was asked for. Raises the error of what was not."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,6 @@ class Executor(Protocol):
 
         A group's turn comes when its results are asked for.
         """
-        ...
 
 
 @dataclass(frozen=True)

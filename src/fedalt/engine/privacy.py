@@ -92,18 +92,15 @@ class Budget(Protocol):
 
     def protection(self, norm: float | None = None) -> Protection:
         """What clients do, with the clip that rounds have come to if it is no fixed one."""
-        ...
 
     def begin(self, cohort: Iterable[str]) -> dict[str, object]:
         """Count a round before it begins, and say what is spent with it, for the record.
 
         Raises PrivacyError for a round that would exceed the budget.
         """
-        ...
 
     def release(self, method: AnyMethod, states: States, round_: int) -> "Release | None":
         """The noise of a round's sum; None where clients add their own."""
-        ...
 
 
 class PrivacyError(ValueError):

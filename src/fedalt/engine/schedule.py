@@ -106,20 +106,15 @@ class Journal(Protocol):
 
     def progress(self) -> Progress:
         """How far the run is."""
-        ...
 
     def states(self, column: str, round_: int) -> States:
         """An arm's states: read as after round `round_` - 1, written for `round_`."""
-        ...
 
     def record(self, line: Line) -> None:
         """Add one line to the run's record."""
-        ...
 
     def keep_examples(self, lines: Sequence[Line]) -> None:
         """Keep a few tested examples, in place of those that were kept before."""
-        ...
 
     def commit(self, progress: Progress) -> None:
         """Make everything since the last commit count, at once."""
-        ...

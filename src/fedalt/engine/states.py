@@ -16,31 +16,24 @@ class States(Protocol):
 
     def begin(self) -> None:
         """Forget what an attempt at this round that was cut short has left."""
-        ...
 
     def get(self, key: str, cls: type[T]) -> T | None:
         """The newest value under a key such as "server" or "clients/alice", if there is one."""
-        ...
 
     def backed(self, key: str, value: T) -> T:
         """A method's first value, its ledgers exchanged for what these states keep them in."""
-        ...
 
     def put(self, key: str, value: object) -> None:
         """Keep a value; until the round is committed, the old one stays too."""
-        ...
 
     def drop(self, key: str) -> None:
         """Forget what this round has put under a key and below it; the old values stay."""
-        ...
 
     def spooling(self) -> AbstractContextManager[Path]:
         """An empty folder for the round's uploads, which is gone again afterwards."""
-        ...
 
     def quarantine(self, client_id: str, reason: str, data: bytes, limit: int) -> None:
         """Note a rejected upload; keep its bytes unless more than `limit` would be kept in all."""
-        ...
 
 
 def server_of(method: AnyMethod, start: Start, states: States, leaving: Sequence[str] = ()) -> Any:

@@ -21,11 +21,9 @@ class Signatures(Protocol):
 
     def sign(self, content: bytes) -> bytes:
         """A signature of its own."""
-        ...
 
     def check(self, client_id: str, content: bytes, signature: bytes) -> None:
         """Raise SecureSumError unless that client has signed this."""
-        ...
 
 
 def signed_of(

@@ -17,12 +17,9 @@ class Transport(Protocol):
 
     def online(self) -> frozenset[str]:
         """The clients that can be called now."""
-        ...
 
     def send(self, calls: Iterable[tuple[str, bytes]]) -> None:
         """Call clients. Each answers its calls one after the other."""
-        ...
 
     def receive(self) -> Sequence[tuple[str, bytes | Lost]]:
         """What has come since the last look; waits a moment where nothing has."""
-        ...

@@ -39,7 +39,6 @@ class Step(Protocol):
     @property
     def moves(self) -> str:
         """The slot that the step moves itself; AdamW moves all other trained names."""
-        ...
 
     def __call__(
         self, tree: Tree, train: Sequence[Name], loss: Callable[[Tree, int], Tensor]
@@ -49,7 +48,6 @@ class Step(Protocol):
         `loss(tree, 0)` is the mean loss on the step's batch, `loss(tree, 1)` that on the next one;
         for one batch it always draws the same dropout masks.
         """
-        ...
 
 
 def as_it_is(tree: Tree) -> Tree:

@@ -8,14 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from fedalt.adapters.binding import (
-    Adapters,
-    Binding,
-    Bound,
-    DropoutSeeds,
-    Watch,
-    with_client_axis,
-)
+from fedalt.adapters.binding import Adapters, Binding, Bound, DropoutSeeds, Watch, with_client_axis
 from fedalt.adapters.last_token import pick_last_tokens
 from fedalt.adapters.packing import Packing, Packs, packed, try_packing
 from fedalt.adapters.plan import HEAD, Plan, Shape, Similarity

@@ -18,16 +18,7 @@ from fedalt.engine.members import Members
 from fedalt.engine.privacy import Budget
 from fedalt.engine.record_lines import round_line, score_line, train_line
 from fedalt.engine.round import Outcome, run_round
-from fedalt.engine.schedule import (
-    UNTRAINED,
-    Arm,
-    Event,
-    HeldOut,
-    Journal,
-    Line,
-    Progress,
-    Schedule,
-)
+from fedalt.engine.schedule import UNTRAINED, Arm, Event, HeldOut, Journal, Line, Progress, Schedule
 from fedalt.engine.states import server_of
 from fedalt.engine.traffic import Coding, Downlink, Traffic
 from fedalt.engine.uploads import Upload

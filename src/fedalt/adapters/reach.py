@@ -169,8 +169,5 @@ def _is_one_of_many(model: nn.Module, path: str, ran: set[str]) -> bool:
 
 def _is_product(layer: nn.Module, x: Tensor, out: Any) -> bool:
     """Whether an output (..., d_out) can be that of a linear layer for its input (..., d_in)."""
-    return isinstance(out, Tensor) and tuple(out.shape) == (*x.shape[:-1], _width(layer))
-
-
-def _width(layer: nn.Module) -> int:
-    return int(cast(int, layer.nf if isinstance(layer, Conv1D) else layer.out_features))
+    width = int(cast(int, layer.nf if isinstance(layer, Conv1D) else layer.out_features))
+    return isinstance(out, Tensor) and tuple(out.shape) == (*x.shape[:-1], width)

@@ -120,7 +120,8 @@ def placed(cls: Any, values: Mapping[str, Any], place: str) -> Any:
         return cls(**values)
     except ValueError as error:
         text = str(error)
-        about_key = any(text.startswith((f"{key}: ", f"{key} is ")) for key in _names(cls))
+        keys = getattr(cls, "__pydantic_fields__", ())
+        about_key = any(text.startswith((f"{key}: ", f"{key} is ")) for key in keys)
         raise SettingsError(f"{place}{' ' if about_key else ': '}{text}") from None
 
 
@@ -212,7 +213,3 @@ def _must(limits: str) -> str:
     if limits == "at least 0":
         return "cannot be negative"
     return f"{'is' if ' and ' in limits or limits.startswith('at') else 'must be'} {limits}"
-
-
-def _names(cls: Any) -> list[str]:
-    return list(getattr(cls, "__pydantic_fields__", ()))

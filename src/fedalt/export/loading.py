@@ -18,9 +18,8 @@ from fedalt.export.folders import BUILT_IN_REFERENCE
 from fedalt.export.peft_type import SLOTS, FedALTConfig, FedALTLayer, Kind, register
 from fedalt.models.base import BUILT_IN, ModelError, load_network, location, network_config
 from fedalt.models.config import set_padding
-from fedalt.models.head import tensors_of_head
 from fedalt.models.identity import differences, identify, identity_in
-from fedalt.models.weights import Loaded
+from fedalt.models.weights import Loaded, tensors_of_head
 
 
 def load(path: str | Path, *, device: str | None = None) -> PeftModel:

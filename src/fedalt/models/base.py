@@ -37,9 +37,8 @@ from fedalt.models.folder import (
     require_no_own_tokenizer_code,
 )
 from fedalt.models.gguf import SUFFIX, GGUFError, converted
-from fedalt.models.head import notes_on_head, own_head, tensors_of_head
 from fedalt.models.identity import Identity, identify
-from fedalt.models.weights import Loaded, load_weights
+from fedalt.models.weights import Loaded, load_weights, notes_on_head, own_head, tensors_of_head
 
 __all__ = [
     "BUILT_IN",

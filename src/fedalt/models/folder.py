@@ -19,7 +19,8 @@ _WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 def require_folder_of_model(folder: Path, name: str) -> None:
     """Raise ModelError for a file or folder that is no whole model, and say what it is."""
     if folder.is_file():
-        raise ModelError(f"{name!r} is {_kind_of_file(folder)}; {_EXPECTED}")
+        kind = "a single file of weights" if folder.suffix in _WEIGHTS else "a file"
+        raise ModelError(f"{name!r} is {kind}; {_EXPECTED}")
     if (folder / "adapter_config.json").is_file():
         base = _read(folder / "adapter_config.json").get("base_model_name_or_path")
         on = f" of the base model {base!r}: give that one" if base else ""
@@ -47,12 +48,6 @@ def require_folder_of_model(folder: Path, name: str) -> None:
     raise ModelError(f"the model folder {name!r} has no config.json{holds}; {_EXPECTED}")
 
 
-def _kind_of_file(file: Path) -> str:
-    if file.suffix in _WEIGHTS:
-        return "a single file of weights"
-    return "a file"
-
-
 def _read(file: Path) -> Mapping[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
@@ -68,7 +63,7 @@ def require_no_own_config_code(place: str, name: str) -> None:
     except Exception:  # a foreign file; loading the model says what is wrong with it
         return
     own = raw.get("auto_map") if isinstance(raw, dict) else None
-    if isinstance(own, dict) and own and raw.get("model_type") not in _known_types():
+    if isinstance(own, dict) and own and raw.get("model_type") not in transformers.CONFIG_MAPPING:
         raise ModelError(_own_code(name, own, "config.json"))
 
 
@@ -82,10 +77,6 @@ def require_no_own_tokenizer_code(place: str, name: str) -> None:
     own = own if isinstance(own, dict) else {"AutoTokenizer": own}
     if own.get("AutoTokenizer") and not hasattr(transformers, str(raw.get("tokenizer_class"))):
         raise ModelError(_own_code(name, own, "tokenizer_config.json"))
-
-
-def _known_types() -> frozenset[str]:
-    return frozenset(transformers.CONFIG_MAPPING.keys())
 
 
 def _own_code(name: str, own: Mapping[str, Any], file: str) -> str:

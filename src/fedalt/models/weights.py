@@ -1,18 +1,21 @@
 """A model from its checkpoint: every tensor comes from it, or is told.
 
 Transformers fills what a checkpoint lacks with random numbers and leaves out what has no place. It
-says so in a report, which is read here.
+says so in a report, which is read here. A classifier's head alone may be new: it is the
+checkpoint's own where that is for the same labels.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from fedalt.adapters.plan import HEAD
 from fedalt.adapters.sites import head_layers
+from fedalt.core.tree import Name
 from fedalt.models.errors import ModelError, in_short
 
 
@@ -49,9 +52,9 @@ def load_weights(kind: Any, place: str, name: str, options: Mapping[str, Any]) -
     allowed = _of_head(model, report["missing_keys"])
     left_over = _left_over(model, report["unexpected_keys"])
     if lacking := fresh - allowed - shapes.keys():
-        others = report["unexpected_keys"]
+        several, others = _count(lacking, "tensor"), report["unexpected_keys"]
         beside = f", and has {_count(others, 'other')}, first {min(others)}" if others else ""
-        raise ModelError(_not_of(model, name, f"lacks {_some(lacking)}{beside}"))
+        raise ModelError(_not_of(model, name, f"lacks {several}, first {min(lacking)}{beside}"))
     if wrong := sorted(shapes.keys() - allowed):
         its, expected = shapes[wrong[0]]
         raise ModelError(
@@ -63,6 +66,65 @@ def load_weights(kind: Any, place: str, name: str, options: Mapping[str, Any]) -
         told = f"has {count} without a place in the model, first {min(left_over)}"
         raise ModelError(_not_of(model, name, told))
     return Loaded(model, frozenset(fresh & allowed))
+
+
+def tensors_of_head(model: PreTrainedModel, fresh: Collection[str]) -> dict[str, Tensor]:
+    """The tensors of a classifier's head by their names in the model."""
+    return {
+        f"{path}.{factor}": tensor
+        for path, layer in head_layers(model, fresh).items()
+        for factor, tensor in layer.named_parameters()
+    }
+
+
+def own_head(
+    model: PreTrainedModel, fresh: Collection[str], own: Sequence[str], labels: Sequence[str]
+) -> dict[Name, Tensor]:
+    """What a head begins with if its checkpoint was trained for the same labels, else nothing.
+
+    In float32, with the rows of the last layer in the order of `labels`; `own` is that of the
+    checkpoint.
+    """
+    tensors = tensors_of_head(model, fresh)
+    if sorted(own) != sorted(labels) or not tensors or any(name in fresh for name in tensors):
+        return {}
+    order = [own.index(label) for label in labels]
+    last = list(head_layers(model, fresh))[-1]
+    begins = {}
+    for name, tensor in tensors.items():
+        site, _, factor = name.rpartition(".")
+        begun = tensor.detach().float().cpu()
+        begins[Name(site, HEAD, factor)] = begun[order] if site == last else begun.clone()
+    return begins
+
+
+def notes_on_head(
+    model: PreTrainedModel,
+    fresh: Collection[str],
+    labels: tuple[Sequence[str], Sequence[str]],
+    *,
+    kept: bool,
+) -> tuple[str, ...]:
+    """What a user should know of where a head begins; `labels`: the checkpoint's, the data's."""
+    own, wanted = labels
+    notes = []
+    if kept:
+        notes.append(f"the head begins as the checkpoint's own, for the labels {_list(wanted)}")
+    elif own:
+        notes.append(
+            f"the checkpoint's own head, for the labels {_list(own)}, is not used: a new one for "
+            f"{_list(wanted)} is trained"
+        )
+    inside = [
+        path
+        for path in head_layers(model, fresh)
+        if f"{path}.weight" in fresh and path.partition(".")[0] not in ("classifier", "score")
+    ]
+    if inside:
+        notes.append(
+            f"trained with the head, because the checkpoint lacks them: {', '.join(inside)}"
+        )
+    return tuple(notes)
 
 
 def _why(error: Exception) -> str:
@@ -85,17 +147,11 @@ def _of_head(model: PreTrainedModel, missing: Collection[str]) -> set[str]:
         key
         for key in missing
         if model.get_submodule(key.rpartition(".")[0]) not in network
-        and _constant(_tensor(model, key))
+        and _constant(model.get_parameter_or_buffer(key))
     }
 
 
-def _tensor(model: nn.Module, key: str) -> torch.Tensor:
-    path, _, last = key.rpartition(".")
-    tensor: torch.Tensor = getattr(model.get_submodule(path), last)
-    return tensor
-
-
-def _constant(tensor: torch.Tensor) -> bool:
+def _constant(tensor: Tensor) -> bool:
     return bool((tensor == tensor.flatten()[0]).all())
 
 
@@ -122,9 +178,10 @@ def _not_of(model: PreTrainedModel, name: str, told: str) -> str:
     )
 
 
-def _some(keys: Collection[str]) -> str:
-    return f"{_count(keys, 'tensor')}, first {min(keys)}"
-
-
 def _count(keys: Collection[str], word: str) -> str:
     return f"{len(keys)} {word}" + ("" if len(keys) == 1 else "s")
+
+
+def _list(labels: Sequence[str]) -> str:
+    more = f" and {len(labels) - 6} more" if len(labels) > 6 else ""
+    return ", ".join(labels[:6]) + more

@@ -20,7 +20,7 @@ from fedalt.federation.rules import Rules
 from fedalt.federation.server import Server
 from fedalt.federation.server_folder import open_server
 from fedalt.federation.transport import Transport
-from fedalt.flower.key_folder import PEERS, KeyFolder
+from fedalt.flower.credentials import PEERS, KeyFolder
 from fedalt.flower.places import ClientPlace, ServerPlace, read_client_place, read_server_place
 from fedalt.flower.revocation import record_revoked
 from fedalt.models.base import Base

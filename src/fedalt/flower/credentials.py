@@ -2,6 +2,7 @@
 
 import ipaddress
 import ssl
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Final
@@ -9,6 +10,7 @@ from typing import Final
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric.ec import (
+    ECDSA,
     SECP384R1,
     EllipticCurvePrivateKey,
     EllipticCurvePublicKey,
@@ -21,14 +23,17 @@ from cryptography.hazmat.primitives.serialization import (
     PrivateFormat,
     PublicFormat,
     load_pem_private_key,
+    load_pem_public_key,
     load_ssh_private_key,
     load_ssh_public_key,
 )
 from cryptography.x509.oid import NameOID
 
 from fedalt.core.files import atomic_write
+from fedalt.federation.secure_sum import SecureSumError
 from fedalt.runs.settings import SettingsError
 
+PEERS: Final = "peers"  # the folder of its peers' keys in a client's folder
 _AUTHORITY_YEARS: Final = 10
 _SERVER_YEARS: Final = 2
 _LONGEST_KEY: Final = 2**16  # bytes that are read of a key or certificate
@@ -200,3 +205,44 @@ def _write_pair(
 def _write_secret(path: Path, data: bytes) -> None:
     path.touch(mode=0o600)
     path.write_bytes(data)
+
+
+@dataclass(frozen=True)
+class KeyFolder:
+    """Public keys by which what clients have signed for a secure sum is checked.
+
+    `folder` holds NAME.pub of each client; `key` is one's own private key. Read when needed. A
+    server has those that it lets in; a client has its peers', which came with its own folder, so
+    that no server can put others in their place.
+    """
+
+    folder: Path
+    key: Path | None = None
+
+    def sign(self, content: bytes) -> bytes:
+        """A signature (ECDSA with SHA-384) by the own key. Raises SecureSumError."""
+        assert self.key is not None
+        try:
+            return secret_of(self.key).sign(content, ECDSA(SHA384()))
+        except (SettingsError, OSError):  # their texts have paths, and this one leaves the machine
+            raise SecureSumError(f"its own key, {self.key.name}, cannot be used") from None
+
+    def check(self, client_id: str, content: bytes, signature: bytes) -> None:
+        """Raise SecureSumError unless the client of this name has signed the content."""
+        file = self.folder / f"{client_id}.pub"
+        try:
+            key = load_pem_public_key(pem_of(file).encode())
+        except SettingsError:
+            raise SecureSumError(
+                f"the keys of {client_id!r} cannot be checked: {file.parent.name}/{file.name} is "
+                "missing, or no public key"
+            ) from None
+        assert isinstance(key, EllipticCurvePublicKey)
+        try:
+            key.verify(signature, content, ECDSA(SHA384()))
+        except InvalidSignature:
+            raise SecureSumError(
+                f"the keys that {client_id!r} is said to have sent are not signed by the key in "
+                f"{file.parent.name}/{file.name}; if it has a new one, its file belongs there, "
+                "else it has trained on another broadcast"
+            ) from None

@@ -16,8 +16,7 @@ from fedalt.core.files import make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.data.names import fault_of_names, fault_of_title
 from fedalt.federation.agreement import Agreement, require_enough_clients, write_agreement
-from fedalt.flower.credentials import make_authority, make_client_key, make_server
-from fedalt.flower.key_folder import PEERS
+from fedalt.flower.credentials import PEERS, make_authority, make_client_key, make_server
 from fedalt.models.base import BUILT_IN, PACKAGED
 from fedalt.runs.settings import SettingsError, method_name
 from fedalt.runs.setup import Parts

@@ -15,7 +15,6 @@ from fedalt.adapters.start import Start
 from fedalt.core.reading import FormError, StoreError, read_bytes, require
 from fedalt.core.tree import Name
 from fedalt.data.names import fault_of_names, fault_of_title
-from fedalt.engine.schedule import Arm
 from fedalt.federation.messages import digest
 from fedalt.federation.secure_sum import FEWEST
 from fedalt.runs.settings import (
@@ -26,7 +25,7 @@ from fedalt.runs.settings import (
     settings_of,
     to_toml,
 )
-from fedalt.runs.setup import Parts, trainable
+from fedalt.runs.setup import Parts, arms_of, trainable
 
 FILE = "terms.toml"
 _KEYS = {"name", "clients", "labels", "model", "sites", "heads"}
@@ -66,6 +65,11 @@ class Agreement:
     settings: Settings
     start: Start
     digest: str
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those of a client's arms: of the method and, if there is one, of the baseline."""
+        return tuple(arm.column for arm in arms_of(self.settings))
 
 
 def require_apart(settings: Settings) -> None:
@@ -158,9 +162,10 @@ def read_agreement(file: Path) -> Agreement:
     )
 
 
-def facts_of(agreement: Agreement, arms: Sequence[Arm]) -> dict[str, object]:
+def facts_of(agreement: Agreement) -> dict[str, object]:
     """What run.json of a federation's server holds; the data are with the clients."""
     packages = {name: version(name) for name in ("fedalt", "torch")}
+    arms = arms_of(agreement.settings)
     return {
         "terms": agreement.digest,
         "versions": {"python": platform.python_version(), **packages},

@@ -131,15 +131,16 @@ class Asked:
     split: HeldOut
 
 
-def asked_of(call: Call, digest: str, agreement: Agreement, columns: Collection[str]) -> Asked:
-    """What a call asks of a client whose arms have these columns."""
+def asked_of(call: Call, digest: str, agreement: Agreement) -> Asked:
+    """What a call asks of a client."""
+    columns = agreement.columns
     scores = {column: call.score[column] for column in columns if column in call.score}
     own = scores.get("own")
     if own is not None and call.split == "test" and _has_shared(call, agreement):
         scores["shared"] = own
     if own is not None and call.split == "test" and has_base(agreement):
         scores["base"] = NEVER
-    trains = tuple(columns) if call.train else ()
+    trains = columns if call.train else ()
     return Asked(call.client, call.round, call.accepted, digest, trains, scores, call.split)
 
 

@@ -47,15 +47,13 @@ def read_call(data: bytes, agreement: Agreement, client_id: str) -> Call:
     return call
 
 
-def check_call(
-    call: Call, agreement: Agreement, client_id: str, columns: Collection[str], since: int
-) -> None:
+def check_call(call: Call, agreement: Agreement, client_id: str, since: int) -> None:
     """Refuse a call that no server sends which keeps to the agreement, before anything comes of it.
 
-    `columns` are those of the client's arms; `since` is the round of the last call that it has
-    answered, before which it is not set back.
+    `since` is the round of the last call that the client has answered, before which it is not set
+    back.
     """
-    settings = agreement.settings
+    settings, columns = agreement.settings, agreement.columns
     problems = _problems(call, settings.rounds, columns, since), _clipping(call, settings.privacy)
     for problem in chain.from_iterable(problems):
         raise CallRefused(f"client {client_id!r}: the call is refused: {problem}")

@@ -38,7 +38,7 @@ from fedalt.federation.messages import NEVER, Answer, Call, Cost, RoundKeys, Sco
 from fedalt.federation.owner_messages import Say, silent, what_was_done, what_was_rejected, where
 from fedalt.federation.privacy import own_spending
 from fedalt.federation.secure_client import SecureClient
-from fedalt.methods.contract import Message
+from fedalt.methods.contract import AnyMethod, Message
 from fedalt.runs.budget import RunBudget
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.setup import Parts, base_arm
@@ -97,12 +97,10 @@ class Client:
                 if self.secure is not None:
                     self.secure.forget()
             self._require_counted(call)
-            check_call(call, self.agreement, self.client_id, self._columns, since)
+            check_call(call, self.agreement, self.client_id, since)
             call = self._received(call)
             done = self._execute(call, answer)
-            check_answer(
-                done, asked_of(call, call_digest, self.agreement, self._columns), self.agreement
-            )
+            check_answer(done, asked_of(call, call_digest, self.agreement), self.agreement)
             sent = encode(done)
             atomic_write(self.folder / "answer.bin", sent)
         except Exception as error:  # a client that ends with an error could be called to death
@@ -147,7 +145,7 @@ class Client:
         self._require_fitting(call)
         if rejected := what_was_rejected(self.folder, self.client_id, call):
             self.say(f"{where(call, self.agreement.settings.rounds.rounds)}: {rejected}")
-        settle(self.accepted, call, self._columns)
+        settle(self.accepted, call, self.agreement.columns)
         keep(self.accepted, call, self.agreement.settings)
         scores: list[Score] = []
         costs: list[Cost] = []
@@ -196,9 +194,8 @@ class Client:
 
     def _received(self, call: Call) -> Call:
         """The call with its message as it was before it was shortened."""
-        (own,) = (arm for arm in self.parts.arms if arm.column == "own")
         try:
-            return received(self.accepted, call, self._coding(own))
+            return received(self.accepted, call, self._coding(self.agreement.settings.method))
         except CodecError as error:
             raise CallRefused(
                 f"client {self.client_id!r}: the call's message cannot be read: {error}"
@@ -206,12 +203,12 @@ class Client:
 
     def _require_fitting(self, call: Call) -> None:
         """Refuse a broadcast before anything is computed with it."""
-        (own,) = (arm for arm in self.parts.arms if arm.column == "own")
-        scored = call.score.get(own.column, call.accepted)
+        method = self.agreement.settings.method
+        scored = call.score.get("own", call.accepted)
         for round_ in {call.accepted, min(scored, call.accepted)}:
-            states = self._states(own.column, round_ + 1)
-            client = client_of(own.method, self.parts.start, states, self.client_id)
-            check_broadcast(whole(call.message), own.method, self.parts.start, client)
+            states = self._states("own", round_ + 1)
+            client = client_of(method, self.parts.start, states, self.client_id)
+            check_broadcast(whole(call.message), method, self.parts.start, client)
 
     def score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
         """Score what the client serves after a round; on test data also the shared part."""
@@ -253,22 +250,18 @@ class Client:
             sent=lambda _: message,
             on_event=self.on_event,
             protection=protection,
-            coding=self._coding(arm),
+            coding=self._coding(arm.method),
             expecting=call.expected or None,
         )
 
-    def _coding(self, arm: Arm) -> Coding:
-        return Coding(arm.method, self.parts.start, self.agreement.settings.traffic)
+    def _coding(self, method: AnyMethod) -> Coding:
+        return Coding(method, self.parts.start, self.agreement.settings.traffic)
 
     def _message(self, arm: Arm, call: Call) -> Message:
         """What the server sent, or, for the baseline, what a server without clients would send."""
         if arm.column == "own":
             return whole(call.message)
         return arm.method.broadcast(arm.method.init_server(self.parts.start), self.client_id)
-
-    @property
-    def _columns(self) -> tuple[str, ...]:
-        return tuple(arm.column for arm in self.parts.arms)
 
     def _states(self, column: str, round_: int) -> FileStates:
         return FileStates(folder_of(self.folder, column), round_, kept=self.accepted.kept)

@@ -36,13 +36,12 @@ Called = dict[str, list[Asked]]  # of each client, the calls that it has not ans
 class RoundCollector:
     """The round in progress; what it holds can be had again from the disk and the transport.
 
-    `columns` are those of the run's arms, `folder` and `states` the run's. Uploads stay on disk:
-    `answers` hold all but them, `uploaded` are their clients, `downloads` the calls' bytes.
-    `signatures` tell whose keys of a secure sum are whose, where there is one.
+    `folder` and `states` are the run's. Uploads stay on disk: `answers` hold all but them,
+    `uploaded` are their clients, `downloads` the calls' bytes. `signatures` tell whose
+    keys of a secure sum are whose, where there is one.
     """
 
     agreement: Agreement
-    columns: Collection[str]
     coding: Coding
     states: FileStates
     folder: Path
@@ -192,7 +191,7 @@ class RoundCollector:
         """What a client's call of this round asks for."""
         if client_id not in self._asked:
             call, digest_ = self._calls[client_id], self._digest(client_id)
-            self._asked[client_id] = asked_of(call, digest_, self.agreement, self.columns)
+            self._asked[client_id] = asked_of(call, digest_, self.agreement)
         return self._asked[client_id]
 
     def _take(self, client_id: str, came: bytes | Lost) -> None:

@@ -21,7 +21,7 @@ from fedalt.core.codec import encode
 from fedalt.engine.firewall import Screening
 from fedalt.engine.record_lines import is_validated, last_accepted, round_line
 from fedalt.engine.round import ClientRound, run_round
-from fedalt.engine.schedule import Arm, HeldOut, Progress
+from fedalt.engine.schedule import HeldOut, Progress
 from fedalt.engine.traffic import Coding, Downlink
 from fedalt.engine.uploads import Upload
 from fedalt.federation.agreement import Agreement
@@ -51,7 +51,6 @@ class Server:
     """
 
     agreement: Agreement
-    arms: tuple[Arm, ...]
     folder: RunFolder
     transport: Transport
     rules: Rules
@@ -62,7 +61,7 @@ class Server:
 
     def to_the_end(self) -> None:
         """Go on from where the folder stands until the test data are scored and all know it."""
-        schedule = self.agreement.settings.rounds
+        schedule, columns = self.agreement.settings.rounds, self.agreement.columns
         progress = self.folder.progress().sound()
         self.folder.require_whole()
         self._sweep(progress)
@@ -70,12 +69,12 @@ class Server:
         for round_ in range(progress.rounds_done, schedule.rounds):
             progress = self._round(progress, round_, called)
         if not is_validated(self.folder.lines(), schedule.rounds - 1):
-            last = dict.fromkeys(self._columns, schedule.rounds - 1)
+            last = dict.fromkeys(columns, schedule.rounds - 1)
             collector = self._scored(progress, schedule.rounds, last, called)
             progress = self._with_best(progress, collector, last)
             self.folder.commit(progress)
         if schedule.test and not progress.tested:
-            chosen = {column: progress.chosen(column, schedule.select) for column in self._columns}
+            chosen = {column: progress.chosen(column, schedule.select) for column in columns}
             self._scored(progress, progress.rounds_done + 1, chosen, called, "test")
             progress = replace(progress, tested=True)
             self.folder.commit(progress)
@@ -84,14 +83,14 @@ class Server:
     def _round(self, progress: Progress, round_: int, called: Called) -> Progress:
         """Train a cohort and, in the same calls, score the round before on validation data."""
         began = time.monotonic()
-        schedule, method = self.agreement.settings.rounds, self.arms[0].method
+        settings = self.agreement.settings
+        schedule = settings.rounds
         members = members_there(self.folder, self.roster, self.agreement, round_, self.say)
-        drawn = schedule.cohort(self._clients(), round_, self.agreement.settings.seed)
-        begun = begin_private(self.folder, self.agreement, round_, drawn, self.say)
-        cohort, spent, release = begun
+        drawn = schedule.cohort(self._clients(), round_, settings.seed)
+        cohort, spent, release = begin_private(self.folder, self.agreement, round_, drawn, self.say)
         clients = schedule.called(self._clients(), round_, cohort)
         scored = round_ > 0 and round_ % schedule.evaluate_every == 0
-        score = dict.fromkeys(self._columns, round_ - 1) if scored else {}
+        score = dict.fromkeys(self.agreement.columns, round_ - 1) if scored else {}
         self.say(f"round {round_ + 1}: {len(cohort)} of {len(self._clients())} clients train")
         collector = self._collector(round_, called)
         clip = None if release is None else release.clip
@@ -110,7 +109,7 @@ class Server:
             return secure.uploads(collector.answers, states, downlink.message)
 
         outcome = run_round(
-            method,
+            settings.method,
             self.agreement.start,
             states,
             cohort,
@@ -256,7 +255,6 @@ class Server:
             rules = replace(rules, minimum=max(rules.minimum, fewest(self.agreement)))
         return RoundCollector(
             self.agreement,
-            self._columns,
             self._coding,
             self._states(round_),
             self.folder.path,
@@ -281,9 +279,9 @@ class Server:
 
     @property
     def _coding(self) -> Coding:
-        start, traffic = self.agreement.start, self.agreement.settings.traffic
+        start, settings = self.agreement.start, self.agreement.settings
         # Who is shut out may come back, and then goes on from what the others have got meanwhile.
-        return Coding(self.arms[0].method, start, traffic, self._clients(shut_out=True))
+        return Coding(settings.method, start, settings.traffic, self._clients(shut_out=True))
 
     def _states(self, round_: int) -> FileStates:
         return self.folder.states("own", round_)
@@ -292,7 +290,3 @@ class Server:
         facts = self.folder.facts()
         left = {*facts.get("left", ())} - {*(facts.get("revoked", ()) if shut_out else ())}
         return sorted(facts["clients"].keys() - left)
-
-    @property
-    def _columns(self) -> list[str]:
-        return [arm.column for arm in self.arms]

@@ -15,7 +15,6 @@ from fedalt.federation.transport import Transport
 from fedalt.runs.beginning import create
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.settings import SettingsError, to_toml
-from fedalt.runs.setup import arms_of
 
 
 def open_server(
@@ -52,11 +51,11 @@ def open_server(
             "'client' in the terms: leave it out; all noise of a round is in one upload, and a "
             "late one that counts less would take it along"
         )
-    arms, settings = arms_of(agreement.settings), to_toml(agreement.settings)
+    settings = to_toml(agreement.settings)
     if not (folder / "run.json").exists():
-        create(folder, settings, facts_of(agreement, arms))
+        create(folder, settings, facts_of(agreement))
     run = open_run(folder)
-    server = Server(agreement, arms, run, transport, rules, screening, say, roster, signatures)
+    server = Server(agreement, run, transport, rules, screening, say, roster, signatures)
     if (terms := server.folder.facts().get("terms")) != agreement.digest:
         raise StoreError(
             f"{folder} belongs to other terms than terms.toml (and its template.txt, if it has "

@@ -88,7 +88,7 @@ def test_tensors_of_different_numbers_of_clients_are_an_error(adapted: AdaptedMo
 def test_a_wrong_number_of_dropout_seeds_is_an_error(
     adapted: AdaptedModel, clients: int | None, seeds: tuple[int, ...]
 ) -> None:
-    message = refusal(adapted, random_tree(adapted, FEDALT, clients=clients), DropoutSeeds(seeds))
+    message = refusal(adapted, random_tree(adapted, FEDALT, clients=clients), seeds)
     assert message == f"{len(seeds)} dropout seeds for {clients or 1} clients"
 
 
@@ -228,7 +228,7 @@ def through(
 ) -> Tensor:
     """What a site alone makes of x."""
     site = adapted.model.get_submodule(list(adapted.sites)[layer])
-    with adapted.bound(plan, tree, DropoutSeeds(seeds) if seeds else None):
+    with adapted.bound(plan, tree, seeds or None):
         out: Tensor = site(x)
     return out
 
@@ -289,13 +289,13 @@ def test_grouping_clients_changes_no_mask(adapted: AdaptedModel) -> None:
     each = [random_tree(adapted, DROPPED, seed=seed) for seed in range(3)]
     ids = tokens(6, 5)
     together = trained(stacked(*each))
-    with adapted.bound(DROPPED, together, DropoutSeeds((11, 12, 13))) as model:
+    with adapted.bound(DROPPED, together, (11, 12, 13)) as model:
         logits = model(ids).logits
         grads = gradients(logits.tanh().sum(), together)
     for client, seed in enumerate((11, 12, 13)):
         rows = slice(2 * client, 2 * client + 2)
         alone = trained(each[client])
-        with adapted.bound(DROPPED, alone, DropoutSeeds((seed,))) as model:
+        with adapted.bound(DROPPED, alone, (seed,)) as model:
             logits_alone = model(ids[rows]).logits
             grads_alone = gradients(logits_alone.tanh().sum(), alone)
         assert_near(logits[rows], logits_alone)
@@ -308,7 +308,7 @@ def test_grouping_clients_changes_no_mask(adapted: AdaptedModel) -> None:
 def test_dropout_does_not_touch_the_global_generator(adapted: AdaptedModel) -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    logits_of(adapted, DROPPED, random_tree(adapted, DROPPED), tokens(2, 4), DropoutSeeds((7,)))
+    logits_of(adapted, DROPPED, random_tree(adapted, DROPPED), tokens(2, 4), (7,))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -335,7 +335,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(build: Model)
 
         adapted.model.get_submodule(next(iter(adapted.sites))).register_forward_hook(count)
         tree = trained(random_tree(adapted, DROPPED, clients=2))
-        with adapted.bound(DROPPED, tree, DropoutSeeds((7, 8))) as model:
+        with adapted.bound(DROPPED, tree, (7, 8)) as model:
             loss = model(tokens(4, 5)).logits.tanh().sum()
             loss.backward()
         results.append((loss, {name: tensor.grad for name, tensor in tree.items()}))

@@ -9,7 +9,6 @@ from test_contract import ROWS
 from test_layer import quantised
 from tiny import CAUSAL, bert_classifier
 
-from fedalt.adapters.binding import DropoutSeeds
 from fedalt.adapters.packing import Packs, packed, packing_of
 from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum, names_of
 from fedalt.core import tree as trees
@@ -40,8 +39,7 @@ DATA = {
 
 def losses_of(base, plan, tree, groups, *, pack, seeds=None):
     batch = collate(groups, base.pad_id, base.adapted.device, pack=pack)
-    dropout = None if seeds is None else DropoutSeeds(seeds)
-    with base.adapted.bound(plan, tree, dropout, packing=batch.packing) as model:
+    with base.adapted.bound(plan, tree, seeds, packing=batch.packing) as model:
         losses = client_means(token_losses(model, batch), batch, len(groups))
         losses.sum().backward()
     return losses.detach()

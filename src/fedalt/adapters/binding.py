@@ -12,14 +12,8 @@ from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Similarity, Sum
 from fedalt.core.seeds import generator
 from fedalt.core.tree import Name, Tree, require_same_names
 
-
-@dataclass(frozen=True)
-class DropoutSeeds:
-    """Dropout while training: one seed for each client, so that grouping them changes no mask."""
-
-    seeds: tuple[int, ...]
-
-
+# Dropout while training: one seed for each client, so that grouping them changes no mask.
+DropoutSeeds = tuple[int, ...]
 # Is told, site by site, the weights (tokens, slots) that a mixer or router gave to the tokens of
 # the flattened batch.
 Watch = Callable[[str, Tensor], None]
@@ -99,7 +93,7 @@ class Bound:
         # runs twice sees the same mask twice. Four numbers of 16 bits come from one of 64.
         spans = spans or (rows.shape[1],) * self.clients
         parts = []
-        for seed, span in zip(self.dropout.seeds, spans, strict=True):
+        for seed, span in zip(self.dropout, spans, strict=True):
             size = span * rows.shape[-1]
             bits = torch.empty(-(-size // 4), dtype=torch.int64, device=rows.device)
             stream = generator(seed, "dropout", site, device=rows.device)

@@ -134,8 +134,8 @@ class AdaptedModel:
         """
         full, clients = with_client_axis(tree, {**plan.shapes(self.sites), **self.heads})
         self._require_one_client(clients, shares)
-        if dropout is not None and len(dropout.seeds) != clients:
-            raise ValueError(f"{len(dropout.seeds)} dropout seeds for {clients} clients")
+        if dropout is not None and len(dropout) != clients:
+            raise ValueError(f"{len(dropout)} dropout seeds for {clients} clients")
         if (shares is None) == isinstance(plan.combine, Similarity):
             raise ValueError(
                 "weights for each example belong to a plan of similarity, and to no other"

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from fedalt.adapters.binding import DropoutSeeds
 from fedalt.core import tree as trees
 from fedalt.core.seeds import generator, seed_of
 from fedalt.core.settings import Training as Training
@@ -241,7 +240,7 @@ class Group:
         batches = [row.texts for row in rows]
         pack = all(packs(self.base, batch) for batch in batches)
         batch = collate(batches, self.base.pad_id, adapted.device, pack=pack)
-        dropout = DropoutSeeds(tuple(row.seed for row in rows))
+        dropout = tuple(row.seed for row in rows)
         order = rows[0].order
         bound = whole
         if order.compose is not as_it_is or order.penalty is not None:

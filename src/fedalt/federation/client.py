@@ -14,11 +14,10 @@ client rolls back to its previous state, so that both always agree on what was u
 """
 
 import logging
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from fedalt.core.codec import CodecError, atomic_write, decode, encode
 from fedalt.core.reading import read_bytes
@@ -26,7 +25,7 @@ from fedalt.engine.changes import ReferenceLackedError, Sent, whole
 from fedalt.engine.client_work import ClientWork
 from fedalt.engine.firewall import check_broadcast
 from fedalt.engine.local_trainer import LocalTrainer
-from fedalt.engine.schedule import Arm, Event
+from fedalt.engine.schedule import Arm
 from fedalt.engine.states import client_of
 from fedalt.engine.traffic import Coding
 from fedalt.federation.accepted import Accepted, folder_of
@@ -41,15 +40,10 @@ from fedalt.federation.secure_client import SecureClient
 from fedalt.methods.contract import AnyMethod, Message
 from fedalt.runs.budget import RunBudget
 from fedalt.runs.checkpoints import FileStates
+from fedalt.runs.observer import NullObserver
 from fedalt.runs.setup import Parts, base_arm
 
-OnEvent = Callable[[Event], None]
-
 _log: Final = logging.getLogger(__name__)  # on standard error, where nobody says otherwise
-
-
-def ignore(_: Event) -> None:
-    """Do nothing."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,6 @@ class Client:
     trainer: LocalTrainer
     folder: Path
     accepted: Accepted
-    on_event: OnEvent = ignore
     say: Say = silent
     budget: RunBudget | None = None
     secure: SecureClient | None = None
@@ -217,8 +210,6 @@ class Client:
         scored = work.score([self.client_id], split=call.split, whole=whole)
         if not scored:
             return []
-        what: Literal["validate", "test"] = "test" if whole else "validate"
-        self.on_event(Event(what, round_, arm.column, self.client_id, 1, 1))
         return [
             Score(column, call.split, round_, metrics)
             for column, metrics in scored[0].metrics.items()
@@ -248,7 +239,7 @@ class Client:
             states,
             round_,
             sent=lambda _: message,
-            on_event=self.on_event,
+            on_event=NullObserver().on_event,  # its owner is told of calls
             protection=protection,
             coding=self._coding(arm.method),
             expecting=call.expected or None,

@@ -6,7 +6,7 @@ from pathlib import Path
 from fedalt.core.files import make_private_folder
 from fedalt.federation.accepted import claim, read_accepted
 from fedalt.federation.agreement import Agreement
-from fedalt.federation.client import Client, OnEvent, ignore
+from fedalt.federation.client import Client
 from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.privacy import client_budget
 from fedalt.federation.secure_client import SecureClient
@@ -25,7 +25,6 @@ def open_client(
     *,
     model: str | None = None,
     device: str | None = None,
-    on_event: OnEvent = ignore,
     say: Say = silent,
     signatures: Signatures | None = None,
     base: Base | None = None,
@@ -48,9 +47,7 @@ def open_client(
     _require_fitting(prepared, agreement, client_id, data)
     for sentence in prepared.warnings:
         say(f"note: {sentence}")
-    return client_in(
-        folder, agreement, client_id, prepared, on_event=on_event, say=say, signatures=signatures
-    )
+    return client_in(folder, agreement, client_id, prepared, say=say, signatures=signatures)
 
 
 def client_in(
@@ -59,7 +56,6 @@ def client_in(
     client_id: str,
     prepared: Prepared,
     *,
-    on_event: OnEvent = ignore,
     say: Say = silent,
     signatures: Signatures | None = None,
 ) -> Client:
@@ -73,9 +69,7 @@ def client_in(
         assert signatures is not None
         secure = SecureClient(agreement, client_id, folder, accepted.kept, signatures, say)
     parts, trainer = prepared.parts, trainer_of(prepared)
-    return Client(
-        agreement, client_id, parts, trainer, folder, accepted, on_event, say, budget, secure
-    )
+    return Client(agreement, client_id, parts, trainer, folder, accepted, say, budget, secure)
 
 
 def _require_fitting(prepared: Prepared, agreement: Agreement, client_id: str, data: Path) -> None:

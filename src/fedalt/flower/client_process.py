@@ -14,7 +14,7 @@ from typing import Final
 from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.foreign import shown
 from fedalt.federation.call_checks import is_last
-from fedalt.federation.client import Client, OnEvent, ignore
+from fedalt.federation.client import Client
 from fedalt.flower.config import ClientConfig, client_from
 from fedalt.flower.credentials import require_client_credentials
 from fedalt.flower.parent_pipe import Pipe, pipe_to, receive, send
@@ -30,7 +30,7 @@ _NOT_LET_IN: Final = "[code: 2004]"  # Flower's words
 Say = Callable[[str], None]
 
 
-def run_client(config: ClientConfig, say: Say, on_event: OnEvent = ignore) -> None:
+def run_client(config: ClientConfig, say: Say) -> None:
     """Answer the server's calls to the end of the federation.
 
     Raises SettingsError or OSError for files that do not get better by trying again.
@@ -41,7 +41,7 @@ def run_client(config: ClientConfig, say: Say, on_event: OnEvent = ignore) -> No
     make_private_folder(place.folder)
     with locked(place.folder):
         reports = _Reports(lambda text: say(f"{place.name}: {shown(text, _LINE)}"))
-        client = client_from(config, on_event, reports.progress)
+        client = client_from(config, reports.progress)
         say(f"{place.name}: the model is loaded, calling {place.server}")
         tries, node = 0, ""
         while True:

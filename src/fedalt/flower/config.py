@@ -13,7 +13,7 @@ from fedalt.data.names import fault_of_names
 from fedalt.engine.firewall import Screening
 from fedalt.federation import roster
 from fedalt.federation.agreement import Agreement, read_agreement
-from fedalt.federation.client import Client, OnEvent, ignore
+from fedalt.federation.client import Client
 from fedalt.federation.client_folder import open_client
 from fedalt.federation.owner_messages import Say, silent
 from fedalt.federation.rules import Rules
@@ -102,12 +102,7 @@ def server_from(config: ServerConfig, transport: Transport) -> Server:
     return host
 
 
-def client_from(
-    config: ClientConfig,
-    on_event: OnEvent = ignore,
-    say: Say = silent,
-    base: Base | None = None,
-) -> Client:
+def client_from(config: ClientConfig, say: Say = silent, base: Base | None = None) -> Client:
     """The client of a configuration, its model loaded and its data read; see `open_client`."""
     place = config.place
     if config.go_back and config.terms.settings.privacy.unit == "client":
@@ -124,7 +119,6 @@ def client_from(
             place.folder,
             model=place.model,
             device=place.device,
-            on_event=on_event,
             say=say,
             signatures=KeyFolder(config.file.parent / PEERS, place.key),
             base=base,

@@ -15,17 +15,15 @@ from transformers import PreTrainedModel
 _HEADS = ("score", "classifier")
 
 
-def pick_last_tokens(model: PreTrainedModel, head: nn.Module | None = None) -> None:
+def pick_last_tokens(model: PreTrainedModel) -> None:
     """Let a classifier answer with the last token that its attention mask shows.
 
-    Without a mask that is the last of the row. `head` is the layer whose output the logits are,
-    where it is not found by its usual name. Changes nothing for a model whose head sees one vector
-    of each text.
+    Without a mask that is the last of the row. Changes nothing for a model whose head sees one
+    vector of each text.
     """
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return
-    if head is None:
-        head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
+    head = next((getattr(model, name) for name in _HEADS if hasattr(model, name)), None)
     if head is None:
         return
     seen: list[Tensor] = []

@@ -82,12 +82,11 @@ def read(
     path: Path,
     *,
     given: Mapping[str, object] | None = None,
-    finite: bool = False,
     of: Callable[[Path], bytes] = Path.read_bytes,
 ) -> T:
     """Decode a file; an error about its content begins with its path. `of` reads its bytes."""
     try:
-        return decode(cls, of(path), given=given, finite=finite)
+        return decode(cls, of(path), given=given)
     except CodecError as error:
         raise CodecError(f"{path}: {error}") from error
 

@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Final
 from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.engine.adaptive_clip import WITHIN
-from fedalt.engine.changes import Sent
 from fedalt.engine.example_log import example_log, mixer_facts
 from fedalt.engine.generators import Execute, run_generators
 from fedalt.engine.local_trainer import LocalTrainer
@@ -59,8 +58,8 @@ class ClientWork:
     round: int
     sent: Callable[[str], Message]
     on_event: Callable[[Event], None]
+    coding: Coding
     protection: Protection | None = None
-    coding: Coding | None = None
     expecting: str | None = None
 
     def train(self, group: Sequence[str]) -> list[Upload]:
@@ -89,10 +88,11 @@ class ClientWork:
         seconds = (time.monotonic() - began) / max(len(group), 1)
         for client_id, (state, _) in ends.items():
             self.states.put(f"clients/{client_id}", state)
+        send = self.coding.send
         return [
             Upload(
                 client_id,
-                self._coded(client_id, message),
+                send(self.states, client_id, message, self.expecting),
                 seconds,
                 {**training_metrics(fits[client_id]), **told[client_id]},
             )
@@ -170,11 +170,6 @@ class ClientWork:
                 told[WITHIN] = float(within)
 
         return protection.local(self.arm.method, client, sent, self.start, tell)
-
-    def _coded(self, client_id: str, upload: Message) -> Sent:
-        if self.coding is None:
-            return upload
-        return self.coding.send(self.states, client_id, upload, self.expecting)
 
     def _client(self, client_id: str) -> object:
         return client_of(self.arm.method, self.start, self.states, client_id)

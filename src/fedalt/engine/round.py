@@ -59,9 +59,9 @@ def run_round(
     train: Train,
     screening: Screening,
     *,
-    release: Release | None = None,
-    coding: Coding | None = None,
-    heard: Callable[[], Iterable[str]] = tuple,
+    release: Release | None,
+    coding: Coding,
+    heard: Callable[[], Iterable[str]],
     leaving: Sequence[str] = (),
 ) -> Outcome:
     """Broadcast, local training, upload and aggregation for the clients of a cohort.
@@ -72,7 +72,6 @@ def run_round(
     before the caller commits the round. `heard` tells afterwards who has received what the server
     sent: uploads may be of others, too, who were sent something else or nothing.
     """
-    coding = Coding(method, start) if coding is None else coding
     states.begin()
     server = server_of(method, start, states, leaving)
     downlink = coding.downlink(states, server)

@@ -18,7 +18,7 @@ from fedalt.federation import client as member
 from fedalt.federation import round_collector as desk
 from fedalt.federation.client_folder import open_client
 from fedalt.federation.messages import Answer, Call
-from fedalt.federation.roster import update_members, write_roster
+from fedalt.federation.roster import Roster, update_members, write_roster
 from fedalt.federation.transport import Lost
 from fedalt.flower.config import ServerConfig, read_client_config, read_server_config, server_from
 from fedalt.flower.credentials import make_client_key
@@ -224,7 +224,8 @@ def test_a_key_that_is_revoked_while_somebody_joins_leaves_a_readable_run(
         plain(path, facts)
 
     monkeypatch.setattr(store, "write_facts", slow)
-    roster = write_roster(config.roster, ["d"], [], version=1)
+    roster = Roster(1, added=("d",))
+    write_roster(config.roster, roster)
     update_members(host.folder, config.roster, config.terms, 2, print)
     operator.join()
     assert sorted(host.folder.facts()["clients"]) == ["a", "b", "c", *roster.added]

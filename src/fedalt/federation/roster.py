@@ -57,11 +57,9 @@ def read_roster(file: Path) -> Roster:
     return Roster(raw["version"], tuple(raw["added"]), tuple(raw["removed"]))
 
 
-def write_roster(file: Path, added: Sequence[str], removed: Sequence[str], version: int) -> Roster:
+def write_roster(file: Path, roster: Roster) -> None:
     """Replace a members.json."""
-    roster = Roster(version, tuple(added), tuple(removed))
     atomic_write(file, (json.dumps(asdict(roster), indent=2) + "\n").encode())
-    return roster
 
 
 def members_of(folder: RunFolder) -> Members:

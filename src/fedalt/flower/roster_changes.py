@@ -105,5 +105,5 @@ def _require_member(config: ServerConfig, roster: Roster, name: str) -> None:
 def _write(
     config: ServerConfig, roster: Roster, added: Sequence[str] = (), removed: Sequence[str] = ()
 ) -> None:
-    changes = [*roster.added, *added], [*roster.removed, *removed]
-    write_roster(config.roster, *changes, version=roster.version + 1)
+    changes = (*roster.added, *added), (*roster.removed, *removed)
+    write_roster(config.roster, Roster(roster.version + 1, *changes))

@@ -21,7 +21,8 @@ from fedalt.adapters.plan import Mixer, Plan, Slot, single
 from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, select
 from fedalt.data.examples import Example
-from fedalt.models.base import Base, load_network, location, network_config
+from fedalt.models.base import Base, load_network, location
+from fedalt.models.config import network_config
 from fedalt.training.batches import collate
 from fedalt.training.group import Share, Training
 from fedalt.training.loop import passes, train_together

@@ -16,8 +16,8 @@ from transformers import PreTrainedModel
 from fedalt.adapters.last_token import pick_last_tokens
 from fedalt.export.folders import BUILT_IN_REFERENCE
 from fedalt.export.peft_type import SLOTS, FedALTConfig, FedALTLayer, Kind, register
-from fedalt.models.base import BUILT_IN, ModelError, load_network, location, network_config
-from fedalt.models.config import set_padding
+from fedalt.models.base import BUILT_IN, ModelError, load_network, location
+from fedalt.models.config import network_config, set_padding
 from fedalt.models.identity import differences, identify, identity_in
 from fedalt.models.weights import Loaded, tensors_of_head
 

@@ -11,7 +11,8 @@ from fedalt.core.files import write_private
 from fedalt.core.tree import Name
 from fedalt.export.folders import new_folder
 from fedalt.methods.contract import Serving
-from fedalt.models.base import Base, load_network, location, network_config
+from fedalt.models.base import Base, load_network, location
+from fedalt.models.config import network_config
 
 
 @torch.no_grad()

@@ -29,13 +29,9 @@ from fedalt.models.checks import (
     require_causal,
     require_room_for_tokens,
 )
-from fedalt.models.config import own_labels, read_config, set_labels, set_padding
+from fedalt.models.config import network_config, own_labels, set_labels, set_padding
 from fedalt.models.errors import ModelError, in_short
-from fedalt.models.folder import (
-    require_folder_of_model,
-    require_no_own_config_code,
-    require_no_own_tokenizer_code,
-)
+from fedalt.models.folder import require_folder_of_model, require_no_own_tokenizer_code
 from fedalt.models.gguf import SUFFIX, GGUFError, converted
 from fedalt.models.identity import Identity, identify
 from fedalt.models.weights import Loaded, load_weights, notes_on_head, own_head, tensors_of_head
@@ -134,12 +130,6 @@ def load_base(
     except ValueError as error:
         raise ModelError(f"the model {name!r}: {error}") from error
     return Base(adapted, tokenizer, name, identity.short, identity, given, notes, quantise, before)
-
-
-def network_config(name: str, place: str, labels: Sequence[str]) -> Any:
-    """The configuration that `load_network` takes. Raises ModelError."""
-    require_no_own_config_code(place, name)
-    return read_config(place, name, labels=labels)
 
 
 def load_network(

@@ -6,13 +6,16 @@ from typing import Any
 from transformers import AutoConfig
 
 from fedalt.models.errors import ModelError, in_short
+from fedalt.models.folder import require_no_own_config_code
 
 
-def read_config(place: str, name: str, *, labels: Sequence[str]) -> Any:
+def network_config(name: str, place: str, labels: Sequence[str]) -> Any:
     """The configuration of a model that is to write text, or to classify where there are labels.
 
-    Raises ModelError, also for encoder-decoders that are to write text.
+    Raises ModelError, also for one that needs code of its own, and for encoder-decoders that are to
+    write text.
     """
+    require_no_own_config_code(place, name)
     try:
         config = AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # a config.json may hold anything

@@ -6,7 +6,6 @@ a TypedDict, whose unknown keys are let through.
 
 import errno
 import json
-from collections.abc import Iterator
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
@@ -58,20 +57,20 @@ def read_json(file: Path, form: Any) -> Any:
 
 
 def read_lines(file: Path, form: Any) -> list[Any]:
-    """The values of a file with a JSON text in each line, all of this form. Raises StoreError."""
-    return list(parse_lines(read_bytes(file), form, file))
+    """The values of a file with a JSON text in each line, all of this form.
 
-
-def parse_lines(data: bytes, form: Any, file: Path) -> Iterator[Any]:
-    """The values in lines of JSON, read from this file. StoreError has the line's number."""
-    lines = data.split(b"\n")
+    Raises StoreError, which has the line's number.
+    """
+    lines = read_bytes(file).split(b"\n")
+    values = []
     for number, line in enumerate(lines if lines[-1] else lines[:-1], 1):
         try:
-            yield parse(line.decode(), form)
+            values.append(parse(line.decode(), form))
         except UnicodeDecodeError as error:
             raise StoreError(f"{file} is damaged: line {number}: no text ({error})") from None
         except FormError as error:
             raise StoreError(f"{file} is damaged: line {number}: {error}") from None
+    return values
 
 
 def parse(text: str, form: Any) -> Any:

@@ -74,14 +74,16 @@ def workers(
         places.put(place)
     reader, writer = context.Pipe(duplex=False)
     arguments = (path, load, places, reader, device.type == "cuda", threads)
-    with _sharing(cuda=device.type == "cuda", threads=threads):
-        pool = ProcessPoolExecutor(count - 1, context, _begin, arguments)
-        try:
-            yield _Pool(pool, count, on_event)
-        finally:
-            writer.close()  # ends the workers, whatever they are doing
-            pool.shutdown(cancel_futures=True)
-            reader.close()
+    pool = ProcessPoolExecutor(count - 1, context, _begin, arguments)
+    before = torch.get_num_threads()
+    _take_place(0, cuda=device.type == "cuda", threads=threads)  # this process's share
+    try:
+        yield _Pool(pool, count, on_event)
+    finally:
+        writer.close()  # ends the workers, whatever they are doing
+        pool.shutdown(cancel_futures=True)
+        reader.close()
+        torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
@@ -128,17 +130,6 @@ class _Pool:
             error.add_note(result.trace)
             raise error
         return result.done
-
-
-@contextmanager
-def _sharing(*, cuda: bool, threads: int) -> Iterator[None]:
-    """The first process takes its share too."""
-    before = torch.get_num_threads()
-    _take_place(0, cuda=cuda, threads=threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _take_place(place: int, *, cuda: bool, threads: int) -> None:

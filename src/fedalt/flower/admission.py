@@ -1,20 +1,19 @@
 """Which keys Flower's server and the gateway let in: those of the clients' folder alone."""
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import httpx
 from flwr.proto.control_pb2 import ListNodesRequest, RegisterNodeRequest, UnregisterNodeRequest
 from flwr.supercore.control import ControlHttpClient
 
+from fedalt.federation.owner_messages import Say
 from fedalt.flower.client_keys import ClientKeys, key_text
 from fedalt.flower.places import ServerPlace
 from fedalt.flower.processes import ProcessDiedError
 from fedalt.flower.signatures import write_keys
 
 _SHUT_OUT = "unregistered"  # Flower's word for a key that is never let in again
-
-Say = Callable[[str], None]
 
 
 @dataclass

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from fedalt.core.files import make_private_folder, open_private
 from fedalt.core.foreign import shown
 from fedalt.federation.call_checks import is_last
 from fedalt.federation.client import Client
+from fedalt.federation.owner_messages import Say
 from fedalt.flower.config import ClientConfig, client_from
 from fedalt.flower.credentials import require_client_credentials
 from fedalt.flower.parent_pipe import Pipe, pipe_to, receive, send
@@ -26,8 +27,6 @@ _REMIND: Final = 600.0  # seconds until the same trouble is reported again
 _PERHAPS: Final = "; if the federation has ended, Ctrl-C stops this, and nothing is lost"
 _LINE: Final = 600  # characters of a line at most
 _NOT_LET_IN: Final = "[code: 2004]"  # Flower's words
-
-Say = Callable[[str], None]
 
 
 def run_client(config: ClientConfig, say: Say) -> None:

@@ -61,7 +61,7 @@ Groups = dict[Name, dict[Connection, None]]
 
 @dataclass
 class Connections:
-    """A listener's: of strangers at most `in_all` and, of one address, `per_address`."""
+    """All of a listener: at most `in_all` of strangers, and `per_address` of one address."""
 
     in_all: int
     per_address: int

@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NoReturn
@@ -19,6 +18,7 @@ import tomli_w
 
 from fedalt.core.files import atomic_write, make_private_folder, open_private
 from fedalt.core.reading import read_text
+from fedalt.federation.owner_messages import Say
 from fedalt.flower.admission import Admission
 from fedalt.flower.client_keys import ClientKeys, clients_by_key
 from fedalt.flower.config import ServerConfig
@@ -48,8 +48,6 @@ _GATEWAY: Final = "the gateway"
 _FLOWER: Final = "Flower's server"
 # What an allocator keeps of a flood's buffers is not given back otherwise (glibc).
 _GIVE_BACK: Final = {"MALLOC_MMAP_THRESHOLD_": "131072"}
-
-Say = Callable[[str], None]
 
 
 def supervise(config: ServerConfig, say: Say) -> None:

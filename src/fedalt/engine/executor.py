@@ -7,6 +7,8 @@ from typing import Protocol, TypeVar
 from fedalt.engine.schedule import ArmColumn, HeldOut
 
 T = TypeVar("T")
+Group = Sequence[str]  # of clients that go through the model together
+Do = Callable[[Group], Sequence[T]]  # does a job for one group
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,7 @@ Job = Train | Score
 class Executor(Protocol):
     """Which processes do a job; the groups of clients and the results do not depend on it."""
 
-    def share(
-        self,
-        job: Job,
-        groups: Iterable[Sequence[str]],
-        do: Callable[[Sequence[str]], Sequence[T]],
-    ) -> Iterator[Sequence[T]]:
+    def share(self, job: Job, groups: Iterable[Group], do: Do[T]) -> Iterator[Sequence[T]]:
         """The results of each group, in their order; `do` does the job for one, here.
 
         A group's turn comes when its results are asked for.
@@ -52,9 +49,9 @@ class InProcess:
 
     def share(
         self,
-        job: Job,  # noqa: ARG002
-        groups: Iterable[Sequence[str]],
-        do: Callable[[Sequence[str]], Sequence[T]],
+        job: Job,
+        groups: Iterable[Group],
+        do: Do[T],  # noqa: ARG002
     ) -> Iterator[Sequence[T]]:
         """See `Executor`."""
         return map(do, groups)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fedalt.adapters.start import Start
 from fedalt.engine.adaptive_clip import clip_now
 from fedalt.engine.client_work import ClientWork
-from fedalt.engine.executor import Executor, InProcess, Score, Train
+from fedalt.engine.executor import Do, Executor, InProcess, Job, Score, Train
 from fedalt.engine.firewall import Firewall, Screening
 from fedalt.engine.local_trainer import LocalTrainer
 from fedalt.engine.members import Members
@@ -161,7 +161,7 @@ class Run:
         if self.base is not None:
             self.score(self.base, UNTRAINED, split, whole=True)
 
-    def work(self, job: Train | Score) -> Callable[[Sequence[str]], Sequence[Any]]:
+    def work(self, job: Job) -> Do[Any]:
         """Does a job for any group of clients, in whichever process."""
         arms = [*self.arms, *([self.base] if self.base else [])]
         (arm,) = (arm for arm in arms if arm.column == job.column)

@@ -24,14 +24,14 @@ import torch
 
 from fedalt.core.codec import decode, encode
 from fedalt.engine.client_work import Scored
-from fedalt.engine.executor import Executor, InProcess, Job
+from fedalt.engine.executor import Do, Executor, Group, InProcess, Job
 from fedalt.engine.schedule import Event
 from fedalt.engine.uploads import Upload
 from fedalt.training.group import TrainingError
 
 T = TypeVar("T")
 OnEvent = Callable[[Event], None]
-Work = Callable[[Job], Callable[[Sequence[str]], Sequence[Upload | Scored]]]
+Work = Callable[[Job], Do[Upload | Scored]]
 Load = Callable[[Path, OnEvent], Work]
 
 _AHEAD: Final = 2  # groups that a worker has been given: the one it works on, and the next
@@ -94,15 +94,10 @@ class _Pool:
     count: int
     on_event: OnEvent
 
-    def share(
-        self,
-        job: Job,
-        groups: Iterable[Sequence[str]],
-        do: Callable[[Sequence[str]], Sequence[T]],
-    ) -> Iterator[Sequence[T]]:
+    def share(self, job: Job, groups: Iterable[Group], do: Do[T]) -> Iterator[Sequence[T]]:
         """What comes of each group, in their order."""
         coming = enumerate(groups)
-        given: deque[tuple[Sequence[str], Future[bytes] | None]] = deque()
+        given: deque[tuple[Group, Future[bytes] | None]] = deque()
         try:
             while True:
                 while len(given) < self.count * _AHEAD and (numbered := next(coming, None)):
@@ -148,9 +143,9 @@ class _Worker:
     load: Load
     heard: list[Event] = field(default_factory=list)
     work: Work | None = None
-    current: tuple[Job, Callable[[Sequence[str]], Sequence[Upload | Scored]]] | None = None
+    current: tuple[Job, Do[Upload | Scored]] | None = None
 
-    def answer(self, job: Job, group: Sequence[str]) -> _Result:
+    def answer(self, job: Job, group: Group) -> _Result:
         """Do a job for one group; an error is told, as not every one can be sent as it is."""
         self.heard.clear()
         try:

@@ -49,9 +49,9 @@ class InProcess:
 
     def share(
         self,
-        job: Job,
+        job: Job,  # noqa: ARG002
         groups: Iterable[Group],
-        do: Do[T],  # noqa: ARG002
+        do: Do[T],
     ) -> Iterator[Sequence[T]]:
         """See `Executor`."""
         return map(do, groups)

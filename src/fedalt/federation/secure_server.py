@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Final
 
 import numpy as np
@@ -121,7 +122,7 @@ class SecureRound:
     def _sum(self, keys: Mapping[str, RoundKeys], needed: int, size: int) -> NDArray[np.int64]:
         """The sum of this round's uploads, or their changes, as integers."""
         calls = {who: self.calls.call(who, "share", keys=keys) for who in keys}
-        shared = self.calls.step("share", calls, needed, _sealing(keys))
+        shared = self.calls.step("share", calls, needed, partial(_require_sealed, clients=keys))
         names = self.calls.fixed("mask", shared)
         _require_there(names, shared)
         calls = {
@@ -130,11 +131,12 @@ class SecureRound:
             )
             for who in names
         }
-        sent = self.calls.step("mask", calls, needed, lambda answer: _require_masked(answer, size))
+        sent = self.calls.step("mask", calls, needed, partial(_require_masked, size=size))
         self.present = self.calls.fixed("unmask", sent)
         _require_there(self.present, sent)
         calls = {who: self.calls.call(who, "unmask", present=self.present) for who in self.present}
-        check = _sharing(self.present, set(names) - set(self.present))
+        gone = [who for who in names if who not in self.present]
+        check = partial(_require_shares, present=self.present, gone=gone)
         told = self.calls.step("unmask", calls, needed, check, enough=needed)
         total = np.zeros(size, np.uint32)
         for who in self.present:
@@ -148,13 +150,13 @@ class SecureRound:
         seeds_told = {other: answer.seeds for other, answer in told.items()}
         keys_told = {other: answer.keys for other, answer in told.items()}
         seeds = [key_of(who, seeds_told, SEED) for who in self.present]
-        gone = {who: key_of(who, keys_told, MASK) for who in names if who not in self.present}
-        for who, secret in gone.items():
+        secrets = {who: key_of(who, keys_told, MASK) for who in gone}
+        for who, secret in secrets.items():
             if public_of(secret).hex() != keys[who].mask:
                 raise SecureSumError(f"the shares of {who!r} do not give its key")
         publics = {who: from_hex(keys[who].mask) for who in self.present}
         about = about_of(self.agreement, self.calls.collector.round)
-        total = unmask(total, seeds, gone, publics, about)
+        total = unmask(total, seeds, secrets, publics, about)
         return signed(total, len(self.present), steps_of(len(self.agreement.clients)))
 
     def _counted(
@@ -188,28 +190,20 @@ def _require_masked(answer: SumAnswer, size: int) -> None:
         )
 
 
-def _sealing(clients: Collection[str]) -> Callable[[SumAnswer], None]:
-    """Whether an answer has something sealed for each other client."""
-
-    def check(answer: SumAnswer) -> None:
-        _require_keys(answer.sealed, set(clients) - {answer.client}, "sealed shares")
-        for sealed in answer.sealed.values():
-            from_hex(sealed)
-
-    return check
+def _require_sealed(answer: SumAnswer, clients: Collection[str]) -> None:
+    """Refuse an answer without something sealed for each other client."""
+    _require_keys(answer.sealed, set(clients) - {answer.client}, "sealed shares")
+    for sealed in answer.sealed.values():
+        from_hex(sealed)
 
 
-def _sharing(present: Collection[str], gone: Collection[str]) -> Callable[[SumAnswer], None]:
-    """Whether an answer has a share of a seed or of a key of each of these clients."""
-
-    def check(answer: SumAnswer) -> None:
-        for shares, names in ((answer.seeds, present), (answer.keys, gone)):
-            _require_keys(shares, names, "shares")
-            for share in shares.values():
-                if len(from_hex(share)) != SECRET:
-                    raise SecureSumError(f"a share of {len(share) // 2} bytes, expected {SECRET}")
-
-    return check
+def _require_shares(answer: SumAnswer, present: Collection[str], gone: Collection[str]) -> None:
+    """Refuse an answer without a share of a seed or of a key of each of these clients."""
+    for shares, names in ((answer.seeds, present), (answer.keys, gone)):
+        _require_keys(shares, names, "shares")
+        for share in shares.values():
+            if len(from_hex(share)) != SECRET:
+                raise SecureSumError(f"a share of {len(share) // 2} bytes, expected {SECRET}")
 
 
 def _require_keys(given: Collection[str], names: Collection[str], what: str) -> None:

@@ -91,7 +91,7 @@ class Client:
                     self.secure.forget()
             self._require_counted(call)
             check_call(call, self.agreement, self.client_id, since)
-            call = self._received(call)
+            call = received(self.accepted, call, self._coding(self.agreement.settings.method))
             done = self._execute(call, answer)
             check_answer(done, asked_of(call, call_digest, self.agreement), self.agreement)
             sent = encode(done)
@@ -184,15 +184,6 @@ class Client:
                 f"{call.accepted + 1}, but this client has no state of it; restore its folder from "
                 "a backup, or let the server's operator take the client out"
             )
-
-    def _received(self, call: Call) -> Call:
-        """The call with its message as it was before it was shortened."""
-        try:
-            return received(self.accepted, call, self._coding(self.agreement.settings.method))
-        except CodecError as error:
-            raise CallRefused(
-                f"client {self.client_id!r}: the call's message cannot be read: {error}"
-            ) from error
 
     def _require_fitting(self, call: Call) -> None:
         """Refuse a broadcast before anything is computed with it."""

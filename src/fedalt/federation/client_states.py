@@ -22,6 +22,7 @@ from fedalt.engine.changes import Known, ReferenceLackedError, message_of, whole
 from fedalt.engine.firewall import quoted
 from fedalt.engine.traffic import Coding
 from fedalt.federation.accepted import KEPT, Accepted, folder_of, read_accepted
+from fedalt.federation.call_checks import CallRefused
 from fedalt.federation.messages import Call
 from fedalt.methods.contract import Message
 from fedalt.runs.checkpoints import FileStates
@@ -89,15 +90,20 @@ def settle(accepted: Accepted, call: Call, columns: Iterable[str]) -> None:
 def received(accepted: Accepted, call: Call, coding: Coding) -> Call:
     """A call with its message, which may have come as the change of one that is kept here.
 
-    Raises ReferenceLackedError where it is not, CodecError for a change that cannot be read.
+    Raises ReferenceLackedError where it is not, CallRefused for a change that cannot be read.
     """
     change = call.message
     if isinstance(change, Message):
         return call
-    for tree in _kept_trees(accepted, coding, call.client):
-        known = Known.of(tree)
-        if known.digest == change.reference:
-            return replace(call, message=message_of(change, known))
+    try:
+        for tree in _kept_trees(accepted, coding, call.client):
+            known = Known.of(tree)
+            if known.digest == change.reference:
+                return replace(call, message=message_of(change, known))
+    except CodecError as error:
+        raise CallRefused(
+            f"client {call.client!r}: the call's message cannot be read: {error}"
+        ) from error
     raise ReferenceLackedError(
         f"client {call.client!r} has nothing with the digest {quoted(change.reference)}, of which "
         "the call's message is a change"

@@ -63,7 +63,7 @@ def test_uploads_wait_on_disk_until_all_clients_have_trained():
         assert trained == [f"clients/{who}" for who in ALL]
         first = next(replies)
         assert first[0] == "a"
-        folder = replies.gi_frame.f_locals["uploads"]["a"].file.parent
+        folder = replies.gi_frame.f_locals["self"].folder
         assert len(list(folder.iterdir())) == len(ALL)
         folders.append(folder)
         return method.aggregate(server, [first, *replies])

@@ -51,10 +51,11 @@ class _Part:
 
 @dataclass(frozen=True)
 class Tally:
-    """The weights of several clients' tokens, added up pass by pass."""
+    """The weights that each client's first so many `examples` get, added up pass by pass."""
 
     plan: Plan
     clients: int
+    examples: int
     parts: list[_Part] = field(default_factory=list)
 
     @contextmanager
@@ -95,14 +96,6 @@ class Tally:
         tokens = owners.bincount(minlength=self.clients)
         sites = tuple(site for site, _ in calls)
         self.parts.append(_Part(sites, sums, tokens, bins.reshape(self.clients, BINS)))
-
-
-@dataclass(frozen=True)
-class Watched:
-    """Whose weights are counted: those of each client's first so many examples."""
-
-    tally: Tally
-    examples: int
 
 
 @torch.no_grad()

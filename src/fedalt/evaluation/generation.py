@@ -10,6 +10,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from fedalt.core.settings import Scoring
 from fedalt.data.answers import without_end
 from fedalt.evaluation.asking import ends, fitted, greedily, longest_answer, without_card
 from fedalt.evaluation.cache import cache_for, can_select
@@ -22,7 +23,6 @@ from fedalt.evaluation.group import (
     sizes_of,
     within_memory,
 )
-from fedalt.evaluation.scores import Scoring
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.training.batches import in_turn

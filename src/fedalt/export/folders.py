@@ -61,8 +61,8 @@ def export_individual(
         for name, tensor in select(serving.tree, chosen.name).items()
     }
     tensors = as_peft_reads(model, config, tensors)
-    with new_folder(folder) as unfinished:
-        _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
+    with new_folder(folder, readme) as unfinished:
+        _write(unfinished, config, {**tensors, **_head(serving, base)})
         _write_identity(unfinished, base)
     return folder
 
@@ -104,8 +104,8 @@ def export_personal(
         for name, tensor in serving.tree.items()
         if name.slot != HEAD
     }
-    with new_folder(folder) as unfinished:
-        _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
+    with new_folder(folder, readme) as unfinished:
+        _write(unfinished, config, {**tensors, **_head(serving, base)})
         base.tokenizer.save_pretrained(unfinished)
     return folder
 
@@ -176,10 +176,8 @@ def _place(name: str) -> str:
     return str(Path(place).resolve()) if Path(place).is_dir() else place
 
 
-def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], readme: str) -> None:
+def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
     """Configuration and tensors; what PEFT wraps into its own model has longer keys."""
-    if readme:
-        write_private(folder / "README.md", readme)
     plain = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -198,7 +196,7 @@ def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], read
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, readme: str = "") -> Iterator[Path]:
     """A folder to fill, which gets its name once it is complete and is removed if it never is.
 
     All that others have written into it, such as a tokenizer, is then for its owner alone too.
@@ -210,6 +208,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     make_private_folder(unfinished)
     try:
         yield unfinished
+        if readme:
+            write_private(unfinished / "README.md", readme)
         for path in unfinished.rglob("*"):
             path.chmod(0o700 if path.is_dir() else 0o600)
         unfinished.replace(folder)

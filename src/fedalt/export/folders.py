@@ -19,9 +19,14 @@ from fedalt.adapters.plan import HEAD, Mixer, Router, Slot, Sum
 from fedalt.core.codec import check_tree
 from fedalt.core.files import make_private_folder, open_private, write_private
 from fedalt.core.tree import select
-from fedalt.export.keys import as_peft_reads
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
-from fedalt.export.targets import names_of_sites, saved_whole, targets_of, tensors_of_head
+from fedalt.export.targets import (
+    as_peft_reads,
+    names_of_sites,
+    saved_whole,
+    targets_of,
+    tensors_of_head,
+)
 from fedalt.methods.contract import Serving
 from fedalt.models.base import BUILT_IN, PACKAGED, Base, gguf_file, location
 
@@ -42,16 +47,16 @@ def export_individual(
     chosen = _slot(serving, slot)
     model = base.adapted.model
     whole = chosen.alpha == int(chosen.alpha)
-    targets = targets_of(base.adapted)
+    modules, parameters = targets_of(base.adapted)
     config = LoraConfig(
         **_for_any_type(base),
-        target_modules=targets.modules,
-        target_parameters=targets.parameters or None,
+        target_modules=modules,
+        target_parameters=parameters or None,
         base_model_name_or_path=_place(base.name),
         r=chosen.rank,
         lora_alpha=int(chosen.alpha) if whole else chosen.alpha,  # other tools may want an int
         # PEFT has no dropout for what is named by its parameter.
-        lora_dropout=0.0 if targets.parameters else serving.plan.dropout,
+        lora_dropout=0.0 if parameters else serving.plan.dropout,
         fan_in_fan_out=any(
             isinstance(model.get_submodule(site).base_layer, Conv1D) for site in base.adapted.sites
         ),

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from fedalt.report.tensorboard import writing_tensorboard
 from fedalt.report.trackio import writing_trackio
+from fedalt.runs.observer import Observer
 
 Line = Mapping[str, Any]
 
@@ -21,24 +22,15 @@ class TrackerName(StrEnum):
     TRACKIO = "trackio"
 
 
-class Tracker(Protocol):
-    """Somebody who keeps a run's numbers: a observer who only reads its lines."""
-
-    def on_event(self, event: object) -> None:
-        """Something moved on."""
-        ...
-
-    def on_record(self, line: Line) -> None:
-        """A line was added to rounds.jsonl."""
-        ...
-
-
 @dataclass(frozen=True)
 class Known:
-    """A tracker by the package it needs; `writing` forgets what it has of the run's folder."""
+    """A tracker, which observes a run, by the package it needs.
+
+    `writing` forgets what it has of the run's folder.
+    """
 
     package: str
-    writing: Callable[[Path], AbstractContextManager[Tracker]]
+    writing: Callable[[Path], AbstractContextManager[Observer]]
 
 
 TRACKERS: Mapping[TrackerName, Known] = {
@@ -57,7 +49,7 @@ def require_trackers(names: Iterable[TrackerName]) -> None:
 @contextmanager
 def tracking(
     run: Path, names: Iterable[TrackerName], lines: Sequence[Line]
-) -> Iterator[list[Tracker]]:
+) -> Iterator[list[Observer]]:
     """Trackers of a run that have been sent `lines`, all that counts of its record so far.
 
     What they had of it is replaced, so a line is there once however often a run goes on.

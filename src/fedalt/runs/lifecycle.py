@@ -27,7 +27,7 @@ from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.kept_settings import require_same_data
 from fedalt.runs.newcomers import prepare_newcomer
-from fedalt.runs.observer import NullObserver, Observer
+from fedalt.runs.observer import Observer, Observers
 from fedalt.runs.record import require_clients
 from fedalt.runs.settings import Settings, to_toml
 from fedalt.runs.setup import Parts, Prepared, facts_of, trainer_of
@@ -47,7 +47,7 @@ def new_run(prepared: Prepared, path: Path) -> RunFolder:
         return create(path, settings, facts_of(prepared))
 
 
-def start_run(prepared: Prepared, path: Path, observer: Observer = NullObserver()) -> RunFolder:
+def start_run(prepared: Prepared, path: Path, observer: Observer = Observers()) -> RunFolder:
     """Train and test in a new folder."""
     new_run(prepared, path)
     return resume_run(prepared, path, observer)
@@ -93,7 +93,7 @@ def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
         raise StoreError(f"{path} began with another base model than {base.name!r} is now: {told}")
 
 
-def resume_run(prepared: Prepared, path: Path, observer: Observer = NullObserver()) -> RunFolder:
+def resume_run(prepared: Prepared, path: Path, observer: Observer = Observers()) -> RunFolder:
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
     with locked(path):
@@ -113,7 +113,7 @@ def load_in_worker(path: Path, on_event: Callable[[Event], None]) -> Work:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     journal = _Journal(open_run(path), notes=[])
-    return replace(_run(reopen(path), journal, NullObserver()), on_event=on_event).work
+    return replace(_run(reopen(path), journal, Observers()), on_event=on_event).work
 
 
 def evaluate(
@@ -121,7 +121,7 @@ def evaluate(
     path: Path,
     split: HeldOut,
     round_: int | None = None,
-    observer: Observer = NullObserver(),
+    observer: Observer = Observers(),
     *,
     only: str | None = None,
 ) -> list[Line]:
@@ -152,7 +152,7 @@ def score_clients(
     """Score some clients on their test data after a round; use it within `locked`."""
     lines: list[Line] = []
     journal = _Journal(folder, notes=lines)
-    run = replace(_run(prepared, journal, NullObserver()), members=Members(clients))
+    run = replace(_run(prepared, journal, Observers()), members=Members(clients))
     run.score(arm, round_, "test", whole=True)
     return lines
 
@@ -201,7 +201,7 @@ class _Journal:
     """
 
     folder: RunFolder
-    observer: Observer = NullObserver()
+    observer: Observer = Observers()
     notes: list[Line] | None = None
 
     def progress(self) -> Progress:

@@ -52,13 +52,12 @@ def check(
     hush_libraries()
     from fedalt.data.doctor import check as examine
     from fedalt.data.folder import open_data
-    from fedalt.data.prompts import Template, read_template
+    from fedalt.data.prompts import read_template
     from fedalt.data.records import Columns
     from fedalt.models.base import load_tokenizer, require_tokenizer_fits
 
     folder = open_data(path, Columns(client_column, prompt_column, answer_column))
-    form = Template() if template is None else read_template(template)
-    tokenizer = load_tokenizer(model)
+    form, tokenizer = read_template(template), load_tokenizer(model)
     require_tokenizer_fits(tokenizer, model)
     report = examine(folder, tokenizer, form, max_length)
     if html:

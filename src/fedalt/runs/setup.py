@@ -10,11 +10,12 @@ import torch
 
 from fedalt.adapters.reach import rows_of_embedding
 from fedalt.adapters.start import Start
+from fedalt.core.settings import ModelSettings
 from fedalt.core.tree import numbers
 from fedalt.data.examples import Split
 from fedalt.data.folder import open_data
 from fedalt.data.layouts import SPLITS, not_read
-from fedalt.data.prompts import Template, read_template
+from fedalt.data.prompts import read_template
 from fedalt.data.records import (
     Chat,
     Columns,
@@ -90,8 +91,7 @@ def prepare(
     answers of a classifier, in the order of its outputs.
     """
     data = open_data(settings.data.path, Columns.of(settings.data), labels=labels)
-    file = settings.data.template
-    template = Template() if file is None else read_template(file)
+    template = read_template(settings.data.template)
     require_known(settings, clients or data.clients)
     agreed = labels or data.labels  # data without labels are refused by whoever has agreed on some
     beginners = Members(clients or data.clients, settings.clients).at(0)
@@ -151,20 +151,23 @@ def load_parts(
 
     `clients` is how many take part, 0 where nothing begins that needs to know.
     """
-    model = settings.model
     require_room(settings, gpus=torch.cuda.device_count())
-    if base is None:
-        base = load_base(
-            model.name,
-            labels=labels,
-            targets=model.targets,
-            quantise=model.quantise,
-            device=model.device,
-        )
+    base = base or base_of(settings.model, labels)
     require_weighable(settings, base)
     heads, given = base.adapted.heads, base.given
     start = Start(base.adapted.sites, heads, settings.seed, clients, given)
     return Parts(settings, base, arms_of(settings), start)
+
+
+def base_of(model: ModelSettings, labels: Sequence[str]) -> Base:
+    """The base model that settings name; `labels` are those of a classifier's data."""
+    return load_base(
+        model.name,
+        labels=labels,
+        targets=model.targets,
+        quantise=model.quantise,
+        device=model.device,
+    )
 
 
 def arms_of(settings: Settings) -> tuple[Arm, ...]:

@@ -26,7 +26,7 @@ from fedalt.report.refused import refused
 from fedalt.report.similarity import similarity
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
-from fedalt.runs.record import is_federation, summary_in
+from fedalt.runs.record import everyone_in, is_federation, summary_in
 
 _WITH_THE_CLIENTS = (
     "The mixer's weights, similarity of clients, best and worst examples: they are made of what "
@@ -91,7 +91,6 @@ def about(record: Record) -> Section:
         for name, values in settings.items()
         if isinstance(values, dict)
     ]
-    clients = {**facts.get("clients", {}), **facts.get("joined", {})}
     left = set(facts.get("left", ()))
     splits = ("train", "validation", "test")
     out = {
@@ -103,7 +102,7 @@ def about(record: Record) -> Section:
             Cell(f"{name}{out.get(name, '')}", name),
             *(_count(counts.get(split)) for split in splits),
         ]
-        for name, counts in clients.items()
+        for name, counts in everyone_in(facts).items()
     ]
     caption = "Clients and their examples"
     if is_federation(facts):
@@ -152,7 +151,7 @@ def score_table(table: Scores, caption: str) -> Table:
 
 
 def _key(record: Record, table: Scores | None) -> list[tuple[str, str]]:
-    clients = len({*record.facts.get("clients", {}), *record.facts.get("joined", {})})
+    clients = len(everyone_in(record.facts))
     numbers = [("clients", str(clients)), ("rounds", str(record.folder.rounds_done()))]
     if table is None:
         return numbers

@@ -1,6 +1,6 @@
 """What clients get out of a run: a model that answers or is exported; all models, for a server."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from fedalt.models.checks import require_known_ids
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.kept_settings import settings_of_run
 from fedalt.runs.lifecycle import DeployAgain, require_client, require_same_base, serving
-from fedalt.runs.record import read_standing, require_clients
+from fedalt.runs.record import everyone_in, read_standing, require_clients
 from fedalt.runs.setup import Parts, load_parts, question
 
 # Carries out an act that needs the base model for itself.
@@ -66,11 +66,10 @@ def served(
     require_client(folder, client_id)
     facts = folder.facts()
     parts = load_run_parts(path, base)
-    about: Mapping[str, Any] = {**facts["clients"], **facts.get("joined", {})}[client_id]
     return Served(
         parts,
         serving(parts, path, client_id, column, round_),
-        about["form"],
+        everyone_in(facts)[client_id]["form"],
         Template(facts["data"]["template"]),
     )
 

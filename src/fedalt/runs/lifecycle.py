@@ -28,7 +28,7 @@ from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_
 from fedalt.runs.kept_settings import require_same_data
 from fedalt.runs.newcomers import prepare_newcomer
 from fedalt.runs.observer import Observer, Observers
-from fedalt.runs.record import require_clients
+from fedalt.runs.record import everyone_in, require_clients
 from fedalt.runs.settings import Settings, to_toml
 from fedalt.runs.setup import Parts, Prepared, facts_of, trainer_of
 from fedalt.runs.summary import summarise
@@ -159,8 +159,7 @@ def score_clients(
 
 def require_client(folder: RunFolder, client_id: str) -> None:
     """Raise StoreError for a client that a run does not have."""
-    facts = folder.facts()
-    clients = [*facts.get("clients", {}), *facts.get("joined", {})]
+    clients = list(everyone_in(folder.facts()))
     if client_id not in clients:
         close = difflib.get_close_matches(client_id, clients, n=3) or clients[:8]
         raise StoreError(f"{folder.path} has no client {client_id!r}, but {', '.join(close)}")

@@ -173,6 +173,11 @@ def require_clients(path: Path) -> None:
         )
 
 
+def everyone_in(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of each client that a run has had, those who joined after training too."""
+    return {**facts.get("clients", {}), **facts.get("joined", {})}
+
+
 def is_federation(facts: Mapping[str, Any]) -> bool:
     """Whether these are the facts of a federation's server, which sees neither texts nor mixers."""
     return "terms" in facts

@@ -26,11 +26,10 @@ from fedalt.runs.budget import budget_of_run
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.kept_settings import require_same_data
-from fedalt.runs.newcomers import prepare_newcomer
 from fedalt.runs.observer import Observer, Observers
 from fedalt.runs.record import everyone_in, require_clients
 from fedalt.runs.settings import Settings, to_toml
-from fedalt.runs.setup import Parts, Prepared, facts_of, trainer_of
+from fedalt.runs.setup import Parts, Prepared, facts_of, prepare_newcomer, trainer_of
 from fedalt.runs.summary import summarise
 from fedalt.runs.together import require_seen
 

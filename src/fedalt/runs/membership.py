@@ -12,10 +12,9 @@ from fedalt.engine.traffic import Coding
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.kept_settings import settings_of_run
 from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
-from fedalt.runs.newcomers import prepare_newcomers
 from fedalt.runs.record import everyone_in, require_clients
 from fedalt.runs.settings import Settings, method_name
-from fedalt.runs.setup import Prepared, base_arm, facts_of, trainer_of
+from fedalt.runs.setup import Prepared, base_arm, facts_of, prepare_newcomers, trainer_of
 from fedalt.runs.together import fault_of_leaving
 
 

@@ -39,12 +39,9 @@ def targets_of(adapted: AdaptedModel) -> tuple[list[str], list[str]]:
 def names_of_sites(adapted: AdaptedModel) -> list[str]:
     """The sites' last names, as people write them, or whole paths where those say too much."""
     endings = {site.rpartition(".")[2] for site in adapted.sites}
-    meant = {path for path, _ in adapted.model.named_modules() if _ends_in(path, endings)}
+    modules = (path for path, _ in adapted.model.named_modules())
+    meant = {path for path in modules if path.rpartition(".")[2] in endings}
     return sorted(endings if meant == adapted.sites.keys() else adapted.sites)
-
-
-def _ends_in(path: str, endings: set[str]) -> bool:
-    return path.rpartition(".")[2] in endings
 
 
 def _is_taken_as_it_is(adapted: AdaptedModel, site: str) -> bool:

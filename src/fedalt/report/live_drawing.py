@@ -106,7 +106,7 @@ def _left(run: Live) -> str:
 
 def _drawn_curves(curves: Mapping[str, tuple[float, ...]]) -> RenderableType:
     rows = [
-        [f"{name} loss", sparkline(values, 2 * _WIDTH), _span(values)]
+        [f"{name} loss", sparkline(values, 2 * _WIDTH), f"{values[0]:.3f} → {values[-1]:.3f}"]
         for name, values in curves.items()
     ]
     return Sheet(("", "", ""), rows, left=(0, 1, 2))
@@ -145,7 +145,3 @@ def _best_known(client: Client) -> float | None:
 
 def _last(values: Sequence[float]) -> str:
     return f"{values[-1]:.3f}" if values else "–"
-
-
-def _span(values: Sequence[float]) -> str:
-    return f"{values[0]:.3f} → {values[-1]:.3f}"

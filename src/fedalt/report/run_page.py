@@ -62,16 +62,11 @@ def run_page(record: Record) -> Page:
     return Page(
         title=f"{record.facts['method']} · {name}",
         over="Federation" if is_federation(record.facts) else "Federated fine-tuning run",
-        lead=explained(record.facts["method"]),
+        lead=METHODS.entries[record.facts["method"]].title,
         key=_key(record, table),
         sections=sections,
         foot=f"fedalt {record.facts['versions']['fedalt']} · {record.folder.path}",
     )
-
-
-def explained(method: str) -> str:
-    """What a method is, in the sentence that its module opens with."""
-    return METHODS.entries[method].title
 
 
 def about(record: Record) -> Section:
@@ -100,7 +95,7 @@ def about(record: Record) -> Section:
     rows = [
         [
             Cell(f"{name}{out.get(name, '')}", name),
-            *(_count(counts.get(split)) for split in splits),
+            *(Cell.of(counts.get(split)) for split in splits),
         ]
         for name, counts in everyone_in(facts).items()
     ]
@@ -123,10 +118,6 @@ def _trained(record: Record) -> tuple[str, str]:
         label = "trained numbers"
         told["own"] = f"{most:,}" if least in (0, most) else f"{least:,}–{most:,}"
     return label, ", ".join(f"{column} {count}" for column, count in told.items())
-
-
-def _count(number: int | None) -> Cell:
-    return Cell("–" if number is None else f"{number:,}", number)
 
 
 def score_table(table: Scores, caption: str) -> Table:

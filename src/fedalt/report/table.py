@@ -161,7 +161,7 @@ def to_json(table: Table) -> dict[str, Any]:
     def shown(row: Row) -> dict[str, Any]:
         return {
             "metric": row.metric,
-            "scores": _by_column(table, row.scores),
+            "scores": dict(zip(table.columns, map(_number, row.scores), strict=True)),
             "gain": _number(row.gain),
         }
 
@@ -261,10 +261,6 @@ def _shown(values: Values, digits: int = 1, sign: str = "") -> str:
         return "–"
     mean = f"{fmean(values):{sign}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
-
-
-def _by_column(table: Table, cells: Sequence[Values]) -> dict[str, Any]:
-    return {name: _number(values) for name, values in zip(table.columns, cells, strict=True)}
 
 
 def _number(values: Values) -> float | list[float] | None:

@@ -5,23 +5,8 @@ from statistics import fmean
 from fedalt.methods import METHODS
 from fedalt.report import figures
 from fedalt.report.examples import ends_of, examples
-from fedalt.report.parts import (
-    Cell,
-    Facts,
-    Figure,
-    Notes,
-    Page,
-    Part,
-    Section,
-    Table,
-)
-from fedalt.report.records import (
-    Record,
-    cost_rows,
-    loss_rows,
-    mixer_record,
-    round_rows,
-)
+from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Part, Section, Table
+from fedalt.report.records import Record, cost_rows, loss_rows, mixer_record, round_rows
 from fedalt.report.refused import refused
 from fedalt.report.similarity import similarity
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table

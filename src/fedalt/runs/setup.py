@@ -39,17 +39,8 @@ from fedalt.models.checks import require_known_ids
 from fedalt.runs.base_checks import require_checkpointable, require_weighable
 from fedalt.runs.folder import RunFolder, StoreError
 from fedalt.runs.kept_settings import settings_of_run
-from fedalt.runs.preflight import (
-    require_known,
-    require_room,
-    warnings_of_data,
-    warnings_of_run,
-)
-from fedalt.runs.settings import (
-    Settings,
-    lora_of,
-    method_name,
-)
+from fedalt.runs.preflight import require_known, require_room, warnings_of_data, warnings_of_run
+from fedalt.runs.settings import Settings, lora_of, method_name
 from fedalt.training.orders import Fit
 
 _FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", LabeledText: "label"}

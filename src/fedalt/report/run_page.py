@@ -2,17 +2,19 @@
 
 from statistics import fmean
 
+from fedalt.core.foreign import shown
 from fedalt.methods import METHODS
 from fedalt.report import figures
 from fedalt.report.examples import ends_of, examples
 from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Part, Section, Table
 from fedalt.report.records import Record, cost_rows, loss_rows, mixer_record, round_rows
-from fedalt.report.refused import refused
 from fedalt.report.similarity import similarity
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
+from fedalt.runs.quarantine import refusals
 from fedalt.runs.record import everyone_in, is_federation, summary_in
 
+_MOST_REFUSED = 50
 _WITH_THE_CLIENTS = (
     "The mixer's weights, similarity of clients, best and worst examples: they are made of what "
     "stays with the clients. A client's owner sees the own model with `fedalt chat client.toml`."
@@ -35,7 +37,7 @@ def run_page(record: Record) -> Page:
     sections += _curves(record)
     if is_federation(record.facts):
         absent.append(_WITH_THE_CLIENTS)
-        sections += refused(record)
+        sections += _refused(record)
     else:
         sections += _mixer(record, absent)
         sections += _similarity(record, absent)
@@ -233,6 +235,26 @@ def _similarity(record: Record, absent: list[str]) -> list[Section]:
             ],
         )
     ]
+
+
+def _refused(record: Record) -> list[Section]:
+    """The uploads that a federation's server did not take, the last ones first."""
+    lines = refusals(record.folder.path)[::-1]
+    if not lines:
+        return []
+    rows = [
+        [
+            Cell(line["client"], line["client"]),
+            Cell(f"{line['round'] + 1}", line["round"]),
+            Cell(shown(line["reason"]), line["reason"]),
+        ]
+        for line in lines[:_MOST_REFUSED]
+    ]
+    caption = f"Refused uploads: {len(lines)}" + (
+        f", the last {_MOST_REFUSED} of them" if len(lines) > _MOST_REFUSED else ""
+    )
+    table = Table(caption, ["client", "round, from 1", "why"], rows, wide=True)
+    return [Section("refused", "Refused uploads", [table])]
 
 
 def _costs(record: Record) -> list[Section]:

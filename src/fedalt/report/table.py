@@ -11,7 +11,6 @@ from rich.text import Text
 from fedalt.report.headline import LABELS, metrics_of, values_of
 from fedalt.report.headline import Scored as Scored
 from fedalt.report.headline import Values as Values
-from fedalt.report.privacy import spent_privacy
 from fedalt.report.sheet import Sheet, csv_text, markdown, markdown_cell
 from fedalt.runs.view import Metric
 
@@ -194,6 +193,18 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
             "(mean)"
         )
     return sentences + spent_privacy(lines)
+
+
+def spent_privacy(lines: Iterable[Line]) -> list[str]:
+    """A sentence on the privacy that a run's rounds have spent, if they keep count of it."""
+    counted = [line for line in lines if line["kind"] == "round" and "delta" in line]
+    if not counted:
+        return []
+    last = counted[-1]
+    rounds, delta = f"{len(counted)} rounds", last["delta"]
+    if last["epsilon"] is None:
+        return [f"privacy: without noise {rounds} promise nothing (epsilon is infinite)"]
+    return [f"privacy: epsilon {last['epsilon']:.3g} at delta {delta:g} spent in {rounds}"]
 
 
 def verdict(table: Table, ours: str, other: str) -> str:

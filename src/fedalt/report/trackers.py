@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,33 +15,23 @@ Line = Mapping[str, Any]
 
 
 class TrackerName(StrEnum):
-    """What can stand behind `--report-to`."""
+    """What can stand behind `--report-to`; the package that it needs is called the same."""
 
     TENSORBOARD = "tensorboard"
     TRACKIO = "trackio"
 
 
-@dataclass(frozen=True)
-class Known:
-    """A tracker, which observes a run, by the package it needs.
-
-    `writing` forgets what it has of the run's folder.
-    """
-
-    package: str
-    writing: Callable[[Path], AbstractContextManager[Observer]]
-
-
-TRACKERS: Mapping[TrackerName, Known] = {
-    TrackerName.TENSORBOARD: Known("tensorboard", writing_tensorboard),
-    TrackerName.TRACKIO: Known("trackio", writing_trackio),
+# Each forgets what it has of a run's folder.
+TRACKERS: Mapping[TrackerName, Callable[[Path], AbstractContextManager[Observer]]] = {
+    TrackerName.TENSORBOARD: writing_tensorboard,
+    TrackerName.TRACKIO: writing_trackio,
 }
 
 
 def require_trackers(names: Iterable[TrackerName]) -> None:
     """Raise ValueError where the package of one is not installed."""
     for name in names:
-        if find_spec(TRACKERS[name].package) is None:
+        if find_spec(name) is None:
             raise ValueError(f"{name} is not installed: `pip install 'fedalt[{name}]'`")
 
 
@@ -55,9 +44,7 @@ def tracking(
     What they had of it is replaced, so a line is there once however often a run goes on.
     """
     with ExitStack() as open_:
-        trackers = [
-            open_.enter_context(TRACKERS[name].writing(run)) for name in dict.fromkeys(names)
-        ]
+        trackers = [open_.enter_context(TRACKERS[name](run)) for name in dict.fromkeys(names)]
         for line in lines:
             for tracker in trackers:
                 tracker.on_record(line)

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from fedalt.report.gaps import Gap, shown_gaps
 from fedalt.report.sheet import Sheet, csv_text, markdown, markdown_cell
-from fedalt.report.table import Values
+from fedalt.report.table import Values, shown_values
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,5 @@ def grid_csv(grid: Grid) -> str:
 
 
 def shown_cell(grid: Grid, cell: Cell) -> str:
-    """A cell as it is shown: mean and spread over the seeds."""
-    if not cell.seeds:
-        return "–"
-    digits = 3 if grid.of_losses else 1
-    mean = f"{fmean(cell.seeds):.{digits}f}"
-    return mean if len(cell.seeds) == 1 else f"{mean} ± {stdev(cell.seeds):.{digits}f}"
+    """A cell as it is shown."""
+    return shown_values(cell.seeds, 3 if grid.of_losses else 1)

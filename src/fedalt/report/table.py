@@ -215,7 +215,7 @@ def verdict(table: Table, ours: str, other: str) -> str:
     first, second = (table.mean.scores[table.columns.index(name)] for name in (ours, other))
     better = -1 if table.of_losses else 1
     gap = better * (fmean(first) - fmean(second))
-    sentence = f"{ours} {_shown(first)}, {other} {_shown(second)}: "
+    sentence = f"{ours} {shown_values(first)}, {other} {shown_values(second)}: "
     if len(first) < 2:
         return f"{sentence}a difference of {gap:+.1f}; one seed tells nothing about the spread"
     spread = stdev(first) + stdev(second)
@@ -254,8 +254,8 @@ def heads_of(table: Table) -> list[str]:
 def cells_of(table: Table, row: Row) -> list[str]:
     """A row's numbers as they are shown."""
     digits = 3 if table.of_losses else 1
-    gain = [_shown(row.gain, digits, sign="+")] if table.yardstick else []
-    return [*(_shown(values, digits) for values in row.scores), *gain]
+    gain = [shown_values(row.gain, digits, sign="+")] if table.yardstick else []
+    return [*(shown_values(values, digits) for values in row.scores), *gain]
 
 
 def best_of(table: Table, row: Row) -> set[int]:
@@ -267,7 +267,8 @@ def best_of(table: Table, row: Row) -> set[int]:
     return {at for at, value in means.items() if value == best}
 
 
-def _shown(values: Values, digits: int = 1, sign: str = "") -> str:
+def shown_values(values: Values, digits: int = 1, sign: str = "") -> str:
+    """Mean and spread over the seeds."""
     if not values:
         return "–"
     mean = f"{fmean(values):{sign}.{digits}f}"

@@ -100,7 +100,7 @@ def resume_run(prepared: Prepared, path: Path, observer: Observer = Observers())
         folder.require_whole()
         with _executor(prepared, path, observer) as executor, writing_behind() as writer:
             journal = _Journal(replace(folder, writer=writer), observer)
-            replace(_run(prepared, journal, observer), executor=executor).to_the_end()
+            replace(_run(prepared, journal), executor=executor).to_the_end()
         summarise(folder, prepared.parts.settings, observer.on_record)
     return folder
 
@@ -112,7 +112,7 @@ def load_in_worker(path: Path, on_event: Callable[[Event], None]) -> Work:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     journal = _Journal(open_run(path), notes=[])
-    return replace(_run(reopen(path), journal, Observers()), on_event=on_event).work
+    return replace(_run(reopen(path), journal), on_event=on_event).work
 
 
 def evaluate(
@@ -120,7 +120,6 @@ def evaluate(
     path: Path,
     split: HeldOut,
     round_: int | None = None,
-    observer: Observer = Observers(),
     *,
     only: str | None = None,
 ) -> list[Line]:
@@ -131,10 +130,10 @@ def evaluate(
     """
     folder = open_run(path)
     lines: list[Line] = []
-    with locked(path), _executor(prepared, path, observer) as executor:
+    with locked(path), _executor(prepared, path, Observers()) as executor:
         progress = folder.progress()
         journal = _Journal(folder, notes=lines)
-        run = replace(_run(prepared, journal, observer), executor=executor)
+        run = replace(_run(prepared, journal), executor=executor)
         if only is not None:
             there = [client for client in run.members.clients if client == only]
             run = replace(run, members=replace(run.members, clients=there))
@@ -151,7 +150,7 @@ def score_clients(
     """Score some clients on their test data after a round; use it within `locked`."""
     lines: list[Line] = []
     journal = _Journal(folder, notes=lines)
-    run = replace(_run(prepared, journal, Observers()), members=Members(clients))
+    run = replace(_run(prepared, journal), members=Members(clients))
     run.score(arm, round_, "test", whole=True)
     return lines
 
@@ -233,7 +232,7 @@ def _executor(
     return workers(path, load_in_worker, count, device, observer.on_event)
 
 
-def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
+def _run(prepared: Prepared, journal: _Journal) -> Run:
     parts, settings = prepared.parts, prepared.parts.settings
     return Run(
         arms=parts.arms,
@@ -242,7 +241,7 @@ def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
         trainer=trainer_of(prepared),
         start=parts.start,
         journal=journal,
-        on_event=observer.on_event,
+        on_event=journal.observer.on_event,
         firewall=settings.firewall,
         base=setup.base_arm(parts),
         budget=budget_of_run(prepared, journal.folder),

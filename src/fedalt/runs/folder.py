@@ -154,11 +154,6 @@ class RunFolder:
             digests.read(file)
         return read_lines(file, _Example) if file.exists() else []
 
-    def best_loss(self) -> float | None:
-        """The lowest validation loss of the method asked for, a trimmed mean; None without any."""
-        best = read_standing(self.path).best.get("own")
-        return None if best is None else best[1]
-
     def rounds_done(self) -> int:
         """How many rounds are committed; unlike `progress` safe while another process writes."""
         return read_standing(self.path).rounds_done

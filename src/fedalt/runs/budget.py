@@ -117,12 +117,7 @@ class RunBudget:
             return dict.fromkeys(self.planned, self.privacy.noise)
         budget, delta = self.privacy.epsilon, self.privacy.delta
         assert budget is not None
-        known: dict[tuple[tuple[float, int], ...], float] = {}
-        for spent in self.planned.values():
-            key = tuple(sorted(spent.items()))
-            if key not in known:
-                known[key] = noise_for(spent, budget, delta)
-        solved = {who: known[tuple(sorted(of.items()))] for who, of in self.planned.items()}
+        solved = {who: noise_for(spent, budget, delta) for who, spent in self.planned.items()}
         if self.privacy.unit == "client":
             return dict.fromkeys(solved, max(solved.values()))
         return solved

@@ -171,7 +171,7 @@ def _show(report: "DataReport", model: str) -> None:
     breaks = []
     for client in report.clients:
         breaks.append(len(rows))
-        rows += [[name, *row] for name, row in _rows(client)]
+        rows += _rows(client)
     title = f"{report.path}, as the tokenizer of {model} sees it"
     out = console()
     out.print(Sheet(heads, rows, title, left=(0, 1, 9), folded=(9,), breaks=breaks[1:]))
@@ -186,11 +186,13 @@ def _show(report: "DataReport", model: str) -> None:
         note("nothing to warn of")
 
 
-def _rows(client: "ClientReport") -> list[tuple[str, list[str]]]:
-    rows: list[tuple[str, list[str]]] = []
+def _rows(client: "ClientReport") -> list[list[str]]:
+    """A row for each split; the client's name is in the first."""
+    rows: list[list[str]] = []
     for name, split_ in client.splits.items():
         balance = ", ".join(f"{shown(key)}: {n}" for key, n in split_.balance.items())
-        cells = [
+        row = [
+            client.client_id if not rows else "",
             name,
             f"{split_.records}",
             f"{split_.tokens.mean:.0f}",
@@ -201,5 +203,5 @@ def _rows(client: "ClientReport") -> list[tuple[str, list[str]]]:
             f"{split_.duplicates}",
             balance if len(balance) <= 60 else f"{len(split_.balance)} different",
         ]
-        rows.append((client.client_id if not rows else "", cells))
+        rows.append(row)
     return rows

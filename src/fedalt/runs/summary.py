@@ -20,6 +20,7 @@ from fedalt.runs.folder import RunFolder
 from fedalt.runs.record import summary_in
 from fedalt.runs.settings import Settings, lora_of
 from fedalt.runs.similarity import similarity_of
+from fedalt.training.batches import steps_per_epoch
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Search
 
 # What a layer or a head consists of; other factors, such as lengths of B, are another form of it.
@@ -128,7 +129,7 @@ def _serving(
             for fit in fits
             for (slot, factor), count in fit.trained_numbers.items()
         }
-        efforts[client_id] = sum(epochs) * -(-examples // training.batch_size), parts
+        efforts[client_id] = sum(epochs) * steps_per_epoch(examples, training.batch_size), parts
     return efforts
 
 

@@ -22,7 +22,7 @@ from fedalt.engine.schedule import Event, Line
 from fedalt.models.base import Base, load_base
 from fedalt.runs.folder import RunFolder
 from fedalt.runs.lifecycle import reopen, resume_run, start_run
-from fedalt.runs.observer import NullObserver, Observer
+from fedalt.runs.observer import Observer, Observers
 from fedalt.runs.settings import settings_of
 from fedalt.runs.setup import prepare
 from fedalt.training.batches import collate
@@ -197,7 +197,7 @@ def trains(method: str, device: str) -> Proof:
         data = write_clients(Path(name) / "data")
         settings = {"name": method, **NEEDED.get(method, {})}
         found = [
-            scores(run(tiny_base(where), data, Path(name) / out, 2, NullObserver(), **settings))
+            scores(run(tiny_base(where), data, Path(name) / out, 2, Observers(), **settings))
             for out, where in (("here", device), ("cpu", "cpu"))
         ]
     worst = differ(*found)
@@ -227,7 +227,7 @@ def resumes(device: str) -> Proof:
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         data = write_clients(place / "data")
-        straight = scores(run(base, data, place / "straight", 3, NullObserver()))
+        straight = scores(run(base, data, place / "straight", 3, Observers()))
         with suppress(_CutError):
             run(base, data, place / "cut", 3, _Stop())
         again = scores(resume_run(reopen(place / "cut", base), place / "cut"))
@@ -246,7 +246,7 @@ def four_bits(device: str) -> Proof:
         kinds: tuple[Quantise | None, ...] = ("4bit", None)
         for quantise in kinds:
             base = tiny_base(device, quantise)
-            found.append(scores(run(base, data, place / f"run-{quantise}", 2, NullObserver())))
+            found.append(scores(run(base, data, place / f"run-{quantise}", 2, Observers())))
     worst = differ(*found)
     return Proof("a base in 4 bits, losses against the whole base", worst < 0.2, f"{worst:.0e}")
 

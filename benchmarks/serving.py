@@ -40,9 +40,9 @@ from transformers import AutoModelForCausalLM
 from fedalt.evaluation import Scoring, generate
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base, load_base, location
+from fedalt.serving.answer import Text
 from fedalt.serving.batch import Adapters
 from fedalt.serving.engine import Engine, Request
-from fedalt.serving.text import Text
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "serving.md"
 Asked = Sequence[tuple[int, tuple[int, ...]]]  # a client, and a prompt

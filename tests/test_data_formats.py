@@ -176,14 +176,24 @@ def test_names_tell_what_parts_cells_where_the_first_cell_has_many_lines(tmp_pat
 
 
 @pytest.mark.parametrize("name", ["anna.train.csv", "anna.train.csv.gz"])
-def test_a_table_that_is_not_packed_as_its_name_says_is_told_to_be_renamed(tmp_path, name):
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_table_is_read_packed_or_not_whatever_its_name_says(tmp_path, name, packed):
     text = b"instruction,output\nask,yes\n"
-    (tmp_path / name).write_bytes(text if name.endswith(".gz") else gzip.compress(text))
-    with pytest.raises(DataError, match=rf"{name}: .*packed with gzip.*; rename it"):
+    (tmp_path / name).write_bytes(gzip.compress(text) if packed else text)
+    (record,) = open_data(tmp_path).records("anna", "train")
+    assert (record.instruction, record.answer) == ("ask", "yes")
+
+
+def test_a_csv_file_needs_no_further_package_and_its_cells_may_be_long(tmp_path, monkeypatch):
+    monkeypatch.setattr("fedalt.data.tables.find_spec", lambda _: None)
+    text = "a, b;\n" * 40_000
+    (tmp_path / "anna.train.csv").write_text(f'instruction,output\n"{text}",yes\nask,no\n')
+    first, second = open_data(tmp_path).records("anna", "train")
+    assert (first.instruction, second.instruction) == (text, "ask")
+    (tmp_path / "anna.train.csv").rename(tmp_path / "anna.train.txt")
+    (tmp_path / "anna.train.parquet").write_bytes(parquet())
+    with pytest.raises(DataError, match="reading Parquet needs a package"):
         open_data(tmp_path)
-    right = name.removesuffix(".gz") if name.endswith(".gz") else f"{name}.gz"
-    (tmp_path / name).rename(tmp_path / right)
-    assert open_data(tmp_path).counts("anna", "train") == 1
 
 
 def test_json_lines_with_a_tables_name_are_json_lines(tmp_path):
@@ -241,7 +251,10 @@ def test_a_dataset_that_was_saved_is_read_split_by_split(tmp_path):
 
 BROKEN = {
     "no such column": (b"instruction,client\nq,anna\n", "field 'output' is missing"),
-    "a cell too many": (b"instruction,output,client\nq,a,anna\nq,a,anna,b\n", "line 3"),
+    "a cell too many": (
+        b"instruction,output,client\nq,a,anna\nq,a,anna,b\n",
+        "row 3 has 4 cells, but the first has 3",
+    ),
     "a name too few": (
         b"instruction,output\nanna,q,a\n",
         "row 2 has 3 cells, but the first has 2",

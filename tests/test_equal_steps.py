@@ -5,11 +5,11 @@ import pytest
 from fedalt.methods import METHODS
 from fedalt.report.costs import steps_told
 from fedalt.runs.cells import Cost
-from fedalt.runs.effort import effort_of
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.settings import SettingsError, settings_of
 from fedalt.runs.setup import prepare
 from fedalt.runs.steps import passes_of, with_equal_steps
+from fedalt.runs.summary import effort_of
 from fedalt.runs.view import View, view_of
 
 

@@ -17,11 +17,10 @@ from fedalt.methods.fedalt import FedALT, Server, rest_of_world
 from fedalt.methods.fedit import FedIT
 from fedalt.methods.lora import Lora
 from fedalt.report.table import run_table
-from fedalt.runs.answers import load_run_parts
+from fedalt.runs.answers import load_run_parts, servings_now
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import reopen, resume_run, serving, start_run
 from fedalt.runs.membership import join, leave
-from fedalt.runs.serving import servings_now
 from fedalt.runs.setup import prepare
 from fedalt.serving.models import open_models
 
@@ -182,7 +181,7 @@ def test_what_a_newcomer_serves_and_exports_comes_of_its_own_data(model, tmp_pat
     join(run.path, Path("new"))
     monkeypatch.chdir("/")
     parts = load_run_parts(run.path)
-    found = servings_now(parts, run.path, ["a", "d"], lambda act: act()).of
+    _, found = servings_now(parts, run.path, ["a", "d"], lambda act: act())
     for name, each in found.items():
         assert trees.equal(each.tree, serving(parts, run.path, name, "own").tree)
 

@@ -10,7 +10,7 @@ from scipy.stats import binom
 
 from fedalt.engine.audit import guess, lower_bound, probability
 from fedalt.runs import audit as audits
-from fedalt.runs.observer import NullObserver
+from fedalt.runs.observer import Observers
 
 
 def test_the_chance_of_right_guesses_is_that_of_coins_of_that_accuracy():
@@ -76,7 +76,7 @@ def small(monkeypatch):
 
 def silent(prepared):
     """Nobody watches."""
-    return nullcontext(NullObserver())
+    return nullcontext(Observers())
 
 
 def test_a_run_with_noise_keeps_its_claim_and_repeats_with_its_seed(small):

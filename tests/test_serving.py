@@ -18,8 +18,7 @@ from serving import serving
 import fedalt
 from fedalt.evaluation import Scoring, generate
 from fedalt.runs import lifecycle
-from fedalt.runs.answers import answers, load_run_parts, prompt_of, served
-from fedalt.runs.serving import servings_now
+from fedalt.runs.answers import answers, load_run_parts, prompt_of, served, servings_now
 from fedalt.runs.settings import to_toml
 
 TOKEN = "a-token-of-the-test"
@@ -324,8 +323,8 @@ def test_a_rounded_broadcast_is_served_as_it_is_generated_with(
     )
     run = fedalt.run(tomllib.loads(to_toml(settings)), out=tmp_path / "run").path
     parts = load_run_parts(run)
-    found = servings_now(parts, run, ["a", "b"], lambda act: act())
-    for client, own in found.of.items():
+    _, found = servings_now(parts, run, ["a", "b"], lambda act: act())
+    for client, own in found.items():
         wanted = lifecycle.serving(parts, run, client, "own").tree
         assert own.tree.keys() == wanted.keys()
         assert all(torch.equal(own.tree[name], wanted[name]) for name in wanted)

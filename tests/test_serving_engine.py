@@ -14,10 +14,10 @@ from fedalt.adapters.plan import Mixer, Plan, Router, Similarity, Slot, Sum
 from fedalt.core.settings import Scoring
 from fedalt.evaluation import generate
 from fedalt.methods.contract import Serving
+from fedalt.serving.answer import Text
 from fedalt.serving.batch import Adapters, can_share
 from fedalt.serving.engine import ClosedError, Engine, QueueFullError, Request
-from fedalt.serving.exports import exported
-from fedalt.serving.text import Text
+from fedalt.serving.models import exported
 
 TWO = (Slot("a", 2, 4.0), Slot("b", 2, 4.0))
 PLANS = {

@@ -11,9 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from fedalt.data.suite import TASKS, distinct_prompts, generate, generate_clients, write_suite
-from fedalt.data.suite.tasks import WORDINGS, SuiteRecord
-from fedalt.data.suite.words import KINDS, OTHER_WORDS, THINGS
+from fedalt.data.suite import (
+    KINDS,
+    OTHER_WORDS,
+    TASKS,
+    THINGS,
+    WORDINGS,
+    SuiteRecord,
+    distinct_prompts,
+    generate,
+    generate_clients,
+    write_suite,
+)
 
 CHOICE_TASKS = [task for task in TASKS if task != "structure"]
 RIVALS = [("reading", "commonsense"), ("sentiment", "topic")]

@@ -12,11 +12,11 @@ import pytest
 from commands import call
 from runs_for_tests import settings_for
 
-from fedalt.cli.progress import Together
 from fedalt.report.numbers import numbers_of, step_of
 from fedalt.report.trackers import TRACKERS, TrackerName, tracking
 from fedalt.runs.folder import locked, open_run
 from fedalt.runs.lifecycle import new_run, resume_run
+from fedalt.runs.observer import Observers
 from fedalt.runs.setup import prepare
 
 BOTH = ("--report-to", "tensorboard", "--report-to", "trackio")
@@ -101,7 +101,7 @@ def test_a_run_that_goes_on_is_not_written_twice(
     new_run(prepared, run)
     stop = StopsAt(what, round_)
     with pytest.raises(KeyboardInterrupt), tracking(run, TrackerName, []) as trackers:
-        resume_run(prepared, run, Together([*trackers, stop]))
+        resume_run(prepared, run, Observers([*trackers, stop]))
     assert in_trackio(run / "trackio") == recorded(run)  # no more than what counts
     assert call("resume", run, *BOTH, "--quiet") == 0
     assert in_tensorboard(run) == pytest.approx(recorded(run))

@@ -232,7 +232,7 @@ def test_a_trial_that_went_on_is_what_a_run_of_that_length_is(tuned, place):
         if line["kind"] == "score" and line["round"] == 0
     ]
     assert validation_loss(grown, Schedule(rounds=1)) == central_loss(losses)
-    assert validation_loss(grown, Schedule(rounds=2)) == open_run(grown).best_loss()
+    assert validation_loss(grown, Schedule(rounds=2)) == open_run(grown).progress().best["own"][1]
 
 
 def test_a_search_that_was_killed_goes_on_and_repeats_nothing(tuned, place, capsys):

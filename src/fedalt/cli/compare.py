@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedalt.runs.view import View
 
 File = Annotated[Path, typer.Argument(metavar="FILE.toml", help="Methods, seeds, one budget.")]
-Out = Annotated[Path, typer.Option("--out", help="The folder of all runs and of the results.")]
+_OUT = typer.Option("--out", help="The folder of all runs and of the results.")
 Jobs = Annotated[
     int | None,
     typer.Option("--jobs", min=1, help="Runs at a time; without it, one per core, or one per GPU."),
@@ -29,9 +29,7 @@ Jobs = Annotated[
 
 def compare(
     file: File,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="The folder of all runs and of the results.")
-    ] = None,
+    out: Annotated[Path | None, _OUT] = None,
     cells: Annotated[
         Path | None,
         typer.Option(
@@ -154,7 +152,7 @@ def _show_results(results: "Results", out: Path | None, *, as_json: bool, quiet:
 
 def tune(
     file: File,
-    out: Out,
+    out: Annotated[Path, _OUT],
     lr: Annotated[
         str | None, typer.Option("--lr", help="Learning rates to try, with commas.")
     ] = None,

@@ -52,13 +52,12 @@ def check(
     hush_libraries()
     from fedalt.data.doctor import check as examine
     from fedalt.data.folder import open_data
-    from fedalt.data.prompts import Template, read_template
+    from fedalt.data.prompts import read_template
     from fedalt.data.records import Columns
     from fedalt.models.base import load_tokenizer, require_tokenizer_fits
 
     folder = open_data(path, Columns(client_column, prompt_column, answer_column))
-    form = Template() if template is None else read_template(template)
-    tokenizer = load_tokenizer(model)
+    form, tokenizer = read_template(template), load_tokenizer(model)
     require_tokenizer_fits(tokenizer, model)
     report = examine(folder, tokenizer, form, max_length)
     if html:
@@ -172,7 +171,7 @@ def _show(report: "DataReport", model: str) -> None:
     breaks = []
     for client in report.clients:
         breaks.append(len(rows))
-        rows += [[name, *row] for name, row in _rows(client)]
+        rows += _rows(client)
     title = f"{report.path}, as the tokenizer of {model} sees it"
     out = console()
     out.print(Sheet(heads, rows, title, left=(0, 1, 9), folded=(9,), breaks=breaks[1:]))
@@ -187,11 +186,13 @@ def _show(report: "DataReport", model: str) -> None:
         note("nothing to warn of")
 
 
-def _rows(client: "ClientReport") -> list[tuple[str, list[str]]]:
-    rows: list[tuple[str, list[str]]] = []
+def _rows(client: "ClientReport") -> list[list[str]]:
+    """A row for each split; the client's name is in the first."""
+    rows: list[list[str]] = []
     for name, split_ in client.splits.items():
         balance = ", ".join(f"{shown(key)}: {n}" for key, n in split_.balance.items())
-        cells = [
+        row = [
+            client.client_id if not rows else "",
             name,
             f"{split_.records}",
             f"{split_.tokens.mean:.0f}",
@@ -202,5 +203,5 @@ def _rows(client: "ClientReport") -> list[tuple[str, list[str]]]:
             f"{split_.duplicates}",
             balance if len(balance) <= 60 else f"{len(split_.balance)} different",
         ]
-        rows.append((client.client_id if not rows else "", cells))
+        rows.append(row)
     return rows

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fedalt.cli.flags import AsJson, Quiet
-from fedalt.cli.output import hush_libraries, note, show, show_json
+from fedalt.cli.output import free_folder, hush_libraries, note, show, show_json
 
 if TYPE_CHECKING:
     from fedalt.report.table import Table
@@ -43,7 +43,7 @@ def demo(
     from fedalt.runs.compare import jobs_of, read_comparison
 
     plan = {"seeds": seeds, "rounds": rounds}
-    folder = _folder(out, plan)
+    folder = free_folder(out, lambda place: _is_unfinished(place, plan))
     if folder != out:
         note(f"{out} stays as it is; this demo goes to {folder}", quiet=quiet)
     entries, each_seed = read_comparison(_prepare(folder, plan))
@@ -80,15 +80,6 @@ def demo(
     for sentence in verdicts:
         typer.echo(sentence)
     _point_to(folder, runs[0].path, scores, pages, quiet=quiet)
-
-
-def _folder(out: Path, plan: dict[str, int]) -> Path:
-    """The folder asked for or, where it holds anything else, the next name that is free."""
-    number, folder = 1, out
-    while folder.exists() and not _is_unfinished(folder, plan):
-        number += 1
-        folder = out.with_name(f"{out.name}-{number}")
-    return folder
 
 
 def _is_unfinished(folder: Path, plan: dict[str, int]) -> bool:

@@ -5,7 +5,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +78,13 @@ def show_json(value: Mapping[str, Any]) -> None:
     typer.echo(json.dumps(value, indent=2, allow_nan=False, default=str))
 
 
-def free_folder(wanted: Path) -> Path:
-    """The folder itself, or, where it exists, the first of name-2, name-3, ... that does not."""
+def free_folder(wanted: Path, is_ours: Callable[[Path], bool] = lambda _: False) -> Path:
+    """The folder itself, or, where it exists, the first of name-2, name-3, ... that does not.
+
+    One that exists and `is_ours` will do.
+    """
     number, folder = 1, wanted
-    while folder.exists():
+    while folder.exists() and not is_ours(folder):
         number += 1
         folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder

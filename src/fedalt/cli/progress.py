@@ -1,7 +1,7 @@
 """Signs of life of a run: bars on a terminal, one plain line per round everywhere."""
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean
@@ -22,27 +22,10 @@ from fedalt.core.foreign import shown
 from fedalt.engine.members import Members
 from fedalt.engine.schedule import Event, Line
 from fedalt.report.live_drawing import shown_time
-from fedalt.runs.observer import NullObserver, Observer
+from fedalt.runs.observer import Observer, Observers
 from fedalt.runs.setup import Prepared
 
 _ROOM = 80  # columns that bars take; where there are fewer, lines say as much
-
-
-@dataclass(frozen=True)
-class Together:
-    """Several observers as one."""
-
-    observers: Sequence[Observer]
-
-    def on_event(self, event: Event) -> None:
-        """Pass it on to each."""
-        for observer in self.observers:
-            observer.on_event(event)
-
-    def on_record(self, line: Line) -> None:
-        """Pass it on to each."""
-        for observer in self.observers:
-            observer.on_record(line)
 
 
 @dataclass(frozen=True)
@@ -144,7 +127,7 @@ def watching(prepared: Prepared, *, done: int = 0, quiet: bool = False) -> Itera
             observers.append(RoundLines(rounds, bars.console.print))
         elif not quiet:
             observers.append(RoundLines(rounds, note))
-        yield Together(observers) if observers else NullObserver()
+        yield Observers(observers)
 
 
 def _bars() -> Progress:

@@ -7,10 +7,11 @@ from pathlib import Path
 import typer
 
 from fedalt.cli.output import note, warn
-from fedalt.cli.progress import Together, watching
+from fedalt.cli.progress import watching
 from fedalt.report.trackers import TrackerName, tracking
 from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.lifecycle import resume_run
+from fedalt.runs.observer import Observers
 from fedalt.runs.settings import lora_of, method_name
 from fedalt.runs.setup import Prepared, base_arm
 from fedalt.training.group import TrainingError
@@ -63,7 +64,7 @@ def train(
         tracking(path, report_to, folder.lines()) as trackers,
         watching(prepared, done=done, quiet=quiet) as watcher,
     ):
-        resume_run(prepared, path, Together([*trackers, watcher]))
+        resume_run(prepared, path, Observers([*trackers, watcher]))
 
 
 @contextmanager

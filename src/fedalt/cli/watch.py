@@ -4,7 +4,7 @@ import os
 import select
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,11 +34,10 @@ def watch(
     """
     from rich.live import Live as Screen
 
-    from fedalt.report.live import Reading, is_finished, runs_of
+    from fedalt.report.live import is_finished
 
     out = console()
-    readings = [Reading(run) for run in runs_of(path)]
-    readings, runs = _read(readings)
+    readings, runs = _read(path, {})
     if not once and out.is_terminal:
         with _keys() as pressed, Screen(console=out, screen=True, auto_refresh=False) as screen:
             hint = "q ends"
@@ -47,10 +46,8 @@ def watch(
                     screen.update(_frame(path, runs, out.height, hint), refresh=True)
                     if pressed(SECOND):
                         break
-                    before = {reading.path: reading for reading in readings}
                     try:
-                        now = [before.get(run, Reading(run)) for run in runs_of(path)]
-                        readings, runs = _read(now)
+                        readings, runs = _read(path, readings)
                         hint = "q ends"
                     except OSError as error:  # a network mount that is away for a moment
                         hint = f"{error.filename}: {error.strerror}; trying again; q ends"
@@ -59,12 +56,12 @@ def watch(
     out.print(_frame(path, runs, sys.maxsize))
 
 
-def _read(readings: "Sequence[Reading]") -> "tuple[list[Reading], list[Live]]":
-    """What is new, and how the runs stand."""
-    from fedalt.report.live import follow, live_of
+def _read(path: Path, before: "Mapping[Path, Reading]") -> "tuple[dict[Path, Reading], list[Live]]":
+    """What has been read of each run that is there, and how the runs stand."""
+    from fedalt.report.live import Reading, follow, live_of, runs_of
 
-    now = [follow(reading) for reading in readings]
-    return now, [live_of(reading) for reading in now]
+    now = {run: follow(before.get(run, Reading(run))) for run in runs_of(path)}
+    return now, [live_of(reading) for reading in now.values()]
 
 
 def _frame(path: Path, runs: "Sequence[Live]", rows: int, hint: str = "") -> "RenderableType":

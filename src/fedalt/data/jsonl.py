@@ -57,7 +57,8 @@ def _lines(file: Path, place: str, problems: Problems) -> Iterator[Item]:
                 except UnicodeDecodeError as error:
                     looks = narrow_encoding(raw)
                     if looks not in encodings:  # said once: all further lines have it too
-                        problems.add(f"{place}:{line}", f"{_not_utf8(error)}; {looks}")
+                        where = f"byte {error.start + 1} of the line is not UTF-8"
+                        problems.add(f"{place}:{line}", f"{where}; {looks}")
                     encodings.add(looks)
                 except ValueError as error:
                     problems.add(f"{place}:{line}", str(error))
@@ -108,10 +109,6 @@ def decode(raw: bytes) -> object:
         raise ValueError(f"not valid JSON: {what} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError("not usable JSON: nested too deeply") from None
-
-
-def _not_utf8(error: UnicodeDecodeError) -> str:
-    return f"byte {error.start + 1} of the line is not UTF-8"
 
 
 def _list_items(raw: bytes, place: str, problems: Problems) -> Iterator[Item]:

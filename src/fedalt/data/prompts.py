@@ -62,8 +62,13 @@ class Template:
         return self.text.format(instruction=record.question)
 
 
-def read_template(file: Path) -> Template:
-    """A template from a text file, taken as it is, a line end at its end included."""
+def read_template(file: Path | None) -> Template:
+    """A template from a text file, taken as it is, a line end at its end included.
+
+    Without a file, the usual one.
+    """
+    if file is None:
+        return Template()
     try:
         text = decoded(file.read_bytes()).replace("\r\n", "\n")  # as Python reads text
     except (OSError, EncodingError) as error:

@@ -1,4 +1,4 @@
-"""Tables (CSV and its kin, Parquet, a saved dataset), read row by row by the datasets library."""
+"""Tables, row by row: CSV and its kin; Parquet and saved datasets by the datasets library."""
 
 import csv
 import glob
@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +36,7 @@ class Table:
 
 
 _GZIP: Final = b"\x1f\x8b"  # what such an archive begins with
+_LONGEST_CELL: Final = 2**31 - 1  # characters: as many as there may be
 _CONVERSATION: Final = ("messages", "tools", "functions")  # fields that hold objects
 # Every row with its number, as a spreadsheet counts.
 Rows = Sequence[tuple[int, Mapping[str, Any]]]
@@ -51,37 +53,76 @@ def rows(file: Path, table: Table) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 @lru_cache(maxsize=1)  # a table of several clients is read once for each of them
 def _rows(file: Path, table: Table, changed: int, size: int) -> Rows:  # noqa: ARG001
+    try:
+        if table.delimiter:
+            return list(_separated(file, table.delimiter))
+        return _of_arrow(file, table)
+    except TableError:
+        raise
+    except UnicodeDecodeError as error:
+        raise TableError(f"not UTF-8; {narrow_encoding(error.object)}; save it as UTF-8") from error
+    except Exception as error:  # whatever a broken file does to what reads it
+        reason = shown(str(error.__cause__ or error).strip(), 300)
+        raise TableError(f"cannot be read as {table.name}: {reason}") from error
+
+
+def _separated(file: Path, delimiter: str) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """The rows below the one that names the columns; a cell that a row lacks is None."""
+    csv.field_size_limit(_LONGEST_CELL)
+    heads: list[str] = []
+    at = 0
+    with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        try:
+            for at, row in enumerate(csv.reader(text, delimiter=delimiter, strict=True), 1):
+                if not any(cell and not cell.isspace() for cell in row):
+                    continue
+                if heads and len(row) > len(heads):
+                    raise TableError(
+                        f"row {at} has {len(row)} cells, but the first has {len(heads)} names"
+                    )
+                if heads:
+                    yield at, dict(zip_longest(heads, row))
+                elif told_delimiter(delimiter.join(row)) is None:
+                    heads = _heads(row)
+        except csv.Error as error:
+            if "expected after" not in str(error):
+                raise
+            raise TableError(
+                f"row {at + 1}: a quotation mark begins a cell, and text follows the one that ends "
+                "it; where they are part of the text, write each of them twice and the whole cell "
+                "between two more"
+            ) from error
+
+
+def _heads(row: Sequence[str]) -> list[str]:
+    """The names of the columns. Raises TableError unless each of them is there once.
+
+    A column without a name, such as the numbers of rows that pandas writes, is called as pandas
+    calls it.
+    """
+    heads = list(row)
+    twice = sorted({head for head in heads if head and heads.count(head) > 1})
+    if twice:
+        raise TableError(f"several columns are called {', '.join(map(repr, twice))}")
+    for column, head in enumerate(heads):
+        if not head:
+            heads[column] = _unnamed(column, heads)
+    return heads
+
+
+def _of_arrow(file: Path, table: Table) -> Rows:
+    """The rows of a Parquet file or a saved dataset."""
     if find_spec("datasets") is None:
         raise TableError(f"reading {table.name} needs a package: `pip install 'fedalt[data]'`")
     import datasets
 
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it says becomes an error here
-    try:
-        if table.name == SAVED:
-            return _objects(datasets.load_from_disk(str(file)))
-        # Streamed, the library leaves no copy of the data in its cache.
-        place: dict[str, Any] = {"data_files": [glob.escape(str(file))], "split": "train"}
-        if not table.delimiter:
-            # The size of a batch would be that of the first group of rows, which may be empty.
-            streamed = datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place)
-            return _objects(streamed)
-        _require_named_as_packed(file)
-        above, heads = _heads(file, table.delimiter)
-        texts = datasets.Features({name: datasets.Value("string") for name in heads})
-        told = {"sep": table.delimiter, "keep_default_na": False, "features": texts}
-        # Empty lines count, so that rows have the numbers that a spreadsheet shows.
-        told |= {"names": heads, "header": above, "skip_blank_lines": False}
-        found = datasets.load_dataset("csv", streaming=True, **told, **place)
-        read = [(at, row) for at, row in enumerate(found, above + 2) if _is_filled(row.values())]
-        counts = _cells(file, table.delimiter)
-        return [(at, _as_long(row, counts.get(at, len(row)))) for at, row in read]
-    except TableError:
-        raise
-    except UnicodeDecodeError as error:
-        raise TableError(f"not UTF-8; {narrow_encoding(error.object)}; save it as UTF-8") from error
-    except Exception as error:  # whatever a broken file does to the libraries that read it
-        reason = shown(str(error.__cause__ or error).strip(), 300)
-        raise TableError(f"cannot be read as {table.name}: {reason}") from error
+    if table.name == SAVED:
+        return _objects(datasets.load_from_disk(str(file)))
+    # Streamed, the library leaves no copy of the data in its cache. The size of a batch would be
+    # that of the first group of rows, which may be empty.
+    place: dict[str, Any] = {"data_files": [glob.escape(str(file))], "split": "train"}
+    return _objects(datasets.load_dataset("parquet", streaming=True, batch_size=1000, **place))
 
 
 def _objects(found: Iterable[Mapping[str, Any]]) -> Rows:
@@ -124,78 +165,9 @@ def downloaded(name: str) -> Path:
     return folder
 
 
-def _heads(file: Path, delimiter: str) -> tuple[int, list[str]]:
-    """How many rows without cells a table begins with, and the names in the next one.
-
-    Each of them is there once, and they are enough for the row below. A column without a name, such
-    as the numbers of rows that pandas writes, is called as pandas calls it.
-    """
-    with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        filled = (
-            (at, row)
-            for at, row in enumerate(csv.reader(text, delimiter=delimiter))
-            if _is_filled(row) and told_delimiter(delimiter.join(row)) is None
-        )
-        above, heads = next(filled, (0, []))
-        try:
-            at, first = next(filled, (0, []))
-        except csv.Error:  # a cell that is longer than this reader takes; the library takes it
-            at, first = 0, []
-    twice = sorted({head for head in heads if head and heads.count(head) > 1})
-    if twice:
-        raise TableError(f"several columns are called {', '.join(map(repr, twice))}")
-    if len(first) > len(heads):  # or the library would take its first cell for a name of the row
-        raise TableError(
-            f"row {at + 1} has {len(first)} cells, but the first has {len(heads)} names"
-        )
-    for column, head in enumerate(heads):
-        if not head:
-            heads[column] = _unnamed(column, heads)
-    return above, heads
-
-
-def _cells(file: Path, delimiter: str) -> dict[int, int]:
-    """How many cells each row has, by its number. TableError for a quote that is out of place.
-
-    The library that reads the cells would end one at such a quote, or join it with those below.
-    """
-    counts: dict[int, int] = {}
-    with opened(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        try:
-            for at, row in enumerate(csv.reader(text, delimiter=delimiter, strict=True), 1):
-                counts[at] = len(row)
-        except csv.Error as error:
-            if "field limit" not in str(error):  # a cell longer than this reader takes
-                raise TableError(
-                    f"row {len(counts) + 1}: a quotation mark begins a cell, and text follows the "
-                    "one that ends it; where they are part of the text, write each of them twice "
-                    "and the whole cell between two more"
-                ) from error
-    return counts
-
-
-def _as_long(row: Mapping[str, Any], count: int) -> Mapping[str, Any]:
-    """A row without what its line does not have: the library takes that for empty texts."""
-    return {name: cell if at < count else None for at, (name, cell) in enumerate(row.items())}
-
-
-def _require_named_as_packed(file: Path) -> None:
-    """The library goes by the name. Raises TableError where that says other than the content."""
-    with file.open("rb") as stream:
-        packed = stream.read(2) == _GZIP
-    if packed and file.suffix != ".gz":
-        raise TableError("it is packed with gzip, so its name has to end in .gz; rename it")
-    if not packed and file.suffix == ".gz":
-        raise TableError("its name ends in .gz, but it is not packed with gzip; rename it")
-
-
 def told_delimiter(line: str) -> str | None:
     """What a first line such as `sep=;` tells Excel; None where it is another line."""
     return line[4:] if line.startswith("sep=") and len(line) == 5 else None
-
-
-def _is_filled(cells: Iterable[str | None]) -> bool:
-    return any(cell and not cell.isspace() for cell in cells)
 
 
 def _unnamed(at: int, heads: Sequence[str]) -> str:

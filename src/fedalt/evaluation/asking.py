@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 from transformers import GenerationConfig, PreTrainedModel
 
+from fedalt.core.settings import Scoring
 from fedalt.data.chat_template import ends_of
 from fedalt.data.prompts import cut_prompt
 from fedalt.evaluation.group import Ids
-from fedalt.evaluation.scores import Scoring
 from fedalt.models.base import Base
 
 

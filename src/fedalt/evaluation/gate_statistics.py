@@ -35,27 +35,22 @@ class Weighing:
     histogram: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What a pass has added for some sites: of each client, on the CPU.
-
-    A site stands in `sites` once for each call. `sums` (clients, calls, slots) of the weights of
-    `tokens` (clients,), `bins` (clients, 20).
-    """
-
-    sites: tuple[str, ...]
-    sums: Tensor
-    tokens: Tensor
-    bins: Tensor
-
-
-@dataclass(frozen=True)
+@dataclass
 class Tally:
-    """The weights of several clients' tokens, added up pass by pass."""
+    """The weights that each client's first so many `examples` get, added up pass by pass.
+
+    For each site `sums` (clients, slots) of the weights of `tokens` (clients,), all on the CPU; a
+    site that blocks share has several of a pass. `bins` (clients, 20) are those of `Weighing`.
+    """
 
     plan: Plan
     clients: int
-    parts: list[_Part] = field(default_factory=list)
+    examples: int
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.bins = torch.zeros(self.clients, BINS, dtype=torch.long)
 
     @contextmanager
     def counting(self, seen: Sequence[tuple[int, range]], tokens: int) -> Iterator[Watch]:
@@ -70,20 +65,13 @@ class Tally:
 
     def of(self, client: int) -> Weighing | None:
         """One client's share; None where no site sees every token."""
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        bins = torch.zeros(BINS, dtype=torch.long)
-        for part in self.parts:
-            if tokens := int(part.tokens[client]):
-                bins += part.bins[client]
-                for site, added in zip(part.sites, part.sums[client], strict=True):
-                    sums[site] = sums.get(site, 0) + added
-                    counts[site] = counts.get(site, 0) + tokens
-        if not sums:
-            return None
+        means = {
+            site: tuple((self.sums[site][client] / tokens[client]).tolist())
+            for site, tokens in self.tokens.items()
+            if tokens[client]
+        }
         slots = tuple(slot.name for slot in self.plan.slots)
-        means = {site: tuple((total / counts[site]).tolist()) for site, total in sums.items()}
-        return Weighing(slots, means, tuple(bins.tolist()))
+        return Weighing(slots, means, tuple(self.bins[client].tolist())) if means else None
 
     def _add(self, calls: Sequence[_Call], rows: Tensor, owners: Tensor) -> None:
         """Add these rows of every call's weights, each for its owner, all calls at once."""
@@ -92,17 +80,11 @@ class Tally:
         sums = joined.new_zeros(self.clients, *joined.shape[1:]).index_add(0, owners, joined)
         places = (joined[..., 0] * BINS).long().clamp(0, BINS - 1) + owners[:, None] * BINS
         bins = places.flatten().bincount(minlength=self.clients * BINS)
+        self.bins += bins.reshape(self.clients, BINS)
         tokens = owners.bincount(minlength=self.clients)
-        sites = tuple(site for site, _ in calls)
-        self.parts.append(_Part(sites, sums, tokens, bins.reshape(self.clients, BINS)))
-
-
-@dataclass(frozen=True)
-class Watched:
-    """Whose weights are counted: those of each client's first so many examples."""
-
-    tally: Tally
-    examples: int
+        for at, (site, _) in enumerate(calls):
+            self.sums[site] = self.sums.get(site, 0) + sums[:, at]
+            self.tokens[site] = self.tokens.get(site, 0) + tokens
 
 
 @torch.no_grad()

@@ -10,19 +10,11 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from fedalt.core.settings import Scoring
 from fedalt.data.answers import without_end
 from fedalt.evaluation.asking import ends, fitted, greedily, longest_answer, without_card
 from fedalt.evaluation.cache import cache_for, can_select
-from fedalt.evaluation.group import (
-    Group,
-    Ids,
-    Share,
-    Shares,
-    shares_of,
-    sizes_of,
-    within_memory,
-)
-from fedalt.evaluation.scores import Scoring
+from fedalt.evaluation.group import Group, Ids, Share, Shares, shares_of, sizes_of, within_memory
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.training.batches import in_turn

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedalt.adapters.binding import Watch
+from fedalt.core.settings import Scoring
 from fedalt.data.answers import encode_answer
 from fedalt.data.examples import Example
-from fedalt.evaluation.gate_statistics import Watched
+from fedalt.evaluation.gate_statistics import Tally, Weighing
 from fedalt.evaluation.group import Group, Shares, within_memory
-from fedalt.evaluation.scores import Scores, Scoring
 from fedalt.models.base import Base
 from fedalt.training.batches import answers_in_one, collate, in_turn
 from fedalt.training.group import packs
@@ -24,6 +24,23 @@ from fedalt.training.loop import usual_tokens
 from fedalt.training.loss import label_logits, token_losses
 
 Questions = Sequence[Sequence[Example]]  # with each of the answers to choose from, the right first
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Metrics by name, and what there is to tell of each example, in the order of the examples.
+
+    `loss`: mean over all answer tokens, nats. `accuracy` in [0, 1]: share of examples whose right
+    option is the likeliest of its options, counted over those that list their answer.
+    `predictions` are generated texts, or the names of a classifier's labels; `losses` means over
+    each example's answer tokens. `weighing` is what a mixer or router did, if that was watched
+    where all tokens are seen.
+    """
+
+    metrics: dict[str, float]
+    predictions: tuple[str, ...] = ()
+    losses: tuple[float, ...] = ()
+    weighing: Weighing | None = None
 
 
 @dataclass(frozen=True)
@@ -79,13 +96,13 @@ def likelihoods(
     questions: Sequence[Questions],
     shares: Shares | None,
     scoring: Scoring,
-    watched: Watched | None,
+    tally: Tally | None,
 ) -> list[Scores]:
     """Answer loss, and accuracy over options; the right option is computed once for both.
 
     Where an option's loss is no finite number, the client's loss is NaN and it has no accuracy.
     """
-    sums, counts = _sums(group, questions, shares, scoring.batch_size, watched)
+    sums, counts = _sums(group, questions, shares, scoring.batch_size, tally)
     weighed = sums / counts.clamp(min=1) if scoring.options == "mean" else sums
     scores, before = [], 0
     for asked in questions:
@@ -117,7 +134,7 @@ def _sums(
     questions: Sequence[Questions],
     shares: Shares | None,
     batch_size: int,
-    watched: Watched | None = None,
+    tally: Tally | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of answer losses and number of answer tokens, float64, of every answer in turn."""
     base, device = group.base, group.base.adapted.device
@@ -146,11 +163,11 @@ def _sums(
         seen = [
             (client, range(start, start + len(text.answers[0].ids) - 1))
             for client, text, start in zip(owners, chain(*chosen), starts, strict=True)
-            if watched is not None and text.right and text.question < watched.examples
+            if tally is not None and text.right and text.question < tally.examples
         ]
         with (
             within_memory(len(rows), whole.ids.numel()),
-            _watching(watched, seen, whole.ids.numel()) as watch,
+            _watching(tally, seen, whole.ids.numel()) as watch,
             group.bound(batch, shares, packing=whole.packing, watch=watch) as model,
         ):
             losses = token_losses(model, whole).double()
@@ -174,12 +191,12 @@ def _texts(questions: Sequence[Questions], *, pack: bool) -> list[list[_Text]]:
 
 
 def _watching(
-    watched: Watched | None, seen: Sequence[tuple[int, range]], tokens: int
+    tally: Tally | None, seen: Sequence[tuple[int, range]], tokens: int
 ) -> AbstractContextManager[Watch | None]:
     """Counts the weights of some of a pass's tokens, each for its client, if that is wanted."""
-    if watched is None or not any(where for _, where in seen):
+    if tally is None or not any(where for _, where in seen):
         return nullcontext()
-    return watched.tally.counting(seen, tokens)
+    return tally.counting(seen, tokens)
 
 
 def classified(
@@ -187,7 +204,7 @@ def classified(
     examples: Sequence[Sequence[Example]],
     shares: Shares | None,
     batch_size: int,
-    watched: Watched | None,
+    tally: Tally | None,
 ) -> list[Scores]:
     """Loss, accuracy, and the names of the likeliest labels."""
     losses = [torch.zeros(len(own)) for own in examples]
@@ -200,11 +217,11 @@ def classified(
         seen = [
             (client, range(start, start + len(examples[client][at].ids)))
             for (client, at), start in zip(chosen, starts, strict=True)
-            if watched is not None and at < watched.examples
+            if tally is not None and at < tally.examples
         ]
         with (
             within_memory(len(rows), whole.ids.numel()),
-            _watching(watched, seen, whole.ids.numel()) as watch,
+            _watching(tally, seen, whole.ids.numel()) as watch,
             group.bound(batch, shares, watch=watch) as model,
         ):
             logits = label_logits(model, whole).float()

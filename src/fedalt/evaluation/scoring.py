@@ -6,19 +6,20 @@ from typing import Final, TypeVar
 
 import torch
 
+from fedalt.core.settings import Scoring
 from fedalt.data.examples import Example
 from fedalt.evaluation.asking import fitted
-from fedalt.evaluation.gate_statistics import Tally, Watched
+from fedalt.evaluation.gate_statistics import Tally
 from fedalt.evaluation.generation import written
 from fedalt.evaluation.group import Group, shares_of
 from fedalt.evaluation.likelihood import (
     Questions,
+    Scores,
     can_pack,
     classified,
     likelihoods,
     questions_of,
 )
-from fedalt.evaluation.scores import Scores, Scoring
 from fedalt.methods.contract import Serving
 from fedalt.metrics import text_metrics
 from fedalt.models.base import Base
@@ -97,13 +98,13 @@ def _scores(
     examples = [[asked[0] for asked in of_client] for of_client in questions]
     prompts = [[example.prompt_ids for example in of_client] for of_client in examples]
     shares = shares_of(group, prompts, scoring.batch_size)
-    tally = Tally(group.plan, len(examples)) if watch and group.plan.gate is not None else None
-    watched = None if tally is None else Watched(tally, watch)
+    weighs = watch and group.plan.gate is not None
+    tally = Tally(group.plan, len(examples), watch) if weighs else None
     classifies = examples[0][0].label is not None
     if classifies:
-        results = classified(group, examples, shares, scoring.batch_size, watched)
+        results = classified(group, examples, shares, scoring.batch_size, tally)
     else:
-        results = likelihoods(group, questions, shares, scoring, watched)
+        results = likelihoods(group, questions, shares, scoring, tally)
     if tally is not None:
         results = [replace(scores, weighing=tally.of(at)) for at, scores in enumerate(results)]
     if classifies or not scoring.generate:

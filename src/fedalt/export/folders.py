@@ -18,9 +18,14 @@ from transformers.pytorch_utils import Conv1D
 from fedalt.adapters.plan import HEAD, Mixer, Router, Slot, Sum
 from fedalt.core.files import make_private_folder, open_private, write_private
 from fedalt.core.tree import check_tree, select
-from fedalt.export.keys import as_peft_reads
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
-from fedalt.export.targets import names_of_sites, saved_whole, targets_of, tensors_of_head
+from fedalt.export.targets import (
+    as_peft_reads,
+    names_of_sites,
+    saved_whole,
+    targets_of,
+    tensors_of_head,
+)
 from fedalt.methods.contract import Serving
 from fedalt.models.base import BUILT_IN, PACKAGED, Base, gguf_file, location
 
@@ -41,16 +46,16 @@ def export_individual(
     chosen = _slot(serving, slot)
     model = base.adapted.model
     whole = chosen.alpha == int(chosen.alpha)
-    targets = targets_of(base.adapted)
+    modules, parameters = targets_of(base.adapted)
     config = LoraConfig(
         **_for_any_type(base),
-        target_modules=targets.modules,
-        target_parameters=targets.parameters or None,
+        target_modules=modules,
+        target_parameters=parameters or None,
         base_model_name_or_path=_place(base.name),
         r=chosen.rank,
         lora_alpha=int(chosen.alpha) if whole else chosen.alpha,  # other tools may want an int
         # PEFT has no dropout for what is named by its parameter.
-        lora_dropout=0.0 if targets.parameters else serving.plan.dropout,
+        lora_dropout=0.0 if parameters else serving.plan.dropout,
         fan_in_fan_out=any(
             isinstance(model.get_submodule(site).base_layer, Conv1D) for site in base.adapted.sites
         ),
@@ -60,8 +65,8 @@ def export_individual(
         for name, tensor in select(serving.tree, chosen.name).items()
     }
     tensors = as_peft_reads(model, config, tensors)
-    with new_folder(folder) as unfinished:
-        _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
+    with new_folder(folder, readme) as unfinished:
+        _write(unfinished, config, {**tensors, **_head(serving, base)})
         _write_identity(unfinished, base)
     return folder
 
@@ -103,8 +108,8 @@ def export_personal(
         for name, tensor in serving.tree.items()
         if name.slot != HEAD
     }
-    with new_folder(folder) as unfinished:
-        _write(unfinished, config, {**tensors, **_head(serving, base)}, readme)
+    with new_folder(folder, readme) as unfinished:
+        _write(unfinished, config, {**tensors, **_head(serving, base)})
         base.tokenizer.save_pretrained(unfinished)
     return folder
 
@@ -175,10 +180,8 @@ def _place(name: str) -> str:
     return str(Path(place).resolve()) if Path(place).is_dir() else place
 
 
-def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], readme: str) -> None:
+def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> None:
     """Configuration and tensors; what PEFT wraps into its own model has longer keys."""
-    if readme:
-        write_private(folder / "README.md", readme)
     plain = {
         key: sorted(value) if isinstance(value, set) else value
         for key, value in config.to_dict().items()
@@ -197,7 +200,7 @@ def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], read
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, readme: str = "") -> Iterator[Path]:
     """A folder to fill, which gets its name once it is complete and is removed if it never is.
 
     All that others have written into it, such as a tokenizer, is then for its owner alone too.
@@ -209,6 +212,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     make_private_folder(unfinished)
     try:
         yield unfinished
+        if readme:
+            write_private(unfinished / "README.md", readme)
         for path in unfinished.rglob("*"):
             path.chmod(0o700 if path.is_dir() else 0o600)
         unfinished.replace(folder)

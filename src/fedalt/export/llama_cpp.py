@@ -12,7 +12,6 @@ from typing import Final
 from torch import Tensor
 
 from fedalt.adapters.plan import Slot
-from fedalt.core.files import write_private
 from fedalt.core.tree import Name
 from fedalt.export.folders import new_folder
 from fedalt.methods.contract import Serving
@@ -53,10 +52,8 @@ def export_gguf(serving: Serving, base: Base, folder: Path, *, readme: str = "")
     architecture, reordered = known
     (slot,) = serving.plan.slots
     tensors = _named(serving, slot, base, architecture, reordered=reordered)
-    with new_folder(folder) as unfinished:
+    with new_folder(folder, readme) as unfinished:
         _write(unfinished / FILE, architecture, slot.alpha, tensors)
-        if readme:
-            write_private(unfinished / "README.md", readme)
     return folder
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fedalt.core.files import write_private
 from fedalt.core.tree import Name
 from fedalt.export.folders import new_folder
 from fedalt.methods.contract import Serving
@@ -38,9 +37,7 @@ def export_merged(serving: Serving, base: Base, folder: Path, *, readme: str = "
         added = slot.scaling * (b @ a)
         weight = cast(Tensor, layer.weight)
         weight += (added.T if isinstance(layer, Conv1D) else added).to(weight.dtype)
-    with new_folder(folder) as unfinished:
+    with new_folder(folder, readme) as unfinished:
         loaded.model.save_pretrained(unfinished)
         base.tokenizer.save_pretrained(unfinished)
-        if readme:
-            write_private(unfinished / "README.md", readme)
     return folder

@@ -14,7 +14,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from fedalt.adapters.lowrank import Combination, add_low_rank
-from fedalt.adapters.plan import Mixer, Plan, Router, Shape, Slot, Sum
+from fedalt.adapters.plan import Mixer, Plan, Router, Slot, Sum
+from fedalt.adapters.sites import shape_of
 from fedalt.core.tree import Name
 
 PREFIX = "fedalt_"  # PEFT finds a type's tensors by it
@@ -102,7 +103,7 @@ class FedALTLayer(nn.Module, BaseTunerLayer):  # type: ignore[misc]
         """Make room for an adapter, which changes nothing until it is trained or loaded."""
         device = cast(Tensor, self.base_layer.weight).device
         factors = nn.ParameterDict()
-        for name, shape in plan.shapes({"": _shape(self.base_layer)}).items():
+        for name, shape in plan.shapes({"": shape_of(self.base_layer)}).items():
             # float32 also over a base of lower precision: small updates would get lost
             tensor = torch.zeros(shape, device=device, dtype=torch.float32)
             if name.factor != "B":
@@ -204,10 +205,3 @@ def register() -> None:
     PEFT_TYPE_TO_CONFIG_MAPPING[Kind.FEDALT] = FedALTConfig
     PEFT_TYPE_TO_TUNER_MAPPING[Kind.FEDALT] = FedALTTuner
     PEFT_TYPE_TO_PREFIX_MAPPING[Kind.FEDALT] = PREFIX
-
-
-def _shape(layer: nn.Module) -> Shape:
-    if isinstance(layer, Conv1D):  # GPT-2 stores (d_in, d_out)
-        return Shape(*layer.weight.shape)
-    assert isinstance(layer, nn.Linear)
-    return Shape(layer.in_features, layer.out_features)

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from fedalt.federation.messages import Answer, Call, Score
-from fedalt.report.table import shown_size
 from fedalt.runs.checkpoints import newest
 
 Say = Callable[[str], None]
@@ -40,7 +41,7 @@ def what_was_done(call: Call, answer: Answer, size: int, rounds: int) -> str:
             steps, loss = cost.metrics.get("steps"), cost.metrics.get("loss")
             did = "trained" if steps is None else f"trained {steps:.0f} steps"
             parts.append(did + ("" if loss is None else f", loss {loss:.3f}"))
-            parts.append(f"sent {shown_size(size)}")
+            parts.append(f"sent {decimal(size)}")
     parts += _scored(answer.scores)
     if not parts:
         return ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.data.folder import open_data
-from fedalt.data.prompts import Template, read_template
+from fedalt.data.prompts import read_template
 from fedalt.data.records import Columns
 from fedalt.engine.client_work import servings
 from fedalt.engine.generators import Given
@@ -177,8 +177,7 @@ def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | 
             if shared is None:
                 raise StoreError(f"{place.folder} has no column 'shared': its method shares none")
             serving = shared
-    file = settings.data.template
-    template = Template() if file is None else read_template(file)
+    template = read_template(settings.data.template)
     return Served(parts, serving, form_of(data.records(place.name, "train")[0]), template)
 
 

@@ -13,7 +13,7 @@ from fedalt.federation.status_file import Status
 from fedalt.flower.places import Participants, ServerPlace
 from fedalt.flower.processes import is_running
 from fedalt.flower.revocation import revoked
-from fedalt.report.privacy import spent_privacy
+from fedalt.report.table import spent_privacy
 from fedalt.runs.folder import RunFolder
 from fedalt.runs.quarantine import refusals
 

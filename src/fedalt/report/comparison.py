@@ -12,24 +12,10 @@ from fedalt.core.files import atomic_write
 from fedalt.methods import METHODS
 from fedalt.methods.entries import Entry as MethodEntry
 from fedalt.report.costs import HEADS, cost_cells, steps_told
-from fedalt.report.gaps import (
-    ABOUT_GAPS,
-    Gap,
-    gaps_csv,
-    gaps_markdown,
-    gaps_over,
-    told_apart,
-)
+from fedalt.report.gaps import ABOUT_GAPS, Gap, gaps_csv, gaps_markdown, gaps_over, told_apart
 from fedalt.report.grid import Cell, Grid, grid_csv, grid_markdown
 from fedalt.report.headline import heading
-from fedalt.report.table import (
-    Row,
-    Scored,
-    Table,
-    Values,
-    joined,
-    to_csv,
-)
+from fedalt.report.table import Row, Scored, Table, Values, joined, to_csv
 from fedalt.runs.cells import Cost
 from fedalt.runs.view import USUAL, Metric, View
 

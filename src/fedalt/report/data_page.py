@@ -65,7 +65,7 @@ def data_page(report: DataReport, model: str) -> Page:
 
 def lengths(report: DataReport) -> alt.LayerChart:
     """Tokens per example by client and split: median, 95 % and longest."""
-    rows = [
+    rows: Rows = [
         {
             "client": client.client_id,
             "split": name,
@@ -92,7 +92,9 @@ def lengths(report: DataReport) -> alt.LayerChart:
     )
     tick = base.mark_tick(thickness=3, height=8).encode(x="p95:Q")
     limit = alt.Chart(data).mark_rule(stroke=INK, strokeDash=[4, 3]).encode(x="mean(limit):Q")
-    drawn = [span, tick, *([limit] if _near(rows, report.max_length) else [])]
+    # Far above the texts, a line would leave the rest of the chart no room.
+    near = max(row["longest"] for row in rows) * 3 > report.max_length
+    drawn = [span, tick, *([limit] if near else [])]
     return styled(alt.layer(*drawn, data=data), rows_high(len(report.clients)))
 
 
@@ -113,11 +115,6 @@ def balances(rows: Rows, title: str) -> alt.LayerChart:
     )
 
 
-def _near(rows: Rows, limit: int) -> bool:
-    """Whether a line at the limit leaves the rest of the chart room."""
-    return bool(max(row["longest"] for row in rows) * 3 > limit)
-
-
 def _records(report: DataReport) -> Table:
     heads = [
         "client", "split", "records", "tokens, mean", "median", "95 %", "longest", "answers",
@@ -127,13 +124,13 @@ def _records(report: DataReport) -> Table:
         [
             Cell(client.client_id, client.client_id),
             Cell(name, name),
-            _count(split.records),
+            Cell.of(split.records),
             Cell(f"{split.tokens.mean:.0f}", split.tokens.mean),
-            *(_count(n) for n in (split.tokens.p50, split.tokens.p95, split.tokens.longest)),
+            *(Cell.of(n) for n in (split.tokens.p50, split.tokens.p95, split.tokens.longest)),
             Cell(f"{split.answer_share:.0%}", split.answer_share),
-            _count(split.truncated_prompts),
-            _count(split.answers_too_long),
-            _count(split.empty_answers),
+            Cell.of(split.truncated_prompts),
+            Cell.of(split.answers_too_long),
+            Cell.of(split.empty_answers),
             Cell(f"{split.unknown_share:.1%}", split.unknown_share),
         ]
         for client in report.clients
@@ -157,8 +154,8 @@ def _leak(client: ClientReport) -> list[Cell]:
     sorted_ = [name for name, split in client.splits.items() if split.looks_sorted]
     said = ", ".join(sorted_) or "–"
     return [
-        _count(client.splits["train"].duplicates),
-        *(_count(n) for n in (client.overlap, client.question_overlap, client.elsewhere)),
+        Cell.of(client.splits["train"].duplicates),
+        *(Cell.of(n) for n in (client.overlap, client.question_overlap, client.elsewhere)),
         Cell(where, where),
         Cell("–" if client.distance is None else f"{client.distance:.2f}", client.distance),
         Cell(said, said),
@@ -204,7 +201,3 @@ def _about(report: DataReport, model: str) -> list[tuple[str, str]]:
         ("max_length", str(report.max_length)),
         *([("ignored files", ", ".join(report.ignored))] if report.ignored else []),
     ]
-
-
-def _count(number: int) -> Cell:
-    return Cell(f"{number:,}", number)

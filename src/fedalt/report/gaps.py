@@ -5,16 +5,15 @@ whether a method is better: a client's gap is its mean over the seeds, and clien
 counted. Gaps of accuracy, of ROUGE-L and of loss have different units and are never put together.
 """
 
-import csv
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass, fields
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import rankdata, wilcoxon
 
+from fedalt.report.sheet import csv_text, markdown
 from fedalt.report.table import Row, Table
 
 SIGNIFICANT: Final = 0.05
@@ -158,9 +157,7 @@ def told_apart(rows: Sequence[Row], best: int, others: Sequence[int], *, sign: i
 
 def gaps_markdown(gaps: Sequence[Gap]) -> str:
     """The gaps as Markdown."""
-    lines = [list(GAP_HEADS), ["---", "---", "---", *("---:" for _ in GAP_HEADS[3:])]]
-    lines += [gap_cells(gap) for gap in gaps]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown(GAP_HEADS, map(gap_cells, gaps), left=(0, 1, 2))
 
 
 def shown_gaps(gaps: Sequence[Gap]) -> str:
@@ -187,9 +184,4 @@ def gap_cells(gap: Gap) -> list[str]:
 
 def gaps_csv(gaps: Sequence[Gap]) -> str:
     """A line for every gap, nothing rounded."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    names = [column.name for column in fields(Gap)]
-    writer.writerow(names)
-    writer.writerows([getattr(gap, name) for name in names] for gap in gaps)
-    return text.getvalue()
+    return csv_text((column.name for column in fields(Gap)), map(astuple, gaps))

@@ -17,6 +17,7 @@ from fedalt.runs.record import (
     Standing,
     StoreError,
     committed_lines,
+    everyone_in,
     meant_by,
     parse_line,
     read_facts,
@@ -241,7 +242,6 @@ def _curves(lines: Sequence[Line]) -> dict[str, tuple[float, ...]]:
 
 def _clients(seen: Reading) -> Iterable[Client]:
     """Everyone in the run now, sorted."""
-    everyone = {**seen.facts.get("clients", {}), **seen.facts.get("joined", {})}
     losses: dict[tuple[str, str], list[float]] = {}
     uploads: dict[str, int] = {}
     for line in seen.lines:
@@ -249,7 +249,7 @@ def _clients(seen: Reading) -> Iterable[Client]:
             losses.setdefault((line["client"], kind), []).append(line["metrics"]["loss"])
             if kind == "train" and "refused" not in line:
                 uploads[line["client"]] = line["upload_bytes"]
-    for name in sorted(everyone.keys() - set(seen.facts.get("left", ()))):
+    for name in sorted(everyone_in(seen.facts).keys() - set(seen.facts.get("left", ()))):
         train, validation = (tuple(losses.get((name, kind), ())) for kind in _KINDS)
         yield Client(name, train, validation, uploads.get(name))
 

@@ -7,6 +7,7 @@ from statistics import fmean
 
 from rich.console import Group, RenderableType
 from rich.constrain import Constrain
+from rich.filesize import decimal
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.text import Text
@@ -14,7 +15,7 @@ from rich.text import Text
 from fedalt.core.foreign import shown
 from fedalt.report.live import Client, Live
 from fedalt.report.sheet import Sheet
-from fedalt.report.table import draw, shown_size
+from fedalt.report.table import draw
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 24  # of a curve, in characters
@@ -105,7 +106,7 @@ def _left(run: Live) -> str:
 
 def _drawn_curves(curves: Mapping[str, tuple[float, ...]]) -> RenderableType:
     rows = [
-        [f"{name} loss", sparkline(values, 2 * _WIDTH), _span(values)]
+        [f"{name} loss", sparkline(values, 2 * _WIDTH), f"{values[0]:.3f} → {values[-1]:.3f}"]
         for name, values in curves.items()
     ]
     return Sheet(("", "", ""), rows, left=(0, 1, 2))
@@ -122,7 +123,7 @@ def _drawn_clients(clients: Sequence[Client], most: int) -> RenderableType:
             _last(client.train),
             _last(client.validation),
             sparkline(client.validation or client.train, _WIDTH),
-            "–" if client.upload_bytes is None else shown_size(client.upload_bytes),
+            "–" if client.upload_bytes is None else decimal(client.upload_bytes),
         ]
         for client in chosen
     ]
@@ -144,7 +145,3 @@ def _best_known(client: Client) -> float | None:
 
 def _last(values: Sequence[float]) -> str:
     return f"{values[-1]:.3f}" if values else "–"
-
-
-def _span(values: Sequence[float]) -> str:
-    return f"{values[0]:.3f} → {values[-1]:.3f}"

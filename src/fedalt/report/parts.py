@@ -32,6 +32,11 @@ class Cell:
     value: float | str | None
     strong: bool = False
 
+    @classmethod
+    def of(cls, number: int | None) -> "Cell":
+        """A count, which may not be known."""
+        return cls("–" if number is None else f"{number:,}", number)
+
 
 @dataclass(frozen=True)
 class Table:

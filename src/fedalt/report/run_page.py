@@ -2,32 +2,19 @@
 
 from statistics import fmean
 
+from fedalt.core.foreign import shown
 from fedalt.methods import METHODS
 from fedalt.report import figures
 from fedalt.report.examples import ends_of, examples
-from fedalt.report.parts import (
-    Cell,
-    Facts,
-    Figure,
-    Notes,
-    Page,
-    Part,
-    Section,
-    Table,
-)
-from fedalt.report.records import (
-    Record,
-    cost_rows,
-    loss_rows,
-    mixer_record,
-    round_rows,
-)
-from fedalt.report.refused import refused
+from fedalt.report.parts import Cell, Facts, Figure, Notes, Page, Part, Section, Table
+from fedalt.report.records import Record, cost_rows, loss_rows, mixer_record, round_rows
 from fedalt.report.similarity import similarity
 from fedalt.report.table import Row, best_of, cells_of, describe, heads_of, run_table
 from fedalt.report.table import Table as Scores
-from fedalt.runs.record import is_federation, summary_in
+from fedalt.runs.quarantine import refusals
+from fedalt.runs.record import everyone_in, is_federation, summary_in
 
+_MOST_REFUSED = 50
 _WITH_THE_CLIENTS = (
     "The mixer's weights, similarity of clients, best and worst examples: they are made of what "
     "stays with the clients. A client's owner sees the own model with `fedalt chat client.toml`."
@@ -50,7 +37,7 @@ def run_page(record: Record) -> Page:
     sections += _curves(record)
     if is_federation(record.facts):
         absent.append(_WITH_THE_CLIENTS)
-        sections += refused(record)
+        sections += _refused(record)
     else:
         sections += _mixer(record, absent)
         sections += _similarity(record, absent)
@@ -62,16 +49,11 @@ def run_page(record: Record) -> Page:
     return Page(
         title=f"{record.facts['method']} · {name}",
         over="Federation" if is_federation(record.facts) else "Federated fine-tuning run",
-        lead=explained(record.facts["method"]),
+        lead=METHODS.entries[record.facts["method"]].title,
         key=_key(record, table),
         sections=sections,
         foot=f"fedalt {record.facts['versions']['fedalt']} · {record.folder.path}",
     )
-
-
-def explained(method: str) -> str:
-    """What a method is, in the sentence that its module opens with."""
-    return METHODS.entries[method].title
 
 
 def about(record: Record) -> Section:
@@ -91,7 +73,6 @@ def about(record: Record) -> Section:
         for name, values in settings.items()
         if isinstance(values, dict)
     ]
-    clients = {**facts.get("clients", {}), **facts.get("joined", {})}
     left = set(facts.get("left", ()))
     splits = ("train", "validation", "test")
     out = {
@@ -101,9 +82,9 @@ def about(record: Record) -> Section:
     rows = [
         [
             Cell(f"{name}{out.get(name, '')}", name),
-            *(_count(counts.get(split)) for split in splits),
+            *(Cell.of(counts.get(split)) for split in splits),
         ]
-        for name, counts in clients.items()
+        for name, counts in everyone_in(facts).items()
     ]
     caption = "Clients and their examples"
     if is_federation(facts):
@@ -124,10 +105,6 @@ def _trained(record: Record) -> tuple[str, str]:
         label = "trained numbers"
         told["own"] = f"{most:,}" if least in (0, most) else f"{least:,}–{most:,}"
     return label, ", ".join(f"{column} {count}" for column, count in told.items())
-
-
-def _count(number: int | None) -> Cell:
-    return Cell("–" if number is None else f"{number:,}", number)
 
 
 def score_table(table: Scores, caption: str) -> Table:
@@ -152,7 +129,7 @@ def score_table(table: Scores, caption: str) -> Table:
 
 
 def _key(record: Record, table: Scores | None) -> list[tuple[str, str]]:
-    clients = len({*record.facts.get("clients", {}), *record.facts.get("joined", {})})
+    clients = len(everyone_in(record.facts))
     numbers = [("clients", str(clients)), ("rounds", str(record.folder.rounds_done()))]
     if table is None:
         return numbers
@@ -258,6 +235,26 @@ def _similarity(record: Record, absent: list[str]) -> list[Section]:
             ],
         )
     ]
+
+
+def _refused(record: Record) -> list[Section]:
+    """The uploads that a federation's server did not take, the last ones first."""
+    lines = refusals(record.folder.path)[::-1]
+    if not lines:
+        return []
+    rows = [
+        [
+            Cell(line["client"], line["client"]),
+            Cell(f"{line['round'] + 1}", line["round"]),
+            Cell(shown(line["reason"]), line["reason"]),
+        ]
+        for line in lines[:_MOST_REFUSED]
+    ]
+    caption = f"Refused uploads: {len(lines)}" + (
+        f", the last {_MOST_REFUSED} of them" if len(lines) > _MOST_REFUSED else ""
+    )
+    table = Table(caption, ["client", "round, from 1", "why"], rows, wide=True)
+    return [Section("refused", "Refused uploads", [table])]
 
 
 def _costs(record: Record) -> list[Section]:

@@ -1,9 +1,13 @@
-"""A table for a terminal of any width: where its columns have no room, its rows stand below it.
+"""A table for a terminal of any width, as Markdown, or as CSV.
 
-No cell is ever cut, and none is read as markup: names and labels are other people's.
+On a terminal, rows stand below each other where columns have no room. No cell is ever cut, and
+none is read as markup: names and labels are other people's.
 """
 
-from collections.abc import Collection, Sequence
+import csv
+import io
+import re
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from rich.box import SIMPLE_HEAD
@@ -16,6 +20,7 @@ from fedalt.core.foreign import shown
 
 _LEAST = 12  # columns that a text to be read in lines is given
 _LONGEST_CELL = 2000  # characters
+_MARKUP = re.compile(r"([\\|`*\[\]])")  # an underscore within a word is none
 
 
 @dataclass(frozen=True)
@@ -98,3 +103,29 @@ def _cell(text: str | Text) -> Text:
 def _folding(text: Text) -> Text:
     text.overflow, text.no_wrap = "fold", False
     return text
+
+
+def markdown(
+    heads: Iterable[str], rows: Iterable[Iterable[str]], left: Collection[int] = (0,)
+) -> str:
+    """Cells below heads as Markdown; those of all columns but the `left` ones stand to the right.
+
+    They stand there as they are: see `markdown_cell`.
+    """
+    heads = list(heads)
+    rule = ["---" if at in left else "---:" for at in range(len(heads))]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (heads, rule, *rows))
+
+
+def markdown_cell(text: str) -> str:
+    """A text as a cell of a Markdown table: it cannot end the cell, and is no markup or HTML."""
+    return _MARKUP.sub(r"\\\1", shown(text)).replace("<", "&lt;")
+
+
+def csv_text(heads: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Cells below heads as CSV, nothing rounded."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(heads)
+    writer.writerows(rows)
+    return text.getvalue()

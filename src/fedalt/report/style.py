@@ -77,10 +77,10 @@ def faint(lines: int) -> float:
     return max(0.06, min(0.25, 3 / lines))
 
 
-def rounds_axis(title: str = "round") -> alt.X:
+def rounds_axis() -> alt.X:
     """An axis of whole numbers."""
     axis = alt.Axis(tickMinStep=1, format="d", grid=False)
-    return alt.X("round:Q", title=title, axis=axis, scale=alt.Scale(nice=False))
+    return alt.X("round:Q", title="round", axis=axis, scale=alt.Scale(nice=False))
 
 
 def names_axis(names: Sequence[str]) -> alt.Axis:

@@ -1,21 +1,17 @@
 """The table of a run or of several: a score per client and column, mean, worst, and gain."""
 
-import csv
-import io
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from rich.filesize import decimal
 from rich.text import Text
 
-from fedalt.core.foreign import shown
 from fedalt.report.headline import LABELS, metrics_of, values_of
 from fedalt.report.headline import Scored as Scored
 from fedalt.report.headline import Values as Values
-from fedalt.report.privacy import spent_privacy
-from fedalt.report.sheet import Sheet
+from fedalt.report.sheet import Sheet, csv_text, markdown, markdown_cell
 from fedalt.runs.view import Metric
 
 Line = Mapping[str, Any]
@@ -23,7 +19,6 @@ Fold = Callable[[Iterable[float]], float]
 
 COLUMNS = ("own", "shared", "local", "base")
 YARDSTICK = "local"
-_MARKUP = re.compile(r"([\\|`*\[\]])")  # an underscore within a word is none
 
 
 @dataclass(frozen=True)
@@ -141,31 +136,22 @@ def draw(table: Table, title: str = "") -> Sheet:
 
 def to_markdown(table: Table) -> str:
     """The table as Markdown."""
-    heads = ["client", "score", *heads_of(table)]
-    rule = ["---", "---", *("---:" for _ in heads[2:])]
-    rows = [
+    rows = (
         [markdown_cell(row.name), row.metric, *cells_of(table, row)]
         for row in (*table.clients, table.mean, table.worst)
-    ]
-    lines = (map(markdown_cell, heads), rule, *rows)
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def markdown_cell(text: str) -> str:
-    """A text as a cell of a Markdown table: it cannot end the cell, and is no markup or HTML."""
-    return _MARKUP.sub(r"\\\1", shown(text)).replace("<", "&lt;")
+    )
+    return markdown(["client", "score", *map(markdown_cell, heads_of(table))], rows, left=(0, 1))
 
 
 def to_csv(table: Table, seeds: Sequence[int]) -> str:
     """One number per line, so that nothing is rounded or averaged away."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["client", "column", "metric", "seed", "value"])
-    for row in table.clients:
-        for column, values in zip(table.columns, row.scores, strict=True):
-            for seed, value in zip(seeds, values, strict=False):  # a client may have none
-                writer.writerow([row.name, column, row.metric, seed, value])
-    return text.getvalue()
+    rows = (
+        (row.name, column, row.metric, seed, value)
+        for row in table.clients
+        for column, values in zip(table.columns, row.scores, strict=True)
+        for seed, value in zip(seeds, values, strict=False)  # a client may have none
+    )
+    return csv_text(("client", "column", "metric", "seed", "value"), rows)
 
 
 def to_json(table: Table) -> dict[str, Any]:
@@ -174,7 +160,7 @@ def to_json(table: Table) -> dict[str, Any]:
     def shown(row: Row) -> dict[str, Any]:
         return {
             "metric": row.metric,
-            "scores": _by_column(table, row.scores),
+            "scores": dict(zip(table.columns, map(_number, row.scores), strict=True)),
             "gain": _number(row.gain),
         }
 
@@ -203,9 +189,22 @@ def describe(lines: Iterable[Line], split: str = "test") -> list[str]:
     if sent:
         up, down = (fmean(line[f"{way}_bytes"] for line in sent) for way in ("upload", "download"))
         sentences.append(
-            f"a client uploads {shown_size(up)} and downloads {shown_size(down)} per round (mean)"
+            f"a client uploads {decimal(round(up))} and downloads {decimal(round(down))} per round "
+            "(mean)"
         )
     return sentences + spent_privacy(lines)
+
+
+def spent_privacy(lines: Iterable[Line]) -> list[str]:
+    """A sentence on the privacy that a run's rounds have spent, if they keep count of it."""
+    counted = [line for line in lines if line["kind"] == "round" and "delta" in line]
+    if not counted:
+        return []
+    last = counted[-1]
+    rounds, delta = f"{len(counted)} rounds", last["delta"]
+    if last["epsilon"] is None:
+        return [f"privacy: without noise {rounds} promise nothing (epsilon is infinite)"]
+    return [f"privacy: epsilon {last['epsilon']:.3g} at delta {delta:g} spent in {rounds}"]
 
 
 def verdict(table: Table, ours: str, other: str) -> str:
@@ -216,7 +215,7 @@ def verdict(table: Table, ours: str, other: str) -> str:
     first, second = (table.mean.scores[table.columns.index(name)] for name in (ours, other))
     better = -1 if table.of_losses else 1
     gap = better * (fmean(first) - fmean(second))
-    sentence = f"{ours} {_shown(first)}, {other} {_shown(second)}: "
+    sentence = f"{ours} {shown_values(first)}, {other} {shown_values(second)}: "
     if len(first) < 2:
         return f"{sentence}a difference of {gap:+.1f}; one seed tells nothing about the spread"
     spread = stdev(first) + stdev(second)
@@ -255,8 +254,8 @@ def heads_of(table: Table) -> list[str]:
 def cells_of(table: Table, row: Row) -> list[str]:
     """A row's numbers as they are shown."""
     digits = 3 if table.of_losses else 1
-    gain = [_shown(row.gain, digits, sign="+")] if table.yardstick else []
-    return [*(_shown(values, digits) for values in row.scores), *gain]
+    gain = [shown_values(row.gain, digits, sign="+")] if table.yardstick else []
+    return [*(shown_values(values, digits) for values in row.scores), *gain]
 
 
 def best_of(table: Table, row: Row) -> set[int]:
@@ -268,27 +267,15 @@ def best_of(table: Table, row: Row) -> set[int]:
     return {at for at, value in means.items() if value == best}
 
 
-def _shown(values: Values, digits: int = 1, sign: str = "") -> str:
+def shown_values(values: Values, digits: int = 1, sign: str = "") -> str:
+    """Mean and spread over the seeds."""
     if not values:
         return "–"
     mean = f"{fmean(values):{sign}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {stdev(values):.{digits}f}"
 
 
-def _by_column(table: Table, cells: Sequence[Values]) -> dict[str, Any]:
-    return {name: _number(values) for name, values in zip(table.columns, cells, strict=True)}
-
-
 def _number(values: Values) -> float | list[float] | None:
     if not values:
         return None
     return values[0] if len(values) == 1 else list(values)
-
-
-def shown_size(count: float) -> str:
-    """A number of bytes in one word and its unit."""
-    for unit in ("bytes", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

@@ -1,24 +1,32 @@
-"""What one client gets out of a run: its model, which answers or is exported."""
+"""What clients get out of a run: a model that answers or is exported; all models, for a server."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedalt.adapters.reach import rows_of_embedding
 from fedalt.data.prompts import Template, encode_prompt
 from fedalt.data.records import DataError
-from fedalt.engine.schedule import Column
+from fedalt.engine.client_work import servings
+from fedalt.engine.generators import Given
+from fedalt.engine.schedule import Column, Progress
+from fedalt.engine.states import client_of
+from fedalt.engine.traffic import Coding
 from fedalt.evaluation import Scoring, generate
 from fedalt.evaluation.asking import fitted
 from fedalt.methods.contract import Serving
 from fedalt.models.base import Base
 from fedalt.models.checks import require_known_ids
-from fedalt.runs.folder import open_run
+from fedalt.runs.folder import StoreError, open_run
 from fedalt.runs.kept_settings import settings_of_run
-from fedalt.runs.lifecycle import require_client, require_same_base, serving
-from fedalt.runs.record import require_clients
+from fedalt.runs.lifecycle import DeployAgain, require_client, require_same_base, serving
+from fedalt.runs.record import everyone_in, read_standing, require_clients
 from fedalt.runs.setup import Parts, load_parts, question
+
+# Carries out an act that needs the base model for itself.
+Act = Callable[[Callable[[], Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,10 @@ def served(
     require_client(folder, client_id)
     facts = folder.facts()
     parts = load_run_parts(path, base)
-    about: Mapping[str, Any] = {**facts["clients"], **facts.get("joined", {})}[client_id]
     return Served(
         parts,
         serving(parts, path, client_id, column, round_),
-        about["form"],
+        everyone_in(facts)[client_id]["form"],
         Template(facts["data"]["template"]),
     )
 
@@ -99,3 +106,49 @@ def prompt_of(of: Served, text: str) -> tuple[int, ...]:
     ids = fitted(base, prompt, settings.scoring)
     require_known_ids(base.tokenizer, ids, rows_of_embedding(base.adapted.model), "the question")
     return ids
+
+
+def round_to_serve(parts: Parts, path: Path) -> int:
+    """The round that a run would test now. Raises StoreError before the first one is done."""
+    now = read_standing(path)
+    if not now.rounds_done:
+        raise StoreError(f"no round of {path} is done yet")
+    progress = Progress(now.rounds_done, now.best, now.tested)
+    return progress.chosen("own", parts.settings.rounds.select)
+
+
+def servings_now(
+    parts: Parts, path: Path, clients: Sequence[str], act: Act
+) -> tuple[int, dict[str, Serving]]:
+    """The round that the run would test now, and what these clients serve after it.
+
+    Some methods train before they serve; that is left to `act`. Raises StoreError.
+    """
+    while True:
+        standing = read_standing(path)
+        try:
+            at = round_to_serve(parts, path)
+            return at, _read(parts, path, clients, at, act)
+        except StoreError:
+            if read_standing(path) == standing:
+                raise
+            # Another process has committed since, and dropped what no one needs.
+
+
+def _read(
+    parts: Parts, path: Path, clients: Sequence[str], at: int, act: Act
+) -> dict[str, Serving]:
+    method, states = parts.arms[0].method, open_run(path).states("own", at + 1)
+    downlink = Coding(method, parts.start, parts.settings.traffic).downlink(states)
+    again = DeployAgain(path, parts, at)
+
+    def execute(orders: Sequence[Given]) -> Sequence[Any]:
+        done: Sequence[Any] = act(partial(again, orders))
+        return done
+
+    found = {}
+    for client_id in clients:
+        client = client_of(method, parts.start, states, client_id)
+        message = downlink.message(client_id)
+        found[client_id], _ = servings(method, client, message, client_id, execute)
+    return found

@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from fedalt.core.seeds import seed_of
-from fedalt.data.suite import generate
-from fedalt.data.suite.words import KINDS, LOOKS, NAMES, OTHER_WORDS, THINGS
+from fedalt.data.suite import KINDS, LOOKS, NAMES, OTHER_WORDS, THINGS, generate
 from fedalt.engine.audit import Guesses, guess
 from fedalt.engine.client_work import servings
 from fedalt.runs.lifecycle import serving, start_run

@@ -6,7 +6,7 @@ counts, even if its process is killed, for nobody knows what has left it.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -70,7 +70,7 @@ class RunBudget:
     def begin(self, cohort: Iterable[str]) -> dict[str, object]:
         """Count a round in the ledger, if the budget allows it; what the record says of it."""
         ledger = self._read()
-        spent = {who: _counted(pairs) for who, pairs in ledger["spent"].items()}
+        spent = {who: Counter(dict(pairs)) for who, pairs in ledger["spent"].items()}
         for who in cohort:
             spent[who] = spent.get(who, Counter()) + Counter(self.of_a_round[who])
         after = max((self._epsilon(who, of) for who, of in spent.items()), default=0.0)
@@ -117,12 +117,7 @@ class RunBudget:
             return dict.fromkeys(self.planned, self.privacy.noise)
         budget, delta = self.privacy.epsilon, self.privacy.delta
         assert budget is not None
-        known: dict[tuple[tuple[float, int], ...], float] = {}
-        for spent in self.planned.values():
-            key = tuple(sorted(spent.items()))
-            if key not in known:
-                known[key] = noise_for(spent, budget, delta)
-        solved = {who: known[tuple(sorted(of.items()))] for who, of in self.planned.items()}
+        solved = {who: noise_for(spent, budget, delta) for who, spent in self.planned.items()}
         if self.privacy.unit == "client":
             return dict.fromkeys(solved, max(solved.values()))
         return solved
@@ -199,7 +194,3 @@ def _sums(fits: Fits, training: Training, examples: int) -> Spent:
     trained = examples - max(1, int(fits.spare * examples)) if fits.spare else examples
     steps = fits.count * epochs * steps_per_epoch(examples, training.batch_size)
     return {rate(max(trained, 1), training.batch_size): steps}
-
-
-def _counted(pairs: Sequence[tuple[float, int]]) -> Counter[float]:
-    return Counter(dict(pairs))

@@ -6,7 +6,7 @@ from pathlib import Path
 from fedalt.core.settings import DataSettings, ModelSettings
 from fedalt.data.errors import DataError
 from fedalt.data.folder import DataFolder, open_data
-from fedalt.data.prompts import Template, read_template
+from fedalt.data.prompts import read_template
 from fedalt.data.records import Columns
 from fedalt.runs.compare import Entry, Job
 from fedalt.runs.folder import StoreError, open_run
@@ -54,7 +54,7 @@ def require_data(jobs: Sequence[Job]) -> None:
         if not job.is_begun:
             continue
         data = job.settings.data
-        template = Template() if data.template is None else read_template(data.template)
+        template = read_template(data.template)
         facts = open_run(job.path).facts()
         require_same_data(job.path, facts, folders[data].fingerprint, template.text)
 

@@ -15,13 +15,7 @@ from fedalt.core.threads import cores
 from fedalt.methods import METHODS
 from fedalt.methods.lora import Lora
 from fedalt.runs.folder import open_run
-from fedalt.runs.settings import (
-    Settings,
-    SettingsError,
-    read_table,
-    settings_of,
-    to_toml,
-)
+from fedalt.runs.settings import Settings, SettingsError, read_table, settings_of, to_toml
 from fedalt.runs.view import VIEW, view_of
 from fedalt.training.recommended import recommended
 

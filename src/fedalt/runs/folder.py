@@ -29,7 +29,7 @@ from fedalt.core.files import AtOnce, Writer, atomic_write, make_private_folder,
 from fedalt.core.reading import read_bytes, read_lines
 from fedalt.runs.memory import Memory
 from fedalt.runs.record import StoreError as StoreError
-from fedalt.runs.record import require_committed, require_run
+from fedalt.runs.record import everyone_in, require_committed, require_run
 from fedalt.runs.standing import (
     FACTS,
     RECORD,
@@ -154,11 +154,6 @@ class RunFolder:
             digests.read(file)
         return read_lines(file, _Example) if file.exists() else []
 
-    def best_loss(self) -> float | None:
-        """The lowest validation loss of the method asked for, a trimmed mean; None without any."""
-        best = read_standing(self.path).best.get("own")
-        return None if best is None else best[1]
-
     def rounds_done(self) -> int:
         """How many rounds are committed; unlike `progress` safe while another process writes."""
         return read_standing(self.path).rounds_done
@@ -207,8 +202,7 @@ class RunFolder:
 
         Raises StoreError where nobody is there any more.
         """
-        facts, left = self.facts(), self.left()
-        about = {**facts.get("clients", {}), **facts.get("joined", {})}
+        about, left = everyone_in(self.facts()), self.left()
         if not (staying := {client: of for client, of in about.items() if client not in left}):
             raise StoreError(f"{self.path}: all of its clients have left, so no model can be had")
         return staying

@@ -26,11 +26,10 @@ from fedalt.runs.budget import budget_of_run
 from fedalt.runs.checkpoints import FileStates
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.kept_settings import require_same_data
-from fedalt.runs.newcomers import prepare_newcomer
-from fedalt.runs.observer import NullObserver, Observer
-from fedalt.runs.record import require_clients
+from fedalt.runs.observer import Observer, Observers
+from fedalt.runs.record import everyone_in, require_clients
 from fedalt.runs.settings import Settings, to_toml
-from fedalt.runs.setup import Parts, Prepared, facts_of, trainer_of
+from fedalt.runs.setup import Parts, Prepared, facts_of, prepare_newcomer, trainer_of
 from fedalt.runs.summary import summarise
 from fedalt.runs.together import require_seen
 
@@ -47,7 +46,7 @@ def new_run(prepared: Prepared, path: Path) -> RunFolder:
         return create(path, settings, facts_of(prepared))
 
 
-def start_run(prepared: Prepared, path: Path, observer: Observer = NullObserver()) -> RunFolder:
+def start_run(prepared: Prepared, path: Path, observer: Observer = Observers()) -> RunFolder:
     """Train and test in a new folder."""
     new_run(prepared, path)
     return resume_run(prepared, path, observer)
@@ -93,7 +92,7 @@ def require_same_base(path: Path, facts: Mapping[str, Any], base: Base) -> None:
         raise StoreError(f"{path} began with another base model than {base.name!r} is now: {told}")
 
 
-def resume_run(prepared: Prepared, path: Path, observer: Observer = NullObserver()) -> RunFolder:
+def resume_run(prepared: Prepared, path: Path, observer: Observer = Observers()) -> RunFolder:
     """Go on where a run stands, if it is not finished."""
     folder = open_run(path)
     with locked(path):
@@ -101,7 +100,7 @@ def resume_run(prepared: Prepared, path: Path, observer: Observer = NullObserver
         folder.require_whole()
         with _executor(prepared, path, observer) as executor, writing_behind() as writer:
             journal = _Journal(replace(folder, writer=writer), observer)
-            replace(_run(prepared, journal, observer), executor=executor).to_the_end()
+            replace(_run(prepared, journal), executor=executor).to_the_end()
         summarise(folder, prepared.parts.settings, observer.on_record)
     return folder
 
@@ -113,7 +112,7 @@ def load_in_worker(path: Path, on_event: Callable[[Event], None]) -> Work:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     journal = _Journal(open_run(path), notes=[])
-    return replace(_run(reopen(path), journal, NullObserver()), on_event=on_event).work
+    return replace(_run(reopen(path), journal), on_event=on_event).work
 
 
 def evaluate(
@@ -121,7 +120,6 @@ def evaluate(
     path: Path,
     split: HeldOut,
     round_: int | None = None,
-    observer: Observer = NullObserver(),
     *,
     only: str | None = None,
 ) -> list[Line]:
@@ -132,10 +130,10 @@ def evaluate(
     """
     folder = open_run(path)
     lines: list[Line] = []
-    with locked(path), _executor(prepared, path, observer) as executor:
+    with locked(path), _executor(prepared, path, Observers()) as executor:
         progress = folder.progress()
         journal = _Journal(folder, notes=lines)
-        run = replace(_run(prepared, journal, observer), executor=executor)
+        run = replace(_run(prepared, journal), executor=executor)
         if only is not None:
             there = [client for client in run.members.clients if client == only]
             run = replace(run, members=replace(run.members, clients=there))
@@ -152,15 +150,14 @@ def score_clients(
     """Score some clients on their test data after a round; use it within `locked`."""
     lines: list[Line] = []
     journal = _Journal(folder, notes=lines)
-    run = replace(_run(prepared, journal, NullObserver()), members=Members(clients))
+    run = replace(_run(prepared, journal), members=Members(clients))
     run.score(arm, round_, "test", whole=True)
     return lines
 
 
 def require_client(folder: RunFolder, client_id: str) -> None:
     """Raise StoreError for a client that a run does not have."""
-    facts = folder.facts()
-    clients = [*facts.get("clients", {}), *facts.get("joined", {})]
+    clients = list(everyone_in(folder.facts()))
     if client_id not in clients:
         close = difflib.get_close_matches(client_id, clients, n=3) or clients[:8]
         raise StoreError(f"{folder.path} has no client {client_id!r}, but {', '.join(close)}")
@@ -201,7 +198,7 @@ class _Journal:
     """
 
     folder: RunFolder
-    observer: Observer = NullObserver()
+    observer: Observer = Observers()
     notes: list[Line] | None = None
 
     def progress(self) -> Progress:
@@ -235,7 +232,7 @@ def _executor(
     return workers(path, load_in_worker, count, device, observer.on_event)
 
 
-def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
+def _run(prepared: Prepared, journal: _Journal) -> Run:
     parts, settings = prepared.parts, prepared.parts.settings
     return Run(
         arms=parts.arms,
@@ -244,7 +241,7 @@ def _run(prepared: Prepared, journal: _Journal, observer: Observer) -> Run:
         trainer=trainer_of(prepared),
         start=parts.start,
         journal=journal,
-        on_event=observer.on_event,
+        on_event=journal.observer.on_event,
         firewall=settings.firewall,
         base=setup.base_arm(parts),
         budget=budget_of_run(prepared, journal.folder),

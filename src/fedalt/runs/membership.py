@@ -12,10 +12,9 @@ from fedalt.engine.traffic import Coding
 from fedalt.runs.folder import RunFolder, StoreError, kept_rounds, locked, open_run
 from fedalt.runs.kept_settings import settings_of_run
 from fedalt.runs.lifecycle import require_client, require_same_base, score_clients
-from fedalt.runs.newcomers import prepare_newcomers
-from fedalt.runs.record import require_clients
+from fedalt.runs.record import everyone_in, require_clients
 from fedalt.runs.settings import Settings, method_name
-from fedalt.runs.setup import Prepared, base_arm, facts_of, trainer_of
+from fedalt.runs.setup import Prepared, base_arm, facts_of, prepare_newcomers, trainer_of
 from fedalt.runs.together import fault_of_leaving
 
 
@@ -58,8 +57,9 @@ def join(
             lines += score_clients(prepared, folder, arm, at, clients)
         if (base := base_arm(prepared.parts)) is not None:
             lines += score_clients(prepared, folder, base, UNTRAINED, clients)
+        trained = prepared.parts.settings.training.local_epochs
         joined = {
-            client_id: {**about, "data": str(data.absolute()), "epochs": _epochs(prepared)}
+            client_id: {**about, "data": str(data.absolute()), "epochs": trained}
             for client_id, about in facts_of(prepared)["clients"].items()
         }
         folder.add_facts({"joined": {**folder.facts().get("joined", {}), **joined}})
@@ -136,7 +136,7 @@ def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
     """The run's settings over the newcomers' data, if they fit together."""
     prepared = prepare_newcomers(folder, data, epochs)
     then, now = folder.facts(), facts_of(prepared)
-    if twice := _members(folder) & set(prepared.task.clients):
+    if twice := everyone_in(then).keys() & set(prepared.task.clients):
         raise StoreError(f"{folder.path} has a client {min(twice)!r} already; rename its files")
     if then["data"]["labels"] != now["data"]["labels"]:
         raise StoreError(
@@ -145,12 +145,3 @@ def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:
         )
     require_same_base(folder.path, then, prepared.parts.base)
     return prepared
-
-
-def _members(folder: RunFolder) -> set[str]:
-    facts = folder.facts()
-    return {*facts.get("clients", {}), *facts.get("joined", {})}
-
-
-def _epochs(prepared: Prepared) -> int:
-    return prepared.parts.settings.training.local_epochs

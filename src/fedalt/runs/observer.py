@@ -1,27 +1,35 @@
 """Who observes a run while it goes on."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from fedalt.engine.schedule import Event, Line
+if TYPE_CHECKING:  # trackers do without torch
+    from fedalt.engine.schedule import Event, Line
 
 
 class Observer(Protocol):
     """Somebody who observes a run: its events, and its record as it is written."""
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: "Event") -> None:
         """Something moved on."""
 
-    def on_record(self, line: Line) -> None:
+    def on_record(self, line: "Line") -> None:
         """A line was added to rounds.jsonl."""
 
 
 @dataclass(frozen=True)
-class NullObserver:
-    """An observer who does nothing."""
+class Observers:
+    """Several observers as one, or nobody."""
 
-    def on_event(self, event: Event) -> None:
-        """Ignore it."""
+    members: Sequence[Observer] = ()
 
-    def on_record(self, line: Line) -> None:
-        """Ignore it."""
+    def on_event(self, event: "Event") -> None:
+        """Pass it on to each."""
+        for observer in self.members:
+            observer.on_event(event)
+
+    def on_record(self, line: "Line") -> None:
+        """Pass it on to each."""
+        for observer in self.members:
+            observer.on_record(line)

@@ -17,16 +17,16 @@ from fedalt.core.files import atomic_write, make_private_folder
 from fedalt.core.reading import StoreError, read_json
 from fedalt.core.settings import DataSettings, ModelSettings
 from fedalt.data.folder import open_data
-from fedalt.data.prompts import Template, read_template
+from fedalt.data.prompts import read_template
 from fedalt.data.records import Columns
 from fedalt.methods import METHODS
-from fedalt.models.base import load_base
 from fedalt.runs.cells import Cell, named
 from fedalt.runs.compare import Entry, Job
 from fedalt.runs.folder import open_run
 from fedalt.runs.kept_settings import Tables, that_count
 from fedalt.runs.rehearsal import difference, rehearse
 from fedalt.runs.settings import Settings, settings_of
+from fedalt.runs.setup import base_of
 
 _PRINTS: Final = {"data": ("fingerprint", "template"), "model": ("fingerprint",)}
 
@@ -114,14 +114,7 @@ def note_origin(job: Job, rehearsal: Sequence[float]) -> None:
 def _content(data: DataSettings, model: ModelSettings) -> tuple[Tables, bool]:
     """Fingerprints of what the settings name, and whether the data are for a classifier."""
     folder = open_data(data.path, Columns.of(data))
-    template = Template() if data.template is None else read_template(data.template)
-    fingerprint = load_base(
-        model.name,
-        labels=folder.labels,
-        targets=model.targets,
-        quantise=model.quantise,
-        device=model.device,
-    ).fingerprint
+    template, fingerprint = read_template(data.template), base_of(model, folder.labels).fingerprint
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # the runs that follow are processes with a model of their own
     prints = _prints(folder.fingerprint, template.text, fingerprint)

@@ -11,28 +11,12 @@ from pathlib import Path
 from typing import Any, Final, Literal, NotRequired, TypedDict, cast
 
 from fedalt.core.digests import digest_of
-from fedalt.core.reading import FormError, StoreError, parse, read_json, read_text, require
+from fedalt.core.reading import FormError, parse, read_json, read_text, require
+from fedalt.core.reading import StoreError as StoreError
 from fedalt.runs.standing import PROGRESS
 from fedalt.runs.standing import Standing as Standing
 from fedalt.runs.standing import read_facts as read_facts
 from fedalt.runs.standing import read_standing as read_standing
-
-__all__ = [
-    "FORMAT",
-    "Length",
-    "Similarity",
-    "Standing",
-    "StoreError",
-    "Summary",
-    "committed_lines",
-    "parse_line",
-    "read_facts",
-    "read_length",
-    "read_standing",
-    "require_committed",
-    "require_run",
-    "summary_in",
-]
 
 FORMAT: Final = 3
 
@@ -171,6 +155,11 @@ def require_clients(path: Path) -> None:
             "with the clients: each owner's `fedalt evaluate`, `generate`, `chat` and `export` "
             "take the client's own client.toml; `fedalt server` goes on with the rounds"
         )
+
+
+def everyone_in(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is known of each client that a run has had, those who joined after training too."""
+    return {**facts.get("clients", {}), **facts.get("joined", {})}
 
 
 def is_federation(facts: Mapping[str, Any]) -> bool:

@@ -2,19 +2,21 @@
 
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fedalt.adapters.reach import rows_of_embedding
 from fedalt.adapters.start import Start
+from fedalt.core.settings import ModelSettings
 from fedalt.core.tree import numbers
 from fedalt.data.examples import Split
 from fedalt.data.folder import open_data
 from fedalt.data.layouts import SPLITS, not_read
-from fedalt.data.prompts import Template, read_template
+from fedalt.data.prompts import read_template
 from fedalt.data.records import (
     Chat,
     Columns,
@@ -37,17 +39,8 @@ from fedalt.models.checks import require_known_ids
 from fedalt.runs.base_checks import require_checkpointable, require_weighable
 from fedalt.runs.folder import RunFolder, StoreError
 from fedalt.runs.kept_settings import settings_of_run
-from fedalt.runs.preflight import (
-    require_known,
-    require_room,
-    warnings_of_data,
-    warnings_of_run,
-)
-from fedalt.runs.settings import (
-    Settings,
-    lora_of,
-    method_name,
-)
+from fedalt.runs.preflight import require_known, require_room, warnings_of_data, warnings_of_run
+from fedalt.runs.settings import Settings, lora_of, method_name
 from fedalt.training.orders import Fit
 
 _FORMS = {Instruction: "instruction", Completion: "prompt", Chat: "messages", LabeledText: "label"}
@@ -90,8 +83,7 @@ def prepare(
     answers of a classifier, in the order of its outputs.
     """
     data = open_data(settings.data.path, Columns.of(settings.data), labels=labels)
-    file = settings.data.template
-    template = Template() if file is None else read_template(file)
+    template = read_template(settings.data.template)
     require_known(settings, clients or data.clients)
     agreed = labels or data.labels  # data without labels are refused by whoever has agreed on some
     beginners = Members(clients or data.clients, settings.clients).at(0)
@@ -151,20 +143,23 @@ def load_parts(
 
     `clients` is how many take part, 0 where nothing begins that needs to know.
     """
-    model = settings.model
     require_room(settings, gpus=torch.cuda.device_count())
-    if base is None:
-        base = load_base(
-            model.name,
-            labels=labels,
-            targets=model.targets,
-            quantise=model.quantise,
-            device=model.device,
-        )
+    base = base or base_of(settings.model, labels)
     require_weighable(settings, base)
     heads, given = base.adapted.heads, base.given
     start = Start(base.adapted.sites, heads, settings.seed, clients, given)
     return Parts(settings, base, arms_of(settings), start)
+
+
+def base_of(model: ModelSettings, labels: Sequence[str]) -> Base:
+    """The base model that settings name; `labels` are those of a classifier's data."""
+    return load_base(
+        model.name,
+        labels=labels,
+        targets=model.targets,
+        quantise=model.quantise,
+        device=model.device,
+    )
 
 
 def arms_of(settings: Settings) -> tuple[Arm, ...]:
@@ -235,6 +230,38 @@ def prepare_again(folder: RunFolder, base: Base | None) -> tuple[Prepared, tuple
         if not changed:
             raise
         raise StoreError(f"{'; '.join(changed)}: {error}") from error
+
+
+def prepare_newcomers(
+    folder: RunFolder, data: Path, epochs: int | None = None, base: Base | None = None
+) -> Prepared:
+    """The run's settings over newcomers' data; without `epochs`, with the run's local ones.
+
+    `base` is the run's base model, if that is loaded already.
+    """
+    settings, changed = settings_of_run(folder)
+    training = settings.training
+    if epochs is not None:
+        training = replace(training, local_epochs=epochs)
+    data_settings = replace(settings.data, path=data.absolute())
+    facts = folder.facts()
+    prepared = prepare(
+        replace(settings, data=data_settings, training=training),
+        base=base,
+        # Whom the settings name are clients of the run, and no newcomers.
+        clients=list(facts["clients"]),
+        # Newcomers need not have all of the run's labels, nor sort them as its clients do.
+        labels=facts["data"]["labels"],
+    )
+    return replace(prepared, warnings=(*changed, *prepared.warnings))
+
+
+def prepare_newcomer(folder: RunFolder, client_id: str, base: Base | None) -> Prepared | None:
+    """The same for a client that has joined, as it did; None for one that was in training."""
+    about = folder.facts().get("joined", {}).get(client_id)
+    if about is None:
+        return None
+    return prepare_newcomers(folder, Path(about["data"]), about["epochs"], base)
 
 
 def trainable(arm: Arm, start: Start) -> int:

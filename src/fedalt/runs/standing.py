@@ -108,8 +108,7 @@ def write_standing(path: Path, standing: Standing, kept: Digests) -> Standing:
     other = LISTS[standing.states == LISTS[0]]
     atomic_write(path / other, data)
     now = Standing(**{**vars(standing), "states": other, "states_sha256": digest_of(data)})
-    best = {column: list(pair) for column, pair in now.best.items()}
-    atomic_write(path / PROGRESS, sealed({**asdict(now), "best": best, "facts": list(now.facts)}))
+    atomic_write(path / PROGRESS, sealed(asdict(now)))
     kept.says = path / other
     for name in LISTS:
         if not (path / name).exists():

@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from fedalt.data.records import DataError
 from fedalt.models.errors import ModelError
 from fedalt.serving import engine as engines
-from fedalt.serving.answer import Answer, Written
+from fedalt.serving.answer import Answer, Text, Written
 from fedalt.serving.engine import Engine
 from fedalt.serving.errors import ApiError, told
 from fedalt.serving.guard import Guard
@@ -22,7 +22,6 @@ from fedalt.serving.models import Model, Models
 from fedalt.serving.replies import ChatForm, Form, stream, whole
 from fedalt.serving.schema import ChatAsked, TextAsked
 from fedalt.serving.settings import ServeSettings
-from fedalt.serving.text import Text
 
 
 @dataclass

@@ -5,19 +5,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
 from fedalt.adapters.reach import rows_of_embedding
+from fedalt.core.tree import Name, Tree, check_tree
 from fedalt.data.prompts import Template, encode_prompt
 from fedalt.data.records import Chat, Completion, DataError, Record, Turn
+from fedalt.export.folders import BUILT_IN_REFERENCE
+from fedalt.export.loading import read_config
+from fedalt.export.peft_type import SLOTS, FedALTConfig, register
 from fedalt.flower.client_model import client_at, served
 from fedalt.methods.contract import Serving
-from fedalt.models.base import Base
+from fedalt.models.base import BUILT_IN, Base, load_base
 from fedalt.models.checks import require_known_ids
-from fedalt.runs.answers import load_run_parts
+from fedalt.models.identity import differences, identity_in
+from fedalt.runs.answers import Act, load_run_parts, round_to_serve, servings_now
 from fedalt.runs.folder import open_run
-from fedalt.runs.serving import Act, round_to_serve, servings_now
 from fedalt.runs.setup import Parts, question
 from fedalt.serving.batch import Adapters
-from fedalt.serving.exports import exported, open_exports
 
 BASE: Final = "base"
 _UNCUT: Final = 2**31
@@ -83,12 +90,12 @@ class Models:
 
 def open_models(path: Path) -> Models:
     """The models of a run, of a federation's client, or of exported folders. Raises ValueError."""
-    if client_at(path) is not None:
+    if (config := client_at(path)) is not None:
         of = served(path, None)
         question(of.form, "")  # a classifier writes no text
-        parts, name = of.parts, clients_name(path)
+        parts, name = of.parts, config.place.name
         model = _model(parts.base, (name, 0), of.serving, of.form, of.template)
-        return Models(parts.base, parts.settings.scoring.max_new_tokens, with_base({name: model}))
+        return Models(parts.base, parts.settings.scoring.max_new_tokens, _with_base({name: model}))
     if not (path / "run.json").exists() and (folders := exported(path)):
         return _of_exports(folders)
     parts = load_run_parts(path)
@@ -98,14 +105,7 @@ def open_models(path: Path) -> Models:
     return Models(parts.base, parts.settings.scoring.max_new_tokens, models, source.newer)
 
 
-def clients_name(path: Path) -> str:
-    """The name of a federation's client."""
-    config = client_at(path)
-    assert config is not None
-    return config.place.name
-
-
-def with_base(models: dict[str, Model]) -> dict[str, Model]:
+def _with_base(models: dict[str, Model]) -> dict[str, Model]:
     """Beside the clients the base model, asked as the first of them, unless one has its name."""
     first = next(iter(models.values()))
     alone = Model(Adapters(None, None, None), first.form, first.template)
@@ -128,16 +128,16 @@ class _Run:
             return None
         for of in about.values():
             question(of["form"], "")  # a classifier writes no text
-        found = servings_now(self.parts, self.path, list(about), act)
-        self.known = found.round, sorted(about)
+        round_, found = servings_now(self.parts, self.path, list(about), act)
+        self.known = round_, sorted(about)
         template = Template(folder.facts()["data"]["template"])
         base = self.parts.base
-        return with_base(
+        return _with_base(
             {
                 client: _model(
                     base, (client, *map(str, self.known)), serving, about[client]["form"], template
                 )
-                for client, serving in found.of.items()
+                for client, serving in found.items()
             }
         )
 
@@ -148,10 +148,69 @@ def _model(
     return Model(Adapters.of(base, key, serving), form, template)
 
 
+def exported(path: Path) -> dict[str, Path]:
+    """The exported folders that a path stands for, by name: itself, or those right in it."""
+    if (path / CONFIG_NAME).is_file():
+        return {path.resolve().name: path}
+    folders = (file.parent for file in sorted(path.glob(f"*/{CONFIG_NAME}")))
+    # A hidden one is what an export that was killed has left.
+    return {folder.name: folder for folder in folders if not folder.name.startswith(".")}
+
+
 def _of_exports(folders: Mapping[str, Path]) -> Models:
-    base, max_new_tokens, found = open_exports(folders)
+    """The models of exported folders, and the longest answer of the first, in tokens.
+
+    Raises ValueError where they are not of one base model, or were exported before servers were
+    there.
+    """
+    register()
+    configs = {name: read_config(folder) for name, folder in folders.items()}
+    first_name, first = next(iter(configs.items()))
+    for name, config in configs.items():
+        if config.asked is None:
+            raise ValueError(
+                f"{folders[name]} does not tell how it wants to be asked: it is a classifier's, or "
+                "was exported by an older version; `fedalt export` writes it anew"
+            )
+        if config.base_identity != first.base_identity:
+            raise ValueError(
+                f"{folders[name]} and {folders[first_name]} have different base models; a server "
+                "has one"
+            )
+    reference = str(first.base_model_name_or_path)
+    base = load_base(
+        BUILT_IN if reference == BUILT_IN_REFERENCE else reference,
+        targets=first.target_modules,
+        quantise=first.quantise,  # type: ignore[arg-type]
+    )
+    assert base.identity is not None
+    assert first.base_identity is not None
+    if told := differences(identity_in(first.base_identity), base.identity):
+        raise ValueError(
+            f"{folders[first_name]} was trained on another base model than {reference!r} is now: "
+            f"{told}"
+        )
     models = {
-        name: _model(base, (name,), each.serving, each.form, each.template)
-        for name, each in found.items()
+        name: _exported(name, folders[name], config, base) for name, config in configs.items()
     }
-    return Models(base, max_new_tokens, with_base(models))
+    assert first.asked is not None
+    return Models(base, int(first.asked["max_new_tokens"]), _with_base(models))
+
+
+def _exported(name: str, folder: Path, config: FedALTConfig, base: Base) -> Model:
+    """The model of a folder."""
+    file = folder / SAFETENSORS_WEIGHTS_NAME
+    try:
+        tensors = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file} cannot be read: {error}") from None
+    tree: Tree = {}
+    for key, tensor in tensors.items():
+        site, _, last = key.removeprefix("base_model.model.").partition(f".{SLOTS}.")
+        slot, _, factor = last.rpartition("_")
+        tree[Name(site, slot, factor)] = tensor
+    plan, asked = config.plan(), config.asked
+    check_tree(tree, plan.shapes(base.adapted.sites), what=str(file))
+    assert asked is not None
+    serving, template = Serving(plan, tree), Template(str(asked["template"]))
+    return _model(base, (name,), serving, str(asked["form"]), template)

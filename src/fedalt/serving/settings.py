@@ -41,14 +41,11 @@ class ServeSettings:
         try:
             token = self.token_file.read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            raise SettingsError(f"--token-file {self.token_file}: {_why(error)}") from None
+            why = getattr(error, "strerror", None) or "it is not a text"
+            raise SettingsError(f"--token-file {self.token_file}: {why}") from None
         if not token or not token.isascii() or any(sign.isspace() for sign in token):
             raise SettingsError(
                 f"--token-file {self.token_file}: expected one word in ASCII, such as "
                 "`openssl rand -hex 32` prints"
             )
         return token
-
-
-def _why(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or "it is not a text")

@@ -1,4 +1,4 @@
-"""The eight tasks: their sentences, their rules, and records drawn from them.
+"""The built-in suite: eight small generated tasks, partly related and partly in conflict.
 
 Every question is about a thing, and the answer is what kind of thing it is. A client's training
 data speak of half of the things of each kind, a half of its own, and its test data of all of them:
@@ -7,14 +7,42 @@ client wants the answer no prompt tells: six say "animal", two say "beast" to th
 That is the conflict.
 """
 
+import json
 import random
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, NotRequired, TypedDict
 
 from fedalt.core.seeds import seed_of
 from fedalt.data.examples import Split
-from fedalt.data.suite.words import KINDS, LOOKS, NAMES, OTHER_WORDS, THINGS
+
+
+def _listed(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# Eight things of every kind; no thing is of two kinds.
+THINGS: Final[Mapping[str, Sequence[str]]] = {
+    "animal": _listed("horse goat rabbit fox mouse sheep camel duck"),
+    "food": _listed("bread cheese soup rice cake apple onion butter"),
+    "tool": _listed("hammer sickle axe spade rake drill needle knife"),
+    "clothes": _listed("coat hat shoe glove scarf shirt dress boot"),
+    "vehicle": _listed("ship cart train boat wagon sled coach canoe"),
+    "room": _listed("kitchen cellar attic hall library stable parlour bedroom"),
+}
+KINDS: Final = tuple(THINGS)
+
+# Another word for every kind, in the same order.
+OTHER_WORDS: Final = _listed("beast meal device garment carriage chamber")
+
+# Few: what a sentence says besides its thing is noise, and more of it hides more from little data.
+NAMES: Final = _listed(
+    """Anna Ben Carl Dora Emma Fred Greta Hugo Ida John Kate Louis Mary Nora Otto Paul Rose Sam Tom
+    Will"""
+)
+LOOKS: Final = _listed("big blue clean fine heavy new old plain red small")
 
 # How a client words the kinds.
 WORDINGS: Final[Mapping[str, Mapping[str, str]]] = {
@@ -113,6 +141,49 @@ def distinct_prompts(task: str) -> int:
     return sum(map(len, THINGS.values())) // KNOWN_PART * len(NAMES) * len(LOOKS)
 
 
+def write_suite(
+    folder: Path,
+    *,
+    seed: int = 0,
+    train: int = 96,
+    validation: int = 40,
+    test: int = 160,
+    clients_per_task: int = 1,
+) -> None:
+    """Write NAME.train.jsonl, NAME.validation.jsonl and NAME.test.jsonl of every client.
+
+    A client is named after its task, TASK-0, TASK-1 and so on where a task has several. A folder
+    that is not there yet appears complete or not at all; in one that is there each file is
+    replaced whole.
+    """
+    files = {
+        f"{task}{f'-{client}' if clients_per_task > 1 else ''}.{split}.jsonl": _lines(records)
+        for task in TASKS
+        for client, splits in enumerate(
+            generate_clients(
+                task, clients_per_task, seed=seed, train=train, validation=validation, test=test
+            )
+        )
+        for split, records in splits.items()
+        if records
+    }
+    if folder.is_dir():
+        others = sorted(path.name for path in folder.glob("*.jsonl") if path.name not in files)
+        if others:
+            raise ValueError(f"{folder} already holds {others[0]}; expected no other client's data")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        fresh = Path(name) / "suite"
+        fresh.mkdir()
+        for file, text in files.items():
+            (fresh / file).write_text(text, encoding="utf-8")
+        if not folder.exists():
+            fresh.rename(folder)
+        else:
+            for file in files:
+                (fresh / file).replace(folder / file)
+
+
 def _known(seed: int, task: str, client: int) -> Mapping[str, Sequence[str]]:
     """The things that a client's training data speak of."""
     rng = random.Random(seed_of(seed, task, client, "known"))
@@ -175,3 +246,7 @@ def _record(rules: Task, prompt: str, kind: str, thing: str, rng: random.Random)
     options = [answer, rival, *wrong]
     rng.shuffle(options)
     return {"instruction": prompt, "output": answer, "options": options, "task": rules.name}
+
+
+def _lines(records: Iterable[SuiteRecord]) -> str:
+    return "".join(f"{json.dumps(record, ensure_ascii=False)}\n" for record in records)

@@ -334,6 +334,8 @@ def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
     assert "missing.tar" in error("restore", tmp_path / "missing.tar", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert "rubbish.tar exists already" in error("backup", made.config, rubbish)
+    nowhere = tmp_path / "nowhere" / "b.tar"
+    assert f"error: {nowhere}: No such file" in error("backup", made.config, nowhere)
     inside = made.config.parent / "inside.tar"
     assert "expected a place outside of it" in error("backup", made.config, inside)
     with locked(made.run):

@@ -21,8 +21,8 @@ _AT_ONCE: Final = 8  # answers in memory, whole or coming; who receives them put
 # Seconds after which an answer that comes waits for its sender: what Flower's server has as a whole
 # is here sooner, over loopback.
 _IN_PART: Final = 10.0
-# Answers that are waited for. A connection that breaks off leaves one, for three minutes, and Flower
-# keeps its client out for one: so three may still be there when the next one comes.
+# Answers that are waited for. A connection that breaks off leaves one, for three minutes, and
+# Flower keeps its client out for one: so three may still be there when the next one comes.
 _PER_CLIENT: Final = 4
 # Those of 128 clients; a thread is begun when it is needed, and others' answers wait for one.
 _THREADS: Final = 4 * 128

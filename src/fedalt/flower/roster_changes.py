@@ -44,8 +44,8 @@ def add_clients(config: ServerConfig, names: Sequence[str]) -> list[Path]:
         for place in places:
             if place.exists():
                 raise SettingsError(
-                    f"{place} exists already, and a newcomer's folder is a new one; where `add` was "
-                    "cut short, delete it"
+                    f"{place} exists already, and a newcomer's folder is a new one; where `add` "
+                    "was cut short, delete it"
                 )
         for place in places:
             server, address = config.file.parent, config.place.address

@@ -1,5 +1,6 @@
 """Clients that are added to a federation and removed from it; servers restored from a backup."""
 
+import errno
 import json
 import shutil
 import tarfile
@@ -15,13 +16,13 @@ from test_federation_folders import stopped_in
 from fedalt.core.codec import decode, read
 from fedalt.core.declared import SettingsError
 from fedalt.federation.messages import Answer
-from fedalt.flower import apps
+from fedalt.flower import apps, revocation, roster_changes
 from fedalt.flower.client_keys import clients_by_key
 from fedalt.flower.config import read_server_config
 from fedalt.flower.credentials import require_client_credentials
 from fedalt.flower.revocation import revoked
 from fedalt.methods.fedalt import FedALT
-from fedalt.runs.folder import StoreError, locked
+from fedalt.runs.folder import StoreError, locked, open_run
 from fedalt.runs.lifecycle import start_run
 from fedalt.runs.membership import leave
 from fedalt.runs.setup import prepare
@@ -157,6 +158,28 @@ def test_a_rotated_key_is_the_clients_only_one(tmp_path: Path, model: Path) -> N
     assert revoked(config.place) == []
 
 
+@pytest.mark.parametrize("command", ["revoke", "remove"])
+def test_what_was_cut_short_is_ended_by_the_same_command(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    made = founded(tmp_path, model, rounds={"rounds": 3, "test": False})
+    made.go_on(stopped_in(1))
+    words = ("federation", command, "--config", made.config, "b")
+    if command == "remove":
+        words = ("federation", command, made.config, "b")
+
+    def killed(_: object) -> None:
+        raise OSError(errno.EIO, "as if it was killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(revocation, "record_revoked", killed)
+        patch.setattr(roster_changes, "record_revoked", killed)
+        assert call(*words) == 2
+    assert "revoked" not in open_run(made.run).facts()
+    assert call(*words) == 0
+    assert open_run(made.run).facts()["revoked"] == ["b"]  # which no round waits for any more
+
+
 def test_a_server_restored_elsewhere_from_a_backup_of_two_rounds_ago_ends_as_if_undisturbed(
     tmp_path: Path, model: Path
 ) -> None:
@@ -284,6 +307,17 @@ def test_a_server_whose_places_are_absolute_is_not_restored_into_the_old_ones_fo
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_all_that_a_federation_is_made_of_is_for_its_owner_alone(
+    tmp_path: Path, model: Path
+) -> None:
+    made = founded(tmp_path, model)
+    assert call("federation", "add", made.config, "d") == 0
+    root = made.config.parent.parent
+    data = {*root.glob("clients/*/data/*")}  # which the test has put there
+    for path in {root, *root.rglob("*")} - data:
+        assert path.stat().st_mode & 0o077 == 0, path
+
+
 def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -300,6 +334,8 @@ def test_what_is_no_backup_and_what_is_in_the_way_is_told_in_a_sentence(
     assert "missing.tar" in error("restore", tmp_path / "missing.tar", tmp_path / "new")
     assert not (tmp_path / "new").exists()
     assert "rubbish.tar exists already" in error("backup", made.config, rubbish)
+    nowhere = tmp_path / "nowhere" / "b.tar"
+    assert f"error: {nowhere}: No such file" in error("backup", made.config, nowhere)
     inside = made.config.parent / "inside.tar"
     assert "expected a place outside of it" in error("backup", made.config, inside)
     with locked(made.run):

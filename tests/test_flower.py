@@ -46,8 +46,8 @@ def test_whatever_is_killed_the_federation_ends_with_the_same_numbers(
     machines: Machines, tmp_path: Path
 ) -> None:
     everyone = ("server", *CLIENTS)
-    for each in everyone:
-        machines.start(each)
+    for each in everyone:  # nothing listens there, and no proxy is for this machine itself
+        machines.start(each, HTTPS_PROXY="http://127.0.0.1:9")
 
     machines.wait_for(lambda: "round 1:" in machines.said("server"), "round 1")
     kill(machines.fleet_client("a"))  # Flower keeps its client out for a minute

@@ -1,12 +1,16 @@
 """What is wrong about a federation's files is one clear line; what fails for ever has an end."""
 
+import errno
 import os
+import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
+from datetime import UTC, datetime, timedelta, tzinfo
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Event, Thread
@@ -16,6 +20,12 @@ import httpx
 import psutil
 import pytest
 from commands import call
+from cryptography.hazmat.primitives.serialization import (
+    BestAvailableEncryption,
+    Encoding,
+    PrivateFormat,
+    load_pem_private_key,
+)
 from flwr.app import Message, MessageType
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
@@ -26,12 +36,14 @@ from runs_for_tests import save_model, write_clients
 from tiny import llama
 
 from fedalt.core.codec import CodecError, decode
+from fedalt.core.reading import PassingError
 from fedalt.federation.messages import Answer
 from fedalt.federation.transport import Lost
-from fedalt.flower import grid_transport
+from fedalt.flower import credentials, grid_transport
 from fedalt.flower.client_process import _REMIND, _Reports
 from fedalt.flower.config import read_server_config
-from fedalt.flower.credentials import make_server
+from fedalt.flower.connections import listeners
+from fedalt.flower.credentials import make_authority, make_server
 from fedalt.flower.fleet_client import server_trouble
 from fedalt.flower.grid_transport import GridTransport
 from fedalt.flower.message_content import content_of
@@ -64,6 +76,35 @@ def another_key(there: Machines) -> None:
 
 def ended(there: Machines) -> None:
     make_server(there.server, there.root / "authority", ["127.0.0.1"], days=-1)
+
+
+def not_yet_valid(there: Machines) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(credentials, "datetime", InAWeek)
+        make_server(there.server, there.root / "authority", ["127.0.0.1"])
+
+
+class InAWeek(datetime):
+    @classmethod
+    def now(cls, tz: tzinfo | None = None) -> "InAWeek":
+        return super().now(tz) + timedelta(days=7)
+
+
+def of_another_authority(there: Machines) -> None:
+    (other := there.root / "others").mkdir()
+    make_authority(other, "others")
+    make_server(there.server, other, ["127.0.0.1"])
+
+
+def of_other_names(there: Machines) -> None:
+    make_server(there.server, there.root / "authority", ["10.0.0.5", "example.org"])
+
+
+def with_a_pass_phrase(there: Machines) -> None:
+    file = there.server / "server.key"
+    key: Any = load_pem_private_key(file.read_bytes(), None)
+    secret = BestAvailableEncryption(b"secret")
+    file.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, secret))
 
 
 def no_public_key(there: Machines) -> None:
@@ -104,13 +145,17 @@ def pipe_of(name: str) -> Callable[[Machines], None]:
     ("mistake", "says"),
     [
         (no_key, "server.key: No such file or directory"),
-        (another_key, "key values mismatch"),
+        (another_key, "server.key: it is not the key of "),
+        (with_a_pass_phrase, "expected one in PEM without a pass phrase"),
         (ended, "server.crt: the certificate expired on "),
+        (not_yet_valid, "server.crt: the certificate is valid only from "),
+        (of_another_authority, "server.crt: it was not signed by the authority of "),
+        (of_other_names, "server.crt: it does not name 127.0.0.1, where the server's own"),
         (no_public_key, "b.pub: the public key of client 'b' is missing"),
         (no_real_public_key, "b.pub: it is no public key"),
         (broken, "federation.toml: cannot be read"),
         (unknown, "unknown key 'deadlines'"),
-        (no_port, "address '127.0.0.1'"),
+        (no_port, "[server]: address = '127.0.0.1': expected host:port, such as"),
         (no_terms, "terms.toml is missing"),
         (pipe_of("terms.toml"), "terms.toml cannot be read: it is a pipe"),
         (pipe_of("federation.toml"), "federation.toml: cannot be read: it is a pipe"),
@@ -142,6 +187,7 @@ def test_a_port_in_use_is_one_line(machines: Machines, capsys: pytest.CaptureFix
         ("", ("--clients", "a,a"), "expected different names"),
         ("", ("--clients", "a,../b"), "client '../b': expected a name of at most 100 letters"),
         ("", ("--clients", "a,b", "--address", "here"), "expected host:port"),
+        ("", ("--clients", "a,b", "--address", "::1:8443"), "or [fd00::5]:8443"),
         ("", ("--clients", "a,b", "--address", "0.0.0.0:8443"), "no client can call it"),
         ("", ("--clients", "a,b", "--address", "[::]:8443"), "no client can call it"),
     ],
@@ -200,6 +246,10 @@ def client_of_no_server(place: Path) -> None:
     (place / "client.toml").write_text('[client]\nname = "a"\n')
 
 
+def client_of_a_page(place: Path) -> None:
+    (place / "client.toml").write_text('[client]\nname = "a"\nserver = "https://here:1"\n')
+
+
 def client_with_another_model(place: Path) -> None:
     other = save_model(place / "model")
     model = llama()
@@ -218,6 +268,7 @@ def client_with_another_model(place: Path) -> None:
         (client_with_anothers_data, "holds the clients b, but this is the place of 'a' alone"),
         (client_of_another_name, "client 'z' is not in terms.toml of 'drill'"),
         (client_of_no_server, "[client] server is missing"),
+        (client_of_a_page, "[client]: server = 'https://here:1': expected host:port, such as"),
         (client_with_another_model, "it is another model"),
     ],
 )
@@ -249,7 +300,7 @@ def test_what_dies_again_and_again_without_getting_further_has_an_end(machines: 
         patience.died("the app has ended")
     for _ in range(_MOST_DEATHS - 2):
         patience.died("the app has ended")
-    with pytest.raises(StoreError, match=f"{_MOST_DEATHS} deaths in a row"):
+    with pytest.raises(PassingError, match=f"{_MOST_DEATHS} deaths in a row"):
         patience.died("the app has ended")
 
 
@@ -334,6 +385,21 @@ def test_a_process_ends_with_its_group_and_a_killed_ones_are_ended_by_the_next(
     assert left.poll() is None
     left.kill()
     left.wait()
+
+
+def test_a_copy_of_a_folder_in_which_processes_run_is_refused_and_ends_none_of_them(
+    tmp_path: Path,
+) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    with process_group({}, one / "register.json") as processes:
+        processes.start("sleep", sleep, tmp_path / "log")
+        shutil.copytree(one, two)
+        says = f"{two} is a copy of a folder in which process {os.getpid()} runs"
+        with pytest.raises(StoreError, match=says), process_group({}, two / "register.json"):
+            pass
+        assert processes.dead() is None
 
 
 def test_a_long_log_is_put_aside(tmp_path: Path) -> None:
@@ -561,3 +627,85 @@ def test_a_call_from_before_a_clients_connection_is_lost(
     channel.online()
     assert channel.receive() == [("a", Lost("it was away, and its call with it"))]
     assert channel.receive() == []
+
+
+@pytest.mark.parametrize(
+    ("mistake", "says"),
+    [
+        (ended, "certificate has expired"),
+        (not_yet_valid, "the server needs a new certificate, unless this machine's clock is wrong"),
+        (of_another_authority, "; ca.crt has to be the one of this server's federation"),
+        (of_other_names, "; the server's certificate has to name the address in client.toml"),
+    ],
+)
+def test_a_client_says_what_to_do_about_a_certificate_that_it_does_not_take(
+    machines: Machines, mistake: Callable[[Machines], None], says: str
+) -> None:
+    mistake(machines)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(machines.server / "server.crt", machines.server / "server.key")
+
+    def greet() -> None:
+        with suppress(OSError), listener.accept()[0] as plain:
+            context.wrap_socket(plain, server_side=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        Thread(target=greet, daemon=True).start()
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        told = server_trouble(address, str(machines.client("a") / "ca.crt"))
+    assert told is not None
+    assert told.startswith(f"{address} cannot be reached: ")
+    assert says in told
+
+
+def test_a_server_listens_at_the_addresses_of_a_name_that_its_machine_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real = socket.create_server
+    none = OSError(errno.EADDRNOTAVAIL, "no IPv6")
+    here: dict[int, OSError | None] = {socket.AF_INET: None, socket.AF_INET6: none}
+
+    def create(place: tuple[str, int], *, family: int, backlog: int) -> socket.socket:
+        if error := here[family]:
+            raise error
+        return real(place, family=family, backlog=backlog)
+
+    two = [(family, 0, 0, "", (host, 0)) for family, host in ((10, "::1"), (2, "127.0.0.1"))]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: two)
+    monkeypatch.setattr(socket, "create_server", create)
+    (one,) = listeners("localhost", 0)
+    one.close()
+    here[socket.AF_INET] = none
+    with pytest.raises(OSError, match="no IPv6"):
+        listeners("localhost", 0)
+    here[socket.AF_INET] = OSError(errno.EADDRINUSE, "Address already in use")
+    with pytest.raises(OSError, match="in use"):
+        listeners("localhost", 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "state/log"), 75),
+        (OSError(errno.EACCES, "Permission denied", "state/log"), 2),
+        (PassingError("the gateway has ended; that was 6 deaths in a row"), 75),
+    ],
+)
+def test_a_service_manager_learns_whether_starting_again_may_do(
+    machines: Machines,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("fedalt.flower.supervisor.supervise", fail)
+    monkeypatch.setattr("fedalt.flower.client_process.run_client", fail)
+    capsys.readouterr()
+    assert call("server", "--config", machines.server / "federation.toml") == code
+    assert call("client", "--config", machines.client("a") / "client.toml") == code
+    told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    wanted = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+    assert told == [f"error: {wanted}"] * 2

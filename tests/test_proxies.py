@@ -1,10 +1,16 @@
 """A proxy of the environment is named where it stands in the way, and never before this machine."""
 
+from pathlib import Path
+from urllib.request import proxy_bypass
+
 import httpx
 import pytest
+from machines import found
 
 pytest.importorskip("flwr")
 
+from fedalt.flower import supervisor
+from fedalt.flower.config import read_server_config
 from fedalt.flower.fleet_client import server_trouble
 from fedalt.flower.proxies import reach_loopback_directly, through_proxy
 
@@ -44,7 +50,7 @@ def test_this_machine_is_reached_without_a_proxy(monkeypatch, host):
     for name in NAMES[:3]:
         monkeypatch.setenv(name, DEAD)
     monkeypatch.setenv("NO_PROXY", "other.example")
-    reach_loopback_directly(f"{host}:8443")
+    reach_loopback_directly(host.strip("[]"))
     with httpx.Client() as client:
         direct = client._transport_for_url(httpx.URL(f"http://{host}:8443/"))
         far = client._transport_for_url(httpx.URL("http://far.example/"))
@@ -52,3 +58,19 @@ def test_this_machine_is_reached_without_a_proxy(monkeypatch, host):
         assert direct is client._transport is other
         assert far is not client._transport
     assert through_proxy(f"{host}:8443", secure=True) == ""
+
+
+def test_the_servers_processes_reach_each_other_without_a_proxy(
+    monkeypatch, tmp_path: Path, tiny_model_dir: Path
+):
+    config = read_server_config(found(tmp_path, tiny_model_dir, "ab").server / "federation.toml")
+    monkeypatch.setenv("HTTPS_PROXY", DEAD)
+    seen = []
+
+    def live(*_: object) -> None:
+        seen.append(proxy_bypass("127.0.0.1"))
+        config.place.ended.touch()
+
+    monkeypatch.setattr(supervisor._Supervision, "live", live)
+    supervisor.supervise(config, lambda _: None)
+    assert seen == [True]

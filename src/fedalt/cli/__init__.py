@@ -58,7 +58,7 @@ app.command(help=docstring(methods))(methods)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0, 2 for a mistake of the user's, 1 for one of ours, 130 stopped.
 
-    `--debug`, anywhere, shows the traceback of an error.
+    75 where the same command may work later. `--debug`, anywhere, shows the traceback of an error.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # whoever started the command has closed it

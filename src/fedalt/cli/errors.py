@@ -6,13 +6,20 @@ import traceback
 from pathlib import Path
 
 from fedalt.core.foreign import shown_message
+from fedalt.core.reading import PassingError
 
 PACKAGE = Path(__file__).parents[1]
 LONGEST_ERROR = 12_000  # characters: all problems of a folder of data are one error
 
 
 def report(error: Exception) -> int:
-    """Say what went wrong on stderr; 2 for a mistake of the user's, 1 for one of ours."""
+    """Say what went wrong on stderr; 2 for a mistake of the user's, 1 for one of ours.
+
+    75 where trying again later may do, as service managers have it (EX_TEMPFAIL).
+    """
+    if isinstance(error, PassingError):
+        _say(f"error: {error}")
+        return 75
     if isinstance(error, OSError) and error.strerror:
         where = f"{error.filename}: " if error.filename else ""
         _say(f"error: {where}{error.strerror}")

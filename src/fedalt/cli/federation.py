@@ -1,5 +1,6 @@
 """`fedalt federation`, `fedalt server`, `fedalt client`: a federation over machines."""
 
+import errno
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,7 @@ import typer
 from fedalt.cli.flags import Quiet, names_of
 from fedalt.cli.output import hush_libraries, note, show_run, tell, warn
 from fedalt.core.foreign import shown as one_line
+from fedalt.core.reading import PassingError
 from fedalt.report.docstrings import docstring
 
 if TYPE_CHECKING:
@@ -102,7 +104,7 @@ def revoke(
 def add(config: Place, clients: Names) -> None:
     """Add clients to a federation, also while it runs: they take part from the next round on."""
     server_config = _server_config(config)
-    from fedalt.flower.init import listens_only
+    from fedalt.flower.addresses import listens_only
     from fedalt.flower.roster_changes import add_clients
 
     places, address = add_clients(server_config, clients), server_config.place.address
@@ -266,13 +268,20 @@ def _warn_of(*, insecure: bool) -> None:
 
 
 def _until_stopped(work: Callable[[], None]) -> None:
-    """Ctrl-C and a service manager's TERM both end it in order; what is done stays done."""
+    """Ctrl-C and a service manager's TERM both end it in order; what is done stays done.
+
+    Raises PassingError where the disk is full.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         work()
     except KeyboardInterrupt:
         note("stopped; the same command goes on from here")
         raise typer.Exit(130) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise PassingError(f"{error.filename}: {error.strerror}") from error
 
 
 def _say(text: str) -> None:

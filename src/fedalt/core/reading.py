@@ -19,6 +19,10 @@ class StoreError(ValueError):
     """A folder that cannot be used, and why; the text names the file."""
 
 
+class PassingError(StoreError):
+    """What may be over by itself, such as a full disk: the same command may work a while later."""
+
+
 class FormError(ValueError):
     """A value that is not of its declared form; the text says where, and what was expected."""
 

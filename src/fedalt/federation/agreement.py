@@ -12,6 +12,7 @@ import tomli_w
 
 from fedalt.adapters.plan import Shape
 from fedalt.adapters.start import Start
+from fedalt.core.files import atomic_write
 from fedalt.core.reading import FormError, StoreError, read_bytes, require
 from fedalt.core.tree import Name
 from fedalt.data.names import fault_of_names, fault_of_title
@@ -106,7 +107,7 @@ def write_agreement(
     table["data"].pop("path")
     if parts.settings.data.template is not None:
         text = parts.settings.data.template.read_bytes()
-        (folder / "template.txt").write_bytes(text)
+        atomic_write(folder / "template.txt", text)
         table["data"]["template"] = "template.txt"
     start = parts.start
     table["federation"] = {
@@ -120,7 +121,7 @@ def write_agreement(
             for name, shape in start.heads.items()
         ],
     }
-    (folder / FILE).write_text(tomli_w.dumps(table), encoding="utf-8")
+    atomic_write(folder / FILE, tomli_w.dumps(table).encode())
     return read_agreement(folder / FILE)
 
 

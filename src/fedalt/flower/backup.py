@@ -46,6 +46,10 @@ def back_up(config: ServerConfig, file: Path) -> int:
                 state = place.folder.resolve().relative_to(root.resolve())
                 tar.add(root, arcname=".", filter=lambda entry: _entry(entry, state))
             unfinished.replace(file)
+        except OSError as error:
+            if error.errno is None or error.filename not in (None, str(unfinished)):
+                raise
+            raise OSError(error.errno, error.strerror, str(file)) from error
         finally:
             unfinished.unlink(missing_ok=True)
     return rounds

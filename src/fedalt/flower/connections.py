@@ -244,11 +244,19 @@ def _network(address: str) -> str:
 
 
 def listeners(host: str, port: int) -> list[socket.socket]:
-    """Sockets that listen at all addresses of a host. Raises OSError."""
-    infos = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    sockets = []
+    """Sockets that listen at all addresses of a host that this machine has. Raises OSError."""
+    infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    sockets, not_here = [], []
     for family, place in dict.fromkeys((info[0], info[4][:2]) for info in infos):
-        listener = socket.create_server(place, family=family, backlog=2048)
+        try:
+            listener = socket.create_server(place, family=family, backlog=2048)
+        except OSError as error:
+            if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                raise
+            not_here.append(error)  # as ::1 of localhost where a machine has no IPv6
+            continue
         listener.setblocking(False)
         sockets.append(listener)
+    if not sockets:
+        raise not_here[0]
     return sockets

@@ -1,5 +1,6 @@
 """A federation's own certificate authority, its server's certificate, and a key for each client."""
 
+import contextlib
 import ipaddress
 import ssl
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ PEERS: Final = "peers"  # the folder of its peers' keys in a client's folder
 _AUTHORITY_YEARS: Final = 10
 _SERVER_YEARS: Final = 2
 _LONGEST_KEY: Final = 2**16  # bytes that are read of a key or certificate
+_ANOTHER: Final = "make another one, as docs/deployment.md says under 'A new certificate'"
+_Names: Final = x509.SubjectAlternativeName
+# Flower listens there, and the gateway and Flower's own commands want to know whom they reach.
+_OWN_PROCESSES: Final = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
 _EXPECTED: Final = "expected ecdsa-sha2-nistp384, as `fedalt federation init` makes them"
 
 
@@ -59,7 +64,7 @@ def make_server(folder: Path, authority: Path, hosts: list[str], days: int | Non
     ca_key = load_pem_private_key((authority / "ca.key").read_bytes(), None)
     assert isinstance(ca_key, EllipticCurvePrivateKey)
     key = generate_private_key(SECP384R1())
-    names = x509.SubjectAlternativeName([_host(host) for host in dict.fromkeys(hosts)])
+    names = _Names([_host(host) for host in dict.fromkeys(hosts)])
     issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())
     lifetime = 365 * _SERVER_YEARS if days is None else days
     builder = (
@@ -82,14 +87,38 @@ def make_client_key(secret: Path, public: Path) -> None:
 
 def require_server_credentials(certificate: Path, key: Path, authority: Path) -> None:
     """Refuse a server's certificate that no client would take. Raises SettingsError, OSError."""
-    key.read_bytes()  # its error names the file
-    own, issuer = _certificate(certificate), _certificate(authority)
+    own, issuer, data = _certificate(certificate), _certificate(authority), _content(key)
+    try:
+        secret = load_pem_private_key(data, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:
+        raise SettingsError(
+            f"{key}: it is no private key ({error}); expected one in PEM without a pass phrase"
+        ) from None
+    if secret.public_key() != own.public_key():
+        raise SettingsError(f"{key}: it is not the key of {certificate}; put the two back together")
     try:
         own.verify_directly_issued_by(issuer)
+    except (ValueError, TypeError, InvalidSignature):
+        raise SettingsError(
+            f"{certificate}: it was not signed by the authority of {authority}, which clients "
+            f"trust; {_ANOTHER}"
+        ) from None
+    if _OWN_PROCESSES not in _names_of(own):
+        raise SettingsError(
+            f"{certificate}: it does not name {_OWN_PROCESSES.value}, where the server's own "
+            f"processes reach each other; {_ANOTHER}"
+        )
+    try:
         ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(certificate, key)
-    except (ValueError, TypeError, InvalidSignature, ssl.SSLError) as error:
-        why = str(error) or "it was not signed by this authority"
-        raise SettingsError(f"{certificate}, {key} and {authority}: {why}") from None
+    except ssl.SSLError as error:
+        raise SettingsError(f"{certificate} and {key}: {error}") from None
+
+
+def names_host(certificate: Path, host: str) -> bool:
+    """Whether clients that call a host would take the certificate to be its."""
+    name = str(_host(host).value).lower()
+    names = {str(each.value).lower() for each in _names_of(_certificate(certificate))}
+    return not names.isdisjoint({name, f"*.{name.partition('.')[2]}"})
 
 
 def require_client_credentials(key: Path, authority: Path | None) -> None:
@@ -148,10 +177,21 @@ def _certificate(file: Path) -> x509.Certificate:
             f"{file}: it is no certificate ({error}); expected one in PEM, as `fedalt federation "
             "init` makes them"
         ) from None
-    if certificate.not_valid_after_utc < datetime.now(UTC):
-        end = certificate.not_valid_after_utc
-        raise SettingsError(f"{file}: the certificate expired on {end:%Y-%m-%d}")
+    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
+    if end < datetime.now(UTC):
+        raise SettingsError(f"{file}: the certificate expired on {end:%Y-%m-%d}; {_ANOTHER}")
+    if begin > datetime.now(UTC):
+        raise SettingsError(
+            f"{file}: the certificate is valid only from {begin:%Y-%m-%d %H:%M} UTC on; set this "
+            f"machine's clock, or {_ANOTHER}"
+        )
     return certificate
+
+
+def _names_of(certificate: x509.Certificate) -> list[x509.GeneralName]:
+    with contextlib.suppress(x509.ExtensionNotFound):
+        return list(certificate.extensions.get_extension_for_class(_Names).value)
+    return []
 
 
 def _builder(
@@ -197,14 +237,9 @@ def _host(text: str) -> x509.GeneralName:
 def _write_pair(
     folder: Path, name: str, certificate: x509.Certificate, key: EllipticCurvePrivateKey
 ) -> None:
-    (folder / f"{name}.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    _write_secret(folder / f"{name}.key", secret)
-
-
-def _write_secret(path: Path, data: bytes) -> None:
-    path.touch(mode=0o600)
-    path.write_bytes(data)
+    atomic_write(folder / f"{name}.crt", certificate.public_bytes(Encoding.PEM))
+    atomic_write(folder / f"{name}.key", secret)
 
 
 @dataclass(frozen=True)

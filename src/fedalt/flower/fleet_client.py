@@ -40,6 +40,7 @@ from flwr.supercore.inflatable.inflatable_utils import (
 from flwr.supercore.run import RunNotRunningException
 from flwr.supernode.fleet_http_connection import http_request_response
 
+from fedalt.flower.addresses import host_and_port
 from fedalt.flower.message_content import bytes_of, content_of
 from fedalt.flower.parent_pipe import Pipe, pipe_to_parent, receive, send
 from fedalt.flower.proxies import reach_loopback_directly, through_proxy
@@ -55,6 +56,14 @@ _NOT_NOW: Final = (
     HTTPStatus.GATEWAY_TIMEOUT,
 )
 _FORMAT: Final = "application/protobuf"  # of requests
+# By OpenSSL's numbers (X509_V_ERR_*).
+_BY_TIME: Final = "; the server needs a new certificate, unless this machine's clock is wrong"
+_REMEDIES: Final = {
+    9: _BY_TIME,  # not yet valid
+    10: _BY_TIME,  # has expired
+    **dict.fromkeys((18, 19, 20), "; ca.crt has to be the one of this server's federation"),
+    **dict.fromkeys((62, 64), "; the server's certificate has to name the address in client.toml"),
+}
 _LAST_WORDS: Final = 8.0  # seconds that leaving may take
 
 Answer = TypeVar("Answer")
@@ -68,7 +77,7 @@ def main() -> None:
     # Flower sends its own process this signal where the server does not know the key.
     signal.signal(signal.SIGINT, _shut_out)
     threading.Thread(target=_leave_with_parent, args=(os.getppid(),), daemon=True).start()
-    reach_loopback_directly(address)
+    reach_loopback_directly(host_and_port(address)[0])
     key: Any = load_ssh_private_key(Path(key_file).read_bytes(), None)
     server = _Server(address, None if ca_file == "-" else ca_file, key)
     try:
@@ -225,7 +234,7 @@ def server_trouble(address: str, authority: str | None) -> str | None:
         answer = httpx.get(f"{_url(address, authority)}/", verify=_trusted(authority))
     except (httpx.TransportError, ssl.SSLError) as error:
         proxy = through_proxy(address, secure=authority is not None)
-        return f"{address} cannot be reached: {error}{proxy}"
+        return f"{address} cannot be reached: {error}{_remedy(error)}{proxy}"
     if answer.status_code == HTTPStatus.GONE:
         raise _EndedError
     date = answer.headers.get("date")
@@ -238,6 +247,13 @@ def server_trouble(address: str, authority: str | None) -> str | None:
         f"this machine's clock is {abs(ahead):.0f} seconds {'ahead of' if ahead > 0 else 'behind'} "
         f"that of {address}; at most {AHEAD:.0f} ahead and {BEHIND:.0f} behind are taken"
     )
+
+
+def _remedy(error: BaseException | None) -> str:
+    """What to do about a certificate that is not taken, as the end of a sentence; "" otherwise."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__context__  # httpx's and httpcore's own stand before it
+    return "" if error is None else _REMEDIES.get(error.verify_code, "")
 
 
 def _url(address: str, authority: str | None) -> str:

@@ -36,6 +36,7 @@ from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.loops.auto import auto_loop_factory
 
+from fedalt.flower.addresses import host_and_port
 from fedalt.flower.bodies import Body, BodyStore, IncomingBody, NoRoomError, parts
 from fedalt.flower.connections import Connection, Connections, listeners
 from fedalt.flower.message_content import CHUNK
@@ -202,8 +203,7 @@ async def serve(words: argparse.Namespace) -> None:
     connections = Connections(words.keyless, words.keyless_per_address, refusals)
     logging.getLogger("uvicorn.error").addFilter(refusals.is_other)
     asyncio.get_running_loop().set_exception_handler(refusals.count_fault)
-    host, _, port = words.address.rpartition(":")
-    sockets = listeners(host.strip("[]"), int(port))
+    sockets = listeners(*host_and_port(words.address))
 
     def keys() -> Mapping[bytes, object]:
         signatures.read()

@@ -18,9 +18,14 @@ from fedalt.flower.message_content import bytes_of, content_of
 _PAUSE: Final = 0.2  # seconds between two looks
 _LOOK_AT_NODES: Final = 1.0
 _AT_ONCE: Final = 8  # answers in memory, whole or coming; who receives them puts them on disk
-_IN_PART: Final = 10.0  # seconds after which an answer that comes waits for its sender
-_PER_CLIENT: Final = 4  # answers that are waited for; a connection that breaks off leaves one
-_THREADS: Final = 512  # begun as they are needed
+# Seconds after which an answer that comes waits for its sender: what Flower's server has as a whole
+# is here sooner, over loopback.
+_IN_PART: Final = 10.0
+# Answers that are waited for. A connection that breaks off leaves one, for three minutes, and
+# Flower keeps its client out for one: so three may still be there when the next one comes.
+_PER_CLIENT: Final = 4
+# Those of 128 clients; a thread is begun when it is needed, and others' answers wait for one.
+_THREADS: Final = 4 * 128
 _LONGEST: Final = 600  # characters of an error, which may quote what a client has sent
 
 

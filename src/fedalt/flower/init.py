@@ -1,7 +1,5 @@
 """Making a federation: a folder for the server and one for each client, ready to be sent out."""
 
-import ipaddress
-import re
 import secrets
 import shutil
 from collections.abc import Iterator, Sequence
@@ -12,19 +10,17 @@ from typing import Final
 
 import tomli_w
 
-from fedalt.core.files import make_private_folder
+from fedalt.core.files import atomic_write, make_private_folder
 from fedalt.core.foreign import shown
 from fedalt.data.names import fault_of_names, fault_of_title
 from fedalt.federation.agreement import Agreement, require_enough_clients, write_agreement
+from fedalt.flower.addresses import host_and_port, listens_only, require_address
 from fedalt.flower.credentials import PEERS, make_authority, make_client_key, make_server
 from fedalt.models.base import BUILT_IN, PACKAGED
 from fedalt.runs.settings import SettingsError, method_name
 from fedalt.runs.setup import Parts
 
 _README: Final = Path(__file__).parents[1] / "assets" / "federation"
-_HOST: Final = re.compile(
-    r"(?=.{1,253}$)[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?(\.[A-Za-z0-9-]+)*\.?"
-)
 # Where the operator starts from: every client has drawn the same A, which norms are mostly of.
 _FIREWALL: Final = {"norm_limit": 10.0}
 
@@ -43,7 +39,7 @@ def create_federation(
     `address` is where the server listens and what the clients call, host:port. Raises what
     `require_possible` does; then, and where anything else fails, the folder is as it was.
     """
-    host = require_possible(folder, clients, address, name=name, labels=labels)
+    require_possible(folder, clients, address, name=name, labels=labels)
     require_enough_clients(parts.settings, clients)
     with whole_or_nothing(folder) as unfinished:
         authority, server = unfinished / "authority", unfinished / "server"
@@ -51,7 +47,7 @@ def create_federation(
         make_private_folder(server / "clients")
         make_authority(authority, name)
         _write_readme(authority, "authority")
-        make_server(server, authority, [host.strip("[]"), "localhost", "127.0.0.1"])
+        make_server(server, authority, [host_and_port(address)[0], "localhost", "127.0.0.1"])
         shutil.copy(authority / "ca.crt", server)
         terms = write_agreement(server, name, clients, labels, parts)
         privacy = parts.settings.privacy
@@ -105,19 +101,17 @@ def require_possible(
     *,
     name: str = "federation",
     labels: Sequence[str] = (),
-) -> str:
-    """The host of the address; SettingsError for what no federation can be made of.
+) -> None:
+    """Raise SettingsError for what no federation can be made of.
 
     That is a folder in use, names that cannot be folders on every file system or that some take
     for one, labels or clients named twice, a name of the federation that cannot be shown in a
     line, and an address without a host or port.
     """
-    host, _, port = address.rpartition(":")
-    plain = _HOST.fullmatch(host) or _is_address(host)
-    if not plain or not re.fullmatch("[0-9]{1,5}", port) or not 0 < int(port) < 65536:
-        raise SettingsError(
-            f"address {shown(repr(address))}: expected host:port, such as 10.0.0.5:8443"
-        )
+    try:
+        require_address(address)
+    except ValueError as error:
+        raise SettingsError(f"address {error}") from None
     if listens_only(address):
         raise SettingsError(
             f"address {address!r}: no client can call it; expected the one of the server's machine "
@@ -135,28 +129,13 @@ def require_possible(
         raise SettingsError(fault)
     if folder.exists() and any(folder.iterdir()):
         raise SettingsError(f"{folder} exists already and is not empty")
-    return host
-
-
-def listens_only(address: str) -> bool:
-    """Whether host:port is all addresses of a machine: one listens there, and calls nobody."""
-    host = address.rpartition(":")[0].strip("[]")
-    return _is_address(host) and ipaddress.ip_address(host).is_unspecified
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host.strip("[]"))
-    except ValueError:
-        return False
-    return True
 
 
 @contextmanager
 def whole_or_nothing(folder: Path) -> Iterator[Path]:
     """A folder to fill, which gets its name once it is complete and is removed if it never is."""
     folder = folder.resolve()
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_private_folder(folder.parent)
     unfinished = folder.with_name(f".{secrets.token_hex(8)}.tmp")
     unfinished.mkdir(mode=0o700)
     try:
@@ -175,12 +154,12 @@ def whole_or_nothing(folder: Path) -> Iterator[Path]:
 
 
 def _write(file: Path, table: dict[str, object]) -> None:
-    file.write_text(tomli_w.dumps(table), encoding="utf-8")
+    atomic_write(file, tomli_w.dumps(table).encode())
 
 
 def _write_readme(folder: Path, kind: str, **words: str) -> None:
     text = Template((_README / f"{kind}.md").read_text(encoding="utf-8")).substitute(words)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    atomic_write(folder / "README.md", text.encode())
 
 
 def _model_step(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypedDict, get_type_hints
 from fedalt.core.declared import SettingsError, declared, section_of, setting
 from fedalt.core.reading import FormError, content, require
 from fedalt.data.encodings import EncodingError, decoded
+from fedalt.flower.addresses import require_address
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class ServerPlace:
                 f"keyless_per_address = {self.keyless_per_address} and keyless = {self.keyless}: "
                 "expected at least 1, and no more of one address than in all"
             )
+        _require_address("address", self.address)
 
     @property
     def run(self) -> Path:
@@ -117,6 +119,9 @@ class ClientPlace:
         False
     )
 
+    def __post_init__(self) -> None:
+        _require_address("server", self.server)
+
 
 def read_server_place(file: Path, *, insecure: bool = False) -> tuple[ServerPlace, dict[str, Any]]:
     """The places of a federation.toml, and its other sections. Raises SettingsError."""
@@ -165,6 +170,13 @@ def _read_sections(file: Path, known: set[str]) -> dict[str, Any]:
             f"{file}: unknown section [{min(unknown)}]; expected {', '.join(sorted(known))}"
         )
     return table
+
+
+def _require_address(key: str, address: str) -> None:
+    try:
+        require_address(address)
+    except ValueError as error:
+        raise ValueError(f"{key} = {error}") from None
 
 
 def _place_of(cls: Any, table: dict[str, Any], file: Path, section: str) -> Any:

@@ -18,6 +18,8 @@ import psutil
 
 from fedalt.core.files import atomic_write, make_private_folder, open_private
 from fedalt.core.reading import StoreError, read_json, read_text
+from fedalt.flower.addresses import host_and_port
+from fedalt.flower.connections import listeners
 from fedalt.flower.crash_log import last_line, length
 from fedalt.runs.settings import SettingsError
 
@@ -118,9 +120,17 @@ def shorten(log: Path) -> None:
 
 
 def end_leftovers(register: Path) -> None:
-    """End the processes of a group whose own process was killed."""
+    """End the processes of a group whose own process was killed.
+
+    Raises StoreError where that process runs: the folder is then a copy of the one it works in.
+    """
     if not register.exists():
         return
+    if (owner := _owner(register)).exists() and is_running(owner):
+        raise StoreError(
+            f"{register.parent} is a copy of a folder in which process "
+            f"{read_text(owner).partition(' ')[0]} runs; stop that one first"
+        )
     left = []
     for pid, born in read_json(register, dict[str, float]).items():
         if not pid.isdecimal():
@@ -142,17 +152,24 @@ def _end(processes: Sequence[psutil.Process]) -> None:
         _, alive = psutil.wait_procs(alive, timeout=_POLITE)
 
 
+def _owner(register: Path) -> Path:
+    """Where the process is noted whose group a register is of."""
+    return register.with_suffix(".pid")
+
+
 @contextmanager
 def process_group(environment: Mapping[str, str], register: Path) -> Iterator[ProcessGroup]:
     """Processes that end with this context, however it is left."""
     # Flower's commands lie beside this Python's.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     end_leftovers(register)
+    write_pid(_owner(register))
     group = ProcessGroup({**QUIET, "PATH": path, **environment}, register)
     try:
         yield group
     finally:
         group.stop()
+        _owner(register).unlink(missing_ok=True)
 
 
 def write_pid(pid_file: Path) -> None:
@@ -194,16 +211,10 @@ def _is_same(process: psutil.Process, begun: float) -> bool:
 
 def require_free(address: str) -> None:
     """Refuse an address, host:port, at which nobody can listen. Raises SettingsError."""
-    host, _, port = address.rpartition(":")
     try:
-        family, kind, protocol, _, place = socket.getaddrinfo(
-            host.strip("[]"), int(port), type=socket.SOCK_STREAM
-        )[0]
-        with socket.socket(family, kind, protocol) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(place)
-            listener.listen(1)
-    except (OSError, ValueError) as error:
+        for listener in listeners(*host_and_port(address)):
+            listener.close()
+    except OSError as error:
         raise SettingsError(f"address {address!r}: {error}") from None
 
 

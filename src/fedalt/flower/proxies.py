@@ -1,18 +1,21 @@
 """Proxies that the environment names for what Flower's client, over httpx, connects to."""
 
 import os
-from ipaddress import ip_address
 from typing import Final
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+from fedalt.flower.addresses import host_and_port, is_loopback
+
 _NAMES: Final = {"https": ("HTTPS_PROXY", "ALL_PROXY"), "http": ("HTTP_PROXY", "ALL_PROXY")}
 
 
-def reach_loopback_directly(address: str) -> None:
-    """No proxy stands between this machine and itself: leave it out for such a host:port."""
-    host = _host(address)
-    if not _is_loopback(host):
+def reach_loopback_directly(host: str) -> None:
+    """No proxy stands between this machine and itself: leave it out for such a host.
+
+    That is for this process and those that it starts.
+    """
+    if not is_loopback(host):
         return
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     os.environ["no_proxy"] = os.environ["NO_PROXY"] = ",".join(filter(None, [known, host]))
@@ -23,10 +26,10 @@ def through_proxy(address: str, *, secure: bool) -> str:
 
     The words go behind an error. A password in the proxy's address is left out.
     """
-    host, proxies = _host(address), getproxies()
+    (host, _), proxies = host_and_port(address), getproxies()
     scheme = "https" if secure else "http"
     proxy = proxies.get(scheme) or proxies.get("all")
-    if not proxy or _is_loopback(host) or proxy_bypass(host):
+    if not proxy or is_loopback(host) or proxy_bypass(host):
         return ""
     variable = _NAMES[scheme][0 if proxies.get(scheme) else 1]
     place = urlsplit(proxy if "//" in proxy else f"//{proxy}").netloc.rpartition("@")[2]
@@ -34,14 +37,3 @@ def through_proxy(address: str, *, secure: bool) -> str:
         f"; it was tried through the proxy {place} that {variable} names: "
         f"where the server is reached without it, set NO_PROXY={host}"
     )
-
-
-def _host(address: str) -> str:
-    return address.rpartition(":")[0].strip("[]")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"

@@ -12,12 +12,17 @@ REVOKED: Final = ".revoked"  # suffix of a public key that was taken away
 
 
 def revoke_key(place: ServerPlace, client_id: str) -> None:
-    """Take a client's key away; a running server notices. Raises SettingsError."""
+    """Take a client's key away; a running server notices. Raises SettingsError.
+
+    Done again, it ends what was cut short.
+    """
     file = place.clients / f"{client_id}.pub"
-    if not is_safe(client_id) or not file.exists():
+    taken = file.with_suffix(REVOKED)
+    if not is_safe(client_id) or not (file.exists() or taken.exists()):
         names = ", ".join(sorted(key.stem for key in place.clients.glob("*.pub")))
         raise SettingsError(f"client {client_id!r} has no key here; there are {names or 'none'}")
-    file.rename(file.with_suffix(REVOKED))
+    if file.exists():
+        file.rename(taken)
     record_revoked(place)
 
 

@@ -43,7 +43,10 @@ def add_clients(config: ServerConfig, names: Sequence[str]) -> list[Path]:
         places = [place_of(config, name) for name in names]
         for place in places:
             if place.exists():
-                raise SettingsError(f"{place} exists already; a newcomer's folder is a new one")
+                raise SettingsError(
+                    f"{place} exists already, and a newcomer's folder is a new one; where `add` "
+                    "was cut short, delete it"
+                )
         for place in places:
             server, address = config.file.parent, config.place.address
             write_client(place, server, config.terms, address, config.place.clients, added=True)
@@ -69,8 +72,8 @@ def remove_client(config: ServerConfig, name: str) -> str:
         key = config.place.clients / f"{name}.pub"
         if key.exists():
             key.rename(key.with_suffix(REVOKED))
-        _write(config, roster, removed=[name])
         record_revoked(config.place)
+        _write(config, roster, removed=[name])  # last, so that it can be repeated if cut short
     return what_stays(config.terms)
 
 

@@ -17,13 +17,14 @@ from typing import Final, NoReturn
 import tomli_w
 
 from fedalt.core.files import atomic_write, make_private_folder, open_private
-from fedalt.core.reading import read_text
+from fedalt.core.reading import PassingError, read_text
 from fedalt.federation.owner_messages import Say
+from fedalt.flower.addresses import host_and_port, listens_only
 from fedalt.flower.admission import Admission
 from fedalt.flower.client_keys import ClientKeys, clients_by_key
 from fedalt.flower.config import ServerConfig
 from fedalt.flower.crash_log import append, last_line, length
-from fedalt.flower.credentials import require_server_credentials
+from fedalt.flower.credentials import names_host, require_server_credentials
 from fedalt.flower.gateway import ENDED
 from fedalt.flower.processes import (
     ProcessDiedError,
@@ -35,6 +36,7 @@ from fedalt.flower.processes import (
     shorten,
     wait_for_port,
 )
+from fedalt.flower.proxies import reach_loopback_directly
 from fedalt.runs.folder import StoreError, locked
 
 APP: Final = Path(__file__).parent / "app"
@@ -43,6 +45,7 @@ _LOOK: Final = 0.5  # seconds between two looks
 _RESTART: Final = 2.0  # seconds before something that has died is started again
 _MOST_DEATHS: Final = 6  # in a row, while nothing gets further
 _LONG: Final = 300.0  # seconds; what has lived so long did not die at once
+_FLOWERS_HOST: Final = "127.0.0.1"
 _NAME: Final = "federation"  # of the server in Flower's own configuration
 _GATEWAY: Final = "the gateway"
 _FLOWER: Final = "Flower's server"
@@ -53,12 +56,17 @@ _GIVE_BACK: Final = {"MALLOC_MMAP_THRESHOLD_": "131072"}
 def supervise(config: ServerConfig, say: Say) -> None:
     """Keep the federation going to its end.
 
-    Raises SettingsError or StoreError for what does not go away by starting again.
+    Raises SettingsError or StoreError for what does not go away by starting again, PassingError for
+    what may.
     """
     place = config.place
+    reach_loopback_directly(_FLOWERS_HOST)
     clients_by_key(config)
     if not place.insecure:
         require_server_credentials(place.certificate, place.key, place.authority)
+        host, _ = host_and_port(place.address)
+        if not listens_only(place.address) and not names_host(place.certificate, host):
+            say(f"{place.certificate} does not name {host}; who calls that address refuses it")
     for folder in (place.flower, place.logs):
         make_private_folder(folder)
     with (
@@ -97,14 +105,14 @@ class Patience:
     deaths: int = 0
 
     def died(self, what: str) -> None:
-        """Count a death. Raises StoreError where there were too many."""
+        """Count a death. Raises PassingError where there were too many."""
         now, progress = time.monotonic(), progress_of(self.config)
         if progress != self.progress or now - self.since > _LONG:
             self.deaths = 0
         self.progress, self.since = progress, now
         self.deaths += 1
         if self.deaths >= _MOST_DEATHS:
-            raise StoreError(
+            raise PassingError(
                 f"{what}; that was {self.deaths} deaths in a row without getting further"
             )
 
@@ -164,7 +172,7 @@ class _Supervision:
                 self.say(f"{death}; starting it again")
 
     def tell_of_the_end(self) -> NoReturn:
-        """Tell clients that were away at the end, until stopped. Raises StoreError."""
+        """Tell clients that were away at the end, until stopped. Raises PassingError."""
         self._start_gateway(ENDED)
         self.say(
             f"the federation has ended; clients that call {self.config.place.address} are told "
@@ -172,7 +180,7 @@ class _Supervision:
         )
         while self.processes.dead() is None:
             time.sleep(_LOOK)
-        raise StoreError(self.processes.death(_GATEWAY))
+        raise PassingError(self.processes.death(_GATEWAY))
 
     def _start_flower(self) -> int:
         """Start Flower's server at a port of loopback.
@@ -180,9 +188,9 @@ class _Supervision:
         It keeps no database: who may come in, and what is asked of whom, is said anew to each.
         """
         place, port = self.config.place, free_port()
-        command = ["flower-superlink", "--host", "127.0.0.1", "--port", str(port)]
+        command = ["flower-superlink", "--host", _FLOWERS_HOST, "--port", str(port)]
         command += ["--disable-runtime-dependency-installation"]
-        client: dict[str, object] = {"address": f"127.0.0.1:{port}"}
+        client: dict[str, object] = {"address": f"{_FLOWERS_HOST}:{port}"}
         if place.insecure:
             command += ["--insecure"]
             client["insecure"] = True

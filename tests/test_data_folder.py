@@ -1,4 +1,5 @@
 import json
+import os
 import tracemalloc
 
 import pytest
@@ -207,6 +208,14 @@ def test_a_key_given_twice_is_named_with_file_and_line_and_never_the_last_one_wi
     key = "y" if "y" in inner else "output"
     said = f"a.train.jsonl:2: the key '{key}' is given twice in one object"
     assert failure(tmp_path).endswith(said)
+
+
+def test_a_number_of_too_many_digits_and_a_pipe_are_named(tmp_path):
+    (tmp_path / "a.train.jsonl").write_text('{"n": %s}\n' % ("9" * 5000))
+    os.mkfifo(tmp_path / "b.train.jsonl")
+    told = failure(tmp_path)
+    assert "a.train.jsonl:1: not usable JSON: a number of too many digits" in told
+    assert "b.train.jsonl: cannot be read (it is a pipe, not a file)" in told
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

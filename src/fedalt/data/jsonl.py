@@ -109,6 +109,10 @@ def decode(raw: bytes) -> object:
         raise ValueError(f"not valid JSON: {what} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError("not usable JSON: nested too deeply") from None
+    except (UnicodeDecodeError, RepeatedKeyError):
+        raise
+    except ValueError:
+        raise ValueError("not usable JSON: a number of too many digits") from None
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -201,7 +201,9 @@ def test_a_broken_json_list_is_named_with_its_line(tmp_path, text, wanted):
     assert f"local_training_0.json{wanted}" in failure(tmp_path)
 
 
-@pytest.mark.parametrize("inner", ['"output": "p"', '"\\u006futput": "o"', '"x": [{"y": 1, "y": 1}]'])
+@pytest.mark.parametrize(
+    "inner", ['"output": "p"', '"\\u006futput": "o"', '"x": [{"y": 1, "y": 1}]']
+)
 def test_a_key_given_twice_is_named_with_file_and_line_and_never_the_last_one_wins(tmp_path, inner):
     lines = ['{"instruction": "i", "output": "o"}', '{"instruction": "j", "output": "o", %s}']
     (tmp_path / "a.train.jsonl").write_text("\n".join(lines) % inner)

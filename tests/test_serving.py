@@ -137,6 +137,7 @@ WRONG = {
     "no tokens": ({"max_tokens": 0}, 400, "invalid_value", "max_tokens: "),
     "heat": ({"temperature": 3}, 400, "invalid_value", "less than or equal to 2"),
     "two answers": ({"n": 2}, 400, "unsupported", "n: this server cannot do that"),
+    "no others' logprobs": ({"logprobs": 0}, 400, "unsupported", "logprobs: this server"),
     "an unknown wish": ({"tools": [{}]}, 400, "unsupported", "tools: "),
     "no model": ({"model": None}, 400, "invalid_value", "model: "),
     "an empty stop": ({"stop": ["a", ""]}, 400, "invalid_value", "stop.1: String should have"),

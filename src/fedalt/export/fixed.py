@@ -63,7 +63,7 @@ def with_fixed_weights(
     if not known or not held_out:
         missing = "validation" if known else "training"
         raise ValueError(
-            "the mean weights of the adapters are those on the client's training examples, and what "
+            "the mean weights of the adapters come from the client's training examples, and what "
             f"they cost is measured on its validation examples, but it has no {missing} examples; "
             "--format fedalt writes the whole model without them"
         )

@@ -13,7 +13,7 @@ import torch
 from bases import letters
 from data_files import CHAT_TEMPLATE
 from runs_for_tests import settings_for
-from tiny import llama
+from tiny import llama, llama_classifier
 from tokenizers.processors import TemplateProcessing
 
 import fedalt
@@ -124,6 +124,23 @@ def test_the_code_of_the_card_answers_as_the_run_does(
         assert told == [run.generate("b", question) for question in QUESTIONS]
         assert any(told)
         assert any(alone)
+
+
+def save_classifier(folder: Path) -> None:
+    """A classifier for three labels, which the data's two take the place of."""
+    llama_classifier().save_pretrained(folder)
+    letters().save_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_code_of_the_card_puts_a_head_in_the_place_of_one_for_other_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
+    of = served(run_of(tmp_path, "text", save_classifier).path, "b")
+    lone = export_individual(
+        of.serving, of.parts.base, tmp_path / "lone", readme=card(of, "b", "individual")
+    )
+    assert {*printed_by(lone, monkeypatch, capsys)} <= {"bad", "good"}
 
 
 def save_half(folder: Path) -> None:

@@ -30,7 +30,7 @@ def chat(*words, **environment):
         ["chat", *map(str, words)],
         dimensions=(60, 120),
         encoding="utf-8",
-        timeout=60,
+        timeout=240,
         env={**env, "TERM": "xterm-256color", "COLORTERM": "truecolor", **environment},
     )
 
@@ -88,7 +88,7 @@ def test_three_models_answer_side_by_side_and_each_token_has_its_weight(finished
 
 
 def test_without_colours_the_weights_are_numbers_and_ctrl_d_ends(finished_run):
-    screen = chat(finished_run, "--client", "a", NO_COLOR="1", TERM="dumb")
+    screen = chat(finished_run, "--client", "a", NO_COLOR="1")
     screen.expect_exact("> ")
     screen.sendline("ask 5a")
     plain, _ = shown(screen, "> ")

@@ -241,6 +241,11 @@ def test_parts_of_text_are_one_text_and_other_parts_are_refused():
             "its arguments are no valid JSON",
         ),
         (
+            [user(), assistant(function_call={"name": "f", "arguments": '{"x": 1, "x": 2}'})],
+            {},
+            "in its arguments the key 'x' is given twice in one object",
+        ),
+        (
             [user(), assistant(function_call={"name": "f", "arguments": "[1]"})],
             {},
             "expected an object as arguments, got a list of 1",
@@ -251,6 +256,7 @@ def test_parts_of_text_are_one_text_and_other_parts_are_refused():
             "both 'tool_calls' and 'function_call'",
         ),
         ([user(), assistant()], {"tools": "[" * 100_000}, "field 'tools': expected a list"),
+        ([user(), assistant()], {"tools": '[{"x": 1, "x": 2}]'}, "the key 'x' is given twice"),
         ([user(), assistant()], {"tools": "lookup"}, "field 'tools': expected a list of tools"),
         ([user(), assistant()], {"tools": ["lookup"]}, "field 'tools': expected a list of tools"),
         ([{"role": "critic", "content": "c"}, assistant()], {}, "role 'critic' is none of system"),

@@ -1,4 +1,5 @@
 import json
+import os
 import tracemalloc
 
 import pytest
@@ -191,12 +192,32 @@ def test_a_wrong_record_is_all_that_is_told_of_it(tmp_path):
         ('[{"instruction": "i", "output": "o"}] x', ":1: not valid JSON: text behind the end"),
         ('[\n{"instruction": "i", "output": "o"},\n\n{"output": "i"}]', ":4: no known record form"),
         ("[" * 100_000, ":1: not usable JSON"),
+        ('[\n{"output": "o",\n"output": "p"}]', ":2: the key 'output' is given twice"),
         ("[]", ": holds no records"),
     ],
 )
 def test_a_broken_json_list_is_named_with_its_line(tmp_path, text, wanted):
     (tmp_path / "local_training_0.json").write_text(text)
     assert f"local_training_0.json{wanted}" in failure(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "inner", ['"output": "p"', '"\\u006futput": "o"', '"x": [{"y": 1, "y": 1}]']
+)
+def test_a_key_given_twice_is_named_with_file_and_line_and_never_the_last_one_wins(tmp_path, inner):
+    lines = ['{"instruction": "i", "output": "o"}', '{"instruction": "j", "output": "o", %s}']
+    (tmp_path / "a.train.jsonl").write_text("\n".join(lines) % inner)
+    key = "y" if "y" in inner else "output"
+    said = f"a.train.jsonl:2: the key '{key}' is given twice in one object"
+    assert failure(tmp_path).endswith(said)
+
+
+def test_a_number_of_too_many_digits_and_a_pipe_are_named(tmp_path):
+    (tmp_path / "a.train.jsonl").write_text('{"n": %s}\n' % ("9" * 5000))
+    os.mkfifo(tmp_path / "b.train.jsonl")
+    told = failure(tmp_path)
+    assert "a.train.jsonl:1: not usable JSON: a number of too many digits" in told
+    assert "b.train.jsonl: cannot be read (it is a pipe, not a file)" in told
 
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

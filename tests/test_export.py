@@ -86,7 +86,7 @@ def test_a_slot_loads_as_plain_lora_and_equals_the_layer_with_that_slot_alone(
     assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
 
 
-def test_the_first_slot_or_a_routers_own_is_exported_unless_another_is_named(
+def test_the_individual_slot_or_a_routers_own_is_exported_unless_another_is_named(
     tmp_path: Path,
 ) -> None:
     base = base_of("llama")
@@ -101,6 +101,18 @@ def test_the_first_slot_or_a_routers_own_is_exported_unless_another_is_named(
     assert Path(configs[0]["base_model_name_or_path"]).samefile(base.name)
     with pytest.raises(ValueError, match="no slot 'shared' to export, only individual, rest_of_w"):
         export_individual(serving_for(base), base, tmp_path / "c", slot="shared")
+
+
+def test_the_individual_slot_is_found_behind_others_and_missing_is_an_error(tmp_path: Path) -> None:
+    base = base_of("llama")
+    shared = Slot("shared", 4, 8.0)
+    behind = serving_for(base, Plan((shared, TWO[0]), Sum((1.0, 1.0))))  # as PF2LoRA's
+    export_individual(behind, base, tmp_path / "a")
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (2, 4)
+    several = serving_for(base, Plan((shared, TWO[1]), Sum((1.0, 1.0))))
+    with pytest.raises(ValueError, match="no individual adapter: its adapters are shared, rest_of"):
+        export_individual(several, base, tmp_path / "b")
 
 
 def test_generation_equals_that_of_the_bound_layer(tmp_path: Path) -> None:

@@ -99,8 +99,10 @@ def test_what_cannot_be_fixed_is_said():
     with pytest.raises(ValueError, match="anew for every prompt"):
         with_fixed_weights(weighed, base, (), ())
     mixer = Serving(Plan(TWO, Mixer()), random_serving_tree(base, Plan(TWO, Mixer())))
-    with pytest.raises(ValueError, match="there are none"):
+    with pytest.raises(ValueError, match="has no training examples; --format fedalt"):
         with_fixed_weights(mixer, base, (), ())
+    with pytest.raises(ValueError, match="has no validation examples; --format fedalt"):
+        with_fixed_weights(mixer, base, [example("ask me", "yes")], ())
 
 
 def test_all_clients_are_written_as_plain_adapters_whose_cost_is_told(
@@ -126,6 +128,10 @@ def test_all_clients_are_written_as_plain_adapters_whose_cost_is_told(
     assert "4bit" not in readme
     assert "--max-lora-rank 8 " in readme  # two of rank 2, and the least that vLLM knows
     assert call("export", finished_run, "--all", "--client", "a", "--out", tmp_path / "x") == 2
+    asked = ("export", finished_run, "--client", "b", "--format", "peft", "--out", out / "b")
+    capsys.readouterr()
+    assert call(*asked) == 2  # and nothing was measured before
+    assert re.fullmatch(r"error: .* exists already and is not empty\n", capsys.readouterr().err)
     merged = tmp_path / "merged"
     flags = ("--client", "b", "--format", "merged", "--out", merged)
     assert call("export", finished_run, *flags) == 0

@@ -160,7 +160,7 @@ def test_explicit_sites_are_whole_path_endings_in_the_models_order() -> None:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (["q_proj", "qproj"], r"llama model is called 'qproj'; close names: .*q_proj"),
+        (["q_proj", "qproj"], r"can be adapted is called 'qproj'; close names: .*q_proj"),
         (["proj"], r"called 'proj'; close names"),  # a piece of a name is not a name
         (["lm_head"], r"called 'lm_head'"),
         (["embed_tokens"], r"called 'embed_tokens'"),

@@ -22,6 +22,7 @@ from fedalt.runs.answers import answers, load_run_parts, prompt_of, served, serv
 from fedalt.runs.settings import to_toml
 
 TOKEN = "a-token-of-the-test"
+AUTHORISED = {"Authorization": f"Bearer {TOKEN}"}
 SECRET = "abracadabra"
 LONG = 50
 
@@ -135,6 +136,7 @@ WRONG = {
     "no tokens": ({"max_tokens": 0}, 400, "invalid_value", "max_tokens: "),
     "heat": ({"temperature": 3}, 400, "invalid_value", "less than or equal to 2"),
     "two answers": ({"n": 2}, 400, "unsupported", "n: this server cannot do that"),
+    "no others' logprobs": ({"logprobs": 0}, 400, "unsupported", "logprobs: this server"),
     "an unknown wish": ({"tools": [{}]}, 400, "unsupported", "tools: "),
     "no model": ({"model": None}, 400, "invalid_value", "model: "),
     "an empty stop": ({"stop": ["a", ""]}, 400, "invalid_value", "stop.1: String should have"),
@@ -208,6 +210,18 @@ def test_what_is_no_request_gets_a_sentence(server, client):
     assert error_of(post(server, "{}", token="wrong"))[:2] == (401, "invalid_api_key")
     assert error_of(post(server, " " * 4001))[:2] == (413, "request_too_large")
     assert error_of(post(server, iter([b" " * 3000] * 2)))[:2] == (413, "request_too_large")
+    for method, path, allowed in (
+        ("GET", "/v1/completions", {"POST"}),
+        ("OPTIONS", "/v1/chat/completions", {"POST"}),
+        ("POST", "/v1/models", {"GET", "HEAD"}),
+        ("PUT", "/health", {"GET", "HEAD"}),
+    ):
+        refused = httpx.request(method, server.url + path, headers=AUTHORISED, timeout=60)
+        assert error_of(refused)[::2] == (405, "this path takes another method")
+        assert set(refused.headers["allow"].split(", ")) == allowed
+    for path in ("/health", "/metrics", "/v1/models", "/v1/models/a"):
+        told = httpx.head(server.url + path, headers=AUTHORISED, timeout=60)
+        assert (told.status_code, told.content) == (200, b"")
     with pytest.raises(openai.AuthenticationError):
         server.client("wrong").models.list()
     with pytest.raises(openai.NotFoundError, match="no model 'nobody'"):
@@ -226,7 +240,7 @@ def metrics(server):
 
 
 def post_get(server, path):
-    return httpx.get(server.url + path, headers={"Authorization": f"Bearer {TOKEN}"})
+    return httpx.get(server.url + path, headers=AUTHORISED)
 
 
 def test_who_hangs_up_makes_room_and_nothing_is_lost(server, client, models):

@@ -99,7 +99,7 @@ def chosen(
         if not any(_ends(path, target) for path in linear):
             close = difflib.get_close_matches(target, _endings(linear), n=3, cutoff=0.3)
             raise ValueError(
-                f"no linear layer of this {kind} model is called {target!r}; "
+                f"no layer of this {kind} model that can be adapted is called {target!r}; "
                 f"close names: {', '.join(close or _endings(linear))}"
             )
     return [path for path in linear if any(_ends(path, target) for target in wanted)]

@@ -68,7 +68,7 @@ def chat(
         elif command.startswith("/"):
             note(f"there is no {command}; {HINT}")
         else:
-            colours = out.color_system is not None
+            colours = out.color_system is not None and not out.no_color
             for part in _answered(members, line, colours=colours, width=out.width):
                 out.print(part)
 

@@ -63,11 +63,17 @@ def _write(format_: Format, path: Path, client: str, of: "Served", folder: Path)
     from fedalt.adapters.plan import Mixer, Router
     from fedalt.export.card import asked_as, card
     from fedalt.export.fixed import with_fixed_weights
-    from fedalt.export.folders import export_individual, export_personal
-    from fedalt.export.llama_cpp import export_gguf
-    from fedalt.export.merged import export_merged
+    from fedalt.export.folders import export_individual, export_personal, require_free
+    from fedalt.export.llama_cpp import export_gguf, require_gguf
+    from fedalt.export.merged import export_merged, require_mergeable
 
     base = of.parts.base
+    # Before the cost of fixed weights is measured, which takes long.
+    require_free(folder)
+    if format_ == "merged":
+        require_mergeable(base)
+    if format_ == "gguf":
+        require_gguf(base)
     if format_ == "fedalt":
         readme = card(of, client, format_)
         export_personal(of.serving, base, folder, readme=readme, asked=asked_as(of))

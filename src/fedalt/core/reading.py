@@ -27,10 +27,15 @@ class FormError(ValueError):
     """A value that is not of its declared form; the text says where, and what was expected."""
 
 
-def content(file: Path) -> bytes:
-    """The content of a file. OSError, also for a pipe, on which a reader would wait for ever."""
+def require_no_pipe(file: Path) -> None:
+    """Raise OSError for a pipe, on which a reader would wait for ever."""
     if file.is_fifo():
         raise OSError(errno.EINVAL, "it is a pipe, not a file", str(file))
+
+
+def content(file: Path) -> bytes:
+    """The content of a file. Raises OSError."""
+    require_no_pipe(file)
     return file.read_bytes()
 
 

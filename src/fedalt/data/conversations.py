@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from fedalt.data.errors import DataError, as_text, described
 from fedalt.data.examples import Kind
+from fedalt.data.json_text import RepeatedKeyError, parsed
 
 ROLES: Final = ("system", "developer", "user", "assistant", "tool")
 _OTHER_NAMES: Final = {"function": "tool"}  # as results were called before there were tools
@@ -149,7 +150,9 @@ def _call(value: object, place: str) -> Message:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):  # as it comes over the wire; templates want the object
         try:
-            arguments = json.loads(arguments or "{}")
+            arguments = parsed(arguments or "{}")
+        except RepeatedKeyError as error:
+            raise DataError(f"{place}: in its arguments {error}") from None
         except (ValueError, RecursionError):
             raise DataError(f"{place}: its arguments are no valid JSON") from None
     if not isinstance(arguments, dict):
@@ -164,7 +167,9 @@ def _tools(fields: Mapping[str, object]) -> list[Message]:
     value = fields.get(name)
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
+            value = parsed(value)
+        except RepeatedKeyError as error:
+            raise DataError(f"field {name!r}: {error}") from None
         except (ValueError, RecursionError):
             raise DataError(f"field {name!r}: expected a list of tools, got a text") from None
     if not value:

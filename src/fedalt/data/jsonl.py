@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from fedalt.data.encodings import BOM, narrow_encoding
 from fedalt.data.formats import LOOK, other_format, table_of
+from fedalt.data.json_text import DECODER, RepeatedKeyError, parsed
 from fedalt.data.records import Problems
 from fedalt.data.tables import UNREADABLE, Table, TableError, opened, rows
 
@@ -103,12 +104,16 @@ def holds_list(begin: bytes) -> bool:
 def decode(raw: bytes) -> object:
     """The JSON value in UTF-8 bytes; a ValueError says what is wrong with them."""
     try:
-        return json.loads(raw.decode().rstrip())
+        return parsed(raw.decode().rstrip())
     except json.JSONDecodeError as error:
         what = error.msg.removesuffix(" at").removesuffix(" starting")
         raise ValueError(f"not valid JSON: {what} at character {error.pos + 1}") from None
     except RecursionError:
         raise ValueError("not usable JSON: nested too deeply") from None
+    except (UnicodeDecodeError, RepeatedKeyError):
+        raise
+    except ValueError:
+        raise ValueError("not usable JSON: a number of too many digits") from None
 
 
 def _list_items(raw: bytes, place: str, problems: Problems) -> Iterator[Item]:
@@ -119,18 +124,20 @@ def _list_items(raw: bytes, place: str, problems: Problems) -> Iterator[Item]:
         line = raw.count(b"\n", 0, error.start) + 1
         problems.add(f"{place}:{line}", f"not UTF-8; {narrow_encoding(raw)}")
         return
-    decoder, before = json.JSONDecoder(), 0
-    position, line, counted = text.index("[") + 1, 1, 0
+    position, line, counted, before = text.index("[") + 1, 1, 0, 0
     while True:
         position = _skip(text, position)
         line, counted = line + text.count("\n", counted, position), position
         if text[position : position + 1] == "]":
             break
         try:
-            value, position = decoder.raw_decode(text, position)
+            value, position = DECODER.raw_decode(text, position)
         except json.JSONDecodeError as error:
             line += text.count("\n", counted, error.pos)
             problems.add(f"{place}:{line}", f"not valid JSON: {error.msg}")
+            return
+        except RepeatedKeyError as error:
+            problems.add(f"{place}:{line}", str(error))
             return
         except (ValueError, RecursionError):
             problems.add(f"{place}:{line}", "not usable JSON: a number or a nesting too large")

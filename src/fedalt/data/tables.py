@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from fedalt.core.files import cache_folder, make_private_folder
 from fedalt.core.foreign import shown
+from fedalt.core.reading import require_no_pipe
 from fedalt.data.encodings import narrow_encoding
 
 PARQUET: Final = "Parquet"
@@ -180,9 +181,10 @@ def _unnamed(at: int, heads: Sequence[str]) -> str:
 
 
 def opened(file: Path) -> Any:
-    """A file's bytes, unpacked where it is a gzip archive."""
+    """A file's bytes, unpacked where it is a gzip archive. Raises OSError."""
     import gzip
 
+    require_no_pipe(file)
     stream = file.open("rb")
     packed = stream.read(2) == _GZIP
     stream.seek(0)

@@ -12,8 +12,10 @@ from fedalt.core.foreign import shown
 from fedalt.data.chat_template import days_in, special_ids
 from fedalt.data.prompts import encode_prompt, opened, opening_ids
 from fedalt.evaluation.asking import ends, room_of
+from fedalt.export.folders import own_slot
 from fedalt.export.llama_cpp import FILE
-from fedalt.models.base import BUILT_IN, gguf_file, location
+from fedalt.models.base import BUILT_IN, gguf_file, location, network_config
+from fedalt.models.config import own_labels
 from fedalt.models.gguf import SUFFIX
 from fedalt.runs.answers import Served
 from fedalt.runs.settings import method_name
@@ -33,10 +35,11 @@ def card(of: Served, client_id: str, what: What, note: str = "") -> str:
     name, base = shown(of.parts.base.name), location(of.parts.base.name)
     on_hub = name != BUILT_IN and not Path(base).exists()
     about = f"library_name: peft\n{f'base_model: {json.dumps(name)}' if on_hub else ''}".strip()
+    own = own_slot(of.serving.plan).name if what == "individual" else ""
     kinds = {
         "fedalt": "the whole personalised model, all adapters and what weighs them",
-        "individual": "the client's individual adapter alone, as a LoRA that PEFT loads without "
-        "fedalt",
+        "individual": f"the client's adapter {own!r} alone, as a LoRA that PEFT loads "
+        "without fedalt",
         "peft": "all of the client's adapters as one LoRA, which PEFT loads without fedalt",
         "merged": "the base model with the client's adapters merged into its weights",
         "gguf": "all of the client's adapters as one LoRA for llama.cpp",
@@ -115,6 +118,10 @@ tokenizer = AutoTokenizer.from_pretrained(".")
     if classifies:
         model = of.parts.base.adapted.model
         kind, more = "SequenceClassification", f", num_labels={model.config.num_labels}"
+        labels = tuple(model.config.id2label.values())
+        own = own_labels(network_config(of.parts.base.name, base, labels))
+        if len(own) not in (0, len(labels)):
+            more += ", ignore_mismatched_sizes=True"  # the head, in whose place PEFT puts its own
         if hasattr(model, "score"):
             lasting = "base.config.pad_token_id = None  # of one text the last token counts\n"
     if of.parts.base.adapted.model.dtype == torch.float32:

@@ -61,9 +61,11 @@ def with_fixed_weights(
     if isinstance(plan.combine, Sum):
         return Fixed(_stacked(serving, dict.fromkeys(base.adapted.sites, plan.combine.weights)))
     if not known or not held_out:
+        missing = "validation" if known else "training"
         raise ValueError(
-            "the mean weights of the adapters and what they cost are measured on the client's "
-            "examples, and there are none"
+            "the mean weights of the adapters come from the client's training examples, and what "
+            f"they cost is measured on its validation examples, but it has no {missing} examples; "
+            "--format fedalt writes the whole model without them"
         )
     losses = Scoring(generate=False)
     (seen,) = score_together(base, [(serving, known)], losses, watch=len(known))

@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from fedalt.adapters.plan import HEAD, Mixer, Router, Slot, Sum
+from fedalt.adapters.plan import HEAD, Mixer, Plan, Router, Slot, Sum
 from fedalt.core.files import make_private_folder, open_private, write_private
 from fedalt.core.tree import check_tree, select
 from fedalt.export.peft_type import SLOTS, FedALTConfig, key_of
@@ -31,6 +31,7 @@ from fedalt.models.base import BUILT_IN, PACKAGED, Base, gguf_file, location
 
 IDENTITY = "base_model.json"
 BUILT_IN_REFERENCE = f"fedalt:{BUILT_IN}"
+_INDIVIDUAL = "individual"  # what methods call the adapter that is the client's own
 
 
 def export_individual(
@@ -38,12 +39,12 @@ def export_individual(
 ) -> Path:
     """Write one slot as a LoRA that PEFT loads without fedalt.
 
-    By default that is the plan's first, or the own one of a router. It computes what the serving
-    does with a mixer or router fixed to that slot, or with a weight of 1 for it. A classifier's
-    head is included. Raises ValueError, also where the folder holds something.
+    By default that is the client's own, see `own_slot`. It computes what the serving does with a
+    mixer or router fixed to that slot, or with a weight of 1 for it. A classifier's head is
+    included. Raises ValueError, also where the folder holds something.
     """
     _require_fit(serving, base)
-    chosen = _slot(serving, slot)
+    chosen = own_slot(serving.plan) if slot is None else _slot(serving, slot)
     model = base.adapted.model
     whole = chosen.alpha == int(chosen.alpha)
     modules, parameters = targets_of(base.adapted)
@@ -119,11 +120,25 @@ def _require_fit(serving: Serving, base: Base) -> None:
     check_tree(serving.tree, needed, what="the serving to export")
 
 
-def _slot(serving: Serving, wanted: str | None) -> Slot:
+def own_slot(plan: Plan) -> Slot:
+    """The client's own adapter: a router's own, the individual one, or the only one.
+
+    Raises ValueError where several others are one model together.
+    """
+    if isinstance(plan.combine, Router):
+        return plan.slots[plan.combine.own]
+    slots = {slot.name: slot for slot in plan.slots}
+    own = slots.get(_INDIVIDUAL, plan.slots[0] if len(slots) == 1 else None)
+    if own is None:
+        raise ValueError(
+            f"this client has no individual adapter: its adapters are {', '.join(slots)}; "
+            "--format peft writes them as one"
+        )
+    return own
+
+
+def _slot(serving: Serving, wanted: str) -> Slot:
     slots = {slot.name: slot for slot in serving.plan.slots}
-    if wanted is None:
-        combine = serving.plan.combine
-        return serving.plan.slots[combine.own if isinstance(combine, Router) else 0]
     if wanted not in slots:
         raise ValueError(f"there is no slot {wanted!r} to export, only {', '.join(slots)}")
     return slots[wanted]
@@ -199,6 +214,12 @@ def _write(folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor]) -> N
         file.write(data)
 
 
+def require_free(folder: Path) -> None:
+    """Raise ValueError where a folder holds something, or is a file."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder.resolve()} exists already and is not empty")
+
+
 @contextmanager
 def new_folder(folder: Path, readme: str = "") -> Iterator[Path]:
     """A folder to fill, which gets its name once it is complete and is removed if it never is.
@@ -206,8 +227,7 @@ def new_folder(folder: Path, readme: str = "") -> Iterator[Path]:
     All that others have written into it, such as a tokenizer, is then for its owner alone too.
     """
     folder = folder.resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} exists already and is not empty")
+    require_free(folder)
     unfinished = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.tmp")
     make_private_folder(unfinished)
     try:

@@ -31,30 +31,33 @@ def export_gguf(serving: Serving, base: Base, folder: Path, *, readme: str = "")
     """Write the file; the serving has one slot of a fixed weight (`fixed.Fixed`).
 
     A is (rank, d_in) and B (d_out, rank), float32, under the name of the layer's weight; what is
-    added is alpha / rank times B A. Raises ValueError for a base model that is not known to be
-    named the same in llama.cpp, for tied output layers, and without the package gguf.
+    added is alpha / rank times B A. Raises ValueError, see `require_gguf`.
     """
-    config = base.adapted.model.config
-    known = _ARCHITECTURES.get(config.model_type)
+    architecture, reordered = require_gguf(base)
+    (slot,) = serving.plan.slots
+    tensors = _named(serving, slot, base, architecture, reordered=reordered)
+    with new_folder(folder, readme) as unfinished:
+        _write(unfinished / FILE, architecture, slot.alpha, tensors)
+    return folder
+
+
+def require_gguf(base: Base) -> tuple[str, bool]:
+    """What llama.cpp calls a base model's architecture, and whether it reorders queries and keys.
+
+    Raises ValueError for a base model that it is not known to name the same, and without the
+    package gguf.
+    """
+    model_type = base.adapted.model.config.model_type
+    known = _ARCHITECTURES.get(model_type)
     if known is None or base.adapted.heads:
-        what = "a classifier" if base.adapted.heads else f"a {config.model_type} model"
+        what = "a classifier" if base.adapted.heads else f"a {model_type} model"
         raise ValueError(
             f"--format gguf cannot write an adapter of {what}; expected a causal model of type "
             f"{', '.join(_ARCHITECTURES)}"
         )
     if find_spec("gguf") is None:
         raise ValueError("writing GGUF needs a package: `pip install 'fedalt[gguf]'`")
-    if config.tie_word_embeddings and "lm_head" in base.adapted.sites:
-        raise ValueError(
-            "--format gguf cannot write an adapter of lm_head, which llama.cpp has not apart from "
-            "the embedding in this base model; expected --format merged or other targets"
-        )
-    architecture, reordered = known
-    (slot,) = serving.plan.slots
-    tensors = _named(serving, slot, base, architecture, reordered=reordered)
-    with new_folder(folder, readme) as unfinished:
-        _write(unfinished / FILE, architecture, slot.alpha, tensors)
-    return folder
+    return known
 
 
 def _named(

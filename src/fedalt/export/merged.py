@@ -18,15 +18,9 @@ from fedalt.models.config import network_config
 def export_merged(serving: Serving, base: Base, folder: Path, *, readme: str = "") -> Path:
     """Write network and tokenizer; the serving has one slot of a fixed weight (`fixed.Fixed`).
 
-    Raises ValueError for a quantised base model, a classifier, and a folder that holds something.
+    Raises ValueError, see `require_mergeable`, and for a folder that holds something.
     """
-    if base.quantise:
-        raise ValueError(
-            f"the base model is loaded with {base.quantise} a weight, which no adapter can be "
-            "merged into; --format peft writes it beside the base model"
-        )
-    if base.adapted.heads:
-        raise ValueError("a classifier cannot be written merged; --format fedalt writes it whole")
+    require_mergeable(base)
     place = location(base.name)
     config = network_config(base.name, place, ())
     loaded, _ = load_network(base.name, place, config, labels=(), device="cpu")
@@ -41,3 +35,14 @@ def export_merged(serving: Serving, base: Base, folder: Path, *, readme: str = "
         loaded.model.save_pretrained(unfinished)
         base.tokenizer.save_pretrained(unfinished)
     return folder
+
+
+def require_mergeable(base: Base) -> None:
+    """Raise ValueError for a quantised base model and for a classifier."""
+    if base.quantise:
+        raise ValueError(
+            f"the base model is loaded with {base.quantise} a weight, which no adapter can be "
+            "merged into; --format peft writes it beside the base model"
+        )
+    if base.adapted.heads:
+        raise ValueError("a classifier cannot be written merged; --format fedalt writes it whole")

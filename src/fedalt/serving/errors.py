@@ -1,24 +1,34 @@
 """Errors as OpenAI's API tells them."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Final
 
 from fastapi import Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
+_HEADERS: Final = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+
 
 class ApiError(Exception):
     """A request that gets no answer: the HTTP status, a sentence, and a word for programs."""
 
-    def __init__(self, status: int, message: str, code: str, param: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
+        self.headers = headers or _HEADERS.get(status)
 
     def response(self) -> JSONResponse:
         """What the client gets."""
-        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
-        return JSONResponse({"error": self.body()}, self.status, headers=headers.get(self.status))
+        return JSONResponse({"error": self.body()}, self.status, headers=self.headers)
 
     def body(self) -> dict[str, Any]:
         """The error alone."""
@@ -39,7 +49,7 @@ async def told(_: Request, error: Exception) -> JSONResponse:
             405: ("this path takes another method", "bad"),
         }
         text, code = words.get(error.status_code, (str(error.detail), "bad"))
-        error = ApiError(error.status_code, text, code)
+        error = ApiError(error.status_code, text, code, headers=error.headers)
     elif not isinstance(error, ApiError):
         error = ApiError(500, "this is a fault in fedalt", "internal_error")
     return error.response()

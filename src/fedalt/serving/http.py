@@ -4,6 +4,7 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -147,24 +148,25 @@ def app_of(service: Service, token: str | None) -> Guard:
     for error in (ApiError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(error, told)
     guard = Guard(app, token, service.settings)
+    get = partial(app.api_route, methods=["GET", "HEAD"])
 
-    @app.get("/health")
+    @get("/health")
     async def health() -> Response:
         return Response(
             "ok\n" if service.engine.alive else "failed\n", 200 if service.engine.alive else 503
         )
 
-    @app.get("/metrics")
+    @get("/metrics")
     async def metrics() -> Response:
         return Response(
             exposition(service.engine, guard.counts), media_type="text/plain; version=0.0.4"
         )
 
-    @app.get("/v1/models")
+    @get("/v1/models")
     async def models() -> dict[str, Any]:
         return {"object": "list", "data": [service.card(name) for name in service.models.by_name]}
 
-    @app.get("/v1/models/{name:path}")
+    @get("/v1/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
         service.model(name)
         return service.card(name)

@@ -27,6 +27,12 @@ _NEUTRAL: Final[Mapping[str, object]] = {
 }
 
 
+def _is_neutral(name: str, value: object) -> bool:
+    """Whether a field asks for nothing special; `logprobs` 0 asks for those of the answer."""
+    neutral = _NEUTRAL.get(name)
+    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+
+
 class StreamOptions(BaseModel):
     """What a stream tells beside the answer."""
 
@@ -61,8 +67,7 @@ class Asked(BaseModel):
     def unsupported(self) -> str | None:
         """The first field that asks for what this server does not do."""
         for name, value in (self.model_extra or {}).items():
-            neutral = value is None or (name in _NEUTRAL and value == _NEUTRAL[name])
-            if name not in _IGNORED and not neutral:
+            if name not in _IGNORED and value is not None and not _is_neutral(name, value):
                 return name
         return None
 

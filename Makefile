@@ -25,9 +25,11 @@ demo: setup ## FedALT, FedIT and local-only on the built-in suite, one seed
 demo-seeds: setup ## the same over three seeds
 	$(BIN)/fedalt demo --seeds 3
 
-# Two at a time, a thread each: many tests start processes and wait for them.
+# A thread each, and one at a time more than there are cores: many tests start processes and wait.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); echo $$((n < 7 ? n + 1 : 8)))
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-long: setup ## what takes too long for every change: more of the same, with real processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m long

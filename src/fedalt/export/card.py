@@ -14,8 +14,8 @@ from fedalt.data.prompts import encode_prompt, opened, opening_ids
 from fedalt.evaluation.asking import ends, room_of
 from fedalt.export.folders import own_slot
 from fedalt.export.llama_cpp import FILE
-from fedalt.models.base import BUILT_IN, gguf_file, location, network_config
-from fedalt.models.config import own_labels
+from fedalt.models.base import BUILT_IN, gguf_file, location
+from fedalt.models.config import network_config, own_labels
 from fedalt.models.gguf import SUFFIX
 from fedalt.runs.answers import Served
 from fedalt.runs.settings import method_name

@@ -40,7 +40,7 @@ from fedalt.federation.secure_client import SecureClient
 from fedalt.methods.contract import AnyMethod, Message
 from fedalt.runs.budget import RunBudget
 from fedalt.runs.checkpoints import FileStates
-from fedalt.runs.observer import NullObserver
+from fedalt.runs.observer import Observers
 from fedalt.runs.setup import Parts, base_arm
 
 _log: Final = logging.getLogger(__name__)  # on standard error, where nobody says otherwise
@@ -230,7 +230,7 @@ class Client:
             states,
             round_,
             sent=lambda _: message,
-            on_event=NullObserver().on_event,  # its owner is told of calls
+            on_event=Observers().on_event,  # its owner is told of calls
             protection=protection,
             coding=self._coding(arm.method),
             expecting=call.expected or None,

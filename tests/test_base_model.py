@@ -13,6 +13,7 @@ from bases import letters
 from models_on_disk import SIZES, edit_json, edit_weights, saved
 from runs_for_tests import save_model, settings_for, write_clients
 from safetensors.torch import save_file
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -22,6 +23,7 @@ from transformers import (
     RobertaForSequenceClassification,
     T5Config,
     T5ForConditionalGeneration,
+    T5ForSequenceClassification,
 )
 
 from fedalt.models.base import ModelError, load_base, load_tokenizer, require_tokenizer_fits
@@ -177,6 +179,22 @@ def test_an_encoder_decoder_writes_no_text_here(tmp_path: Path) -> None:
     folder = saved(tmp_path / "t5", T5ForConditionalGeneration, config)
     with pytest.raises(ModelError, match=r"is an encoder-decoder \(t5\)"):
         load_base(str(folder), device="cpu")
+
+
+def test_a_classifier_that_looks_for_the_end_of_a_text_needs_a_tokenizer_that_writes_it(
+    tmp_path: Path,
+) -> None:
+    sizes = {"vocab_size": 64, "d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 1}
+    config = T5Config(**sizes, num_heads=4, num_labels=2, eos_token_id=2, decoder_start_token_id=0)
+    folder = saved(tmp_path / "t5", T5ForSequenceClassification, config)
+    with pytest.raises(ModelError, match=r"does not read.*<eos>.*expected the tokenizer"):
+        load_base(str(folder), labels=("a", "b"), device="cpu")
+    tokenizer = letters()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    tokenizer.save_pretrained(folder)
+    load_base(str(folder), labels=("a", "b"), device="cpu")
 
 
 def test_a_tokenizer_larger_than_the_embedding_is_told_with_both_sizes(tmp_path: Path) -> None:

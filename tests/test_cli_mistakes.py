@@ -80,7 +80,7 @@ def test_bad_data_are_one_clear_error_and_leave_no_run(
         (["--targets", "q_porj"], "close names: q_proj"),
         (["--device", "cu"], "cannot use the device 'cu'"),
         (["--model", "nowhere/at/all"], "no model folder 'nowhere/at/all'"),
-        (["absent.toml"], "absent.toml: there is no such settings file"),
+        (["absent.toml"], "absent.toml: there is no such file"),
         (["--rank", "many"], "--rank"),
         (["--ranks", "1"], "--ranks"),
     ],

@@ -153,7 +153,7 @@ def pipe_of(name: str) -> Callable[[Machines], None]:
         (of_other_names, "server.crt: it does not name 127.0.0.1, where the server's own"),
         (no_public_key, "b.pub: the public key of client 'b' is missing"),
         (no_real_public_key, "b.pub: it is no public key"),
-        (broken, "federation.toml: cannot be read"),
+        (broken, "federation.toml: not valid TOML"),
         (unknown, "unknown key 'deadlines'"),
         (no_port, "[server]: address = '127.0.0.1': expected host:port, such as"),
         (no_terms, "terms.toml is missing"),

@@ -8,9 +8,10 @@ from fedalt.core.files import atomic_write, open_private
 from fedalt.federation.agreement import Agreement, read_agreement
 from fedalt.flower.config import ServerConfig, read_server_config
 from fedalt.flower.init import whole_or_nothing
-from fedalt.flower.places import read_server_place, read_toml
+from fedalt.flower.places import read_server_place
 from fedalt.runs.folder import StoreError, locked, open_run
 from fedalt.runs.settings import SettingsError, to_toml
+from fedalt.runs.settings_file import parsed
 
 # Made again, asked for again, or of a process.
 _LEFT_OUT: Final = {"flower", "logs", "app.pid", "failed.txt", "incoming", "waiting", "status.json"}
@@ -96,7 +97,7 @@ def _require_without_ledger(agreement: Agreement) -> None:
 def _require_movable(file: Path) -> None:
     """Refuse a federation.toml by which a restored server would go on in the old one's folder."""
     read_server_place(file)  # it is whole
-    given = read_toml(file).get("server", {})
+    given = parsed(file).get("server", {})
     for name in ("folder", "clients", "key", "certificate", "authority"):
         if Path(given.get(name, "")).is_absolute():
             raise SettingsError(

@@ -3,15 +3,14 @@
 No tensor library is imported: `fedalt federation status` needs nothing else.
 """
 
-import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict, get_type_hints
 
 from fedalt.core.declared import SettingsError, declared, section_of, setting
-from fedalt.core.reading import FormError, content, require
-from fedalt.data.encodings import EncodingError, decoded
+from fedalt.core.reading import FormError, require
 from fedalt.flower.addresses import require_address
+from fedalt.runs.settings_file import parsed
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def read_client_place(file: Path, *, insecure: bool = False) -> ClientPlace:
 
 def read_participants(file: Path) -> Participants:
     """Who takes part, by a terms.toml of which nothing else is read. Raises SettingsError."""
-    about = read_toml(file).get("federation", {})
+    about = parsed(file).get("federation", {})
     try:
         names = {name: about[name] for name in _Names.__annotations__}
         require(names, _Names)
@@ -148,20 +147,8 @@ def read_participants(file: Path) -> Participants:
     return Participants(names["name"], tuple(names["clients"]))
 
 
-def read_toml(file: Path) -> dict[str, Any]:
-    """All that is in a file. Raises SettingsError."""
-    try:
-        return tomllib.loads(decoded(content(file)))
-    except FileNotFoundError:
-        raise SettingsError(f"{file}: there is no such file") from None
-    except OSError as error:
-        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
-    except (EncodingError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"{file}: cannot be read: {error}") from None
-
-
 def _read_sections(file: Path, known: set[str]) -> dict[str, Any]:
-    table = read_toml(file)
+    table = parsed(file)
     for section, value in table.items():
         if section in known and not isinstance(value, dict):
             raise SettingsError(f"{file}: [{section}]: expected a section, got {value!r}")

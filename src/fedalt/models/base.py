@@ -27,6 +27,7 @@ from fedalt.models.checks import (
     bears_padding_before,
     note_on_padding,
     require_causal,
+    require_reads_texts,
     require_room_for_tokens,
 )
 from fedalt.models.config import network_config, own_labels, set_labels, set_padding
@@ -117,8 +118,11 @@ def load_base(
         model.generation_config.update(
             do_sample=False, temperature=None, top_p=None, top_k=None, use_cache=True
         )
+    notes_on_texts: tuple[str, ...] = ()
     try:
-        notes_on_texts = note_on_padding(model) if labels else ()
+        if labels:
+            notes_on_texts = note_on_padding(model)
+            require_reads_texts(model, tokenizer)
     except ValueError as error:
         raise ModelError(f"cannot use the model {name!r}: {in_short(error)}") from error
     before = bool(labels) or bears_padding_before(model)

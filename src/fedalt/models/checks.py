@@ -95,6 +95,21 @@ def require_known_ids(
         )
 
 
+def require_reads_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise ValueError for a classifier that does not read what its tokenizer makes of a text.
+
+    T5's and BART's look for the token that ends one.
+    """
+    ids = torch.tensor([tokenizer("a b c")["input_ids"]], device=model.device)
+    try:
+        read(model, ids)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; expected the tokenizer that the model was trained with, which may end a "
+            "text by a token of its own"
+        ) from error
+
+
 def note_on_padding(model: PreTrainedModel) -> tuple[str, ...]:
     """What a user should know of a classifier that does not overlook padding behind a text."""
     ids = short_texts(model, 1, 8)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedalt.core.declared import SettingsError
+from fedalt.core.reading import content
 from fedalt.core.settings import BUILT_IN, HUB, PACKAGED
 from fedalt.data.encodings import decoded
 
@@ -50,11 +51,11 @@ def rooted(table: Mapping[str, Any], root: Path) -> dict[str, Any]:
 def parsed(file: Path) -> dict[str, Any]:
     """What a TOML file says. Raises SettingsError."""
     try:
-        return tomllib.loads(decoded(file.read_bytes()))
+        return tomllib.loads(decoded(content(file)))
     except FileNotFoundError:
-        raise SettingsError(f"{file}: there is no such settings file") from None
+        raise SettingsError(f"{file}: there is no such file") from None
     except OSError as error:
-        raise SettingsError(f"{file}: cannot be read ({error.strerror})") from None
+        raise SettingsError(f"{file}: cannot be read: {error.strerror}") from None
     except RecursionError:
         raise SettingsError(f"{file}: nested deeper than any settings") from None
     except ValueError as error:  # of TOML, of its encoding, or of a number of thousands of digits

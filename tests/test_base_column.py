@@ -62,7 +62,7 @@ def test_it_is_scored_once_at_the_end_and_belongs_to_no_round(finished_run):
     assert describe(lines)[0].endswith("base without any training")
     table = run_table(lines)
     assert table.columns == ("own", "shared", "local", "base")
-    assert table.yardstick == "local"
+    assert table.baseline == "local"
 
 
 def test_evaluating_again_gives_the_same_numbers_on_both_splits(finished_run, capsys):

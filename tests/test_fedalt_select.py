@@ -217,13 +217,13 @@ def test_kin_share_a_start_and_who_has_none_is_exactly_local_only():
             found = product(sent[one], INDIVIDUAL, site)
             torch.testing.assert_close(found, u[:, :2] * s[:2] @ v[:2], rtol=1e-5, atol=1e-6)
     alone = Watch(of_groups)
-    yardstick, _ = simulate(LocalOnly(lora=LORA), ["abc"] * 4, train=alone)
+    baseline, _ = simulate(LocalOnly(lora=LORA), ["abc"] * 4, train=alone)
     for ours, theirs in zip(watch.orders["c"], alone.orders["c"], strict=True):
         assert ours.plan == theirs.plan
         assert ours.train == theirs.train
         assert trees.equal(ours.tree, theirs.tree)
     mine = served(METHOD, states, "c", of_groups)["c"]
-    local = served(LocalOnly(lora=LORA), yardstick, "c", of_groups)["c"]
+    local = served(LocalOnly(lora=LORA), baseline, "c", of_groups)["c"]
     assert mine.plan == local.plan
     assert trees.equal(mine.tree, local.tree)
 

@@ -342,7 +342,7 @@ def test_an_older_record_has_no_similarity_and_no_costs_until_the_run_is_resumed
     assert cost_of(run).steps == 6  # two rounds of 12 records, in batches of 4
 
 
-def test_where_a_method_keeps_no_adapters_the_yardsticks_are_compared(run_flags, tmp_path):
+def test_where_a_method_keeps_no_adapters_the_baselines_are_compared(run_flags, tmp_path):
     run = tmp_path / "fedit"
     assert call("run", *run_flags, "--method", "fedit", "--rounds", 1, "--out", run, "-q") == 0
     assert similarity(read_record(run)).column == "local"

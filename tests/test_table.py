@@ -78,9 +78,9 @@ def test_where_a_client_has_nothing_but_a_loss_the_table_is_one_of_losses():
     assert table.mean.scores == ((3.0,), (), pytest.approx((11.5 / 3,)))
 
 
-def test_without_a_yardstick_there_is_no_gain():
+def test_without_a_baseline_there_is_no_gain():
     table = run_table([line for line in LINES if line["column"] != "local"])
-    assert table.yardstick is None
+    assert table.baseline is None
     assert table.mean.gain == ()
     assert "gain" not in to_markdown(table)
 

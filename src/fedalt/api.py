@@ -41,8 +41,8 @@ class Run:
         columns: dict[str, list[Any]] = {"score": [row.metric for row in rows]}
         for at, column in enumerate(table.columns):
             columns[column] = [_only(row.scores[at]) for row in rows]
-        if table.yardstick:
-            columns[f"gain over {table.yardstick}"] = [_only(row.gain) for row in rows]
+        if table.baseline:
+            columns[f"gain over {table.baseline}"] = [_only(row.gain) for row in rows]
         index = pandas.Index([row.name for row in rows], name="client")
         return pandas.DataFrame(columns, index=index)
 
@@ -95,13 +95,13 @@ class Run:
                 return similarity_map(similar)
 
     def plot_gains(self, split: Split = "test") -> "altair.LayerChart":
-        """How much better each column is than the yardstick, client by client."""
+        """How much better each column is than the baseline, client by client."""
         record = self._record()
         from fedalt.report.compared_figures import gain_map
         from fedalt.report.table import run_table
 
         table = run_table(record.lines, split)
-        return gain_map(table, table.yardstick)
+        return gain_map(table, table.baseline)
 
     def generate(self, client: str, text: str) -> str:
         """What a client's own model answers. The base model is loaded once and stays loaded."""

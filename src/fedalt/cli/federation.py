@@ -281,7 +281,8 @@ def _until_stopped(work: Callable[[], None]) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise PassingError(f"{error.filename}: {error.strerror}") from error
+        where = f"{error.filename}: " if error.filename else ""
+        raise PassingError(f"{where}{error.strerror}") from error
 
 
 def _say(text: str) -> None:

@@ -161,7 +161,9 @@ def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | 
     require_model(parts, terms)
     arms = {arm.column: arm for arm in parts.arms}
     if wanted not in arms:
-        raise StoreError(f"{place.folder} has no column 'local': there is no yardstick")
+        raise StoreError(
+            f"{place.folder} has no column 'local': no local-only baseline was trained"
+        )
     arm = arms[wanted]
 
     def execute(orders: Sequence[Given]) -> Sequence[Any]:
@@ -182,7 +184,7 @@ def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | 
 
 
 def _message(config: ClientConfig, parts: Parts, arm: Arm, round_: int) -> Message:
-    """What the server sent, or, for the yardstick, what a server without clients would send."""
+    """What the server sent; for the local-only baseline, what one without clients would send."""
     if arm.column == "own":
         return broadcast_after(config.place.folder, round_)
     return arm.method.broadcast(arm.method.init_server(parts.start), config.place.name)

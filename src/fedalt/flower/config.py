@@ -95,11 +95,11 @@ def server_from(config: ServerConfig, transport: Transport) -> Server:
     place = config.terms, config.place.run, transport
     signatures = KeyFolder(config.place.clients)
     try:
-        host = open_server(*place, config.rules, screening, say, config.roster, signatures)
+        server = open_server(*place, config.rules, screening, say, config.roster, signatures)
     except SettingsError as error:  # whose rules are this file's
         raise SettingsError(f"{config.file}: {error}") from None
     record_revoked(config.place)
-    return host
+    return server
 
 
 def client_from(config: ClientConfig, say: Say = silent, base: Base | None = None) -> Client:

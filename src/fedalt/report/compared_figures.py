@@ -22,15 +22,15 @@ from fedalt.report.style import (
 from fedalt.report.table import Table
 
 
-def gain_map(table: Table, yardstick: str | None) -> alt.LayerChart:
-    """How much better each method is than the yardstick, client by client, mean over seeds.
+def gain_map(table: Table, baseline: str | None) -> alt.LayerChart:
+    """How much better each method is than the baseline, client by client, mean over seeds.
 
-    Without a yardstick: better than the mean of all methods.
+    Without a baseline: better than the mean of all methods.
     """
     sign = -1 if table.of_losses else 1
     rows: Rows = []
     for client, means in _columns(table).items():
-        zero = means.get(yardstick) if yardstick else fmean(means.values())
+        zero = means.get(baseline) if baseline else fmean(means.values())
         rows += [
             {"method": method, "client": client, "gain": short(sign * (mean - zero))}
             for method, mean in means.items()
@@ -38,7 +38,7 @@ def gain_map(table: Table, yardstick: str | None) -> alt.LayerChart:
         ]
     clients = list(dict.fromkeys(row["client"] for row in rows))
     most = max(abs(row["gain"]) for row in rows) or 1.0
-    title = f"gain over {yardstick or 'the mean of all'}"
+    title = f"gain over {baseline or 'the mean of all'}"
     axes = (
         alt.X("client:N", sort=clients, axis=names_axis(clients)),
         alt.Y("method:N", sort=list(ranked(table)), title=None),
@@ -77,9 +77,9 @@ def method_bars(table: Table, values: Mapping[str, float], title: str) -> alt.La
     return styled(bars, rows_high(len(rows)))
 
 
-def method_curves(rows: Rows, best: str, yardstick: str | None) -> alt.LayerChart:
-    """Loss over the rounds, a line for each method: the best one and the yardstick in colour."""
-    named = [best, *([yardstick] if yardstick and yardstick != best else [])]
+def method_curves(rows: Rows, best: str, baseline: str | None) -> alt.LayerChart:
+    """Loss over the rounds, a line for each method: the best one and the baseline in colour."""
+    named = [best, *([baseline] if baseline and baseline != best else [])]
     base = alt.Chart(data_of(rows)).encode(
         x=rounds_axis(), y=alt.Y("loss:Q", title="training loss", scale=alt.Scale(zero=False))
     )

@@ -101,14 +101,14 @@ def comparison_page(path: Path) -> Page:
     """The page of a comparison's folder. Raises StoreError."""
     results = read_results(path)
     scores = results.tables()["scores"]
-    yardstick = next(iter(alone_in(results)), None)
+    baseline = next(iter(alone_in(results)), None)
     best = next(iter(figures.ranked(scores)))
     budget = list(budget_of(results))
     sections = [
         Section("compared", "What was compared", [Notes(budget[:-1]), _methods(results.entries)]),
-        _scores(results, budget[-1], yardstick),
+        _scores(results, budget[-1], baseline),
         _costs(results.costs, scores),
-        *_curves(path, results, best, yardstick),
+        *_curves(path, results, best, baseline),
     ]
     seeds = len(results.seeds)
     return Page(
@@ -126,7 +126,7 @@ def comparison_page(path: Path) -> Page:
     )
 
 
-def _scores(results: Results, reading: str, yardstick: str | None) -> Section:
+def _scores(results: Results, reading: str, baseline: str | None) -> Section:
     scores = results.tables()["scores"]
     captions = {
         "scores": f"{heading(results.view.metric)} on test data",
@@ -134,9 +134,9 @@ def _scores(results: Results, reading: str, yardstick: str | None) -> Section:
     }
     gains = Figure(
         "gains",
-        f"Gain over {yardstick or 'the mean of all methods'}, by client",
+        f"Gain over {baseline or 'the mean of all methods'}, by client",
         "Mean over seeds; above 0 is better.",
-        figures.gain_map(scores, yardstick),
+        figures.gain_map(scores, baseline),
         wide=True,
     )
     tables = [_grid_table(grid, captions[name]) for name, grid in grids_of(results).items()]
@@ -223,7 +223,7 @@ def _leading(text: str) -> float:
     return float(re.split("[– ]", text)[0])
 
 
-def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> list[Section]:
+def _curves(path: Path, results: Results, best: str, baseline: str | None) -> list[Section]:
     """The section of learning curves; none where no run of the best method has a folder here."""
     lines = {
         entry.label: [
@@ -236,7 +236,7 @@ def _curves(path: Path, results: Results, best: str, yardstick: str | None) -> l
     }
     if not lines[best]:
         return []
-    shown = yardstick if yardstick and lines[yardstick] else None
+    shown = baseline if baseline and lines[baseline] else None
     chart = figures.method_curves(figures.curve_rows(lines), best, shown)
     caption = "Mean over clients and seeds. Point at a line for its name."
     figure = Figure("training-loss", "Training loss", caption, chart, wide=True)

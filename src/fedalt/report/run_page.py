@@ -112,7 +112,7 @@ def score_table(table: Scores, caption: str) -> Table:
 
     def cells(row: Row) -> list[Cell]:
         best = best_of(table, row)
-        values = [*row.scores, *([row.gain] if table.yardstick else [])]
+        values = [*row.scores, *([row.gain] if table.baseline else [])]
         numbers = zip(cells_of(table, row), values, strict=True)
         return [
             Cell(row.name, row.name),

@@ -18,14 +18,14 @@ Line = Mapping[str, Any]
 Fold = Callable[[Iterable[float]], float]
 
 COLUMNS = ("own", "shared", "local", "base")
-YARDSTICK = "local"
+BASELINE = "local"
 
 
 @dataclass(frozen=True)
 class Row:
     """A line of the table: scores in the order of its columns, () where absent.
 
-    `gain` is how much better the first column is than the yardstick.
+    `gain` is how much better the first column is than the baseline.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Table:
     """
 
     columns: tuple[str, ...]
-    yardstick: str | None
+    baseline: str | None
     clients: tuple[Row, ...]
     mean: Row
     worst: Row
@@ -67,7 +67,7 @@ def run_table(lines: Iterable[Line], split: str = "test", *, losses: bool = Fals
     lines = list(lines)
     scored = {column: [scores_of(lines, column, split)] for column in COLUMNS}
     seen = {column: seeds for column, seeds in scored.items() if seeds[0]}
-    return joined(seen, YARDSTICK, metric="loss" if losses else "score")
+    return joined(seen, BASELINE, metric="loss" if losses else "score")
 
 
 def scores_of(lines: Iterable[Line], column: str, split: str = "test") -> Scored:
@@ -89,13 +89,13 @@ def scores_of(lines: Iterable[Line], column: str, split: str = "test") -> Scored
 
 def joined(
     columns: Mapping[str, Sequence[Scored]],
-    yardstick: str | None = None,
+    baseline: str | None = None,
     *,
     metric: Metric = "score",
 ) -> Table:
     """A table whose columns come from different runs, each with the scores of one or more seeds.
 
-    The gain is that of the first column over the yardstick, if that is a column at all. Where a
+    The gain is that of the first column over the baseline, if that is a column at all. Where a
     client has neither accuracy nor generated texts, a table of scores is one of losses; of another
     metric only those clients are in the table that have it. ValueError where nobody has.
     """
@@ -104,7 +104,7 @@ def joined(
         raise ValueError("nothing has been scored: no client has data to score on")
     names = tuple(columns)
     metrics = metrics_of(clients, columns, metric)
-    gain_over = names.index(yardstick) if yardstick in names[1:] else None
+    gain_over = names.index(baseline) if baseline in names[1:] else None
     rows = []
     for client, own in metrics.items():
         scores = tuple(values_of(columns[name], client, own) for name in names)
@@ -113,7 +113,7 @@ def joined(
     worst = max if "loss" in metrics.values() else min
     return Table(
         columns=names,
-        yardstick=None if gain_over is None else yardstick,
+        baseline=None if gain_over is None else baseline,
         clients=tuple(rows),
         mean=_over_clients("mean", rows, fmean, fmean),
         worst=_over_clients("worst client", rows, worst, min),
@@ -226,11 +226,11 @@ def verdict(table: Table, ours: str, other: str) -> str:
     return f"{sentence}a difference of {gap:+.1f}, within the spread of the seeds"
 
 
-def _gain(own: Values, yardstick: Values, metric: str) -> Values:
-    if len(own) != len(yardstick):
+def _gain(own: Values, baseline: Values, metric: str) -> Values:
+    if len(own) != len(baseline):
         return ()
     sign = -1 if metric == "loss" else 1
-    return tuple(sign * (a - b) for a, b in zip(own, yardstick, strict=True))
+    return tuple(sign * (a - b) for a, b in zip(own, baseline, strict=True))
 
 
 def _over_clients(name: str, rows: Sequence[Row], score: Fold, gain: Fold) -> Row:
@@ -248,13 +248,13 @@ def _over_clients(name: str, rows: Sequence[Row], score: Fold, gain: Fold) -> Ro
 
 def heads_of(table: Table) -> list[str]:
     """What stands over the numbers of a row."""
-    return [*table.columns, *([f"gain over {table.yardstick}"] if table.yardstick else [])]
+    return [*table.columns, *([f"gain over {table.baseline}"] if table.baseline else [])]
 
 
 def cells_of(table: Table, row: Row) -> list[str]:
     """A row's numbers as they are shown."""
     digits = 3 if table.of_losses else 1
-    gain = [shown_values(row.gain, digits, sign="+")] if table.yardstick else []
+    gain = [shown_values(row.gain, digits, sign="+")] if table.baseline else []
     return [*(shown_values(values, digits) for values in row.scores), *gain]
 
 

@@ -309,6 +309,19 @@ def test_what_is_best_at_the_edge_is_said(place, capsys):
     assert all(entry.settings.method.lora.rank in (1, 2) for entry in entries)
 
 
+def test_where_the_last_round_is_tested_all_trials_have_all_rounds(place, capsys):
+    file, out = place / "last.toml", place / "last"
+    last = FILE.replace("rounds = 1\n", 'rounds = 2\nselect = "last"\n')
+    file.write_text(last.partition('[[methods]]\nname = "ffa_lora"')[0])
+    words = ("--lr", "1e-2,1e-3,1e-4,1e-5", "--jobs", 1, "--out", out)
+    assert call("tune", file, *words) == 0
+    assert "every method: 4 trials of 2 rounds; 8 rounds in all" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (out / "tune.jsonl").read_text().splitlines()]
+    assert [line["rounds"] for line in lines] == [2, 2, 2, 2]
+    assert numbers_in(file) == (None, None)
+    assert stages_of(4, 2) == [Stage(4, 1), Stage(2, 2)]  # as it would be otherwise
+
+
 GRID = """
 [tune]
 alpha = [2.0, 16.0]

@@ -162,7 +162,11 @@ def tune(
     ] = None,
     stages: Annotated[
         int | None,
-        typer.Option(min=1, help="1 gives all trials all rounds.", show_default="as many as fit"),
+        typer.Option(
+            min=1,
+            help="1 gives all trials all rounds.",
+            show_default="as many as fit; 1 if a last round is tested",
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Without it, the file's first.")] = None,
     jobs: Jobs = None,
@@ -173,8 +177,9 @@ def tune(
 
     Learning rates and ranks are flags; a section [tune], common or a method's own, lists values of
     any setting. All methods get as many trials and rounds: all trials begin with few rounds, the
-    better half goes on with twice as many. The test data are never read. Writes OUT/tuned.toml, a
-    file for `fedalt compare`. The same command goes on with what was stopped.
+    better half goes on with twice as many; where the last round is tested, all have all rounds. The
+    test data are never read. Writes OUT/tuned.toml, a file for `fedalt compare`. The same command
+    goes on with what was stopped.
     """
     hush_libraries()
     from fedalt.runs import tune as search
@@ -190,8 +195,9 @@ def tune(
     at = seeds[0] if seed is None else seed
     trials = search.trials_of(entries, flags, wanted, at)
     length = rounds or search.rounds_of(entries)
+    halvings = stages or halvings or (1 if search.tests_last(entries) else None)
     plan = search.stages_of(
-        len(trials) // len(entries), length, stages or halvings, whole=search.is_planned(entries)
+        len(trials) // len(entries), length, halvings, whole=search.is_planned(entries)
     )
     note(search.budget_of(plan), quiet=quiet)
     _tell_too_short(entries, plan, quiet=quiet)

@@ -1,8 +1,8 @@
 """Successive halving over any settings of methods: the same trials and rounds for every method.
 
 All trials of a method begin with few rounds. The better half, by the loss on validation data, goes
-on with twice as many, and so on until the last ones have all rounds. With a single stage it is a
-grid. Test data are never read.
+on with twice as many, and so on until the last ones have all rounds. With a single stage, as where
+the last round is tested, it is a grid. Test data are never read.
 """
 
 import json
@@ -147,6 +147,15 @@ def rounds_of(entries: Sequence[Entry]) -> int:
 def is_planned(entries: Iterable[Entry]) -> bool:
     """Whether a method's noise is solved for all its rounds, so that none can be added later."""
     return any(entry.settings.privacy.epsilon is not None for entry in entries)
+
+
+def tests_last(entries: Iterable[Entry]) -> bool:
+    """Whether the last round of a method is tested, however its loss has risen by then.
+
+    Few rounds tell nothing of that: the learning rate that is best for them is the first that
+    overfits later.
+    """
+    return any(entry.settings.rounds.select == "last" for entry in entries)
 
 
 def stages_of(

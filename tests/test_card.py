@@ -23,7 +23,7 @@ from fedalt.core import tree as trees
 from fedalt.export.card import card
 from fedalt.export.folders import export_individual
 from fedalt.methods.contract import Serving
-from fedalt.runs.answers import answers, served
+from fedalt.runs.answers import Served, answers, served
 from fedalt.runs.settings import to_toml
 
 RECORDS = {
@@ -91,6 +91,12 @@ def run_of(folder: Path, form: str, save: Callable[[Path], None] = save_plain) -
     return fedalt.run(table, out=folder / "run")
 
 
+def individual(of: Served, folder: Path) -> Path:
+    """Client b's adapter alone, exported with its card."""
+    readme = card(of, "b", "individual")
+    return export_individual(of.serving, of.parts.base, folder / "lone", readme=readme)
+
+
 def printed_by(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys, questions=QUESTIONS
 ) -> list[str]:
@@ -114,9 +120,7 @@ def test_the_code_of_the_card_answers_as_the_run_does(
     run = run_of(tmp_path, form)
     told = printed_by(run.export("b", tmp_path / "mine"), monkeypatch, capsys)
     of = served(run.path, "b")
-    lone = export_individual(
-        of.serving, of.parts.base, tmp_path / "lone", readme=card(of, "b", "individual")
-    )
+    lone = individual(of, tmp_path)
     alone = printed_by(lone, monkeypatch, capsys)
     if form == "text":
         assert {*told, *alone} <= {"bad", "good"}
@@ -137,9 +141,7 @@ def test_the_code_of_the_card_puts_a_head_in_the_place_of_one_for_other_labels(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     of = served(run_of(tmp_path, "text", save_classifier).path, "b")
-    lone = export_individual(
-        of.serving, of.parts.base, tmp_path / "lone", readme=card(of, "b", "individual")
-    )
+    lone = individual(of, tmp_path)
     assert {*printed_by(lone, monkeypatch, capsys)} <= {"bad", "good"}
 
 
@@ -154,9 +156,7 @@ def test_the_code_of_the_card_computes_as_precisely_as_the_run_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     of = served(run_of(tmp_path, "prompt", save_half).path, "b")
-    lone = export_individual(
-        of.serving, of.parts.base, tmp_path / "lone", readme=card(of, "b", "individual")
-    )
+    lone = individual(of, tmp_path)
     alone = replace(of, serving=only_first(of.serving))
     (code,) = re.findall(r"```python\n(.*?)```", (lone / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(lone)
@@ -176,9 +176,7 @@ def test_the_code_of_the_card_asks_a_chat_model_as_the_run_does(
     assert told == [run.generate("b", question) for question in HARD]
     of = served(run.path, "b")
     alone = replace(of, serving=only_first(of.serving))
-    lone = export_individual(
-        of.serving, of.parts.base, tmp_path / "lone", readme=card(of, "b", "individual")
-    )
+    lone = individual(of, tmp_path)
     assert printed_by(lone, monkeypatch, capsys, HARD) == answers(alone, HARD)
 
 

@@ -25,6 +25,15 @@ Jobs = Annotated[
     int | None,
     typer.Option("--jobs", min=1, help="Runs at a time; without it, one per core, or one per GPU."),
 ]
+Stages = Annotated[
+    int | None,
+    typer.Option(
+        "--stages",
+        min=1,
+        help="1 gives all trials all rounds.",
+        show_default="as many as fit; 1 if a last round is tested",
+    ),
+]
 
 
 def compare(
@@ -160,14 +169,7 @@ def tune(
     rounds: Annotated[
         int | None, typer.Option(min=1, help="Rounds of the longest trials; by default the file's.")
     ] = None,
-    stages: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="1 gives all trials all rounds.",
-            show_default="as many as fit; 1 if a last round is tested",
-        ),
-    ] = None,
+    stages: Stages = None,
     seed: Annotated[int | None, typer.Option(help="Without it, the file's first.")] = None,
     jobs: Jobs = None,
     as_json: AsJson = False,

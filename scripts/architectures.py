@@ -116,7 +116,6 @@ def _examples(base: Base, labels: Sequence[str]) -> list[Example]:
     for at, (text, answer) in enumerate(zip(TEXTS, ANSWERS, strict=True)):
         ids = tuple(base.tokenizer(text)["input_ids"])
         if labels:
-            ids = (*ids, base.tokenizer.eos_token_id)
             found.append(Example(ids, len(ids), labels[at], tuple(labels), label=at))
         else:
             after = (*base.tokenizer(answer)["input_ids"], base.tokenizer.eos_token_id)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import CONFIG_MAPPING, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -149,7 +150,7 @@ def build(kind: str, *, classifies: bool, folder: Path) -> None:
         except Exception as error:  # sizes that do not fit may fail in any way
             first = first or error
         else:
-            letters().save_pretrained(folder)
+            letters(ends_texts=classifies).save_pretrained(folder)
             return
     assert first is not None
     raise first
@@ -192,12 +193,18 @@ def _known(config: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def letters() -> PreTrainedTokenizerFast:
-    """One token for every letter, digit and space; three special ones in front."""
+def letters(*, ends_texts: bool = False) -> PreTrainedTokenizerFast:
+    """One token for every letter, digit and space; three special ones in front.
+
+    Some classifiers look for the token that ends a text, which their own tokenizers write.
+    """
     signs = ["<pad>", "<s>", "</s>", *string.ascii_letters, *string.digits[:7], " ", "\n"]
     tokenizer = Tokenizer(models.WordLevel({s: i for i, s in enumerate(signs)}, unk_token=" "))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     tokenizer.decoder = decoders.Fuse()
+    if ends_texts:
+        end = ("</s>", signs.index("</s>"))
+        tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[end])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
     )

@@ -201,5 +201,5 @@ def _differ(train: SplitReport, test: SplitReport) -> bool:
 
     names = train.balance.keys() | test.balance.keys()
     counts = [[split.balance.get(name, 0) for name in names] for split in (train, test)]
-    found = chi2_contingency(counts, correction=False)
-    return bool(found.statistic > found.dof + 4 * sqrt(2 * found.dof))  # its mean and spread
+    result = chi2_contingency(counts, correction=False)
+    return bool(result.statistic > result.dof + 4 * sqrt(2 * result.dof))  # its mean and spread

@@ -105,8 +105,8 @@ def require_reads_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
         read(model, ids)
     except ValueError as error:
         raise ValueError(
-            f"{error}; expected the tokenizer that the model was trained with, which may end a "
-            "text by a token of its own"
+            f"it does not read what its tokenizer makes of a text ({error.__cause__}); expected "
+            "the tokenizer that it was trained with, which may end a text by a token of its own"
         ) from error
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from document import table, write
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import Mixer, Plan, Slot
-from fedalt.adapters.start import Start
 from fedalt.core.tree import merge
 from fedalt.data.examples import Example
 from fedalt.data.prompts import Template, encode
@@ -56,11 +56,11 @@ def clients_of(base: Base, count: int, each: int) -> Clients:
                     for record in records
                 ]
             )
-    start = Start(base.adapted.sites, {}, 0)
+    init = Initializer(base.adapted.sites, {}, 0)
     servings = []
     for seed in range(count):
         stream = torch.Generator().manual_seed(seed)
-        tree = merge(*(start.adapter(slot) for slot in PLAN.slots), start.mixer(2))
+        tree = merge(*(init.adapter(slot) for slot in PLAN.slots), init.mixer(2))
         for name in tree:
             if name.factor == "B":
                 tree[name] = 0.003 * torch.randn(tree[name].shape, generator=stream)

@@ -16,9 +16,9 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import Mixer, Plan, Slot, single
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, select
 from fedalt.data.examples import Example
 from fedalt.models.base import Base, load_network, location
@@ -104,10 +104,10 @@ def plan_of(dropout: float) -> Plan:
     return Plan((Slot("individual", RANK, ALPHA), Slot("row", RANK, ALPHA)), Mixer(), dropout)
 
 
-def tree_of(start: Start, plan: Plan) -> Tree:
+def tree_of(init: Initializer, plan: Plan) -> Tree:
     """The same start for every client, with a rest of world and an individual LoRA of some size."""
     stream = torch.Generator().manual_seed(2)
-    tree = merge(*(start.adapter(slot) for slot in plan.slots), start.mixer(len(plan.slots)))
+    tree = merge(*(init.adapter(slot) for slot in plan.slots), init.mixer(len(plan.slots)))
     for name in tree:
         if name.factor == "B":
             tree[name] = 0.01 * torch.randn(tree[name].shape, generator=stream)
@@ -121,7 +121,7 @@ class Ours:
         adapted = AdaptedModel(model, SITES)
         self.base = Base(adapted, Tokenless(), "", "")
         self.clients = clients
-        self.tree = tree_of(Start(adapted.sites, {}, 0), plan_of(0))
+        self.tree = tree_of(Initializer(adapted.sites, {}, 0), plan_of(0))
         self.names = frozenset(self.tree) - frozenset(select(self.tree, "row"))
 
     def train(self, *, together: bool) -> None:

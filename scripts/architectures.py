@@ -23,8 +23,8 @@ from tiny_architectures import CAUSAL, CLASSIFIERS, LABELS, build
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Slot, single
-from fedalt.adapters.start import Start
 from fedalt.data.examples import Example
 from fedalt.evaluation import Scoring, generate, score, score_together
 from fedalt.evaluation.asking import ends as ends_of
@@ -81,8 +81,8 @@ def tried(kind: str, *, classifies: bool, folder: Path) -> Row:
     except ModelError as error:
         return replace(row, refused=_sentence(error, folder))
     examples = _examples(base, labels)
-    start = Start(base.adapted.sites, base.adapted.heads, 0, given=base.given)
-    tree = {**start.adapter(PLAN.slots[0]), **start.head()}
+    init = Initializer(base.adapted.sites, base.adapted.heads, 0, given=base.given)
+    tree = {**init.adapter(PLAN.slots[0]), **init.head()}
     padding = any("changes with the padding" in note for note in base.notes)
     row = replace(row, padding=padding)
     plain = _plain(folder, labels, tree)

@@ -81,7 +81,7 @@ def _differences(machines: Machines, clients: dict[str, Path], server: Path) -> 
     counted: whoever is taken out while it trains has a newer one, of which nothing came.
     """
     agreement = read_server_config(machines.server / "federation.toml").terms
-    method, start = agreement.settings.method, agreement.start
+    method, init = agreement.settings.method, agreement.init
     wrong = []
     for name, folder in clients.items():
         last = max(round_ for round_, client in _counted(machines.run) if client == name)
@@ -96,7 +96,7 @@ def _differences(machines: Machines, clients: dict[str, Path], server: Path) -> 
     end = agreement.settings.rounds.rounds
     try:
         runs = [open_run(folder).states("own", end) for folder in (machines.run, server)]
-        assert_close(*(server_of(method, start, states) for states in runs))
+        assert_close(*(server_of(method, init, states) for states in runs))
     except AssertionError as error:
         wrong.append(f"the server's state differs: {error}")
     pairs = _counted(machines.run) ^ _counted(server)

@@ -8,9 +8,9 @@ from tiny import VOCAB, llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import Plan
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree
 from fedalt.data.examples import Example
 from fedalt.models.base import Base
@@ -47,9 +47,9 @@ def example(prompt: str, answer: str, options: tuple[str, ...] = ()) -> Example:
     return Example((*before, *after), len(before), answer, options)
 
 
-def start_of(base: Base, seed: int = 0) -> Start:
+def start_of(base: Base, seed: int = 0) -> Initializer:
     """Draws starts for a base model."""
-    return Start(base.adapted.sites, base.adapted.heads, seed)
+    return Initializer(base.adapted.sites, base.adapted.heads, seed)
 
 
 def random_serving_tree(base: Base, plan: Plan, seed: int = 0) -> Tree:

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Shape
-from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.core.codec import decode, encode, fields_of
 from fedalt.core.seeds import generator
@@ -31,7 +31,7 @@ from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Se
 T = TypeVar("T")
 SITES = {"block.0.q": Shape(5, 4), "block.1.q": Shape(5, 3)}
 HEADS = {Name("classifier", HEAD, "weight"): (2, 3), Name("classifier", HEAD, "bias"): (2,)}
-START = Start(SITES, HEADS, seed=7)
+START = Initializer(SITES, HEADS, seed=7)
 USUAL = Screening()
 IN_FULL = Traffic()
 EXAMPLES = {"a": 10, "b": 30, "c": 60}
@@ -128,7 +128,7 @@ def run_one(steps: Generator[Order, Any, T], answer: Any, client_id: str) -> T:
 
 def run_groups(
     method: AnyMethod,
-    start: Start,
+    init: Initializer,
     states: Any,
     groups: Sequence[Sequence[str]],
     execute: Execute,
@@ -138,13 +138,13 @@ def run_groups(
     traffic: Traffic = IN_FULL,
 ) -> Outcome:
     """A round in which groups of clients train together."""
-    coding = Coding(method, start, traffic, sorted(EXAMPLES))
+    coding = Coding(method, init, traffic, sorted(EXAMPLES))
 
     def train(downlink: Downlink, _: Sequence[str]) -> Iterator[Any]:
         trainer: Any = Answers(execute)
         work = ClientWork(
             Arm("own", method),
-            start,
+            init,
             trainer,
             states,
             0,
@@ -158,7 +158,7 @@ def run_groups(
     cohort = list(chain.from_iterable(groups))
     return run_round(
         method,
-        start,
+        init,
         states,
         cohort,
         train,
@@ -190,15 +190,15 @@ def simulate(
 
 def servings(
     method: AnyMethod,
-    start: Start,
+    init: Initializer,
     states: MemoryStates,
     client_id: str,
     train: Any = pull,
     traffic: Traffic = IN_FULL,
 ) -> tuple[Serving, Serving | None]:
     """What a client would serve now, and the shared part alone if there is one."""
-    client = client_of(method, start, states, client_id)
-    message = Coding(method, start, traffic).downlink(states).message(client_id)
+    client = client_of(method, init, states, client_id)
+    message = Coding(method, init, traffic).downlink(states).message(client_id)
     return client_work.servings(method, client, message, client_id, one_by_one(train))
 
 

@@ -344,7 +344,7 @@ def assert_as_in_one_process(
     done = open_run(run).progress().rounds_done
     assert_close(
         *(
-            server_of(settings.method, prepared.parts.start, open_run(each).states("own", done))
+            server_of(settings.method, prepared.parts.init, open_run(each).states("own", done))
             for each in (machines.run, run)
         )
     )

@@ -104,8 +104,8 @@ def test_rounds_clip_at_what_the_rounds_before_have_come_to(name):
 def test_a_client_refuses_a_clip_that_the_terms_know_nothing_of(tmp_path, model):
     there, _ = place(tmp_path, model, rounds={"rounds": 2, "select": "last"})
     client = there.member("a")
-    method, start = client.parts.arms[0].method, client.parts.start
-    message = method.broadcast(method.init_server(start), "a")
+    method, init = client.parts.arms[0].method, client.parts.init
+    message = method.broadcast(method.init_server(init), "a")
     call = Call("letters", there.terms.digest, "a", 0, NEVER, True, message, clip=0.5)
     answer = decode(Answer, client.answer(encode(call)))
     assert answer.error.endswith("a clip of 0.5, expected none")

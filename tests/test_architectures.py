@@ -12,9 +12,9 @@ import architectures
 from bases import train
 from tiny_architectures import build
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.packing import try_packing
 from fedalt.adapters.reach import plain_layers
-from fedalt.adapters.start import Start
 from fedalt.models.base import load_base
 from fedalt.training.group import Training
 from fedalt.training.orders import Fit
@@ -137,8 +137,8 @@ def test_gradient_checkpointing_changes_no_number(kind: str, tmp_path: Path) -> 
     """PhiMoE's router chooses experts at random in training mode."""
     build(kind, classifies=False, folder=tmp_path)
     base = load_base(str(tmp_path), targets="all-linear", device="cpu")
-    start = Start(base.adapted.sites, base.adapted.heads, 0)
-    tree = start.adapter(architectures.PLAN.slots[0])
+    init = Initializer(base.adapted.sites, base.adapted.heads, 0)
+    tree = init.adapter(architectures.PLAN.slots[0])
     order = Fit(architectures.PLAN, tree, frozenset(tree), epochs=3)
     examples = architectures._examples(base, ())
     plain, saved = (

@@ -98,7 +98,7 @@ def test_a_classifier_has_one_only_with_the_head_of_its_checkpoint(finished_run)
     parts = reopen(finished_run).parts
     assert base_arm(parts) is not None
     name = Name("score", HEAD, "weight")
-    drawn = replace(parts.start, heads={name: (3, 32)})
+    drawn = replace(parts.init, heads={name: (3, 32)})
     assert base_arm(replace(parts, start=drawn)) is None
     kept = replace(drawn, given={name: torch.ones(3, 32)})
     arm = base_arm(replace(parts, start=kept))

@@ -111,11 +111,11 @@ def test_no_length_is_ever_exceeded_and_every_answer_has_a_prompt(max_length, bo
         for answer in (0, 1, 5, 25):
             record = Completion("p" * prompt, "a" * answer)
             found = encoded(record, tokenizer, max_length=max_length)
-            ids, start = found.example.ids, found.example.answer_start
+            ids, init = found.example.ids, found.example.answer_start
             assert len(ids) <= max_length
-            assert start >= 1
-            assert start + found.prompt_cut == prompt + bos
-            assert len(ids) - start + found.answer_cut in (answer, answer + 1)
+            assert init >= 1
+            assert init + found.prompt_cut == prompt + bos
+            assert len(ids) - init + found.answer_cut in (answer, answer + 1)
 
 
 def test_messages_go_through_the_tokenizers_chat_template():

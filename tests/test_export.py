@@ -28,8 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
-from fedalt.adapters.start import Start
 from fedalt.core.tree import select
 from fedalt.evaluation import Scoring, generate
 from fedalt.export import loading
@@ -149,8 +149,8 @@ def test_a_causal_base_comes_back_as_a_classifier_with_labels_and_padding(tmp_pa
 
 def test_a_client_without_others_is_exported_too(tmp_path: Path) -> None:
     base, method = base_of("llama"), FedALT()
-    start = Start(base.adapted.sites, base.adapted.heads, seed=0)
-    deploying = method.deploy(method.init_client(start, "a"), method.broadcast(Server(), "a"))
+    init = Initializer(base.adapted.sites, base.adapted.heads, seed=0)
+    deploying = method.deploy(method.init_client(init, "a"), method.broadcast(Server(), "a"))
     with pytest.raises(StopIteration) as stop:
         next(deploying)
     serving: Serving = stop.value.value  # both slots hold the same A

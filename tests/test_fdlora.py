@@ -321,7 +321,7 @@ def rounds_of(method, prepared, count, states=None):
     trainer, watch = trainer_of(prepared), Watch()
     for round_ in range(count):
         watch.carry_out = partial(carried_out, trainer, round_)
-        run_groups(method, prepared.parts.start, states, ["ab"], one_by_one(watch))
+        run_groups(method, prepared.parts.init, states, ["ab"], one_by_one(watch))
     return states, watch
 
 
@@ -332,10 +332,10 @@ def carried_out(trainer, round_, client_id, number, order):
 
 def search_of(method, prepared, seed=0):
     """The search that a client with two random adapters orders."""
-    start, stream = prepared.parts.start, torch.Generator().manual_seed(seed)
+    init, stream = prepared.parts.init, torch.Generator().manual_seed(seed)
 
     def drawn(slot):
-        adapter = start.adapter(method.lora.slot(slot))
+        adapter = init.adapter(method.lora.slot(slot))
         return trees.apply(lambda like: torch.randn(like.shape, generator=stream) * 0.3, adapter)
 
     client = Client(drawn(INDIVIDUAL), {}, started=True)

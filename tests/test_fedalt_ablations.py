@@ -143,7 +143,7 @@ def test_a_run_tells_its_method_how_many_clients_there_are(tmp_path):
     model, data = save_model(tmp_path / "model"), write_clients(tmp_path / "data", clients="abcd")
     method = {"name": "fedalt", "gate": "one_over_clients", "rank": 2}
     prepared = prepare(settings_for(model, data, method=method))
-    server = prepared.parts.settings.method.init_server(prepared.parts.start)
+    server = prepared.parts.settings.method.init_server(prepared.parts.init)
     assert prepared.parts.settings.method.broadcast(server, "a").facts["clients"] == 4
     terms = write_agreement(tmp_path, "six", tuple("abcdef"), (), prepared.parts)
     assert terms.start.clients == 6

@@ -20,8 +20,8 @@ from runs_for_tests import scores_of
 from safetensors.torch import load_file
 from tiny import bert_classifier, gpt2, llama
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Slot, Sum, names_of
-from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.core.tree import move, select
 from fedalt.data.examples import Example
@@ -85,7 +85,7 @@ def test_with_a_blend_of_one_t_trains_its_own_adapter_as_local_training_does():
             case Embed():
                 return embed(base, order.plan, order.tree, PROMPTS, 2)
 
-    class Apart(Start):
+    class Apart(Initializer):
         """Gives everyone the draw that FedDPA's second adapter begins with."""
 
         def adapter(self, slot, *, only_for="", apart=False):

@@ -65,8 +65,8 @@ def step_of(data: bytes) -> str:
 def sent_after(place: Federation, round_: int) -> Tree:
     """What the server sends after a round."""
     config, run = read_server_config(place.config), open_run(place.run)
-    method, start = config.terms.settings.method, config.terms.start
-    server = server_of(method, start, run.states("own", round_ + 1))
+    method, init = config.terms.settings.method, config.terms.start
+    server = server_of(method, init, run.states("own", round_ + 1))
     return dict(method.broadcast(server, "a").tree)
 
 
@@ -150,8 +150,8 @@ def test_nothing_that_the_server_receives_tells_an_upload(tmp_path: Path, model:
         assert chisquare(counts).pvalue > 1e-6
     for name in "abc":  # the test can fail: an upload itself is far from uniform
         member = place.member(name)
-        method, start = member.agreement.settings.method, member.agreement.start
-        client = client_of(method, start, member._states("own", 3), name)
+        method, init = member.agreement.settings.method, member.agreement.init
+        client = client_of(method, init, member._states("own", 3), name)
         vector = torch.cat([tensor.flatten() for tensor in client.individual.values()])
         data = (vector.double() * steps_of(3)).round().to(torch.int32).numpy().tobytes()
         counts = np.bincount(np.frombuffer(data, np.uint8), minlength=256)

@@ -41,10 +41,10 @@ def trained_for_real(base, method, rounds):
         trained = train(base, order, DATA[client_id], training, seed=len(seen))
         return Fitted(trained.tree, len(DATA[client_id]))
 
-    start, states = start_of(base), MemoryStates()
-    seen = [method.init_server(start)]
+    init, states = start_of(base), MemoryStates()
+    seen = [method.init_server(init)]
     for _ in range(rounds):
-        run_groups(method, start, states, [sorted(DATA)], one_by_one(carry_out))
+        run_groups(method, init, states, [sorted(DATA)], one_by_one(carry_out))
         seen.append(states["server"])
     return seen
 

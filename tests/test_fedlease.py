@@ -14,8 +14,8 @@ from federation import (
 )
 from runs_for_tests import save_model, scores_of, settings_for, write_clients
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import MIXER, ROUTER, Plan, Router, Shape, Slot, single
-from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name, move, select
 from fedalt.engine.states import client_of, server_of
@@ -373,11 +373,11 @@ def test_the_closed_forms_of_the_bytes_at_the_papers_size():
 @pytest.mark.parametrize("share_router", [True, False])
 def test_message_bytes_equal_the_closed_forms(share_router):
     d, l, n, r, m = 300, 200, 2, LORA.rank, 3  # noqa: E741 - the letters of the closed forms
-    start = Start({f"site.{number}": Shape(d, l) for number in range(n)}, {}, seed=7)
+    init = Initializer({f"site.{number}": Shape(d, l) for number in range(n)}, {}, seed=7)
     method = FedLEASE(lora=LORA, warm_up=1, share_router=share_router)
     states, costs = MemoryStates(), []
     for _ in range(2):
-        run_groups(method, start, states, [sorted(SIX)], one_by_one(grouped))
+        run_groups(method, init, states, [sorted(SIX)], one_by_one(grouped))
     router = (2 * m - 1) * d if share_router else 0
     assert len(groups_of(states)) == m
     for cost in costs[:6]:  # the warm-up: one pair up, nothing but facts down
@@ -408,8 +408,8 @@ def test_a_real_run_groups_its_clients_and_lets_one_in_that_came_late(tmp_path):
     assert sent[2, "b"] < sent[2, "c"]  # its pair, and no router yet
     assert sent[3, "b"] == sent[2, "c"]
 
-    method, start = prepared.parts.settings.method, prepared.parts.start
-    server: Server = server_of(method, start, RunFolder(run).states("own", 4))
+    method, init = prepared.parts.settings.method, prepared.parts.init
+    server: Server = server_of(method, init, RunFolder(run).states("own", 4))
     assert server.clusters.keys() == set("abcd")
     assert list(server.latest.clients()) == list("abcd")
     assert len(set(server.clusters.values())) == 2  # of the first three clients, the most

@@ -189,14 +189,14 @@ def test_before_serving_a_client_moves_lengths_of_b_alone():
 def personal(base, l2):
     """What a client of a real model makes of b, and how far that is from the mean."""
     method = FedLoRAOptimizer(lora=LORA, l2=l2, personal_epochs=30)
-    start = start_of(base)
+    init = start_of(base)
     examples = [example("ab c", "xy"), example("dd", "z")]
     training = Training(lr=1e-2, batch_size=2, local_epochs=5, weight_decay=0.0)
 
     def fit(client_id, number, order):
         return Fitted(train(base, order, examples, training, seed=0).tree, len(examples))
 
-    client, server = method.init_client(start, "a"), method.init_server(start)
+    client, server = method.init_client(init, "a"), method.init_server(init)
     client, upload = run_one(method.local(client, method.broadcast(server, "a")), fit, "a")
     server = method.aggregate(server, [("a", upload)])
     message = method.broadcast(server, "a")

@@ -202,18 +202,18 @@ def test_one_group_in_every_layer_is_fedit_from_the_means_on():
 def test_lam_and_the_expert_train_and_others_stay_frozen_in_a_real_model():
     base = base_of()
     method = replace(METHOD, lora=Lora(rank=2, alpha=8, dropout=0.0))
-    start = start_of(base)
+    init = start_of(base)
     stream = torch.Generator().manual_seed(0)
-    drawn = start.adapter(method.lora.slot(EXPERT))
+    drawn = init.adapter(method.lora.slot(EXPERT))
 
     def adapter(slot):
         tree = trees.apply(lambda t: torch.randn(t.shape, generator=stream) * 0.3, drawn)
         return move(tree, EXPERT, slot)
 
-    layers = layers_of(start.sites)
+    layers = layers_of(init.sites)
     others = {n: t for n, t in adapter(EXTERNAL).items() if layer_of(n.site) == layers[-1]}
     message = Message({**adapter(EXPERT), **others}, {"round": 3})
-    client = method.init_client(start, "a")
+    client = method.init_client(init, "a")
     order = next(method.local(client, message))
     data = [example("ab c", "xy"), example("dd", "z"), example("abc", "q"), example("e f", "xx")]
     tree = train(base, order, data, Training(lr=1e-2, batch_size=2), seed=3).tree

@@ -4,7 +4,7 @@ import pytest
 import torch
 from federation import EXAMPLES, SITES, START, MemoryStates, pull, served, simulate
 
-from fedalt.adapters.start import drawn_again
+from fedalt.adapters.initializer import drawn_again
 from fedalt.core import tree as trees
 from fedalt.core.tree import Name
 from fedalt.engine.firewall import Refused, check_broadcast

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 import fedalt
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Name
 from fedalt.data.examples import Example
 from fedalt.evaluation import Scoring, score, score_together
@@ -42,7 +42,7 @@ def classifier(folder: Path, labels: tuple[str, ...]) -> Path:
 
 
 def head_of(base: Base) -> dict[Name, Tensor]:
-    return Start(base.adapted.sites, base.adapted.heads, 0, given=base.given).head()
+    return Initializer(base.adapted.sites, base.adapted.heads, 0, given=base.given).head()
 
 
 def test_a_head_of_another_number_of_labels_begins_anew_and_is_told(tmp_path: Path) -> None:

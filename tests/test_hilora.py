@@ -267,8 +267,8 @@ def test_numbers_sent_in_each_stage():
 def test_a_real_model_with_a_strong_penalty_keeps_its_cluster_away_from_the_root():
     base = base_of()
     method = replace(METHOD, lora=Lora(rank=2, alpha=8, dropout=0.0))
-    start = start_of(base)
-    server = method.init_server(start)
+    init = start_of(base)
+    server = method.init_server(init)
     stream = torch.Generator().manual_seed(0)
     root = trees.apply(
         lambda t: torch.randn(t.shape, generator=stream) * 0.3, select(server.adapters, ROOT)
@@ -279,7 +279,7 @@ def test_a_real_model_with_a_strong_penalty_keeps_its_cluster_away_from_the_root
     left = []
     for weight in (0.0, 100.0):
         arm = replace(method, orthogonality=weight)
-        order = next(arm.local(arm.init_client(start, "a"), message))
+        order = next(arm.local(arm.init_client(init, "a"), message))
         tree = train(
             base, order, data, Training(lr=1e-2, batch_size=2, local_epochs=4), seed=3
         ).tree

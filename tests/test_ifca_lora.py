@@ -193,7 +193,7 @@ def test_a_look_is_the_loss_on_all_training_examples(tmp_path):
     data = write_clients(tmp_path / "data", "a", count=60)
     prepared = prepare(settings_for(save_model(tmp_path / "model"), data))
     trainer = trainer_of(prepared)
-    tree = prepared.parts.start.adapter(LORA.slot(CHOSEN))
+    tree = prepared.parts.init.adapter(LORA.slot(CHOSEN))
     order = look_at(LORA.plan(CHOSEN), trees.apply(torch.ones_like, tree))
     (found,) = trainer.execute([("a", 0, order)], when=0, states=MemoryStates())
     examples = trainer.task.examples("a", "train")

@@ -47,7 +47,7 @@ def test_who_has_joined_trains_and_is_tested_and_who_has_left_is_not_in_the_tota
     tmp_path: Path, model: Path
 ) -> None:
     prepared = prepare(settings(tmp_path, model))
-    assert prepared.parts.start.clients == 2  # those that are there in round 0
+    assert prepared.parts.init.clients == 2  # those that are there in round 0
     run = start_run(prepared, tmp_path / "run")
     lines = scores_of(tmp_path / "run")
     own = [line for line in lines if line.get("column") == "own"]
@@ -57,7 +57,7 @@ def test_who_has_joined_trains_and_is_tested_and_who_has_left_is_not_in_the_tota
     assert tested == {"a", "c"}
     assert run.progress().best["own"][0] == 2  # rounds before the last change do not compare
     method, states = prepared.parts.settings.method, run.states("own", 3)
-    server = server_of(method, prepared.parts.start, states)
+    server = server_of(method, prepared.parts.init, states)
     assert (server.clients, server.latest.clients()) == (2, ["a", "c"])
 
 

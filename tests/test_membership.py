@@ -144,7 +144,7 @@ def test_a_newcomer_gets_the_whole_world_and_trains_its_own_part(run, tmp_path):
     parts = reopen(run.path).parts
     served = serving(parts, run.path, "d", "own")
     at = run.progress().chosen("own", "best")
-    server = server_of(parts.settings.method, parts.start, run.states("own", at + 1))
+    server = server_of(parts.settings.method, parts.init, run.states("own", at + 1))
     for name, tensor in select(served.tree, "rest_of_world").items():
         mean = server.total[name._replace(slot="individual")] / 3  # all three, none of it its own
         torch.testing.assert_close(tensor.double(), mean, rtol=0, atol=1e-7)

@@ -138,9 +138,9 @@ def test_a_clients_first_lower_step_moves_its_model_alike_for_every_alpha(alpha)
 
 def fit(base, gradient="exact", rate=0.1, tree=None, **settings):
     method = PF2LoRA(lora=LORA, client_rank=1, inner_lr=rate, hypergradient=gradient)
-    start = start_of(base)
-    message = method.broadcast(method.init_server(start), "a")
-    order = next(method.local(method.init_client(start, "a"), message))
+    init = start_of(base)
+    message = method.broadcast(method.init_server(init), "a")
+    order = next(method.local(method.init_client(init, "a"), message))
     training = Training(lr=1e-2, batch_size=2, weight_decay=0.0, **settings)
     return train(base, order, EXAMPLES, training, seed=3).tree, order
 
@@ -208,14 +208,14 @@ def test_dropout_masks_are_the_same_in_every_look_at_a_batch():
 def test_with_a_lower_rate_of_zero_and_batches_that_are_alike_it_is_fedit(gradient):
     base = base_of()
     alike = [EXAMPLES[0]] * 4
-    start = start_of(base)
+    init = start_of(base)
     trees_after = []
     for method in (
         PF2LoRA(lora=LORA, client_rank=1, inner_lr=0.0, hypergradient=gradient),
         FedIT(lora=LORA),
     ):
-        message = method.broadcast(method.init_server(start), "a")
-        order = next(method.local(method.init_client(start, "a"), message))
+        message = method.broadcast(method.init_server(init), "a")
+        order = next(method.local(method.init_client(init, "a"), message))
         training = Training(lr=1e-2, batch_size=2, local_epochs=3)
         trees_after.append(train(base, order, alike, training, seed=3).tree)
     ours, theirs = trees_after

@@ -43,8 +43,8 @@ def test_no_two_adapters_of_a_client_begin_their_training_alike(method):
 
 def at_the_start(method, base):
     """The bound tree of a client's first order that trains two adapters, from the real start."""
-    start = start_of(base)
-    server, client = method.init_server(start), method.init_client(start, "a")
+    init = start_of(base)
+    server, client = method.init_server(init), method.init_client(init, "a")
     return next(method.local(client, method.broadcast(server, "a")))
 
 
@@ -72,9 +72,9 @@ def test_two_adapters_that_train_side_by_side_span_the_sum_of_their_ranks(method
 
 
 def test_the_individual_adapter_of_feddpa_shares_no_row_with_the_shared_one_it_begins_beside():
-    start = start_of(base_of())
+    init = start_of(base_of())
     method = FedDPA(lora=LORA)
-    shared, own = method.init_server(start).adapter, method.init_client(start, "a").individual
+    shared, own = method.init_server(init).adapter, method.init_client(init, "a").individual
     for name, tensor in shared.items():
         if name.factor == "A":
             both = torch.cat([tensor, own[name._replace(slot=INDIVIDUAL)]])
@@ -82,15 +82,15 @@ def test_the_individual_adapter_of_feddpa_shares_no_row_with_the_shared_one_it_b
 
 
 def test_draws_apart_differ_by_slot_and_leave_all_other_draws_as_they_were():
-    start = start_of(base_of())
-    common = start.adapter(Slot("shared", 3, 6.0))
-    apart = {each: start.adapter(Slot(each, 3, 6.0), apart=True) for each in ("shared", "other")}
-    assert equal(FedIT(lora=LORA).init_server(start).adapter, common)
+    init = start_of(base_of())
+    common = init.adapter(Slot("shared", 3, 6.0))
+    apart = {each: init.adapter(Slot(each, 3, 6.0), apart=True) for each in ("shared", "other")}
+    assert equal(FedIT(lora=LORA).init_server(init).adapter, common)
     for name, tensor in common.items():
         again, other = apart["shared"][name], apart["other"][name._replace(slot="other")]
-        assert torch.equal(start.adapter(Slot("shared", 3, 6.0))[name], tensor)
+        assert torch.equal(init.adapter(Slot("shared", 3, 6.0))[name], tensor)
         for left, right in ((tensor, again), (tensor, other), (again, other)):
             assert torch.equal(left, right) == (name.factor == "B")
     # The stream of an adapter that is alone is as it ever was: these are digits of earlier runs.
-    site = min(start.sites)
+    site = min(init.sites)
     assert common[Name(site, "shared", "A")][0, 0].item() == pytest.approx(-0.12998503, abs=1e-7)

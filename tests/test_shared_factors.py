@@ -164,7 +164,7 @@ def test_by_examples_a_client_counts_by_its_data():
 def test_an_a_has_no_gradient_while_its_b_is_zero():
     # Why RoLoRA begins with B: AdamW without weight decay leaves what has no gradient.
     base = base_of()
-    start = start_of(base)
+    init = start_of(base)
     after = {}
     for variant in ("fedsa_lora", "rolora"):
         method = SharedFactors(variant=variant, lora=LORA)
@@ -173,11 +173,11 @@ def test_an_a_has_no_gradient_while_its_b_is_zero():
             training = Training(lr=1e-2, batch_size=2, weight_decay=0.0)
             return Fitted(train(base, order, [example("abc", "xy")], training, seed=0).tree, 1)
 
-        server, client = method.init_server(start), method.init_client(start, "a")
+        server, client = method.init_server(init), method.init_client(init, "a")
         steps = method.local(client, method.broadcast(server, "a"))
         state, upload = run_one(steps, one_step, "a")
         after[variant] = {**state.kept, **upload.tree}
-    drawn = start.adapter(LORA.slot(SHARED))
+    drawn = init.adapter(LORA.slot(SHARED))
     for name, tensor in after["fedsa_lora"].items():
         assert torch.equal(tensor, drawn[name]) == (name.factor == "A")
     for name, tensor in after["rolora"].items():

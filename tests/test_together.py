@@ -230,7 +230,7 @@ def test_every_method_gives_the_same_states_together_as_one_by_one(row):
     from test_fedlease import grouped  # noqa: F401 - the warm-up is short there too
 
     method, base = ROWS[row], base_of()
-    start = start_of(base)
+    init = start_of(base)
     training = Training(lr=1e-2, batch_size=2)
 
     def one(client_id, number, order):
@@ -261,8 +261,8 @@ def test_every_method_gives_the_same_states_together_as_one_by_one(row):
 
     together, alone = MemoryStates(), MemoryStates()
     for _ in range(2):
-        run_groups(method, start, together, ["abc"], answers)
-        run_groups(method, start, alone, ["a", "b", "c"], one_by_one(one))
+        run_groups(method, init, together, ["abc"], answers)
+        run_groups(method, init, alone, ["a", "b", "c"], one_by_one(one))
     for key, state in alone.items():
         left, right = trees_of(state), trees_of(together[key])
         assert left.keys() == right.keys()

@@ -122,8 +122,8 @@ def test_steps_are_foretold(examples):
 
 
 def fedalt_start(base):
-    start = start_of(base)
-    tree = trees.merge(*(start.adapter(slot) for slot in SLOTS), start.mixer(2), start.head())
+    init = start_of(base)
+    tree = trees.merge(*(init.adapter(slot) for slot in SLOTS), init.mixer(2), init.head())
     return tree, names_of(tree, "individual", MIXER, HEAD)
 
 
@@ -246,8 +246,8 @@ def test_a_classifier_learns_its_labels(name):
         Example(tuple(range(3 + i, 8 + i)), 5, str(i % 3), ("0", "1", "2"), i % 3)
         for i in range(12)
     ]
-    start = start_of(base)
-    tree = trees.merge(start.adapter(SLOTS[0]), start.head())
+    init = start_of(base)
+    tree = trees.merge(init.adapter(SLOTS[0]), init.head())
     training = Training(lr=2e-2, batch_size=4)
     wanted = frozenset(tree)
     first = train(base, Fit(PLAIN, tree, wanted, 1), examples, training, seed=0)

@@ -11,7 +11,7 @@ from functools import partial
 from math import isfinite
 from typing import Any, ClassVar, Final
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.core import tree as trees
 from fedalt.engine.adaptive_clip import WITHIN
 from fedalt.engine.example_log import example_log, mixer_facts
@@ -52,7 +52,7 @@ class ClientWork:
     """
 
     arm: Arm
-    start: Start
+    init: Initializer
     trainer: LocalTrainer
     states: States
     round: int
@@ -169,10 +169,10 @@ class ClientWork:
             if protection.norm is not None:
                 told[WITHIN] = float(within)
 
-        return protection.local(self.arm.method, client, sent, self.start, tell)
+        return protection.local(self.arm.method, client, sent, self.init, tell)
 
     def _client(self, client_id: str) -> object:
-        return client_of(self.arm.method, self.start, self.states, client_id)
+        return client_of(self.arm.method, self.init, self.states, client_id)
 
     def _on_step(self, client_id: str, done: int, of: int, loss: float) -> None:
         self.on_event(Event("train", self.round, self.arm.column, client_id, done, of, loss))

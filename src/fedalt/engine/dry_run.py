@@ -7,8 +7,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import Plan
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, on
 from fedalt.engine.generators import run_one
 from fedalt.methods.contract import AnyMethod, Facts, Message
@@ -41,7 +41,9 @@ class Form:
         return kinds[0] == kinds[1] and types[0] == types[1] and self.trained == other.trained
 
 
-def dry_run(method: AnyMethod, start: Start, client_id: str, message: Message) -> tuple[Form, ...]:
+def dry_run(
+    method: AnyMethod, init: Initializer, client_id: str, message: Message
+) -> tuple[Form, ...]:
     """The forms that a client's upload may have after this broadcast: one, or two.
 
     The method's own `local` is played on tensors that have shapes and no numbers: by a newcomer
@@ -54,10 +56,10 @@ def dry_run(method: AnyMethod, start: Start, client_id: str, message: Message) -
         def once(client: Any, examples: int) -> tuple[Any, Form]:
             trained: dict[tuple[str, str], int] = {}
             steps = method.local(client, sent)
-            client, upload = play(steps, start, examples=examples, trained=trained)
+            client, upload = play(steps, init, examples=examples, trained=trained)
             return client, Form(upload.tree, upload.facts, counts=False, trained=trained)
 
-        client, newcomers = once(method.init_client(start, client_id), 1)
+        client, newcomers = once(method.init_client(init, client_id), 1)
         _, known = once(client, 2)
         if "weight" in known.facts and "weight" not in newcomers.facts:
             again = once(client, 1)[1]
@@ -76,15 +78,15 @@ class DryRuns:
     """
 
     method: AnyMethod
-    start: Start
+    init: Initializer
     _known: dict[object, tuple[Form, ...]] = field(default_factory=dict)
 
     def __call__(self, client_id: str, message: Message) -> tuple[Form, ...]:
         """See `dry_run`."""
-        first = self.method.init_client(self.start, client_id)
+        first = self.method.init_client(self.init, client_id)
         key = repr((_outline(first), _outline(message)))
         if key not in self._known:
-            self._known[key] = dry_run(self.method, self.start, client_id, message)
+            self._known[key] = dry_run(self.method, self.init, client_id, message)
         return self._known[key]
 
 
@@ -103,7 +105,7 @@ def _outline(value: Any) -> object:
 
 def play(
     steps: Generator[Order, Any, T],
-    start: Start,
+    init: Initializer,
     *,
     examples: int,
     trained: dict[tuple[str, str], int] | None = None,
@@ -117,7 +119,7 @@ def play(
     def answer(order: Order) -> Fitted | Tensor | Found:
         match order:
             case Fit():
-                require_bound(order.plan, order.compose(order.tree), start, "training")
+                require_bound(order.plan, order.compose(order.tree), init, "training")
                 if trained is not None:
                     trained.update(order.trained_numbers)
                 return Fitted(order.tree, examples, Moments())
@@ -129,9 +131,9 @@ def play(
     return run_one(steps, answer)
 
 
-def require_bound(plan: Plan, bound: Tree, start: Start, what: str) -> None:
+def require_bound(plan: Plan, bound: Tree, init: Initializer, what: str) -> None:
     """ValueError unless a tree has exactly the tensors that a plan needs to be bound."""
-    needed = {**plan.shapes(start.sites), **start.heads}
+    needed = {**plan.shapes(init.sites), **init.heads}
     if missing := needed.keys() - bound.keys():
         raise ValueError(f"{what} lacks {len(missing)} tensors, first {str(min(missing))!r}")
     if extra := bound.keys() - needed.keys():

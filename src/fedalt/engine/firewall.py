@@ -10,7 +10,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.core.codec import CodecError, require_finite
 from fedalt.core.foreign import shown
 from fedalt.core.settings import Robust
@@ -85,26 +85,26 @@ def _form_named(names: Set[Name], forms: Sequence[Form]) -> Form:
     return [*forms, *(form for form in forms if form.tree.keys() == names)][-1]
 
 
-def check_broadcast(message: Message, method: AnyMethod, start: Start, client: object) -> None:
+def check_broadcast(message: Message, method: AnyMethod, init: Initializer, client: object) -> None:
     """Refuse a broadcast that this client, in its state, could neither train nor serve with.
 
     Sites, shapes and ranks fit the base model, all numbers are finite, and what the method orders
     and serves after it has exactly the tensors that its plans need.
     """
     with torch.device("meta"):  # only its facts are looked at
-        first = method.broadcast(method.init_server(start), "")
+        first = method.broadcast(method.init_server(init), "")
     _check_facts(message.facts, first.facts, "the broadcast")
     for key, fact in message.facts.items():
         _check_number(key, fact)
     for name, tensor in message.tree.items():
-        _check_place(name, tensor, message.tree, start)
+        _check_place(name, tensor, message.tree, init)
     _check_finite(message.tree, "the broadcast")
     try:
-        play(method.local(client, message), start, examples=1)
-        served = play(method.deploy(client, message), start, examples=1)
-        require_bound(served.plan, served.tree, start, "what is served")
+        play(method.local(client, message), init, examples=1)
+        served = play(method.deploy(client, message), init, examples=1)
+        require_bound(served.plan, served.tree, init, "what is served")
         if (shared := method.shared(client, message)) is not None:
-            require_bound(shared.plan, shared.tree, start, "what is shared")
+            require_bound(shared.plan, shared.tree, init, "what is shared")
     except Exception as error:  # whatever a method makes of what it does not expect
         raise Refused(
             f"the broadcast does not fit this client's state: {type(error).__name__}: {error}"
@@ -224,13 +224,13 @@ def _check_number(key: str, fact: Fact) -> None:
         )
 
 
-def _check_place(name: Name, tensor: Tensor, tree: Tree, start: Start) -> None:
+def _check_place(name: Name, tensor: Tensor, tree: Tree, init: Initializer) -> None:
     """Whether a broadcast's tensor has a site, that site's sizes, and its partner's rank."""
     if tensor.dtype not in _DTYPES:
         raise Refused(
             f"the broadcast has {_named(name)} as {_kind(tensor)}, expected float32 or float64"
         )
-    shape = start.sites.get(name.site)
+    shape = init.sites.get(name.site)
     if shape is None:
         raise Refused(f"the broadcast has {_named(name)}, but the base model has no such site")
     sizes = {"A": (1, shape.d_in), "B": (0, shape.d_out), "G": (1, shape.d_in)}

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Final, Protocol
 import torch
 from torch import Tensor
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.core.noise import Randomness
 from fedalt.core.tree import Tree
 from fedalt.core.upload_settings import Privacy as Privacy
@@ -54,7 +54,7 @@ class Protection:
         method: AnyMethod,
         client: Any,
         sent: Message,
-        start: Start,
+        init: Initializer,
         tell: Callable[[bool], None],
     ) -> Local[Any]:
         """A client's half of a round, its upload bounded if clients are what is protected.
@@ -64,7 +64,7 @@ class Protection:
         steps = method.local(client, sent)
         if self.privacy.unit != "client":
             return steps
-        _, untrained = play(method.local(client, sent), start, examples=1)
+        _, untrained = play(method.local(client, sent), init, examples=1)
         return _held_back(steps, untrained.tree, self.clip, tell)
 
     def clipping(self, client_id: str, when: int | str, number: int, fit: Fit) -> Clipping | None:

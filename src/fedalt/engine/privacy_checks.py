@@ -9,8 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import Shape
-from fedalt.adapters.start import Start
 from fedalt.core import tree as trees
 from fedalt.core.seeds import generator
 from fedalt.core.tree import Tree
@@ -21,7 +21,9 @@ from fedalt.training.clipping import require_clippable
 from fedalt.training.orders import Embed, Fit, Fitted, Found, Moments, Order, Search
 
 _CLIENTS: Final = ("a", "b", "c")
-_TOY: Final = Start({"one": Shape(4, 3), "two": Shape(3, 5)}, {}, seed=0, clients=len(_CLIENTS))
+_TOY: Final = Initializer(
+    {"one": Shape(4, 3), "two": Shape(3, 5)}, {}, seed=0, clients=len(_CLIENTS)
+)
 _MOST_ROUNDS: Final = 6  # played; what a method does later it has done before
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.core.codec import encode
 from fedalt.engine.adaptive_clip import WITHIN
 from fedalt.engine.blame import aggregate
@@ -53,7 +53,7 @@ class Outcome:
 
 def run_round(
     method: AnyMethod,
-    start: Start,
+    init: Initializer,
     states: States,
     cohort: Sequence[str],
     train: Train,
@@ -73,9 +73,9 @@ def run_round(
     sent: uploads may be of others, too, who were sent something else or nothing.
     """
     states.begin()
-    server = server_of(method, start, states, leaving)
+    server = server_of(method, init, states, leaving)
     downlink = coding.downlink(states, server)
-    forms_of, broadcast_size = DryRuns(method, start), _Sizes()
+    forms_of, broadcast_size = DryRuns(method, init), _Sizes()
     costs = []
     with states.spooling() as folder:
         uploads = UploadStore(folder, states, screening, release)

@@ -8,7 +8,7 @@ from functools import partial
 from itertools import chain
 from typing import Any, Literal
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.engine.adaptive_clip import clip_now
 from fedalt.engine.client_work import ClientWork
 from fedalt.engine.executor import Do, Executor, InProcess, Job, Score, Train
@@ -36,7 +36,7 @@ class Run:
     members: Members
     schedule: Schedule
     trainer: LocalTrainer
-    start: Start
+    init: Initializer
     journal: Journal
     on_event: Callable[[Event], None]
     firewall: Firewall
@@ -100,7 +100,7 @@ class Run:
         called = self.schedule.called(self.members.at(round_), round_, cohort)
         outcome = run_round(
             arm.method,
-            self.start,
+            self.init,
             states,
             cohort,
             train,
@@ -182,11 +182,11 @@ class Run:
         states, coding = self.journal.states(arm.column, at), self._coding(arm)
         if downlink is None:
             leaving = self.members.leaving(round_) if at == round_ else ()
-            downlink = coding.downlink(states, server_of(arm.method, self.start, states, leaving))
+            downlink = coding.downlink(states, server_of(arm.method, self.init, states, leaving))
         budget = self._budget(arm)
         return ClientWork(
             arm,
-            self.start,
+            self.init,
             self.trainer,
             states,
             round_,
@@ -201,4 +201,4 @@ class Run:
         return self.budget if arm.column == "own" else None
 
     def _coding(self, arm: Arm) -> Coding:
-        return Coding(arm.method, self.start, self.traffic, self.members.clients)
+        return Coding(arm.method, self.init, self.traffic, self.members.clients)

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.methods.contract import AnyMethod
 
 T = TypeVar("T")
@@ -36,20 +36,22 @@ class States(Protocol):
         """Note a rejected upload; keep its bytes unless more than `limit` would be kept in all."""
 
 
-def server_of(method: AnyMethod, start: Start, states: States, leaving: Sequence[str] = ()) -> Any:
+def server_of(
+    method: AnyMethod, init: Initializer, states: States, leaving: Sequence[str] = ()
+) -> Any:
     """The server's newest state, or its first.
 
     The part of those who are `leaving` is taken out, where the method can tell it.
     """
     kept = states.get("server", method.server_state)
-    server = states.backed("server", method.init_server(start)) if kept is None else kept
+    server = states.backed("server", method.init_server(init)) if kept is None else kept
     for client_id in leaving:
         rest = method.without(server, client_id)
         server = server if rest is None else rest
     return server
 
 
-def client_of(method: AnyMethod, start: Start, states: States, client_id: str) -> Any:
+def client_of(method: AnyMethod, init: Initializer, states: States, client_id: str) -> Any:
     """A client's newest state, or its first."""
     kept = states.get(f"clients/{client_id}", method.client_state)
-    return method.init_client(start, client_id) if kept is None else kept
+    return method.init_client(init, client_id) if kept is None else kept

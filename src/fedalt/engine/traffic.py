@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Final
 
 import torch
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.core.codec import CodecError, read
 from fedalt.core.tree import Tree, cast
 from fedalt.core.upload_settings import Traffic as Traffic
@@ -78,7 +78,7 @@ class Coding:
     """How the messages of one arm become shorter; `clients` are all that may take part."""
 
     method: AnyMethod
-    start: Start
+    init: Initializer
     settings: Traffic = field(default_factory=Traffic)
     clients: Sequence[str] = ()
 
@@ -94,7 +94,7 @@ class Coding:
         if expected not in (None, known.digest):
             states.put(key, Known.of({**known.tree, **upload.tree}))
             return upload
-        change = change_of(upload, known, kind, self.start.seed, "upload", client_id)
+        change = change_of(upload, known, kind, self.init.seed, "upload", client_id)
         states.put(key, Known.of({**known.tree, **message_of(change, known).tree}))
         return change
 
@@ -121,10 +121,10 @@ class Coding:
 
     def _first(self, client_id: str) -> Known:
         """What a client would upload in the first round if training moved nothing."""
-        method, start = self.method, self.start
-        message = method.broadcast(method.init_server(start), client_id)
-        steps = method.local(method.init_client(start, client_id), message)
-        return Known.of(play(steps, start, examples=1)[1].tree)
+        method, init = self.method, self.init
+        message = method.broadcast(method.init_server(init), client_id)
+        steps = method.local(method.init_client(init, client_id), message)
+        return Known.of(play(steps, init, examples=1)[1].tree)
 
     def drowning(self, server: Any, uploads: Mapping[str, Spooled]) -> dict[str, str]:
         """Whose upload is too large for the others' numbers to survive in what is sent, and why.
@@ -201,7 +201,7 @@ class Coding:
             published = Published(Known.of(cast(tree, torch.float32)))
             if kind != "float32" and tree and before is not None:
                 known = before(client_id)
-                change = change_of(Message(tree), known, kind, self.start.seed, "download")
+                change = change_of(Message(tree), known, kind, self.init.seed, "download")
                 published = Published(Known.of(message_of(change, known).tree), change)
             far = max(far, _distance(published.known.tree, tree))
             if kind != "float32":
@@ -213,7 +213,7 @@ class Coding:
     def downlink(self, states: States, server: Any = None) -> "Downlink":
         """What clients get of a server's state: of the one in `states` if none is given."""
         if server is None:
-            server = server_of(self.method, self.start, states)
+            server = server_of(self.method, self.init, states)
         return Downlink(self, states, server)
 
 

@@ -10,8 +10,8 @@ from typing import Any, TypedDict
 
 import tomli_w
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import Shape
-from fedalt.adapters.start import Start
 from fedalt.core.files import atomic_write
 from fedalt.core.reading import FormError, StoreError, read_bytes, require
 from fedalt.core.tree import Name
@@ -64,7 +64,7 @@ class Agreement:
     labels: tuple[str, ...]
     model: str
     settings: Settings
-    start: Start
+    init: Initializer
     digest: str
 
     @property
@@ -109,16 +109,16 @@ def write_agreement(
         text = parts.settings.data.template.read_bytes()
         atomic_write(folder / "template.txt", text)
         table["data"]["template"] = "template.txt"
-    start = parts.start
+    init = parts.init
     table["federation"] = {
         "name": name,
         "clients": sorted(clients),
         "labels": list(labels),
         "model": parts.base.fingerprint,
-        "sites": {site: list(shape) for site, shape in start.sites.items()},
+        "sites": {site: list(shape) for site, shape in init.sites.items()},
         "heads": [
             {"site": name.site, "slot": name.slot, "factor": name.factor, "shape": list(shape)}
-            for name, shape in start.heads.items()
+            for name, shape in init.heads.items()
         ],
     }
     atomic_write(folder / FILE, tomli_w.dumps(table).encode())
@@ -158,7 +158,7 @@ def read_agreement(file: Path) -> Agreement:
         labels=tuple(about["labels"]),
         model=about["model"],
         settings=settings,
-        start=_start(about, settings.seed),
+        init=_start(about, settings.seed),
         digest=digest(whole),
     )
 
@@ -178,17 +178,17 @@ def facts_of(agreement: Agreement) -> dict[str, object]:
         },
         "model": {"name": agreement.settings.model.name, "fingerprint": agreement.model},
         "method": method_name(agreement.settings.method),
-        "trainable_numbers": {arm.column: trainable(arm, agreement.start) for arm in arms},
+        "trainable_numbers": {arm.column: trainable(arm, agreement.init) for arm in arms},
         "clients": {client_id: {} for client_id in agreement.clients},
         "warnings": [],
     }
 
 
-def _start(about: Mapping[str, Any], seed: int) -> Start:
+def _start(about: Mapping[str, Any], seed: int) -> Initializer:
     """What draws the first tensors, from sites and heads as the terms list them."""
     heads = {
         Name(head["site"], head["slot"], head["factor"]): tuple(head["shape"])
         for head in about["heads"]
     }
     sites = {site: Shape(*shape) for site, shape in about["sites"].items()}
-    return Start(sites, heads, seed, len(about["clients"]))
+    return Initializer(sites, heads, seed, len(about["clients"]))

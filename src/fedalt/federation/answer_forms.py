@@ -84,10 +84,10 @@ class AnswerForms:
 
     @cached_property
     def _own(self) -> DryRuns:
-        return DryRuns(self.agreement.settings.method, self.agreement.start)
+        return DryRuns(self.agreement.settings.method, self.agreement.init)
 
     @cached_property
     def _alone(self) -> Sequence[Form]:
         """What training of the local-only baseline looks like."""
         baseline = LocalOnly(lora=lora_of(self.agreement.settings.method))
-        return dry_run(baseline, self.agreement.start, "", Message({}))
+        return dry_run(baseline, self.agreement.init, "", Message({}))

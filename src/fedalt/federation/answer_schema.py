@@ -146,14 +146,14 @@ def asked_of(call: Call, digest: str, agreement: Agreement) -> Asked:
 
 def has_base(agreement: Agreement) -> bool:
     """Whether clients test the base model, too; not a classifier's, whose head may be drawn."""
-    return agreement.settings.scoring.base and not agreement.start.heads
+    return agreement.settings.scoring.base and not agreement.init.heads
 
 
 def _has_shared(call: Call, agreement: Agreement) -> bool:
     """Whether a client would score the shared part alone after this call's broadcast."""
     method = agreement.settings.method
     with torch.device("meta"):
-        client = method.init_client(agreement.start, call.client)
+        client = method.init_client(agreement.init, call.client)
         message = whole(call.message)
         sent = Message(on(message.tree, "meta"), message.facts)
         return method.shared(client, sent) is not None

@@ -191,8 +191,8 @@ class Client:
         scored = call.score.get("own", call.accepted)
         for round_ in {call.accepted, min(scored, call.accepted)}:
             states = self._states("own", round_ + 1)
-            client = client_of(method, self.parts.start, states, self.client_id)
-            check_broadcast(whole(call.message), method, self.parts.start, client)
+            client = client_of(method, self.parts.init, states, self.client_id)
+            check_broadcast(whole(call.message), method, self.parts.init, client)
 
     def score(self, arm: Arm, call: Call, round_: int) -> list[Score]:
         """Score what the client serves after a round; on test data also the shared part."""
@@ -225,7 +225,7 @@ class Client:
         protection = None if budget is None else budget.protection(call.clip or None)
         return ClientWork(
             arm,
-            self.parts.start,
+            self.parts.init,
             self.trainer,
             states,
             round_,
@@ -237,13 +237,13 @@ class Client:
         )
 
     def _coding(self, method: AnyMethod) -> Coding:
-        return Coding(method, self.parts.start, self.agreement.settings.traffic)
+        return Coding(method, self.parts.init, self.agreement.settings.traffic)
 
     def _message(self, arm: Arm, call: Call) -> Message:
         """What the server sent, or, for the baseline, what a server without clients would send."""
         if arm.column == "own":
             return whole(call.message)
-        return arm.method.broadcast(arm.method.init_server(self.parts.start), self.client_id)
+        return arm.method.broadcast(arm.method.init_server(self.parts.init), self.client_id)
 
     def _states(self, column: str, round_: int) -> FileStates:
         return FileStates(folder_of(self.folder, column), round_, kept=self.accepted.kept)

@@ -118,7 +118,7 @@ def _kept_trees(accepted: Accepted, coding: Coding, client_id: str) -> Iterator[
         message = states.get(BROADCAST, Message)
         if message is not None:
             yield message.tree
-    first = coding.method.broadcast(coding.method.init_server(coding.start), client_id)
+    first = coding.method.broadcast(coding.method.init_server(coding.init), client_id)
     yield cast(first.tree, torch.float32)
 
 

@@ -146,7 +146,7 @@ def _changes(
 def what_stays(agreement: "Agreement") -> str:
     """What becomes of a leaver's part in the server's state, in a clause."""
     method = agreement.settings.method
-    if method.without(method.init_server(agreement.start), "") is None:
+    if method.without(method.init_server(agreement.init), "") is None:
         return "the method stores only averages, so what it has contributed stays in them"
     if getattr(method, "mingled", False):
         return "its last upload no longer counts, but what others' adapters have of it stays"

@@ -71,7 +71,7 @@ class SecureRound:
         A method that averages makes the same of that, and so does one that sums up everybody's
         latest upload. Where there is no sum there are no uploads; `refused` says why.
         """
-        forms = DryRuns(self.agreement.settings.method, self.agreement.start)
+        forms = DryRuns(self.agreement.settings.method, self.agreement.init)
         self.refused, needed = "", fewest(self.agreement)
         try:
             keys = {who: answer.keys for who, answer in trained.items() if answer.keys is not None}

@@ -110,7 +110,7 @@ class Server:
 
         outcome = run_round(
             settings.method,
-            self.agreement.start,
+            self.agreement.init,
             states,
             cohort,
             train,
@@ -279,9 +279,9 @@ class Server:
 
     @property
     def _coding(self) -> Coding:
-        start, settings = self.agreement.start, self.agreement.settings
+        init, settings = self.agreement.init, self.agreement.settings
         # Who is shut out may come back, and then goes on from what the others have got meanwhile.
-        return Coding(settings.method, start, settings.traffic, self._clients(shut_out=True))
+        return Coding(settings.method, init, settings.traffic, self._clients(shut_out=True))
 
     def _states(self, round_: int) -> FileStates:
         return self.folder.states("own", round_)

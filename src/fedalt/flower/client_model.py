@@ -172,7 +172,7 @@ def _own(config: ClientConfig, column: Column, round_: int | None, base: Base | 
 
     with locked(place.folder):
         states = client_states_of(place.folder, wanted, at + 1)
-        client = client_of(arm.method, parts.start, states, place.name)
+        client = client_of(arm.method, parts.init, states, place.name)
         message = _message(config, parts, arm, at)
         serving, shared = servings(arm.method, client, message, place.name, execute)
         if column == "shared":
@@ -187,4 +187,4 @@ def _message(config: ClientConfig, parts: Parts, arm: Arm, round_: int) -> Messa
     """What the server sent; for the local-only baseline, what one without clients would send."""
     if arm.column == "own":
         return broadcast_after(config.place.folder, round_)
-    return arm.method.broadcast(arm.method.init_server(parts.start), config.place.name)
+    return arm.method.broadcast(arm.method.init_server(parts.init), config.place.name)

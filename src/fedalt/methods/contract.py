@@ -6,8 +6,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import Plan
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree
 from fedalt.training.orders import Order
 
@@ -107,10 +107,10 @@ class Method(Protocol[S, C]):
         another centre can take the mean's place.
         """
 
-    def init_server(self, start: Start) -> S:
+    def init_server(self, init: Initializer) -> S:
         """The server's state before round 0."""
 
-    def init_client(self, start: Start, client_id: str) -> C:
+    def init_client(self, init: Initializer, client_id: str) -> C:
         """A client's state before its first round."""
 
     def broadcast(self, server: S, client_id: str) -> Message:

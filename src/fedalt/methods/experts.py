@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import MIXER, ROUTER, Plan, Router
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, apply, move, select
 from fedalt.methods.contract import Message
 from fedalt.methods.lora import Lora
@@ -20,9 +20,9 @@ def router_of(number: int) -> str:
     return f"router_{number}"
 
 
-def draw_router(start: Start, experts: int) -> Tree:
+def draw_router(init: Initializer, experts: int) -> Tree:
     """A router over so many experts, in slot router."""
-    return move(start.mixer(2 * experts - 1), MIXER, ROUTER)
+    return move(init.mixer(2 * experts - 1), MIXER, ROUTER)
 
 
 def first_rows(router: Tree, experts: int) -> Tree:

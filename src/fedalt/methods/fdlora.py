@@ -18,8 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, add, merge, move, scale, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Local, Message, Serving
@@ -95,13 +95,13 @@ class FDLoRA:
         # The search begins at MIDDLE, so its bounds lie beyond that.
         check(self, sync_every="[1, inf)", evaluations="[1, inf)", bound="[0.5, inf)")
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         """No adapter: round 0 will make the first."""
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """The same first A for everyone, B zero."""
-        return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
+        return Client(init.adapter(self.lora.slot(INDIVIDUAL)), init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The global adapter, the same for every client."""

@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, accumulate, apply, copy, merge, move, select
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
 from fedalt.methods.defaults import at_once
@@ -70,13 +70,13 @@ class FedALT:
     client_state = Client
     averages = False
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         """Before anyone has uploaded, the total is empty."""
-        return Server(size=start.clients)
+        return Server(size=init.clients)
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """A drawn, the same for everyone, B zero: the individual adapter begins as no change."""
-        return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.mixer(2), start.head())
+        return Client(init.adapter(self.lora.slot(INDIVIDUAL)), init.mixer(2), init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The same tree for every client, so that it can be encoded once."""

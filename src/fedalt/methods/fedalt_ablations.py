@@ -11,8 +11,8 @@ from typing import ClassVar, Literal
 
 import torch
 
+from fedalt.adapters.initializer import Initializer, MixerInit
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Sum, names_of
-from fedalt.adapters.start import MixerInit, Start
 from fedalt.core.tree import Tree, cast, merge, move, scale, select
 from fedalt.methods.checks import only_with
 from fedalt.methods.contract import Deploy, Local, Message, Serving
@@ -70,20 +70,20 @@ class FedALTAblations:
         only_with(self, "freeze_a", False, "train_row", "shared_start")
         only_with(self, "gate", "mixer", "share_mixer", "mixer_init")
 
-    def init_server(self, start: Start) -> Server:
-        return FedALT().init_server(start)
+    def init_server(self, init: Initializer) -> Server:
+        return FedALT().init_server(init)
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """A drawn, B zero; a rest of world that is trained begins with a draw of its own.
 
         With the individual adapter's A it would learn what that learns.
         """
         own, row = self.lora.slot(INDIVIDUAL), self.lora.slot(REST_OF_WORLD)
         return Client(
-            individual=start.adapter(own, only_for="" if self.shared_start else client_id),
-            mixer=start.mixer(2, self.mixer_init) if self.gate == "mixer" else {},
-            head=start.head(),
-            second=start.adapter(row, apart=True) if self.train_row else {},
+            individual=init.adapter(own, only_for="" if self.shared_start else client_id),
+            mixer=init.mixer(2, self.mixer_init) if self.gate == "mixer" else {},
+            head=init.head(),
+            second=init.adapter(row, apart=True) if self.train_row else {},
         )
 
     def broadcast(self, server: Server, client_id: str) -> Message:

@@ -22,8 +22,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Plan, Sum, names_of, single
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
@@ -90,13 +90,13 @@ class FedALTSelect:
     def __post_init__(self) -> None:
         check(self, tau="[-1, 1)", width="(0, inf)", alone="[1, inf)", gap="(0, 2]")
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         """Nobody has been heard yet."""
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """A drawn, the same for everyone, B zero."""
-        return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
+        return Client(init.adapter(self.lora.slot(INDIVIDUAL)), init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """Where the client shall start, or its rest of world; nothing where it has no kin."""

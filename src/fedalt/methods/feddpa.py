@@ -24,8 +24,8 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Plan, Similarity, Sum, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, move, select
 from fedalt.methods.checks import check, only_with
 from fedalt.methods.contract import Deploy, Local, Message, Serving
@@ -95,18 +95,18 @@ class FedDPA:
         only_with(self, "schedule", "T", "blend")
         only_with(self, "schedule", "F", "tail_epochs")
 
-    def init_server(self, start: Start) -> Server:
-        return Server(start.adapter(self.lora.slot(SHARED)))
+    def init_server(self, init: Initializer) -> Server:
+        return Server(init.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """The individual adapter of "T": A drawn apart from the shared one, B zero, its own head.
 
         That of "F" is no second draw: it goes on from the shared adapter before the client serves.
         """
         if self.schedule == "F":
-            return Client(start.head())
-        individual = start.adapter(self.lora.slot(INDIVIDUAL), apart=True)
-        return Client(start.head(), merge(individual, move(start.head(), HEAD, INDIVIDUAL_HEAD)))
+            return Client(init.head())
+        individual = init.adapter(self.lora.slot(INDIVIDUAL), apart=True)
+        return Client(init.head(), merge(individual, move(init.head(), HEAD, INDIVIDUAL_HEAD)))
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapter, {"round": server.rounds})

@@ -18,8 +18,8 @@ from typing import ClassVar
 
 import torch
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, add, cast, merge, scale, select, subtract
 from fedalt.methods.contract import Local, Message, Serving
 from fedalt.methods.defaults import deploy_shared, kept_in_averages
@@ -64,11 +64,11 @@ class FedExLoRA:
     deploy = deploy_shared
     without = kept_in_averages
 
-    def init_server(self, start: Start) -> Server:
-        return Server(start.adapter(self.lora.slot(SHARED)))
+    def init_server(self, init: Initializer) -> Server:
+        return Server(init.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
-        return Client(start.head())
+    def init_client(self, init: Initializer, client_id: str) -> Client:
+        return Client(init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The averages and all residuals, so that nobody has to be there always."""

@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Local, Message, Serving
 from fedalt.methods.defaults import deploy_shared, kept_in_averages
@@ -56,11 +56,11 @@ class FedIT:
     deploy = deploy_shared
     without = kept_in_averages
 
-    def init_server(self, start: Start) -> Server:
-        return Server(start.adapter(self.lora.slot(SHARED)))
+    def init_server(self, init: Initializer) -> Server:
+        return Server(init.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
-        return Client(start.head())
+    def init_client(self, init: Initializer, client_id: str) -> Client:
+        return Client(init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapter)

@@ -14,8 +14,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Mixer, Plan, Slot, Sum
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Local, Message, Serving
 from fedalt.methods.defaults import deploy_shared, kept_in_averages
@@ -69,13 +69,13 @@ class FedITSplit:
                 "part, and each has at least rank 1"
             )
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         """The very draw that FedIT starts from, cut into parts."""
-        mixer = start.mixer(self.parts) if self.mixer else {}
-        return Server(merge(self._split(start.adapter(self.lora.slot("whole"))), mixer))
+        mixer = init.mixer(self.parts) if self.mixer else {}
+        return Server(merge(self._split(init.adapter(self.lora.slot("whole"))), mixer))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
-        return Client(start.head())
+    def init_client(self, init: Initializer, client_id: str) -> Client:
+        return Client(init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapters)

@@ -21,8 +21,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, ROUTER, Layout, Router, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, move, select
 from fedalt.methods.checks import check
 from fedalt.methods.clustering import Signal
@@ -99,14 +99,14 @@ class FedLEASE:
     def __post_init__(self) -> None:
         check(self, warm_up="[1, inf)", max_experts="[1, inf)", min_silhouette="[-1, 1]")
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         """A router of as many rows as can be needed, if routers are shared at all."""
-        return Server(routers=draw_router(start, self.max_experts) if self.share_router else {})
+        return Server(routers=draw_router(init, self.max_experts) if self.share_router else {})
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """Everyone draws the same first A, without which no two B could be compared; B is zero."""
-        router = {} if self.share_router else draw_router(start, self.max_experts)
-        return Client(start.adapter(self.lora.slot(INDIVIDUAL)), router, start.head())
+        router = {} if self.share_router else draw_router(init, self.max_experts)
+        return Client(init.adapter(self.lora.slot(INDIVIDUAL)), router, init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """All experts and the group's router; only facts to a client without a group."""

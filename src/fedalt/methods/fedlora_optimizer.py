@@ -24,8 +24,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, replace, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Local, Message, Serving
@@ -90,11 +90,11 @@ class FedLoRAOptimizer:
         """Whether there are two stages, of which each trains something else."""
         return self.global_rounds > 0
 
-    def init_server(self, start: Start) -> Server:
-        return Server(decompose(start.adapter(self.lora.slot(SHARED)), self.a_axis))
+    def init_server(self, init: Initializer) -> Server:
+        return Server(decompose(init.adapter(self.lora.slot(SHARED)), self.a_axis))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
-        return Client(start.head())
+    def init_client(self, init: Initializer, client_id: str) -> Client:
+        return Client(init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """All parts and the stage of this round, the same for every client."""

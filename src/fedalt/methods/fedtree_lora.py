@@ -25,8 +25,8 @@ from typing import ClassVar
 
 import torch
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, merge, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Ledger, Local, MemoryLedger, Message, Serving
@@ -88,13 +88,13 @@ class FedTreeLoRA:
     def __post_init__(self) -> None:
         check(self, warm_up="[1, inf)", width="[1, inf)", one_group="[-1, 1]", lam_rate="(0, inf)")
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """Everyone draws the same first A; B is zero, and lam one half."""
-        lam = {Name(layer, LAM, "weight"): torch.zeros(1) for layer in layers_of(start.sites)}
-        return Client(start.adapter(self.lora.slot(EXPERT)), lam, start.head())
+        lam = {Name(layer, LAM, "weight"): torch.zeros(1) for layer in layers_of(init.sites)}
+        return Client(init.adapter(self.lora.slot(EXPERT)), lam, init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """In every layer the mean of the client's group and that of the others."""

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer, drawn_again
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start, drawn_again
 from fedalt.core.tree import Tree, select
 from fedalt.methods.contract import Local, Message, Serving
 from fedalt.methods.defaults import deploy_shared, kept_in_averages
@@ -70,13 +70,13 @@ class FLoRA:
     def __post_init__(self) -> None:
         require_ranks(self.ranks)
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         """Nothing has been added to the base model."""
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """The same first A for everyone, as far as a client's rank goes; B zero."""
-        return Client(first_draw(self, start, client_id), start.head(), start.seed)
+        return Client(first_draw(self, init, client_id), init.head(), init.seed)
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """All that was added to the base model, the same for every client."""

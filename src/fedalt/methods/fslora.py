@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Slot, names_of, single
-from fedalt.adapters.start import Start
 from fedalt.core.seeds import generator, seed_of
 from fedalt.core.tree import Name, Tree, accumulate, add, cast, merge, scale, select, subtract
 from fedalt.methods.checks import check
@@ -83,11 +83,11 @@ class FSLoRA:
                 "sketch has no more rows than the whole"
             )
 
-    def init_server(self, start: Start) -> Server:
-        return Server(start.adapter(self._whole), start.seed)
+    def init_server(self, init: Initializer) -> Server:
+        return Server(init.adapter(self._whole), init.seed)
 
-    def init_client(self, start: Start, client_id: str) -> Client:
-        return Client(start.head(), rank_for(self, client_id), seed_of(start.seed, client_id))
+    def init_client(self, init: Initializer, client_id: str) -> Client:
+        return Client(init.head(), rank_for(self, client_id), seed_of(init.seed, client_id))
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The whole adapter: a client trains a sketch of it, but serves all."""

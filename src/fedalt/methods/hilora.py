@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, move, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Deploy, Local, Message, Serving
@@ -89,13 +89,13 @@ class HiLoRA:
         check(self, root_rounds="[1, inf)", cluster_rounds="[0, inf)", max_clusters="[1, inf)")
         check(self, orthogonality="[0, inf)", memory="[0, 1)")
 
-    def init_server(self, start: Start) -> Server:
-        root = start.adapter(self.lora.slot(ROOT))
-        return Server(merge(root, start.adapter(self.lora.slot(CLUSTER), apart=True)))
+    def init_server(self, init: Initializer) -> Server:
+        root = init.adapter(self.lora.slot(ROOT))
+        return Server(merge(root, init.adapter(self.lora.slot(CLUSTER), apart=True)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """A leaf drawn apart from root and clusters, the same for everyone; its B is zero."""
-        return Client(start.adapter(self.lora.slot(LEAF), apart=True), start.head())
+        return Client(init.adapter(self.lora.slot(LEAF), apart=True), init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The root and, once the client has one, its cluster."""

@@ -16,8 +16,8 @@ from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, move, select
 from fedalt.methods.checks import check
 from fedalt.methods.clustering import distances, has_direction, spread_out
@@ -70,11 +70,11 @@ class IFCALoRA:
     def __post_init__(self) -> None:
         check(self, groups="[1, inf)")
 
-    def init_server(self, start: Start) -> Server:
-        return Server(start.adapter(self.lora.slot(expert(0))))
+    def init_server(self, init: Initializer) -> Server:
+        return Server(init.adapter(self.lora.slot(expert(0))))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
-        return Client(start.head())
+    def init_client(self, init: Initializer, client_id: str) -> Client:
+        return Client(init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """All adapters, the same for every client."""

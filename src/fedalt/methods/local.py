@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.defaults import at_once, nothing_shared
@@ -47,12 +47,12 @@ class LocalOnly:
     averages = False
     shared = nothing_shared
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         return Server()
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """The same first A as in every other method, B zero."""
-        return Client(start.adapter(self.lora.slot(INDIVIDUAL)), start.head())
+        return Client(init.adapter(self.lora.slot(INDIVIDUAL)), init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         return Message({})

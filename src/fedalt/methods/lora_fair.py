@@ -19,8 +19,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.checks import check
 from fedalt.methods.contract import Local, Message, Serving
@@ -73,11 +73,11 @@ class LoRAFAIR:
     def __post_init__(self) -> None:
         check(self, ridge="(0, inf)")
 
-    def init_server(self, start: Start) -> Server:
-        return Server(start.adapter(self.lora.slot(SHARED)))
+    def init_server(self, init: Initializer) -> Server:
+        return Server(init.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
-        return Client(start.head())
+    def init_client(self, init: Initializer, client_id: str) -> Client:
+        return Client(init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapter)

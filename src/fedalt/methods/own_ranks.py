@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Slot, names_of, single
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.contract import Local, Message, Serving
 from fedalt.methods.lora import weight_of
@@ -66,23 +66,23 @@ def own_slot(self: Any, rank: int) -> Slot:
     return Slot(SHARED, rank, self.lora.slot(SHARED).scaling * rank)
 
 
-def first_draw(self: Any, start: Start, client_id: str) -> Tree:
+def first_draw(self: Any, init: Initializer, client_id: str) -> Tree:
     """The first rows of one draw for all clients: row j begins the same wherever there is one.
 
     B is zero.
     """
-    whole = start.adapter(Slot(SHARED, largest_rank(self), self.lora.alpha))
+    whole = init.adapter(Slot(SHARED, largest_rank(self), self.lora.alpha))
     return first_rows(whole, rank_for(self, client_id))
 
 
-def nothing_yet(self: Any, start: Start) -> Server:
+def nothing_yet(self: Any, init: Initializer) -> Server:
     """A server's state before round 0: every client begins with its own draw."""
     return Server()
 
 
-def drawn_client(self: Any, start: Start, client_id: str) -> Client:
+def drawn_client(self: Any, init: Initializer, client_id: str) -> Client:
     """A client's state before its first round."""
-    return Client(first_draw(self, start, client_id), start.head())
+    return Client(first_draw(self, init, client_id), init.head())
 
 
 def send_own_rows(self: Any, server: Server, client_id: str) -> Message:

@@ -26,8 +26,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, Plan, Slot, Sum, single
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, select
 from fedalt.methods.bilevel import Gradient, Unrolled
 from fedalt.methods.checks import check
@@ -83,12 +83,12 @@ class PF2LoRA:
     def __post_init__(self) -> None:
         check(self, client_rank="[1, inf)", inner_lr="[0, inf)")
 
-    def init_server(self, start: Start) -> Server:
-        return Server(start.adapter(self.lora.slot(SHARED)))
+    def init_server(self, init: Initializer) -> Server:
+        return Server(init.adapter(self.lora.slot(SHARED)))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """C drawn apart from the shared A but the same for everyone, D zero."""
-        return Client(merge(start.adapter(self._individual(), apart=True), start.head()))
+        return Client(merge(init.adapter(self._individual(), apart=True), init.head()))
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         return Message(server.adapter)

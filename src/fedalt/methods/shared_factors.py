@@ -17,8 +17,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import HEAD, names_of
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Tree, merge, replace, select
 from fedalt.methods.contract import Deploy, Local, Message, Serving
 from fedalt.methods.defaults import at_once, kept_in_averages
@@ -71,16 +71,16 @@ class SharedFactors:
         """RoLoRA's clients never train what they trained in the round before."""
         return self.variant == "rolora"
 
-    def init_server(self, start: Start) -> Server:
+    def init_server(self, init: Initializer) -> Server:
         """A drawn, B zero, as far as they are sent."""
-        adapter = start.adapter(self.lora.slot(SHARED))
+        adapter = init.adapter(self.lora.slot(SHARED))
         return Server(_factors(adapter, _SENT[self.variant]))
 
-    def init_client(self, start: Start, client_id: str) -> Client:
+    def init_client(self, init: Initializer, client_id: str) -> Client:
         """The other factors of the same draw, which therefore need not cross the wire."""
-        adapter = start.adapter(self.lora.slot(SHARED))
+        adapter = init.adapter(self.lora.slot(SHARED))
         kept = {name: adapter[name] for name in adapter if name.factor not in _SENT[self.variant]}
-        return Client(kept, start.head())
+        return Client(kept, init.head())
 
     def broadcast(self, server: Server, client_id: str) -> Message:
         """The averaged factors; RoLoRA's client gets both, as it may have missed the last round."""

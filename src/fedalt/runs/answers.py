@@ -139,7 +139,7 @@ def _read(
     parts: Parts, path: Path, clients: Sequence[str], at: int, act: Act
 ) -> dict[str, Serving]:
     method, states = parts.arms[0].method, open_run(path).states("own", at + 1)
-    downlink = Coding(method, parts.start, parts.settings.traffic).downlink(states)
+    downlink = Coding(method, parts.init, parts.settings.traffic).downlink(states)
     again = DeployAgain(path, parts, at)
 
     def execute(orders: Sequence[Given]) -> Sequence[Any]:
@@ -148,7 +148,7 @@ def _read(
 
     found = {}
     for client_id in clients:
-        client = client_of(method, parts.start, states, client_id)
+        client = client_of(method, parts.init, states, client_id)
         message = downlink.message(client_id)
         found[client_id], _ = servings(method, client, message, client_id, execute)
     return found

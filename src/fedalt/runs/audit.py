@@ -72,10 +72,10 @@ def audit(epsilon: float | None, seed: int, watch: Watch, *, repeatable: bool = 
 
 def _falls(prepared: Prepared, run: Path) -> list[float]:
     """How far the loss of each canary has fallen from the base model to the client's own."""
-    method, start = prepared.parts.settings.method, prepared.parts.start
+    method, init = prepared.parts.settings.method, prepared.parts.init
     client, message = (
-        method.init_client(start, _AUDITED),
-        method.broadcast(method.init_server(start), _AUDITED),
+        method.init_client(init, _AUDITED),
+        method.broadcast(method.init_server(init), _AUDITED),
     )
     before, _ = servings(method, client, message, _AUDITED, lambda _: [])
     after = serving(prepared.parts, run, _AUDITED, "own")

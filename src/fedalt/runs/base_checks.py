@@ -2,8 +2,8 @@
 
 from typing import Final
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import Shape, Similarity
-from fedalt.adapters.start import Start
 from fedalt.engine.dry_run import play
 from fedalt.methods.contract import AnyMethod
 from fedalt.models.base import Base
@@ -38,7 +38,7 @@ def require_checkpointable(settings: Settings, base: Base) -> None:
 
 def _weighs_texts(method: AnyMethod, rounds: int) -> bool:
     """Whether clients come to serve with weights of each text: played, as nothing else tells."""
-    toy = Start({"site": Shape(4, 3)}, {}, seed=0, clients=1)
+    toy = Initializer({"site": Shape(4, 3)}, {}, seed=0, clients=1)
     server, client = method.init_server(toy), method.init_client(toy, "a")
     for _ in range(min(rounds, _PLAYED)):
         sent = method.broadcast(server, "a")

@@ -179,8 +179,8 @@ def serving(
         joined = client_id in folder.facts().get("joined", {})
         if joined and states.get(f"clients/{client_id}", method.client_state) is None:
             raise StoreError(f"{path}: client {client_id!r} has joined after round {at + 1}")
-        client = client_of(method, parts.start, states, client_id)
-        coding = Coding(method, parts.start, parts.settings.traffic)
+        client = client_of(method, parts.init, states, client_id)
+        coding = Coding(method, parts.init, parts.settings.traffic)
         message = coding.downlink(states).message(client_id)
         own, shared = servings(method, client, message, client_id, DeployAgain(path, parts, at))
     if column != "shared":
@@ -239,7 +239,7 @@ def _run(prepared: Prepared, journal: _Journal) -> Run:
         members=Members(prepared.task.clients, settings.clients).without(journal.folder.left()),
         schedule=settings.rounds,
         trainer=trainer_of(prepared),
-        start=parts.start,
+        init=parts.init,
         journal=journal,
         on_event=journal.observer.on_event,
         firewall=settings.firewall,

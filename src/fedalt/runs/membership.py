@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.engine.generators import run_generators
 from fedalt.engine.robust import central_loss
 from fedalt.engine.schedule import UNTRAINED, Line
@@ -47,10 +47,10 @@ def join(
             at = progress.chosen(arm.column, prepared.parts.settings.rounds.select)
             execute = trainer_of(prepared).joining(at)
             read, write = folder.states(arm.column, at + 1), folder.states(arm.column, at)
-            coding = Coding(arm.method, prepared.parts.start, prepared.parts.settings.traffic)
+            coding = Coding(arm.method, prepared.parts.init, prepared.parts.settings.traffic)
             downlink = coding.downlink(read)
             for client_id in clients:
-                client = client_of(arm.method, prepared.parts.start, read, client_id)
+                client = client_of(arm.method, prepared.parts.init, read, client_id)
                 steps = {client_id: arm.method.local(client, downlink.message(client_id))}
                 after, _ = run_generators(steps, execute)[client_id]
                 write.put(f"clients/{client_id}", after)
@@ -129,7 +129,7 @@ def _best_without(folder: RunFolder, client_id: str) -> dict[str, tuple[int, flo
 def _coding_without(folder: RunFolder, settings: Settings, client_id: str) -> Coding:
     """Publishes the server's states anew to those who stay; nothing of it begins from the start."""
     staying = [who for who in folder.facts()["clients"] if who not in {client_id, *folder.left()}]
-    return Coding(settings.method, Start({}, {}, settings.seed), settings.traffic, staying)
+    return Coding(settings.method, Initializer({}, {}, settings.seed), settings.traffic, staying)
 
 
 def _newcomers(folder: RunFolder, data: Path, epochs: int | None) -> Prepared:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.reach import rows_of_embedding
-from fedalt.adapters.start import Start
 from fedalt.core.settings import ModelSettings
 from fedalt.core.tree import numbers
 from fedalt.data.examples import Split
@@ -53,7 +53,7 @@ class Parts:
     settings: Settings
     base: Base
     arms: tuple[Arm, ...]
-    start: Start
+    init: Initializer
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,8 @@ def load_parts(
     base = base or base_of(settings.model, labels)
     require_weighable(settings, base)
     heads, given = base.adapted.heads, base.given
-    start = Start(base.adapted.sites, heads, settings.seed, clients, given)
-    return Parts(settings, base, arms_of(settings), start)
+    init = Initializer(base.adapted.sites, heads, settings.seed, clients, given)
+    return Parts(settings, base, arms_of(settings), init)
 
 
 def base_of(model: ModelSettings, labels: Sequence[str]) -> Base:
@@ -175,7 +175,7 @@ def base_arm(parts: Parts) -> Arm | None:
 
     None where that is not wanted, and for a classifier whose head begins with random numbers.
     """
-    drawn = parts.start.heads.keys() - parts.start.given.keys()
+    drawn = parts.init.heads.keys() - parts.init.given.keys()
     if drawn or not parts.settings.scoring.base:
         return None
     return Arm("base", LocalOnly(lora=Lora(rank=1)))
@@ -208,7 +208,7 @@ def facts_of(prepared: Prepared) -> dict[str, Any]:
             "identity": None if parts.base.identity is None else parts.base.identity.table(),
         },
         "method": method_name(parts.settings.method),
-        "trainable_numbers": {arm.column: trainable(arm, parts.start) for arm in parts.arms},
+        "trainable_numbers": {arm.column: trainable(arm, parts.init) for arm in parts.arms},
         "clients": {
             client: {**counts, "form": forms[client]} for client, counts in prepared.counts.items()
         },
@@ -264,11 +264,11 @@ def prepare_newcomer(folder: RunFolder, client_id: str, base: Base | None) -> Pr
     return prepare_newcomers(folder, Path(about["data"]), about["epochs"], base)
 
 
-def trainable(arm: Arm, start: Start) -> int:
+def trainable(arm: Arm, init: Initializer) -> int:
     """How many numbers a client of the usual rank trains in its first fit, not in all."""
     method = arm.method
-    client = method.init_client(start, "")
-    for order in method.local(client, method.broadcast(method.init_server(start), "")):
+    client = method.init_client(init, "")
+    for order in method.local(client, method.broadcast(method.init_server(init), "")):
         if isinstance(order, Fit):
             return numbers({name: order.tree[name] for name in order.train})
     return 0
@@ -276,6 +276,6 @@ def trainable(arm: Arm, start: Start) -> int:
 
 def _shares(parts: Parts) -> bool:
     """Whether a client receives anything from others."""
-    method, start = parts.settings.method, parts.start
-    message = method.broadcast(method.init_server(start), "")
-    return method.shared(method.init_client(start, ""), message) is not None
+    method, init = parts.settings.method, parts.init
+    message = method.broadcast(method.init_server(init), "")
+    return method.shared(method.init_client(init, ""), message) is not None

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.plan import Shape
-from fedalt.adapters.start import Start
 from fedalt.core.seeds import generator
 from fedalt.core.tree import Tree
 from fedalt.engine.generators import Given, run_generators
@@ -48,9 +48,9 @@ def passes_of(method: AnyMethod, rounds: int, epochs: int) -> Iterator[tuple[int
     """
     ranks = getattr(method, "ranks", {}).values()
     width = 2 * max(lora_of(method).rank, *ranks, 1)
-    start = Start({"layer": Shape(width, width)}, {}, 0, len(_CLIENTS))
-    server = method.init_server(start)
-    clients: dict[str, Any] = {client: method.init_client(start, client) for client in _CLIENTS}
+    init = Initializer({"layer": Shape(width, width)}, {}, 0, len(_CLIENTS))
+    server = method.init_server(init)
+    clients: dict[str, Any] = {client: method.init_client(init, client) for client in _CLIENTS}
     for round_ in range(rounds):
         passes = dict.fromkeys(_CLIENTS, 0)
         local = {

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedalt.adapters.start import Start
+from fedalt.adapters.initializer import Initializer
 from fedalt.engine.client_work import TRAINED
 from fedalt.engine.generators import Given, run_generators
 from fedalt.engine.schedule import Line, Progress
@@ -111,7 +111,7 @@ def _serving(
     """Steps and trained numbers of each client's orders before it serves."""
     method, training = settings.method, settings.training
     states = folder.states("own", folder.rounds_done())
-    nowhere = Start({}, {}, settings.seed)  # every client here has been trained
+    nowhere = Initializer({}, {}, settings.seed)  # every client here has been trained
     server = server_of(method, nowhere, states)
     counts = folder.facts()["clients"]
     efforts: dict[str, tuple[int, dict[str, int]]] = {}

@@ -6,19 +6,19 @@ import pytest
 import tiny
 import torch
 
+from fedalt.adapters.initializer import Initializer
 from fedalt.adapters.layer import AdaptedModel
 from fedalt.adapters.plan import HEAD, MIXER, Mixer, Plan, Shape, Slot, single
-from fedalt.adapters.start import Start
 from fedalt.core.tree import Name, Tree, equal, merge, move
 
 SITES = {"first": Shape(32, 16), "second": Shape(32, 16), "third": Shape(100, 24)}
 HEADS = {Name("score", HEAD, "weight"): (3, 32), Name("score", HEAD, "bias"): (3,)}
-START = Start(SITES, HEADS, 5)
+START = Initializer(SITES, HEADS, 5)
 SLOT = Slot("shared", 4, 8.0)
 
 
-def everything(start: Start) -> Tree:
-    return merge(start.adapter(SLOT), start.mixer(2), start.head())
+def everything(init: Initializer) -> Tree:
+    return merge(init.adapter(SLOT), init.mixer(2), init.head())
 
 
 def test_every_draw_is_the_same_whatever_was_drawn_before() -> None:
@@ -26,19 +26,19 @@ def test_every_draw_is_the_same_whatever_was_drawn_before() -> None:
     torch.manual_seed(1)
     before = torch.get_rng_state()
     START.adapter(SLOT, only_for="somebody")
-    assert equal(everything(Start(dict(SITES), dict(HEADS), 5)), first)
+    assert equal(everything(Initializer(dict(SITES), dict(HEADS), 5)), first)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_another_seed_draws_other_values() -> None:
-    other = everything(Start(SITES, HEADS, 6))
+    other = everything(Initializer(SITES, HEADS, 6))
     for name, tensor in everything(START).items():
         drawn = name.factor in ("A", "G", "weight")
         assert torch.equal(tensor, other[name]) != drawn
 
 
 def test_one_more_site_or_head_changes_no_other() -> None:
-    more = Start(
+    more = Initializer(
         {"zeroth": Shape(8, 8), **SITES}, {Name("dense", HEAD, "weight"): (32, 32), **HEADS}, 5
     )
     grown = everything(more)
@@ -70,12 +70,12 @@ def test_a_lower_rank_draws_the_first_rows_of_a_higher_one() -> None:
 
 @pytest.mark.parametrize("d_in", [1, 32, 1000])
 def test_a_and_g_fill_the_range_of_one_over_the_root_of_their_inputs(d_in: int) -> None:
-    start = Start({"only": Shape(d_in, 3)}, {}, 5)
+    init = Initializer({"only": Shape(d_in, 3)}, {}, 5)
     bound = 1 / math.sqrt(d_in)
     rows = max(2, 4000 // d_in)
     for tensor in (
-        start.adapter(Slot("shared", rows, 8.0))[Name("only", "shared", "A")],
-        start.mixer(rows)[Name("only", MIXER, "G")],
+        init.adapter(Slot("shared", rows, 8.0))[Name("only", "shared", "A")],
+        init.mixer(rows)[Name("only", MIXER, "G")],
     ):
         assert tensor.shape == (rows, d_in)
         assert tensor.dtype == torch.float32
@@ -89,7 +89,7 @@ def test_b_and_biases_are_zero_and_head_weights_small() -> None:
     for name, tensor in everything(START).items():
         if name.factor in ("B", "bias"):
             assert not tensor.any()
-    weight = Start({}, {Name("score", HEAD, "weight"): (100, 32)}, 5).head()
+    weight = Initializer({}, {Name("score", HEAD, "weight"): (100, 32)}, 5).head()
     assert weight[Name("score", HEAD, "weight")].std().item() == pytest.approx(0.02, rel=0.05)
 
 
@@ -113,14 +113,14 @@ def test_a_start_is_exactly_what_a_plan_needs_and_leaves_a_causal_base_as_it_is(
     build: tiny.Model,
 ) -> None:
     adapted = AdaptedModel(build())
-    start = Start(adapted.sites, adapted.heads, 5)
+    init = Initializer(adapted.sites, adapted.heads, 5)
     plan = Plan((SLOT, Slot("rest_of_world", 2, 8.0)), Mixer())
-    tree = merge(*(start.adapter(slot) for slot in plan.slots), start.mixer(2), start.head())
+    tree = merge(*(init.adapter(slot) for slot in plan.slots), init.mixer(2), init.head())
     ids = tiny.tokens(2, 5)
     with torch.no_grad():
         base = adapted.model(ids).logits
         with adapted.bound(plan, tree) as model:
             bound = model(ids).logits
     assert torch.equal(bound, base) == (not adapted.heads)
-    with adapted.bound(single(SLOT), merge(start.adapter(SLOT), start.head())):
+    with adapted.bound(single(SLOT), merge(init.adapter(SLOT), init.head())):
         pass

@@ -15,7 +15,7 @@ MixerInit = Literal["kaiming", "zeros"]
 
 
 @dataclass(frozen=True)
-class Start:
+class Initializer:
     """Draws initial adapters for the sites of a base model.
 
     Each tensor has a stream of its own, named by the run's seed and the site: all clients draw the
@@ -71,7 +71,7 @@ class Start:
 
 
 def drawn_again(adapter: Mapping[Name, Tensor], seed: int, times: int) -> Tree:
-    """An adapter as `Start.adapter` draws it, drawn anew as often as `times` says.
+    """An adapter as `Initializer.adapter` draws it, drawn anew as often as `times` says.
 
     0 leaves it as it is. Every other number has a stream of its own, the same for all clients of
     one rank; `seed` is the run's.

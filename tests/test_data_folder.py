@@ -66,7 +66,7 @@ def test_a_split_by_nearly_its_name_does_not_train_on_test_records(tmp_path, col
     file = write_lines(
         tmp_path / "all.jsonl", [{**row, "client": "a", column: "test"} for row in ROWS]
     )
-    assert f"column {column!r}: expected 'split', in these letters" in failure(file)
+    assert f"column {column!r}: expected 'split', spelt exactly so" in failure(file)
 
 
 def test_the_client_column_may_have_any_name(tmp_path):
@@ -167,6 +167,11 @@ def test_what_is_missing_or_empty_is_said(tmp_path):
     write_clients(tmp_path / "inner", a_train=ROWS)
     assert f"did you mean {tmp_path / 'inner'}?" in failure(tmp_path)
     assert "expected a file of records" in failure(tmp_path / "x.txt")
+    write_clients(tmp_path / "folder", a_train=ROWS)
+    (tmp_path / "folder" / "b.test.jsonl").mkdir()
+    assert "b.test.jsonl: expected a file of records, but it is a folder" in failure(
+        tmp_path / "folder"
+    )
     write_clients(tmp_path / "empty", a_train=[], b_train=ROWS)
     assert failure(tmp_path / "empty").endswith("a.train.jsonl: holds no records")
     same = write_clients(tmp_path / "same", a_train=[{"text": "t", "label": "x"}] * 3)

@@ -42,20 +42,28 @@ def has_openssl_3() -> bool:
 
 
 @pytest.mark.skipif(not has_openssl_3(), reason="there is no OpenSSL 3")
-def test_the_documents_command_makes_a_certificate_that_server_and_clients_take(
+def test_the_documents_commands_make_certificates_that_server_and_clients_take(
     tmp_path: Path,
 ) -> None:
     document = (DEPLOY.parent / "docs" / "deployment.md").read_text()
-    command = document[document.index("openssl req") :].partition("```")[0]
     authority = tmp_path / "clinics" / "authority"
     authority.mkdir(parents=True)
     make_authority(authority, "clinics")
-    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    for command in ("openssl req", "openssl x509"):
+        code = document[document.index(command) :].partition("```")[0]
+        subprocess.run(["bash", "-c", code], cwd=tmp_path, check=True)
     certificate, key = tmp_path / "server.crt", tmp_path / "server.key"
-    require_server_credentials(certificate, key, authority / "ca.crt")
+    renewed = tmp_path / "ca.crt"
+    assert renewed.read_bytes() != (authority / "ca.crt").read_bytes()
+    for trusted in (authority / "ca.crt", renewed):
+        require_server_credentials(certificate, key, trusted)
+        assert handshake(certificate, key, trusted) == "TLSv1.3"
+
+
+def handshake(certificate: Path, key: Path, trusted: Path) -> str | None:
     server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     server.load_cert_chain(certificate, key)
-    client = ssl.create_default_context(cafile=str(authority / "ca.crt"))
+    client = ssl.create_default_context(cafile=str(trusted))
     client.verify_flags |= ssl.VERIFY_X509_STRICT  # the default from Python 3.13 on
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = [
@@ -65,7 +73,7 @@ def test_the_documents_command_makes_a_certificate_that_server_and_clients_take(
     for end in ends * 2:  # an end that still waits for the other one says so
         with contextlib.suppress(ssl.SSLWantReadError):
             end.do_handshake()
-    assert ends[0].version() == "TLSv1.3"
+    return ends[0].version()
 
 
 @pytest.fixture

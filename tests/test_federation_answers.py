@@ -133,9 +133,15 @@ def test_bytes_on_disk_that_are_no_answer_are_dropped_at_a_restart(
     bad = replace(decode(Answer, honest), costs=(Cost("own", {}, 0.0),))
     (folder / "a.bin").write_bytes(encode(bad))
     (folder / "b.bin").write_bytes(b"rubbish")
+    (after := folder.with_name("0001")).mkdir()
+    (after / "c.bin").write_bytes(b"rubbish")
     host.to_the_end()
-    assert any("a: its answer on disk is dropped" in text for text in told)
-    assert any("b: its answer on disk is dropped" in text for text in told)
+    dropped = [text.partition(" is dropped: ")[0] for text in told if "is dropped: " in text]
+    assert dropped == [
+        "round 1: a: its answer on disk",
+        "round 1: b: its answer on disk",
+        "after round 1: c: its answer on disk",
+    ]
     trained = {line["client"] for line in scores_of(tmp_path / "server") if line["kind"] == "train"}
     assert trained == set(CLIENTS)
 

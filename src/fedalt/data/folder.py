@@ -150,7 +150,7 @@ def _assigned(
             continue
         near = {name for name in item.value if name.strip().casefold() == "split"} - {"split"}
         if near:
-            problems.add(where, f"column {min(near)!r}: expected 'split', in these letters")
+            problems.add(where, f"column {min(near)!r}: expected 'split', spelt exactly so")
             return  # test records must not train; every further line is wrong in the same way
         split = item.value.get("split", source.split)
         if split not in SPLITS:

@@ -69,6 +69,9 @@ def find_layout(path: Path) -> Layout:
     visible = _entries(path)
     if any((path / name).is_file() for name in SAVED_AS):
         return _saved(path, visible)
+    for entry in visible:
+        if entry.is_dir() and _source(entry) is not None:
+            raise DataError(f"{entry}: expected a file of records, but it is a folder")
     files = [entry for entry in visible if not entry.is_dir()]
     candidates = list(files)
     for name in ("train", "test"):

@@ -294,4 +294,6 @@ class RoundCollector:
         self.status.show(self.round, self._heard, online, missing, unable)
 
     def _tell(self, text: str) -> None:
-        self.say(f"round {self.round + 1}: {text}")
+        rounds = self.agreement.settings.rounds.rounds
+        when = f"round {self.round + 1}" if self.round < rounds else f"after round {rounds}"
+        self.say(f"{when}: {text}")

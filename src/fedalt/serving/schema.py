@@ -36,13 +36,15 @@ def _is_neutral(name: str, value: object) -> bool:
 class StreamOptions(BaseModel):
     """What a stream tells beside the answer."""
 
+    model_config = ConfigDict(strict=True)
+
     include_usage: bool = False
 
 
 class Asked(BaseModel):
-    """What every request may say."""
+    """What every request may say; strictly, so that neither true nor "5" is a number."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", strict=True)
 
     model: str
     max_tokens: int | None = Field(default=None, ge=1)

@@ -37,7 +37,8 @@ from fedalt.training.orders import Fit
 
 PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 PLAN = single(Slot("individual", 2, 4.0))
-LOSS, LOGITS = 1e-5, 1e-4  # a difference that is rounding
+# Differences that are rounding. PEFT's own adapter of qwen3_next differs by 1.3e-4 when merged.
+LOSS, LOGITS = 1e-5, 2e-4
 TEXTS = ("the cat sat", "a dog ran to the tree and back")
 ANSWERS = ("yes it did", "no")
 # Two clients of two texts each: a batch holds both.

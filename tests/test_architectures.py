@@ -43,7 +43,7 @@ def test_a_causal_model_does_what_transformers_and_peft_do(kind: str, tmp_path: 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["bart", "canine", "gpt2", "xlnet"])
+@pytest.mark.parametrize("kind", ["bart", "canine", "eurobert", "gpt2", "xlnet"])
 def test_a_classifier_does_what_transformers_and_peft_do(kind: str, tmp_path: Path) -> None:
     build(kind, classifies=True, folder=tmp_path)
     row = architectures.tried(kind, classifies=True, folder=tmp_path)

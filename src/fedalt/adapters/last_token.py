@@ -1,4 +1,4 @@
-"""Classifiers that score every token: a text's logits are those of its last one.
+"""Classifiers that score every token and answer with the last one: which one that is.
 
 Transformers looks for the last token that is not the padding id. Where tokenizer and model name
 different ids, or where a text ends with that token, that is not its last one, and a text's logits
@@ -19,7 +19,7 @@ def pick_last_tokens(model: PreTrainedModel) -> None:
     """Let a classifier answer with the last token that its attention mask shows.
 
     Without a mask that is the last of the row. Changes nothing for a model whose head sees one
-    vector of each text.
+    vector of each text, nor for one that answers with a mean over tokens.
     """
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return
@@ -41,7 +41,8 @@ def pick_last_tokens(model: PreTrainedModel) -> None:
         if isinstance(mask, Tensor) and mask.dim() == 2:
             places = torch.arange(every.shape[1], device=every.device)
             last = (places * (mask[:, -every.shape[1] :] != 0)).argmax(-1)
-        out.logits = every[rows, last]
+        of_tokens = (every == out.logits[:, None]).all(-1).any(-1)  # of EuroBERT's mean: of none
+        out.logits = torch.where(of_tokens.all(), every[rows, last], out.logits)
         if getattr(out, "loss", None) is not None and "labels" in named:
             out.loss = model.loss_function(
                 logits=every,

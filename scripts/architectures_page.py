@@ -22,7 +22,7 @@ classifiers, and checks for each ({peft}):
 * **text**: greedy answers to two prompts of different lengths equal those of transformers alone,
   token for token.
 * **export**: the trained adapter, exported as LoRA, gives the same logits in PEFT, and merged with
-  `merge_and_unload`, to a relative 1e-4.
+  `merge_and_unload`, to a relative 2e-4.
 * **together**: two clients scored at once get the losses that they get alone, to 1e-5.
 
 Tiny random models show that the arithmetic is right. They do not show how well a real model learns,

@@ -99,9 +99,9 @@ def test_a_classifier_has_one_only_with_the_head_of_its_checkpoint(finished_run)
     assert base_arm(parts) is not None
     name = Name("score", HEAD, "weight")
     drawn = replace(parts.init, heads={name: (3, 32)})
-    assert base_arm(replace(parts, start=drawn)) is None
+    assert base_arm(replace(parts, init=drawn)) is None
     kept = replace(drawn, given={name: torch.ones(3, 32)})
-    arm = base_arm(replace(parts, start=kept))
+    arm = base_arm(replace(parts, init=kept))
     client = arm.method.init_client(kept, "a")
     assert torch.equal(client.head[name], torch.ones(3, 32))
     assert all(not tensor.any() for at, tensor in client.individual.items() if at.factor == "B")

@@ -146,7 +146,7 @@ def test_a_run_tells_its_method_how_many_clients_there_are(tmp_path):
     server = prepared.parts.settings.method.init_server(prepared.parts.init)
     assert prepared.parts.settings.method.broadcast(server, "a").facts["clients"] == 4
     terms = write_agreement(tmp_path, "six", tuple("abcdef"), (), prepared.parts)
-    assert terms.start.clients == 6
+    assert terms.init.clients == 6
 
 
 def test_a_shared_mixer_is_the_mean_of_all_mixers():

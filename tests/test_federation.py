@@ -328,7 +328,7 @@ def first_call(wire: Wire, client_id: str) -> bytes:
 
 
 def call_of(there: Place, **changes: object) -> bytes:
-    method, init = there.terms.settings.method, there.terms.start
+    method, init = there.terms.settings.method, there.terms.init
     message = method.broadcast(method.init_server(init), "a")
     whole = Call(there.terms.name, there.terms.digest, "a", 0, -1, True, message)
     return encode(replace(whole, **changes))

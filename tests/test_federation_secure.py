@@ -65,7 +65,7 @@ def step_of(data: bytes) -> str:
 def sent_after(place: Federation, round_: int) -> Tree:
     """What the server sends after a round."""
     config, run = read_server_config(place.config), open_run(place.run)
-    method, init = config.terms.settings.method, config.terms.start
+    method, init = config.terms.settings.method, config.terms.init
     server = server_of(method, init, run.states("own", round_ + 1))
     return dict(method.broadcast(server, "a").tree)
 

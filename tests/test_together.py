@@ -165,7 +165,7 @@ def test_clients_that_train_together_take_the_steps_of_each_alone(name, plan, ch
         assert found.loss == pytest.approx(alone.loss, rel=1e-4)
         assert found.moments.steps == alone.moments.steps
         for n, tensor in alone.tree.items():
-            # AdamW makes steps of size out of gradients that are rounding: a tenth of one, in eight.
+            # AdamW makes steps of size out of rounding: here a tenth of a step, in eight steps.
             torch.testing.assert_close(found.tree[n], tensor, rtol=1e-3, atol=1e-3, msg=str(n))
         assert trees.equal(trees.select(found.tree, "rest"), trees.select(share.order.tree, "rest"))
 

@@ -19,6 +19,7 @@ from fedalt.runs.compare import Entry, jobs_of, read_comparison
 from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import reopen, resume_run
 from fedalt.runs.settings import SettingsError, settings_of
+from fedalt.runs.steps import with_equal_steps
 from fedalt.runs.tune import (
     Stage,
     Trial,
@@ -189,6 +190,22 @@ def test_methods_with_other_rounds_are_no_fair_search(place):
     with pytest.raises(SettingsError, match=r"numbers of rounds \(fedalt 1, FFA.*3\); give --rou"):
         rounds_of(entries)
     assert rounds_of(entries[:1]) == 1
+
+
+def test_a_trial_has_the_rounds_that_its_method_is_compared_with(place):
+    file = place / "steps.toml"
+    methods = "[[methods]]\nname = 'fedlora_optimizer'\n[[methods]]\nname = 'feddpa'\n"
+    file.write_text(FILE + methods)
+    entries, _ = read_comparison(file)
+
+    def rounds(length, equal_steps):
+        trials = trials_of(entries, {"lr": [1e-3, 1e-2]}, None, 0, equal_steps=equal_steps)
+        return [trial.after(length).settings.rounds.rounds for trial in trials[::2]]
+
+    compared = [with_equal_steps(entry.lasting(10).settings).rounds.rounds for entry in entries]
+    assert rounds(10, equal_steps=True) == compared == [10, 10, 9, 5]
+    assert rounds(5, equal_steps=True) == [5, 5, 4, 3]
+    assert rounds(10, equal_steps=False) == [10, 10, 10, 10]
 
 
 def test_the_numbers_of_a_search_are_whole_ones(place):

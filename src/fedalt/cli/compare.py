@@ -186,8 +186,9 @@ def tune(
     hush_libraries()
     from fedalt.runs import tune as search
     from fedalt.runs.compare import read_comparison
+    from fedalt.runs.view import view_in
 
-    entries, seeds = read_comparison(file)
+    (entries, seeds), equal_steps = read_comparison(file), view_in(file).steps == "equal"
     _tell_advice(entries, quiet=quiet)
     flags = {
         **({"lr": numbers_of(lr, float, "--lr")} if lr else {}),
@@ -195,13 +196,15 @@ def tune(
     }
     wanted, halvings = search.numbers_in(file)
     at = seeds[0] if seed is None else seed
-    trials = search.trials_of(entries, flags, wanted, at)
+    trials = search.trials_of(entries, flags, wanted, at, equal_steps=equal_steps)
     length = rounds or search.rounds_of(entries)
     halvings = stages or halvings or (1 if search.tests_last(entries) else None)
     plan = search.stages_of(
         len(trials) // len(entries), length, halvings, whole=search.is_planned(entries)
     )
     note(search.budget_of(plan), quiet=quiet)
+    if equal_steps:  # said here, applied by each trial
+        _with_equal_steps([entry.lasting(length) for entry in entries], quiet=quiet)
     _tell_too_short(entries, plan, quiet=quiet)
     score = partial(_losses, seed=at, out=out, jobs=jobs, quiet=quiet)
     losses = search.halve(trials, plan, score)

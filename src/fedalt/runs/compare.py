@@ -42,6 +42,11 @@ class Entry:
         """The label as a name of a folder."""
         return folder_of(self.label)
 
+    def lasting(self, rounds: int) -> "Entry":
+        """The same with so many rounds."""
+        schedule = replace(self.settings.rounds, rounds=rounds)
+        return replace(self, settings=replace(self.settings, rounds=schedule))
+
 
 @dataclass(frozen=True)
 class Job:

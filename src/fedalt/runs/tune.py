@@ -22,6 +22,7 @@ from fedalt.engine.robust import central_loss
 from fedalt.runs.compare import Entry
 from fedalt.runs.folder import open_run
 from fedalt.runs.settings import SettingsError, lora_of, read_table, settings_of
+from fedalt.runs.steps import with_equal_steps
 from fedalt.training.recommended import recommended
 
 Losses = Sequence[float]  # of a trial after each stage that it took part in; inf where it failed
@@ -38,15 +39,17 @@ class Stage(NamedTuple):
 class Trial:
     """One method with values of some of its settings, scored on validation data alone.
 
-    `values` are by the name of a setting; "lr" is that of its training.
+    `values` are by the name of a setting; "lr" is that of its training. With equal steps a method
+    that trains more than once a round, or before it serves, has fewer rounds than are asked for.
     """
 
     label: str
     values: Mapping[str, Any]
     entry: Entry
+    equal_steps: bool = True
 
     @staticmethod
-    def of(entry: Entry, values: Mapping[str, Any]) -> "Trial":
+    def of(entry: Entry, values: Mapping[str, Any], *, equal_steps: bool = True) -> "Trial":
         """The entry with these values."""
         said, settings = dict(entry.said), entry.settings
         method = {name: value for name, value in values.items() if name != "lr"}
@@ -62,13 +65,14 @@ class Trial:
             rounds=replace(settings.rounds, test=False),
         )
         label = " ".join([entry.label, *(f"{name}={value}" for name, value in values.items())])
-        return Trial(entry.label, values, Entry(label, tried))
+        return Trial(entry.label, values, Entry(label, tried), equal_steps)
 
     def after(self, rounds: int) -> Entry:
-        """What is run to have so many rounds."""
-        settings = self.entry.settings
-        schedule = replace(settings.rounds, rounds=rounds)
-        return replace(self.entry, settings=replace(settings, rounds=schedule))
+        """What is run to have so many rounds, or as many steps as a plain method takes in them."""
+        entry = self.entry.lasting(rounds)
+        if self.equal_steps:
+            return replace(entry, settings=with_equal_steps(entry.settings))
+        return entry
 
     def facts(self) -> dict[str, Any]:
         """What identifies the trial."""
@@ -87,7 +91,12 @@ class Trial:
 
 
 def trials_of(
-    entries: Sequence[Entry], flags: Mapping[str, Sequence[Any]], trials: int | None, seed: int
+    entries: Sequence[Entry],
+    flags: Mapping[str, Sequence[Any]],
+    trials: int | None,
+    seed: int,
+    *,
+    equal_steps: bool = True,
 ) -> list[Trial]:
     """As many trials of every method: all its combinations, or so many of them, drawn by the seed.
 
@@ -113,7 +122,7 @@ def trials_of(
     if count > min(sizes.values()):
         raise SettingsError(f"[tune] trials = {count}, but the methods' combinations are {told}")
     return [
-        Trial.of(entry, values)
+        Trial.of(entry, values, equal_steps=equal_steps)
         for entry in entries
         for values in _drawn(every[entry.label], count, seed)
     ]
@@ -256,7 +265,7 @@ def write_tuned(
     lines = [
         {
             **trial.facts(),
-            "rounds": stages[len(of_trial) - 1].rounds,
+            "rounds": trial.after(stages[len(of_trial) - 1].rounds).settings.rounds.rounds,
             "validation_loss": None if of_trial[-1] == inf else of_trial[-1],
         }
         for trial, of_trial in zip(trials, losses, strict=True)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedalt.adapters.plan import Mixer, Plan, Similarity, Slot, Sum
+from fedalt.core import tree as trees
 from fedalt.core.settings import Scoring
 from fedalt.core.tree import Name
 from fedalt.evaluation import score
@@ -90,6 +91,14 @@ def test_a_mixers_weights_become_their_means_and_the_loss_is_told():
         torch.testing.assert_close(b, part * own[-1])
     weights = weights_of(base, serving, known[0].ids[:-1])
     assert sum(own) / len(own) == pytest.approx(float(weights[:, 0].mean()), rel=1e-4)
+    # A client that trains with all it has is told what the same weights cost there.
+    assert "on the client's validation examples" in fixed.note
+    alone = with_fixed_weights(serving, base, known, ())
+    assert "on the client's training examples, as it has none for validation" in alone.note
+    loss = score(base, serving, known, Scoring(generate=False)).metrics["loss"]
+    assert alone.losses is not None
+    assert alone.losses[0] == loss
+    assert trees.equal(alone.serving.tree, fixed.serving.tree)
 
 
 def test_what_cannot_be_fixed_is_said():
@@ -99,10 +108,8 @@ def test_what_cannot_be_fixed_is_said():
     with pytest.raises(ValueError, match="anew for every prompt"):
         with_fixed_weights(weighed, base, (), ())
     mixer = Serving(Plan(TWO, Mixer()), random_serving_tree(base, Plan(TWO, Mixer())))
-    with pytest.raises(ValueError, match="has no training examples; --format fedalt"):
+    with pytest.raises(ValueError, match="but it has none; --format fedalt"):
         with_fixed_weights(mixer, base, (), ())
-    with pytest.raises(ValueError, match="has no validation examples; --format fedalt"):
-        with_fixed_weights(mixer, base, [example("ask me", "yes")], ())
 
 
 def test_all_clients_are_written_as_plain_adapters_whose_cost_is_told(

@@ -24,12 +24,14 @@ from fedalt.models.base import Base
 class Fixed:
     """One slot that does what all of them do.
 
-    `losses` are those of the model with its mixer or router, and of this one, in nats on examples
-    that the weights do not come from; None where nothing differs.
+    `losses` are those of the model with its mixer or router, and of this one, in nats a token; None
+    where nothing differs. They are `measured_on` examples that the weights do not come from, or on
+    those that they do come from where there are no others.
     """
 
     serving: Serving
     losses: tuple[float, float] | None = None
+    measured_on: str = ""
 
     @property
     def note(self) -> str:
@@ -40,7 +42,7 @@ class Fixed:
         return (
             "the weights of the adapters, which differ from token to token, are replaced by their "
             f"mean at each site: a loss of {after:.3f} nats a token instead of {before:.3f} on the "
-            f"client's held-out examples ({after - before:+.3f})"
+            f"client's {self.measured_on} ({after - before:+.3f})"
         )
 
 
@@ -49,8 +51,9 @@ def with_fixed_weights(
 ) -> Fixed:
     """The serving as one slot; mean weights come from the `known` examples.
 
-    Raises ValueError for weights that depend on the prompt, and where examples are needed and there
-    are none.
+    What that costs is measured on the `held_out` ones, or on the known where there are none. Raises
+    ValueError for weights that depend on the prompt, and where examples are needed and there are
+    none.
     """
     plan = serving.plan
     if isinstance(plan.combine, Similarity):
@@ -60,12 +63,10 @@ def with_fixed_weights(
         )
     if isinstance(plan.combine, Sum):
         return Fixed(_stacked(serving, dict.fromkeys(base.adapted.sites, plan.combine.weights)))
-    if not known or not held_out:
-        missing = "validation" if known else "training"
+    if not known:
         raise ValueError(
-            "the mean weights of the adapters come from the client's training examples, and what "
-            f"they cost is measured on its validation examples, but it has no {missing} examples; "
-            "--format fedalt writes the whole model without them"
+            "the mean weights of the adapters come from the client's training examples, but it has "
+            "none; --format fedalt writes the whole model without them"
         )
     losses = Scoring(generate=False)
     (seen,) = score_together(base, [(serving, known)], losses, watch=len(known))
@@ -77,10 +78,11 @@ def with_fixed_weights(
         )
     fixed = _stacked(serving, weights)
     before, after = (
-        score_together(base, [(each, held_out)], losses)[0].metrics["loss"]
+        score_together(base, [(each, held_out or known)], losses)[0].metrics["loss"]
         for each in (serving, fixed)
     )
-    return Fixed(fixed, (before, after))
+    without = "training examples, as it has none for validation"
+    return Fixed(fixed, (before, after), "validation examples" if held_out else without)
 
 
 def _stacked(serving: Serving, weights: "dict[str, tuple[float, ...]]") -> Serving:

@@ -10,8 +10,8 @@ from transformers import LlamaForCausalLM
 from fedalt.core.settings import DataSettings, Schedule
 from fedalt.methods import METHODS
 from fedalt.methods.feddpa import FedDPA
-from fedalt.runs.base_checks import require_weighable
-from fedalt.runs.settings import Settings, SettingsError
+from fedalt.runs.base_checks import require_weighable, warnings_of_ranks
+from fedalt.runs.settings import Settings, SettingsError, settings_of
 from fedalt.runs.setup import load_parts
 
 DATA = DataSettings(path=Path("data"))
@@ -47,3 +47,22 @@ def test_a_run_that_ends_before_it_weighs_texts_is_not_refused():
     require_weighable(Settings(data=DATA, method=FedDPA(), rounds=once), deberta())
     with pytest.raises(SettingsError, match="weighs adapters anew"):
         require_weighable(Settings(data=DATA, method=FedDPA(schedule="F"), rounds=once), deberta())
+
+
+def test_a_rank_above_that_of_every_layer_is_told(run_flags, tmp_path, capsys):
+    base = deberta()
+    whole = max(min(shape) for shape in base.adapted.sites.values())
+
+    def told(**method):
+        return warnings_of_ranks(
+            settings_of({"data": {"path": "data"}, "method": method}, ""), base
+        )
+
+    assert told(name="fedalt", rank=whole) == []
+    (sentence,) = told(name="fedalt", rank=whole + 1)
+    assert sentence.startswith(f"rank={whole + 1}, but the weights of the largest adapted layer")
+    (sentence,) = told(name="flexlora", rank=2, ranks={"zoe": 9 * whole})
+    assert sentence.startswith(f"rank={9 * whole}, but")
+    words = ("--rounds", 1, "--rank", 100, "--out", tmp_path / "run")
+    assert call("run", *run_flags, *words) == 0
+    assert "rank=100, but the weights" in capsys.readouterr().err

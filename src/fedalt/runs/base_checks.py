@@ -7,7 +7,7 @@ from fedalt.adapters.plan import Shape, Similarity
 from fedalt.engine.dry_run import play
 from fedalt.methods.contract import AnyMethod
 from fedalt.models.base import Base
-from fedalt.runs.settings import Settings, SettingsError, method_name
+from fedalt.runs.settings import Settings, SettingsError, lora_of, method_name
 from fedalt.training.checkpointing import can_checkpoint
 
 _PLAYED: Final = 3  # rounds; what a client serves later is of the same kind
@@ -34,6 +34,21 @@ def require_checkpointable(settings: Settings, base: Base) -> None:
             f"[training] gradient_checkpointing=True, but the model {base.name!r} "
             f"({base.adapted.model.config.model_type}) cannot do it; expected False"
         )
+
+
+def warnings_of_ranks(settings: Settings, base: Base) -> list[str]:
+    """A sentence where an adapter's rank is above that of every layer's own weights.
+
+    It adapts nothing further, and what it is by a slip of the keyboard fills the memory.
+    """
+    whole = max(min(shape) for shape in base.adapted.sites.values())
+    ranks = [lora_of(settings.method).rank, *getattr(settings.method, "ranks", {}).values()]
+    if (most := max(ranks)) <= whole:
+        return []
+    return [
+        f"rank={most}, but the weights of the largest adapted layer have rank {whole}: more than "
+        "that costs memory and reaches no further"
+    ]
 
 
 def _weighs_texts(method: AnyMethod, rounds: int) -> bool:

@@ -36,7 +36,11 @@ from fedalt.methods.local import LocalOnly
 from fedalt.methods.lora import Lora
 from fedalt.models.base import Base, load_base
 from fedalt.models.checks import require_known_ids
-from fedalt.runs.base_checks import require_checkpointable, require_weighable
+from fedalt.runs.base_checks import (
+    require_checkpointable,
+    require_weighable,
+    warnings_of_ranks,
+)
 from fedalt.runs.folder import RunFolder, StoreError
 from fedalt.runs.kept_settings import settings_of_run
 from fedalt.runs.preflight import require_known, require_room, warnings_of_data, warnings_of_run
@@ -116,7 +120,7 @@ def prepare(
             cut = [sum(pair) for pair in zip(cut, task.cut(client_id, split), strict=True)]
         task.training_size(client_id)  # while they are encoded: a round asks for all at once
     warnings = [not_read(data.ignored)] if data.ignored else []
-    warnings += parts.base.notes
+    warnings += [*parts.base.notes, *warnings_of_ranks(settings, parts.base)]
     if not clients:  # else the data of others are not here
         warnings += warnings_of_run(settings, counts, shares=_shares(parts))
     warnings += warnings_of_data(settings, counts, cut, task.max_length)

@@ -202,10 +202,7 @@ def tune(
     plan = search.stages_of(
         len(trials) // len(entries), length, halvings, whole=search.is_planned(entries)
     )
-    note(search.budget_of(plan), quiet=quiet)
-    if equal_steps:  # said here, applied by each trial
-        _with_equal_steps([entry.lasting(length) for entry in entries], quiet=quiet)
-    _tell_too_short(entries, plan, quiet=quiet)
+    _tell_plan(entries, plan, equal_steps=equal_steps, quiet=quiet)
     score = partial(_losses, seed=at, out=out, jobs=jobs, quiet=quiet)
     losses = search.halve(trials, plan, score)
     chosen = search.best_of(trials, losses)
@@ -267,11 +264,17 @@ def _show_trials(
     )
 
 
-def _tell_too_short(entries: "Sequence[Entry]", stages: "Sequence[Stage]", *, quiet: bool) -> None:
-    """Which methods the first stage is too short for, although the whole is not."""
+def _tell_plan(
+    entries: "Sequence[Entry]", stages: "Sequence[Stage]", *, equal_steps: bool, quiet: bool
+) -> None:
+    """What every method gets, and which ones the first stage is too short for."""
     from fedalt.methods.notes import notes_on
+    from fedalt.runs.tune import budget_of
 
+    note(budget_of(stages), quiet=quiet)
     first, last = stages[0].rounds, stages[-1].rounds
+    if equal_steps:  # told here, while each trial applies it to its own settings
+        _with_equal_steps([entry.lasting(last) for entry in entries], quiet=quiet)
     for entry in entries:
         method = entry.settings.method
         known = set(notes_on(method, last))

@@ -106,6 +106,7 @@ def test_repetitions_and_overlaps_are_counted(tmp_path):
         tmp_path,
         a_train=[asked("q", "x"), asked("q", "x"), asked("r", "x"), asked("s", "x")],
         a_test=[asked(" Q", "X"), asked("s", "x"), asked("r", "y"), asked("t", "z")],
+        a_validation=[asked("s ", "x"), asked("t", "Z"), asked("v", "x")],
         b_train=[asked("T", "z"), asked("u", "z")],
         c_train=[asked("t", "z"), asked("q", "x")],
     )
@@ -114,7 +115,10 @@ def test_repetitions_and_overlaps_are_counted(tmp_path):
     assert a.splits["train"].duplicates == 1
     assert (a.overlap, a.question_overlap) == (2, 3)
     assert (a.elsewhere, a.elsewhere_client) == (2, "c")
+    assert (a.validation_overlap, a.validated) == (1, 2)
     warnings = "\n".join(report.warnings)
+    assert "client a: 1 of 3 validation records are in its train data too" in warnings
+    assert "client a: 2 of 4 test records are in its validation data too" in warnings
     assert "client a: 1 of 4 train records repeat another one exactly" in warnings
     assert "client a: 2 of 4 test records are in its train data too" in warnings
     assert "client a: 1 of 4 test records have a question of its train data" in warnings

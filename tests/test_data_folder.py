@@ -102,6 +102,10 @@ def test_labels_are_those_of_the_train_files_and_sort_by_value(tmp_path):
     write_clients(tmp_path, a_train=labelled(10, 2), b_train=labelled("0", "2"), b_test=labelled(2))
     folder = open_data(tmp_path)
     assert (folder.kind, folder.labels) == ("classify", ("0", "2", "10"))
+    # One clinic pads its codes: numbers that are equal have an order all the same.
+    write_clients(tmp_path, b_train=labelled("01", "1", "00", "0", "02", "2"), b_test=labelled(2))
+    assert open_data(tmp_path).labels == ("0", "00", "01", "1", "02", "2", "10")
+    write_clients(tmp_path, b_train=labelled("0", "2"), b_test=labelled(2))
     write_clients(tmp_path, b_test=labelled(2, 7))
     assert "b.test.jsonl:2: field 'label': no train record has the label '7'" in failure(tmp_path)
 

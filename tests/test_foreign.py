@@ -177,7 +177,14 @@ def test_data_check_shows_labels_as_they_are(
 
 
 @pytest.mark.parametrize(
-    "labels", [("Spam", "spam"), ("caf\u00e9", "cafe\u0301"), ("a b", "a  b"), ("\ufb01n", "fin")]
+    "labels",
+    [
+        ("Spam", "spam"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("a b", "a  b"),
+        ("\ufb01n", "fin"),
+        ("1", "01"),
+    ],
 )
 def test_labels_that_look_like_one_are_told(
     tmp_path: Path,

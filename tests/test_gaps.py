@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import PermutationMethod, wilcoxon
 
+from fedalt.report.compared_figures import ranked
 from fedalt.report.comparison import Compared, Results, grid_of, grids_of
 from fedalt.report.gaps import Gap, gap_matrix, gaps_csv, gaps_over, holm, interval, p_value
 from fedalt.report.grid import grid_markdown
@@ -177,6 +178,17 @@ def results_of(scores, view):
     """Results of methods by name; without costs, which no gap needs."""
     entries = [Compared(name, {"method": {"name": name}}, ()) for name in scores]
     return Results(entries, range(2), scores, {}, view)
+
+
+def test_a_method_without_any_client_of_the_metric_is_never_the_best():
+    """Its own data may list no options where the others' do."""
+    options, none = {"accuracy": 0.5, "loss": 1.0}, {"loss": 0.5}
+    scores = {"fedalt": [{"a": options}] * 2, "fedit": [{"z": none}] * 2}
+    results = results_of(scores, View("accuracy"))
+    grid = grids_of(results)["scores"]
+    assert [cell.seeds for cell in grid.rows["fedit"]] == [(), (), ()]
+    assert "gap to the best, fedalt (95 %)" in grid.gaps
+    assert ranked(results.tables()["scores"]) == {"fedalt": 50.0}
 
 
 def both_metrics(accuracy, rouge, loss):

@@ -12,8 +12,9 @@ from commands import InThisProcess, call
 from runs_for_tests import adapters_of, save_model, scores_of, write_clients
 from test_compare import BARE, FILE
 
+from fedalt.cli.compare import _tell_plan
 from fedalt.cli.jobs import run_jobs
-from fedalt.core.settings import Schedule
+from fedalt.core.settings import Schedule, Stay
 from fedalt.engine.robust import central_loss
 from fedalt.runs.compare import Entry, jobs_of, read_comparison
 from fedalt.runs.folder import open_run
@@ -27,6 +28,7 @@ from fedalt.runs.tune import (
     budget_of,
     halve,
     is_planned,
+    needs_all_rounds,
     numbers_in,
     rounds_of,
     stages_of,
@@ -145,8 +147,44 @@ def test_a_trial_counts_by_the_round_that_its_comparison_tests(tuned):
     losses = [central_loss(by_round[at]) for at in sorted(by_round)]
     for length in range(1, len(losses) + 1):
         schedule = Schedule(rounds=length, select="last")
-        assert validation_loss(run, schedule) == losses[length - 1]
-        assert validation_loss(run, replace(schedule, select="best")) == min(losses[:length])
+        assert validation_loss(run, schedule, {}) == losses[length - 1]
+        assert validation_loss(run, replace(schedule, select="best"), {}) == min(losses[:length])
+
+
+def test_no_trial_counts_by_a_round_that_had_other_clients(tmp_path):
+    """As the run itself tests none from before the last client joined or left."""
+    losses = ({"a": 0.5}, {"a": 0.25}, {"a": 0.5, "c": 0.75}, {"a": 0.5, "c": 0.5})
+    lines = [
+        {"kind": "score", "split": "validation", "column": "own", "round": at, "client": client}
+        | {"metrics": {"loss": loss}}
+        for at, of_round in enumerate(losses)
+        for client, loss in of_round.items()
+    ]
+    run = SimpleNamespace(lines=lambda: lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedalt.runs.tune.open_run", lambda path: run)
+        joins = {"c": Stay(joins=2)}
+        assert validation_loss(tmp_path, Schedule(rounds=4), {}) == 0.25
+        assert validation_loss(tmp_path, Schedule(rounds=4), joins) == 0.5
+        assert validation_loss(tmp_path, Schedule(rounds=2), joins) == 0.25
+    staying = Entry("x", settings_of(BARE, "x"))
+    joining = Entry("x", settings_of({**BARE, "clients": {"c": {"joins": 2}}}, "x"))
+    assert not needs_all_rounds([staying])
+    assert needs_all_rounds([staying, joining])
+
+
+def test_a_first_stage_is_too_short_by_the_rounds_that_its_trials_have(place, capsys):
+    """Of two rounds FedDPA has one by equal steps, in which nothing individual is trained."""
+    file = place / "short.toml"
+    file.write_text(FILE.partition("[[methods]]")[0] + "[[methods]]\nname = 'feddpa'\n")
+    entries, _ = read_comparison(file)
+    stages = [Stage(4, 2), Stage(2, 4)]
+    _tell_plan(entries, stages, equal_steps=False, quiet=False)
+    assert "the first stage" not in capsys.readouterr().err
+    _tell_plan(entries, stages, equal_steps=True, quiet=False)
+    told = capsys.readouterr().err
+    assert "feddpa: 2 of the others' 4 rounds" in told
+    assert "note: the first stage, feddpa: " in told
 
 
 def test_what_is_chosen_is_what_is_compared_where_alpha_follows_the_rank(tmp_path):
@@ -226,7 +264,7 @@ def test_the_better_half_goes_on_and_the_budget_is_the_same(tuned, place):
     assert sum(run.rounds_done() for run in runs.values()) == 2 * 6
     for method in ("fedalt", "ffa-lora-faster"):
         after_one = {
-            path: validation_loss(path, Schedule(rounds=1))
+            path: validation_loss(path, Schedule(rounds=1), {})
             for path in runs
             if path.parent.name.startswith(method)
         }
@@ -248,8 +286,10 @@ def test_a_trial_that_went_on_is_what_a_run_of_that_length_is(tuned, place):
         for line in scores_of(grown)
         if line["kind"] == "score" and line["round"] == 0
     ]
-    assert validation_loss(grown, Schedule(rounds=1)) == central_loss(losses)
-    assert validation_loss(grown, Schedule(rounds=2)) == open_run(grown).progress().best["own"][1]
+    assert validation_loss(grown, Schedule(rounds=1), {}) == central_loss(losses)
+    assert (
+        validation_loss(grown, Schedule(rounds=2), {}) == open_run(grown).progress().best["own"][1]
+    )
 
 
 def test_a_search_that_was_killed_goes_on_and_repeats_nothing(tuned, place, capsys):

@@ -198,7 +198,7 @@ def tune(
     at = seeds[0] if seed is None else seed
     trials = search.trials_of(entries, flags, wanted, at, equal_steps=equal_steps)
     length = rounds or search.rounds_of(entries)
-    halvings = stages or halvings or (1 if search.tests_last(entries) else None)
+    halvings = stages or halvings or (1 if search.needs_all_rounds(entries) else None)
     plan = search.stages_of(
         len(trials) // len(entries), length, halvings, whole=search.is_planned(entries)
     )
@@ -230,7 +230,10 @@ def _losses(
     runs = jobs_of([trial.after(rounds) for trial in trials], [seed], out)
     failed = run_jobs(runs, jobs, quiet=quiet, grows=True)
     losses = [
-        inf if job in failed else validation_loss(job.path, job.settings.rounds) for job in runs
+        inf
+        if job in failed
+        else validation_loss(job.path, job.settings.rounds, job.settings.clients)
+        for job in runs
     ]
     known = [loss for loss in losses if loss is not None]
     if len(known) < len(losses):
@@ -272,15 +275,17 @@ def _tell_plan(
     from fedalt.runs.tune import budget_of
 
     note(budget_of(stages), quiet=quiet)
-    first, last = stages[0].rounds, stages[-1].rounds
-    if equal_steps:  # told here, while each trial applies it to its own settings
-        _with_equal_steps([entry.lasting(last) for entry in entries], quiet=quiet)
-    for entry in entries:
-        method = entry.settings.method
-        known = set(notes_on(method, last))
-        for sentence in notes_on(method, first) if first < last else ():
+    short = tuple(entry.lasting(stages[0].rounds) for entry in entries)
+    long = tuple(entry.lasting(stages[-1].rounds) for entry in entries)
+    if equal_steps:  # as each trial does it with its own settings
+        short = _with_equal_steps(short, quiet=True)
+        long = _with_equal_steps(long, quiet=quiet)
+    for first, last in zip(short, long, strict=True):
+        method = first.settings.method
+        known = set(notes_on(method, last.settings.rounds.rounds))
+        for sentence in notes_on(method, first.settings.rounds.rounds):
             if sentence not in known:
-                note(f"note: the first stage, {entry.label}: {sentence}", quiet=quiet)
+                note(f"note: the first stage, {first.label}: {sentence}", quiet=quiet)
 
 
 def _tell_advice(entries: "Sequence[Entry]", *, quiet: bool) -> None:

@@ -1,5 +1,6 @@
 """What the data doctor measures of a folder, and what of it deserves a warning."""
 
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class ClientReport:
     absolute differences between the shares in train and in test, from 0 (equal) to 1. `overlap`
     counts test records whose question and answer are in train, apart from case and white space;
     `question_overlap` those whose question is; `elsewhere` those that are in the train data of
-    other clients, most of them in `elsewhere_client`.
+    other clients, most of them in `elsewhere_client`. `validation_overlap` counts validation
+    records that are in train, `validated` test records that are in validation.
     """
 
     client_id: str
@@ -74,6 +76,8 @@ class ClientReport:
     question_overlap: int
     elsewhere: int
     elsewhere_client: str | None
+    validation_overlap: int
+    validated: int
 
 
 @dataclass(frozen=True)
@@ -125,6 +129,11 @@ def _client_warnings(client: ClientReport, max_length: int) -> Iterator[str]:
     train, test = client.splits["train"], client.splits.get("test")
     if test is not None:
         yield from _pair_warnings(client, train, test)
+    if client.validation_overlap:
+        yield (
+            f"{client.validation_overlap} of {client.splits['validation'].records} validation "
+            "records are in its train data too: they favour the round that knows them by heart"
+        )
     if client.balance_of == "answer":
         answers = dict.fromkeys(name for split in client.splits.values() for name in split.balance)
         yield from _alike(answers, "answer")
@@ -135,11 +144,14 @@ def _alike(names: Iterable[str], what: str) -> Iterator[str]:
     seen: dict[str, str] = {}
     for name in names:
         letters = unicodedata.normalize("NFKC", name).casefold()
-        other = seen.setdefault(" ".join(unicodedata.normalize("NFKC", letters).split()), name)
+        alike = " ".join(unicodedata.normalize("NFKC", letters).split())
+        if re.fullmatch(r"-?[0-9]{1,18}", alike):
+            alike = str(int(alike))
+        other = seen.setdefault(alike, name)
         if other != name:
             yield (
                 f"the {what}s {_spelt(other)} and {_spelt(name)} are two, but differ only in case, "
-                "white space or how Unicode spells them"
+                "white space, leading zeros or how Unicode spells them"
             )
 
 
@@ -173,6 +185,8 @@ def _pair_warnings(client: ClientReport, train: SplitReport, test: SplitReport) 
     of = f"of {test.records} test records"
     if client.overlap:
         yield f"{client.overlap} {of} are in its train data too"
+    if client.validated:
+        yield f"{client.validated} {of} are in its validation data too, which chooses the round"
     if client.question_overlap > client.overlap:
         other = client.question_overlap - client.overlap
         yield f"{other} {of} have a question of its train data, with another answer"

@@ -108,8 +108,8 @@ def _client_report(
         split: _split_report(part, task.encoded(client_id, split), task.tokenizer, balance_of)
         for split, part in records.items()
     }
-    train, test = records["train"], records.get("test", [])
-    trained = {record_key(record) for record in train}
+    train, test, validation = (records.get(split, []) for split in ("train", "test", "validation"))
+    trained, validating = ({record_key(record) for record in part} for part in (train, validation))
     asked = {question_key(record) for record in train}
     return ClientReport(
         client_id=client_id,
@@ -120,6 +120,8 @@ def _client_report(
         question_overlap=sum(question_key(record) in asked for record in test),
         elsewhere=elsewhere,
         elsewhere_client=elsewhere_client,
+        validation_overlap=sum(record_key(record) in trained for record in validation),
+        validated=sum(record_key(record) in validating for record in test),
     )
 
 

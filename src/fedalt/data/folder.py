@@ -232,7 +232,7 @@ class _Survey:
         if self._agreed and self.kind is not None and self.kind[0] == "classify":
             return tuple(self._agreed)
         if all(re.fullmatch(r"-?[0-9]{1,18}", label) for label in self.labels):
-            return tuple(sorted(self.labels, key=int))
+            return tuple(sorted(self.labels, key=lambda label: (int(label), label)))
         return tuple(sorted(self.labels))
 
     def fingerprint(self) -> str:

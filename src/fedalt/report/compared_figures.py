@@ -120,8 +120,9 @@ def _columns(table: Table) -> dict[str, dict[str, float]]:
 
 
 def ranked(table: Table) -> dict[str, float]:
-    """Mean scores by method, the best first, each over the clients that the method had."""
-    means = {method: fmean(cells[-2].seeds) for method, cells in grid_of(table).rows.items()}
+    """Mean scores by method, the best first, each over the clients that the method had, if any."""
+    rows = grid_of(table).rows.items()
+    means = {method: fmean(cells[-2].seeds) for method, cells in rows if cells[-2].seeds}
     sign = 1 if table.of_losses else -1
     return dict(sorted(means.items(), key=lambda item: sign * item[1]))
 

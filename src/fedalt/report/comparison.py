@@ -216,8 +216,9 @@ def alone_in(results: Results) -> list[str]:
 def _best(table: Table) -> str:
     """The method with the best mean over the clients that it has."""
     means = {
-        method: fmean(fmean(row.scores[at]) for row in table.clients if row.scores[at])
+        method: fmean(values)
         for at, method in enumerate(table.columns)
+        if (values := [fmean(row.scores[at]) for row in table.clients if row.scores[at]])
     }
     return (min if table.of_losses else max)(means, key=lambda method: means[method])
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from fedalt.core.files import atomic_write
-from fedalt.core.settings import Schedule
+from fedalt.core.settings import Schedule, Stay
+from fedalt.engine.members import Members
 from fedalt.engine.robust import central_loss
 from fedalt.runs.compare import Entry
 from fedalt.runs.folder import open_run
@@ -158,13 +159,14 @@ def is_planned(entries: Iterable[Entry]) -> bool:
     return any(entry.settings.privacy.epsilon is not None for entry in entries)
 
 
-def tests_last(entries: Iterable[Entry]) -> bool:
-    """Whether the last round of a method is tested, however its loss has risen by then.
+def needs_all_rounds(entries: Iterable[Entry]) -> bool:
+    """Whether few rounds say nothing of the one that is tested.
 
-    Few rounds tell nothing of that: the learning rate that is best for them is the first that
-    overfits later.
+    Where that is the last, however its loss has risen by then, the learning rate that is best for
+    few rounds is the first that overfits later; where clients join or leave, few rounds are of
+    other clients.
     """
-    return any(entry.settings.rounds.select == "last" for entry in entries)
+    return any(e.settings.rounds.select == "last" or e.settings.clients for e in entries)
 
 
 def stages_of(
@@ -223,17 +225,21 @@ def halve(
     return list(losses)
 
 
-def validation_loss(run: Path, schedule: Schedule) -> float | None:
+def validation_loss(run: Path, schedule: Schedule, stays: Mapping[str, Stay]) -> float | None:
     """The validation loss of the round that a run so long would be tested at; None without any.
 
-    By its record, because the run itself may have gone on since.
+    By its record, because the run itself may have gone on since. A round before the last change of
+    clients is not tested.
     """
+    since = Members((), stays).changed(schedule.rounds - 1)
     by_round: dict[int, list[float]] = {}
     for line in open_run(run).lines():
         if line["kind"] == "score" and line["split"] == "validation" and line["column"] == "own":
             by_round.setdefault(line["round"], []).append(line["metrics"]["loss"])
     of_round = [
-        central_loss(losses) for at, losses in sorted(by_round.items()) if at < schedule.rounds
+        central_loss(losses)
+        for at, losses in sorted(by_round.items())
+        if since <= at < schedule.rounds
     ]
     if not of_round:
         return None

@@ -14,10 +14,11 @@ from fedalt.core.declared import SettingsError
 from fedalt.core.noise import Randomness
 from fedalt.core.upload_settings import Privacy
 from fedalt.engine.privacy import CarriedNoise, Protection, Release, hold_back
-from fedalt.engine.privacy_checks import adds_up, fits_of
+from fedalt.engine.privacy_checks import adds_up, faults, fits_of
 from fedalt.engine.states import client_of, server_of
 from fedalt.methods import METHODS
 from fedalt.methods.fedalt import rest_of_world
+from fedalt.methods.fedalt_ablations import FedALTAblations
 from fedalt.methods.fedit import FedIT
 from fedalt.runs.settings import settings_of, to_toml
 from fedalt.training.orders import look_at
@@ -164,6 +165,24 @@ def test_a_tree_is_held_back_over_all_its_tensors():
 @pytest.mark.parametrize("name", METHODS)
 def test_of_all_methods_only_fedalt_sends_a_sum(name):
     assert adds_up(METHODS[name]) == (name == "fedalt")
+
+
+def test_what_begins_from_a_broadcast_is_not_bounded_by_a_clip():
+    """A shared mixer is the mean that came, so that its entry in the total moves by two clips."""
+    by_client = Privacy(unit="client", noise=1.0, clip=1.0)
+    shared = FedALTAblations(share_mixer=True)
+    assert adds_up(shared)
+    assert list(faults(METHODS["fedalt"], by_client, 5)) == []
+    assert list(faults(METHODS["fedit"], by_client, 5)) == []  # whose mean moves by a clip's share
+    (reason,) = faults(shared, by_client, 5)
+    assert reason == "a part of an upload begins from what the server sent, which no clip bounds"
+
+
+def test_a_stage_that_begins_late_is_found_before_the_first_round():
+    late = replace(METHODS["hilora"], root_rounds=8)
+    assert fits_of(late, 8).count == 1
+    with pytest.raises(ValueError, match="penalty"):
+        fits_of(late, 10)
 
 
 def test_what_clients_train_in_a_round_is_found_by_playing():

@@ -24,7 +24,6 @@ _CLIENTS: Final = ("a", "b", "c")
 _TOY: Final = Initializer(
     {"one": Shape(4, 3), "two": Shape(3, 5)}, {}, seed=0, clients=len(_CLIENTS)
 )
-_MOST_ROUNDS: Final = 6  # played; what a method does later it has done before
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,19 @@ def adds_up(method: AnyMethod) -> bool:
     except Exception:  # whatever a method makes of what it does not expect
         return False
     return bool(gaps) and all(bool((gap.abs() < 1e-6).all()) for gap in gaps.values())
+
+
+def moves_by_training_alone(method: AnyMethod) -> bool:
+    """Whether a client that learns nothing sends what it has sent last, whatever it receives.
+
+    Only then does a bound on what training moves bound what a sum of latest uploads moves by.
+    """
+    play = _Play(method, 0)
+    play.round(_CLIENTS)
+    last, _ = play.round(_CLIENTS)
+    play.moves = False
+    again, _ = play.round(_CLIENTS)
+    return all(_are_small(trees.subtract(again[who].tree, last[who].tree)) for who in _CLIENTS)
 
 
 def mean_suffices(method: AnyMethod) -> bool:
@@ -106,7 +118,7 @@ def fits_of(method: AnyMethod, rounds: int) -> Fits:
     """
     play, other = (_Play(method, 0, looks=number) for number in range(2))
     fits: list[list[Fit]] = []
-    for _ in range(min(rounds, _MOST_ROUNDS)):
+    for _ in range(rounds):  # all of them: a method may begin another stage at any time
         uploads, ordered = play.round(_CLIENTS)
         unlike, differently = other.round(_CLIENTS)
         if not (_sends_alike(uploads, unlike) and _trains_alike(ordered, differently)):
@@ -144,8 +156,11 @@ def _trains_alike(one: list[list[Fit]], other: list[list[Fit]]) -> bool:
 class _Play:
     """A federation of three clients whose training moves all that trains by random numbers.
 
-    What else it asks its data is answered at random, unlike for other `looks`.
+    What else it asks its data is answered at random, unlike for other `looks`. Where nothing
+    `moves`, training leaves all as it was.
     """
+
+    moves: bool = True
 
     def __init__(self, method: AnyMethod, seed: int, *, looks: int = 0, examples: int = 3) -> None:
         self.method, self.examples = method, examples
@@ -178,6 +193,8 @@ class _Play:
                 return Found(tuple(found), objective)
 
     def _moved(self, fit: Fit) -> Tree:
+        if not self.moves:
+            return dict(fit.tree)
         return {
             name: tensor + torch.randn(tensor.shape, generator=self.stream) * (name in fit.train)
             for name, tensor in sorted(fit.tree.items())
@@ -189,6 +206,8 @@ def faults(method: AnyMethod, privacy: Privacy, rounds: int) -> Iterator[str]:
     if privacy.unit == "client":
         if not (method.averages or adds_up(method)):
             yield "its server does more with uploads than to add them up or to average them"
+        elif not (method.averages or moves_by_training_alone(method)):
+            yield "a part of an upload begins from what the server sent, which no clip bounds"
         elif not weighs_alike(method):
             yield 'an upload\'s weight tells how many examples a client has; weighting = "uniform"'
     else:

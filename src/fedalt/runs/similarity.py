@@ -94,7 +94,8 @@ def _pairs(tree: Tree) -> Tree:
 
 
 def _groups(states: FileStates, method: AnyMethod) -> dict[str, int]:
-    """What a server's state calls a number for each client: the groups it has made of them."""
+    """The groups that a server has made of its clients, if its state has some."""
     server: Any = states.get("server", method.server_state)
-    named = fields_of(method.server_state, Mapping[str, int])
+    numbers = fields_of(method.server_state, Mapping[str, int])
+    named = [name for name in numbers if name in ("clusters", "groups")]
     return {} if server is None or not named else dict(getattr(server, named[0]))

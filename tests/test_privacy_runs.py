@@ -11,6 +11,7 @@ from test_federation import CLIENTS, Killed, Wire, assert_close, place, states_o
 from fedalt.core.codec import decode
 from fedalt.core.declared import SettingsError
 from fedalt.core.reading import StoreError
+from fedalt.engine.client_work import ClientWork
 from fedalt.engine.privacy import PrivacyError
 from fedalt.engine.run import Run
 from fedalt.federation.call_checks import told_outside
@@ -23,6 +24,7 @@ from fedalt.runs.folder import open_run
 from fedalt.runs.lifecycle import reopen, resume_run, start_run
 from fedalt.runs.membership import leave
 from fedalt.runs.setup import prepare
+from fedalt.training.group import TrainingError
 
 PRIVACY = {
     "client": {"unit": "client", "epsilon": 50.0, "clip": 0.5, "seed": 3},
@@ -191,6 +193,26 @@ def test_a_round_ends_without_clients_whose_budget_is_spent(tmp_path, model, exh
     trained = {line["client"] for line in own if line["round"] == 1}
     assert trained == set(CLIENTS) - set(exhausted)
     assert any(line.get("split") == "test" for line in lines)
+
+
+def test_a_round_that_fails_once_it_is_counted_is_not_tried_again(tmp_path, model, monkeypatch):
+    """Each try would spend the client's epsilon once more, with no gradient on its way."""
+    schedule = {"rounds": 2, "select": "last"}
+    there, _ = place(tmp_path, model, rounds=schedule, privacy=PRIVACY["example"])
+    members, train = there.members(), ClientWork.train
+
+    def failing(work, group):
+        if group == ["a"] and work.round == 0:
+            raise TrainingError("out of memory")
+        return train(work, group)
+
+    monkeypatch.setattr(ClientWork, "train", failing)
+    there.host(Patient(members), minimum=3).to_the_end()
+    assert [members[who].budget.begun for who in CLIENTS] == [2, 2, 2]
+    lines = open_run(tmp_path / "server").lines()
+    own = [line for line in lines if line["kind"] == "train" and line["column"] == "own"]
+    assert {line["client"] for line in own if line["round"] == 0} == set(CLIENTS) - {"a"}
+    assert {line["client"] for line in own if line["round"] == 1} == set(CLIENTS)
 
 
 def test_a_clients_ledger_of_an_earlier_time_is_refused(tmp_path, model):

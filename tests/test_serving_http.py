@@ -32,3 +32,28 @@ def test_others_are_answered_while_a_long_prompt_becomes_tokens(monkeypatch):
 
     with pytest.raises(ApiError, match="answered"):
         asyncio.run(ask())
+
+
+def test_prompts_that_are_not_tokens_yet_wait_in_a_queue_too(monkeypatch):
+    free = threading.Event()
+
+    def long(*_):
+        free.wait(10)
+        raise ApiError(400, "its turn", "test")
+
+    monkeypatch.setattr(http, "_prompt", long)
+    base, model = base_of(), Model(Adapters(None, None, None), "prompt", None)
+    engine, settings = Engine(base, rows=1, queue=1), ServeSettings(queue=1, seconds=0.5)
+    service = http.Service(Models(base, 10, {"a": model}), engine, settings)
+
+    async def ask_three():
+        asked = [asyncio.create_task(service.begin(TextAsked(model="a", prompt="a")))]
+        asked += [asyncio.create_task(service.begin(TextAsked(model="a", prompt="a")))]
+        asked += [asyncio.create_task(service.begin(TextAsked(model="a", prompt="a")))]
+        ends = await asyncio.gather(*asked, return_exceptions=True)
+        free.set()
+        return [end.status for end in ends]
+
+    # One becomes tokens and one waits, both for longer than a request may take.
+    assert asyncio.run(ask_three()) == [503, 503, 429]
+    assert service.encoding == 0

@@ -73,6 +73,7 @@ class Client:
             self.agreement.name, self.agreement.digest, self.client_id, NEVER, NEVER, call_digest
         )
         rounds, place = self.agreement.settings.rounds.rounds, "a call of the server"
+        counted = self.accepted.begun
         try:
             old, known = self._last_answer()
             if known is not None and known.call == call_digest:
@@ -97,7 +98,9 @@ class Client:
             sent = encode(done)
             atomic_write(self.folder / "answer.bin", sent)
         except Exception as error:  # a client that ends with an error could be called to death
-            return self._unable(answer, place, error)
+            # Each try would spend as much of a client's privacy as a round that counts.
+            over = lasts(error) or self.accepted.begun > counted
+            return self._unable(replace(answer, over=over), place, error)
         if told := what_was_done(call, done, len(sent), rounds):
             self.say(told)
         return sent
@@ -107,13 +110,12 @@ class Client:
         named = str(error)
         if isinstance(error, OSError) and error.filename:
             named = f"{error.filename}: {error.strerror}"
-        self.say(f"{place}: this client could not answer: {named}; the server asks it again")
+        then = "it sits this round out" if answer.over else "the server asks it again"
+        self.say(f"{place}: this client could not answer: {named}; {then}")
         if not isinstance(error, ValueError | OSError):
             _log.error("%s: %s", self.client_id, error, exc_info=True)
-        lacks, over = isinstance(error, ReferenceLackedError), lasts(error)
-        answer = replace(
-            answer, upload=None, keys=None, scores=(), costs=(), lacks=lacks, over=over
-        )
+        lacks = isinstance(error, ReferenceLackedError)
+        answer = replace(answer, upload=None, keys=None, scores=(), costs=(), lacks=lacks)
         return encode(replace(answer, error=self._told(error)))
 
     def _told(self, error: Exception) -> str:

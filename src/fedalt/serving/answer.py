@@ -12,7 +12,7 @@ from fedalt.serving.engine import End, Request
 from fedalt.serving.errors import ApiError
 
 Written = asyncio.Queue[tuple[int | None, End | None]]
-_FAILED: Final[Mapping[str | None, tuple[int, str, str]]] = {
+FAILED: Final[Mapping[str | None, tuple[int, str, str]]] = {
     "late": (503, "the request waited as long as a request may take", "timeout"),
     "failed": (500, "the server failed and ends", "internal_error"),
 }
@@ -65,8 +65,8 @@ class Answer:
         """The text in pieces. Raises ApiError where there is none."""
         while not self.end:
             token, end = await self.written.get()
-            if end in _FAILED:
-                raise ApiError(*_FAILED[end])
+            if end in FAILED:
+                raise ApiError(*FAILED[end])
             assert token is not None
             piece = self.text.add(token, last=end is not None)
             if self.text.stopped:

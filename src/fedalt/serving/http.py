@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from fedalt.data.records import DataError
 from fedalt.models.errors import ModelError
 from fedalt.serving import engine as engines
-from fedalt.serving.answer import Answer, Text, Written
+from fedalt.serving.answer import FAILED, Answer, Text, Written
 from fedalt.serving.engine import Engine
 from fedalt.serving.errors import ApiError, told
 from fedalt.serving.guard import Guard
@@ -35,6 +35,7 @@ class Service:
     began: int = field(default_factory=lambda: int(time.time()))
     # One: not all tokenizers bear two calls at once.
     encoder: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "encoder"))
+    encoding: int = 0  # requests whose prompts are not tokens yet
 
     def model(self, name: str) -> Model:
         """A model by its name. Raises ApiError."""
@@ -62,7 +63,18 @@ class Service:
         queue: Written = asyncio.Queue()
         loop = asyncio.get_running_loop()
         # The tokens of a megabyte take seconds, in which everybody else is answered as well.
-        prompt = await loop.run_in_executor(self.encoder, _prompt, model, self.models, asked)
+        if self.encoding > self.settings.queue:
+            raise _full()
+        self.encoding += 1
+        try:
+            async with asyncio.timeout(self.settings.seconds):
+                prompt = await loop.run_in_executor(
+                    self.encoder, _prompt, model, self.models, asked
+                )
+        except TimeoutError:
+            raise ApiError(*FAILED["late"]) from None
+        finally:
+            self.encoding -= 1
         request = engines.Request(
             model.adapters,
             prompt,
@@ -76,9 +88,7 @@ class Service:
         try:
             self.engine.submit(request)
         except engines.QueueFullError:
-            raise ApiError(
-                429, "too many requests wait already; try again later", "queue_full"
-            ) from None
+            raise _full() from None
         except engines.ClosedError:
             raise ApiError(503, "the server is shutting down", "shutting_down") from None
         return Answer(request, Text(base, asked.stop or [], stripped=chat), queue)
@@ -108,6 +118,10 @@ class Service:
                 "messages" if isinstance(asked, ChatAsked) else "prompt",
             )
         return most
+
+
+def _full() -> ApiError:
+    return ApiError(429, "too many requests wait already; try again later", "queue_full")
 
 
 def _prompt(model: Model, models: Models, asked: ChatAsked | TextAsked) -> tuple[int, ...]:

@@ -47,9 +47,7 @@ def test_prompts_that_are_not_tokens_yet_wait_in_a_queue_too(monkeypatch):
     service = http.Service(Models(base, 10, {"a": model}), engine, settings)
 
     async def ask_three():
-        asked = [asyncio.create_task(service.begin(TextAsked(model="a", prompt="a")))]
-        asked += [asyncio.create_task(service.begin(TextAsked(model="a", prompt="a")))]
-        asked += [asyncio.create_task(service.begin(TextAsked(model="a", prompt="a")))]
+        asked = (service.begin(TextAsked(model="a", prompt="a")) for _ in range(3))
         ends = await asyncio.gather(*asked, return_exceptions=True)
         free.set()
         return [end.status for end in ends]

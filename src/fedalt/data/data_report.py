@@ -132,7 +132,7 @@ def _client_warnings(client: ClientReport, max_length: int) -> Iterator[str]:
     if client.validation_overlap:
         yield (
             f"{client.validation_overlap} of {client.splits['validation'].records} validation "
-            "records are in its train data too: they favour the round that knows them by heart"
+            "records are in its train data too, so their loss rewards memorising"
         )
     if client.balance_of == "answer":
         answers = dict.fromkeys(name for split in client.splits.values() for name in split.balance)

@@ -39,7 +39,7 @@ def require_checkpointable(settings: Settings, base: Base) -> None:
 def warnings_of_ranks(settings: Settings, base: Base) -> list[str]:
     """A sentence where an adapter's rank is above that of every layer's own weights.
 
-    It adapts nothing further, and what it is by a slip of the keyboard fills the memory.
+    More than that reaches no further, and a mistyped rank can fill the memory.
     """
     whole = max(min(shape) for shape in base.adapted.sites.values())
     ranks = [lora_of(settings.method).rank, *getattr(settings.method, "ranks", {}).values()]

@@ -62,12 +62,12 @@ class Service:
         chat = isinstance(asked, ChatAsked)
         queue: Written = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        # The tokens of a megabyte take seconds, in which everybody else is answered as well.
         if self.encoding > self.settings.queue:
             raise _full()
         self.encoding += 1
         try:
             async with asyncio.timeout(self.settings.seconds):
+                # A megabyte takes seconds, in which everybody else is answered as well.
                 prompt = await loop.run_in_executor(
                     self.encoder, _prompt, model, self.models, asked
                 )
